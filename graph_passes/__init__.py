@@ -1,0 +1,47 @@
+"""Capture a diffusion transformer, find what changes little, rewrite it step by step.
+
+Record what a sampler does, make a plan, optimise:
+
+    with record(model) as trajectory:
+        sampler(model)
+    fast = optimize(model, Plan.from_trajectory(model, trajectory))
+"""
+
+if __name__ == "graph_passes":
+    raise ImportError("import calicache.graph_passes: the bare name makes a second copy")
+
+from calicache.graph_passes.capture import CapturedGraph, capture
+from calicache.graph_passes.cost import ModelCost, SiteCost, model_cost
+from calicache.graph_passes.decompose import Weighting
+from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
+from calicache.graph_passes.errors import CalicacheError
+from calicache.graph_passes.observe import observe
+from calicache.graph_passes.pipeline import optimize
+from calicache.graph_passes.plan import Plan, StepMode, uniform_schedule
+from calicache.graph_passes.record import Trajectory, record
+from calicache.graph_passes.runtime import OptimizedModel
+from calicache.graph_passes.sites import SiteRejection, Sites, find_sites
+
+__all__ = [
+    "record",
+    "Trajectory",
+    "Plan",
+    "StepMode",
+    "Weighting",
+    "uniform_schedule",
+    "optimize",
+    "OptimizedModel",
+    "capture",
+    "CapturedGraph",
+    "Dependence",
+    "classify_inputs",
+    "classify_nodes",
+    "find_sites",
+    "Sites",
+    "SiteRejection",
+    "observe",
+    "model_cost",
+    "ModelCost",
+    "SiteCost",
+    "CalicacheError",
+]

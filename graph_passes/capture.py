@@ -1,0 +1,152 @@
+"""From an nn.Module to one functional fx graph, with `aten.linear` and SDPA kept whole."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from calicache.graph_passes.errors import CaptureError
+from calicache.graph_passes.signature import CallSignature
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedGraph:
+    """A model as a graph of pure functions.
+
+    Attributes:
+        module: placeholders are the tensors of `signature` in order, the output is a flat
+            tuple, weights are the model's own tensors under their own names.
+        signature: the form of the call the graph was captured for.
+        output_tree: how the flat outputs become the model's return value.
+    """
+
+    module: fx.GraphModule
+    signature: CallSignature
+    output_tree: pytree.TreeSpec
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of `module`."""
+        return self.module.graph
+
+    def node(self, name: str) -> fx.Node:
+        """The node of that name."""
+        return find_node(self.graph, name)
+
+    def attribute(self, target: str) -> Tensor:
+        """The weight or buffer a `get_attr` node names."""
+        return read_attribute(self.module, target)
+
+
+def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
+    """Trace the model for calls of one form.
+
+    Args:
+        model: in eval mode; may be on the meta device.
+        signature: from a recorded trajectory.
+
+    Raises:
+        CaptureError: the model is in training mode, or torch.export cannot take it; its
+            reason is passed on.
+    """
+    if model.training:
+        raise CaptureError(
+            type(model).__name__,
+            expected="a model in eval mode",
+            got="training mode",
+            fix="Call model.eval() first.",
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    examples = [torch.zeros(s.shape, dtype=s.torch_dtype, device=device) for s in signature.tensors]
+    arguments = signature.unflatten(examples)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(model, (), arguments, strict=False)
+            # An empty table makes the graph functional and decomposes nothing.
+            exported = exported.run_decompositions({})
+            module = exported.module(check_guards=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise CaptureError(
+            type(model).__name__,
+            expected="a model that torch.export captures",
+            got=f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}",
+            fix="Remove what torch.export cannot trace (see the chained error).",
+        ) from error
+    output_tree = exported.call_spec.out_spec
+    assert isinstance(module, fx.GraphModule)
+    return CapturedGraph(_flat_module(module, signature), signature, output_tree)
+
+
+def finish(graph: fx.Graph) -> fx.Graph:
+    """Drop dead code and check the graph: the last line of every pass."""
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph
+
+
+def find_node(graph: fx.Graph, name: str) -> fx.Node:
+    """The node of that name; KeyError without one."""
+    for node in graph.nodes:
+        if node.name == name:
+            return node
+    raise KeyError(name)
+
+
+def read_attribute(module: nn.Module, target: str) -> Tensor:
+    """Follow a dotted `get_attr` target to its tensor."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the node's value."""
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module that made the node; `@n` marks its n-th reuse."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    key, (path, _) = list(stack.items())[-1]
+    _, at, call = str(key).rpartition("@")
+    return f"{path}@{call}" if at else str(path)
+
+
+def _flat_module(module: fx.GraphModule, signature: CallSignature) -> fx.GraphModule:
+    """Copy with plain placeholders and outputs; asserts, guards and dead code are left out."""
+    source = module.graph
+    _drop_checks(source)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    tensors = {spec.name for spec in signature.tensors}
+    placeholders = [node for node in source.nodes if node.op == "placeholder"]
+    for name, node in zip(signature.order, placeholders, strict=True):
+        if name in tensors:
+            copies[node] = graph.node_copy(node)
+    output: Any = None
+    for node in source.nodes:
+        if node.op == "output":
+            output = node.args[0]
+        elif node not in copies and (node.op != "placeholder"):
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    flat = pytree.tree_leaves(output)
+    graph.output(tuple(fx.node.map_arg(leaf, lambda n: copies[n]) for leaf in flat))
+    return fx.GraphModule(module, finish(graph), class_name="Captured")
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        is_check = node.op == "call_module" or "assert" in str(node.target)
+        if not node.users and node.op not in ("output", "placeholder") and is_check:
+            graph.erase_node(node)

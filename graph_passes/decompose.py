@@ -1,0 +1,181 @@
+"""Statistics and a weight to low-rank calibration factors; pure tensor functions.
+
+Source: "Accelerating Diffusion Transformer via Increment-Calibrated Caching with
+Channel-Aware Singular Value Decomposition" (CVPR 2025, arXiv 2505.05829).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from calicache.graph_passes.capture import CapturedGraph
+from calicache.graph_passes.errors import DecomposeError
+from calicache.graph_passes.sites import LinearSite
+
+POWER = 0.5
+FLOOR_SHARE = 1e-3
+OFFSET = 1e-6
+
+
+class Weighting(StrEnum):
+    """What is decomposed, from the plainest to the best.
+
+    NONE is the paper's SVD, ACTIVATION its CA-SVD, INCREMENT its CD-SVD.
+    """
+
+    NONE = "none"
+    ACTIVATION = "activation"
+    INCREMENT = "increment"
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStatistics:
+    """Mean magnitude per channel, each sample min-max normalised over its channels.
+
+    Attributes:
+        input: float32 (in,), of x or of its increments.
+        output: float32 (out,), of y or of its increments.
+    """
+
+    input: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFactors:
+    """W_r = up @ down, the low-rank map from the increment of x to that of y.
+
+    Attributes:
+        down: A, (r, in).
+        up: B, (out, r), with orthonormal columns.
+        energy: share of the squared (weighted) singular values that W_r keeps, 0 .. 1.
+    """
+
+    down: Tensor
+    up: Tensor
+    energy: float
+
+    @property
+    def rank(self) -> int:
+        """r; 0 leaves the increment out."""
+        return self.down.shape[0]
+
+
+def channel_scales(statistics: Tensor) -> Tensor:
+    """The paper's l or c from a statistic: power 0.5, floor at max / 1000, plus 1e-6.
+
+    Args:
+        statistics: (channels,), from `ChannelStatistics`.
+
+    Returns:
+        float64 (channels,), all positive.
+    """
+    scales = statistics.double().clamp(min=0.0) ** POWER
+    return scales.clamp(min=float(scales.max()) * FLOOR_SHARE) + OFFSET
+
+
+def decompose(
+    weight: Tensor, rank: int, statistics: ChannelStatistics | None = None
+) -> CalibrationFactors:
+    """Best rank-r approximation of diag(l) W diag(c), the scales divided out again.
+
+    With M = diag(l) W diag(c) and U its top left singular vectors, the result is
+    W_r = diag(1/l) U Uᵀ diag(l) W (or the same from the right singular vectors, where W is
+    tall). Computed in float64 from the eigenvectors of the smaller Gram matrix of M, which
+    costs far less than an SVD of M.
+
+    Args:
+        weight: W (out, in).
+        rank: r, 0 .. min(out, in).
+        statistics: what l and c come from; None takes W itself.
+
+    Raises:
+        DecomposeError: the rank is out of range, or weight or statistics are not finite.
+    """
+    out_features, in_features = weight.shape
+    if not 0 <= rank <= min(out_features, in_features):
+        raise DecomposeError(
+            "rank",
+            expected=f"0 .. {min(out_features, in_features)} for a weight {tuple(weight.shape)}",
+            got=str(rank),
+            fix="Choose a smaller rank, or exclude the layer.",
+        )
+    if weight.is_meta:
+        meta = torch.empty(0, device="meta", dtype=weight.dtype)
+        return CalibrationFactors(
+            meta.new_empty(rank, in_features), meta.new_empty(out_features, rank), 0.0
+        )
+    exact = weight.detach().double()
+    left, right = torch.ones(out_features), torch.ones(in_features)
+    if statistics is not None:
+        left, right = channel_scales(statistics.output), channel_scales(statistics.input)
+    left, right = left.to(exact), right.to(exact)
+    scaled = left[:, None] * exact * right  # M (out, in)
+    if not bool(torch.isfinite(scaled).all()):
+        raise DecomposeError(
+            "weight or statistics",
+            expected="finite values",
+            got="NaN or Inf",
+            fix="Check the checkpoint and the recorded trajectory.",
+        )
+    tall = out_features > in_features
+    gram = scaled.T @ scaled if tall else scaled @ scaled.T
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    top = vectors[:, vectors.shape[1] - rank :].flip(1)
+    if tall:
+        up, down = exact @ (right[:, None] * top), (top / right[:, None]).T
+    else:
+        up, down = top / left[:, None], top.T @ (left[:, None] * exact)
+    # Orthonormal columns in `up`: the map is the same, and channels with a small scale do
+    # not lose digits when the factors are rounded to the model's dtype.
+    up, triangle = torch.linalg.qr(up)
+    down = triangle @ down
+    values = values.clamp(min=0.0)
+    total = float(values.sum())
+    kept = float(values[len(values) - rank :].sum())
+    return CalibrationFactors(
+        down.to(weight.dtype).contiguous(),
+        up.to(weight.dtype).contiguous(),
+        kept / total if total > 0 else 1.0,
+    )
+
+
+def decompose_sites(
+    captured: CapturedGraph,
+    linears: tuple[LinearSite, ...],
+    rank: int,
+    statistics: Mapping[str, ChannelStatistics],
+    on_site: Callable[[int, int], None] | None = None,
+) -> dict[str, CalibrationFactors]:
+    """Factors for every site, by name.
+
+    Args:
+        captured: where the weights are.
+        linears: the sites.
+        rank: r of all of them.
+        statistics: by site name; empty for weighting `none`.
+        on_site: called as on_site(done, total), for a progress bar.
+
+    Raises:
+        DecomposeError: as `decompose`, with the site's name.
+    """
+    factors: dict[str, CalibrationFactors] = {}
+    for done, site in enumerate(linears, start=1):
+        try:
+            weight = captured.attribute(site.weight)
+            factors[site.name] = decompose(weight, rank, statistics.get(site.name))
+        except DecomposeError as error:
+            raise DecomposeError(
+                f"{site.name}: {error.where}",
+                expected=error.expected,
+                got=error.got,
+                fix=error.fix,
+            ) from error
+        if on_site:
+            on_site(done, len(linears))
+    return factors

@@ -1,0 +1,88 @@
+"""Every error calicache raises on purpose: which stage, where, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CalicacheError(Exception):
+    """Base of all of them.
+
+    Args:
+        where: the node, field, file or argument that is wrong.
+        expected: what would have been right.
+        got: what was there.
+        fix: what the user can do.
+    """
+
+    stage: ClassVar[str] = "calicache"
+
+    def __init__(self, where: str, *, expected: str, got: str, fix: str) -> None:
+        self.where, self.expected, self.got, self.fix = where, expected, got, fix
+        super().__init__(f"{self.stage}: {where}: expected {expected}, got {got}. {fix}")
+
+
+class RecordError(CalicacheError):
+    """A call of the model cannot be recorded, or a recording cannot be read."""
+
+    stage = "record"
+
+
+class CaptureError(CalicacheError):
+    """The model cannot be captured as a functional graph."""
+
+    stage = "capture"
+
+
+class DependenceError(CalicacheError):
+    """The recorded inputs do not tell what changes over the steps."""
+
+    stage = "dependence"
+
+
+class SiteError(CalicacheError):
+    """The graph has nothing to calibrate."""
+
+    stage = "sites"
+
+
+class ObserveError(CalicacheError):
+    """Statistics cannot be collected, or are not finite."""
+
+    stage = "observe"
+
+
+class DecomposeError(CalicacheError):
+    """Calibration factors cannot be made."""
+
+    stage = "decompose"
+
+
+class PlanError(CalicacheError):
+    """A plan is inconsistent, damaged, or made for something else."""
+
+    stage = "plan"
+
+
+class VerifyError(CalicacheError):
+    """A stage broke an invariant of the graph: a defect of calicache itself."""
+
+    stage = "verify"
+
+
+class RunError(CalicacheError):
+    """An optimised model was called in a way that its plan does not cover."""
+
+    stage = "run"
+
+
+class ExportError(CalicacheError):
+    """The optimised model cannot be exported as asked."""
+
+    stage = "export"
+
+
+class ArtifactError(CalicacheError):
+    """An artifact directory is missing, damaged or of another version."""
+
+    stage = "artifact"

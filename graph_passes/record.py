@@ -1,0 +1,236 @@
+"""Recording what a sampler feeds to a model: every call, split into runs and steps.
+
+Nothing of the sampler is known or changed. A run is one denoising from noise to result;
+a new run is seen where the timestep turns back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from calicache.graph_passes.errors import RecordError
+from calicache.graph_passes.files import atomic_path
+from calicache.graph_passes.signature import CallSignature, ConstantSpec, flatten_call
+
+Call = Mapping[str, Tensor]
+Run = Sequence[Call]
+
+
+@dataclass(frozen=True, slots=True)
+class Timestep:
+    """Which input counts the denoising down, and which way.
+
+    Attributes:
+        name: the input, such as `timestep`.
+        descends: True where it falls from step to step, as in DDIM.
+    """
+
+    name: str
+    descends: bool
+
+    def turns_back(self, before: float, now: float) -> bool:
+        """Whether a new run starts between two values."""
+        return now > before if self.descends else now < before
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """The recorded calls of one model, oldest first.
+
+    Attributes:
+        calls: tensors by argument name, detached, on the CPU.
+        signatures: the form of the calls: one entry, filled by the first call.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    signatures: list[CallSignature] = field(default_factory=list)
+
+    @property
+    def signature(self) -> CallSignature:
+        """The form that all calls share.
+
+        Raises:
+            RecordError: nothing was recorded.
+        """
+        if not self.signatures:
+            raise RecordError(
+                "trajectory",
+                expected="at least one call of the model",
+                got="none",
+                fix="Run the sampler inside `with record(model) as trajectory:`.",
+            )
+        return self.signatures[0]
+
+    @property
+    def timestep(self) -> Timestep | None:
+        """The first input that is one number in every call and changes; None without one."""
+        for spec in self.signature.tensors:
+            values = [_one_number(call[spec.name]) for call in self.calls]
+            if None in values:
+                continue
+            changes = [b - a for a, b in pairwise(values) if a != b]  # type: ignore[operator]
+            if changes:
+                return Timestep(spec.name, sum(change < 0 for change in changes) * 2 >= len(changes))
+        return None
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The calls, cut where the timestep turns back."""
+        timestep = self.timestep
+        runs: list[list[Call]] = [[]]
+        before: float | None = None
+        for call in self.calls:
+            now = None if timestep is None else float(call[timestep.name].flatten()[0])
+            if (
+                timestep is not None
+                and before is not None
+                and now is not None
+                and timestep.turns_back(before, now)
+            ):
+                runs.append([])
+            runs[-1].append(call)
+            before = now
+        return tuple(runs)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the longest run."""
+        return max(len(run) for run in self.runs)
+
+    def append(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Keep one call.
+
+        Raises:
+            RecordError: the call has another form than the ones before.
+        """
+        flat = flatten_call(model, args, kwargs)
+        signature = flat.signature()
+        if not self.signatures:
+            self.signatures.append(signature)
+        elif signature != self.signature:
+            raise _changed_form(self.signature, signature)
+        last = self.calls[-1] if self.calls else {}
+        self.calls.append({name: _keep(v, last.get(name)) for name, v in flat.tensors.items()})
+
+    def save(self, path: Path | str) -> None:
+        """Write one safetensors file; a value shared by several calls is stored once."""
+        keys: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        table: list[dict[str, str]] = []
+        for call in self.calls:
+            for value in call.values():
+                if id(value) not in keys:
+                    keys[id(value)] = f"value.{len(keys)}"
+                    tensors[keys[id(value)]] = value.contiguous()
+            table.append({name: keys[id(value)] for name, value in call.items()})
+        metadata = {
+            "calicache": "trajectory",
+            "signature": TypeAdapter(CallSignature).dump_json(self.signature).decode(),
+            "calls": json.dumps(table),
+        }
+        with atomic_path(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @staticmethod
+    def load(path: Path | str) -> Trajectory:
+        """Read what `save` wrote.
+
+        Raises:
+            RecordError: the file is missing, damaged, or something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("calicache") != "trajectory":
+                    raise ValueError("not a trajectory")
+                signature = TypeAdapter(CallSignature).validate_json(metadata["signature"])
+                table = TypeAdapter(list[dict[str, str]]).validate_json(metadata["calls"])
+                values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                calls = [{name: values[key] for name, key in row.items()} for row in table]
+        except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
+            raise RecordError(
+                str(path),
+                expected="a trajectory written by Trajectory.save",
+                got=f"{type(error).__name__}: {error}",
+                fix="Record the trajectory again.",
+            ) from error
+        for call in calls:
+            _check_loaded(call, signature, path)
+        return Trajectory(list(calls), [signature])
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trajectory]:
+    """Keep the inputs of every call of `model` made inside the `with` block.
+
+    Args:
+        model: the denoiser that the user's sampler or pipeline calls.
+
+    Yields:
+        A Trajectory that grows with every call.
+
+    Example:
+        >>> with record(pipe.transformer) as trajectory:
+        ...     pipe(class_labels=[1, 2], num_inference_steps=50)
+    """
+    trajectory = Trajectory()
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trajectory.append(module, args, kwargs)
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield trajectory
+    finally:
+        handle.remove()
+
+
+def _keep(value: Tensor, last: Tensor | None) -> Tensor:
+    kept = value.detach().to("cpu", copy=True)
+    return last if last is not None and torch.equal(kept, last) else kept
+
+
+def _one_number(value: Tensor) -> float | None:
+    if value.numel() == 0 or value.is_complex():
+        return None
+    first = value.flatten()[0]
+    return float(first) if bool((value == first).all()) else None
+
+
+def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:
+    before: dict[str, object] = {spec.name: spec for spec in (*first.tensors, *first.constants)}
+    after: dict[str, object] = {spec.name: spec for spec in (*now.tensors, *now.constants)}
+    name = next((n for n in {**before, **after} if before.get(n) != after.get(n)), "call")
+    moving_number = isinstance(before.get(name), ConstantSpec)
+    return RecordError(
+        f"argument {name}",
+        expected=str(before.get(name)),
+        got=str(after.get(name)),
+        fix="Pass it as a tensor: a Python value must be the same in every call."
+        if moving_number
+        else "Record calls of one form: the same arguments, shapes and dtypes.",
+    )
+
+
+def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> None:
+    for spec in signature.tensors:
+        tensor = call.get(spec.name)
+        if tensor is None or tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
+            raise RecordError(
+                f"{path}: {spec.name}",
+                expected=str(spec),
+                got="nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}",
+                fix="The file is damaged; record the trajectory again.",
+            )

@@ -1,0 +1,114 @@
+"""Invariants of the graph, run between stages: what holds here, every later stage relies on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from calicache.graph_passes.capture import CapturedGraph, shape_of
+from calicache.graph_passes.errors import VerifyError
+from calicache.graph_passes.plan import StepMode
+from calicache.graph_passes.rewrite import CacheSpec, Rewritten, Variant
+
+
+def verify_captured(captured: CapturedGraph) -> CapturedGraph:
+    """Check a captured graph and hand it on.
+
+    Raises:
+        VerifyError: an op changes its input, a node is not a pure function, a value has no
+            shape, or the placeholders are not the signature's tensors.
+    """
+    verify_functional(captured.graph)
+    placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    specs = captured.signature.tensors
+    shapes = [shape_of(node) for node in placeholders]
+    if shapes != [spec.shape for spec in specs]:
+        raise _broken("placeholders", str([spec.shape for spec in specs]), str(shapes))
+    return captured
+
+
+def verify_functional(graph: fx.Graph) -> None:
+    """Check that every node is a pure function with a known result.
+
+    Raises:
+        VerifyError: see `verify_captured`.
+    """
+    graph.lint()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                raise _broken(node.name, "an op that changes no input", str(node.target))
+        elif node.op not in ("placeholder", "get_attr", "output"):
+            raise _broken(node.name, "a call of a function", f"{node.op} {node.target}")
+        if node.op != "output" and "val" not in node.meta:
+            raise _broken(node.name, "a value with a known shape", "no meta['val']")
+
+
+def verify_rewritten(captured: CapturedGraph, rewritten: Rewritten) -> Rewritten:
+    """Check the variants against the plain graph and each other, and hand them on.
+
+    Raises:
+        VerifyError: a variant takes or returns something else than it must.
+    """
+    caches = {cache.name: cache for cache in rewritten.caches}
+    plain = _output_shapes(captured.graph)
+    for mode, variant in rewritten.variants.items():
+        verify_functional(variant.module.graph)
+        _verify_placeholders(captured, variant, caches)
+        expected = list(plain)
+        if mode is StepMode.REFRESH:
+            expected += [cache.shape for cache in rewritten.caches]
+        shapes = _output_shapes(variant.module.graph)
+        if shapes != expected:
+            raise _broken(f"outputs of {mode.name}", str(expected), str(shapes))
+        _verify_attributes(variant)
+    return rewritten
+
+
+def _verify_placeholders(
+    captured: CapturedGraph, variant: Variant, caches: dict[str, CacheSpec]
+) -> None:
+    arguments = len(captured.signature.tensors)
+    placeholders = [node for node in variant.module.graph.nodes if node.op == "placeholder"]
+    names = tuple(node.name for node in placeholders[arguments:])
+    if names != variant.reads or (variant.mode is StepMode.REFRESH and names):
+        raise _broken(f"caches of {variant.mode.name}", str(variant.reads), str(names))
+    for node in placeholders[arguments:]:
+        cache = caches.get(node.name)
+        value = node.meta["val"]
+        if cache is None or cache.shape != shape_of(node) or cache.dtype != value.dtype:
+            raise _broken(node.name, "a cache that REFRESH writes", str(value.shape))
+
+
+def _verify_attributes(variant: Variant) -> None:
+    for node in variant.module.graph.nodes:
+        if node.op == "get_attr":
+            value: object = variant.module
+            for part in str(node.target).split("."):
+                value = getattr(value, part, None)
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape_of(node):
+                raise _broken(node.name, f"a tensor {shape_of(node)}", repr(type(value).__name__))
+
+
+def _output_shapes(graph: fx.Graph) -> list[tuple[int, ...] | None]:
+    last = next(node for node in reversed(graph.nodes) if node.op == "output")
+    outputs = last.args[0]
+    assert isinstance(outputs, tuple)
+    return [
+        shape_of(value) if isinstance(value, fx.Node) and _is_tensor(value) else None
+        for value in outputs
+    ]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _broken(where: str, expected: str, got: str) -> VerifyError:
+    return VerifyError(
+        where,
+        expected=expected,
+        got=got,
+        fix="This is a defect of calicache, not of your model; please report it.",
+    )

@@ -1,0 +1,40 @@
+"""Reading and writing of the sample's weights: safetensors only, written atomically."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+DIT_WEIGHTS = WEIGHTS_FOLDER / "fashion_dit.safetensors"
+CLASSIFIER_WEIGHTS = WEIGHTS_FOLDER / "classifier.safetensors"
+
+
+def save_atomic(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write to a temporary name, then rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load a state dict of any float type into a float32 model; returns it in eval mode."""
+    state = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in load_file(path).items()
+    }
+    model.load_state_dict(state, strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same state with float tensors rounded to float16, for a small file."""
+    return {
+        name: value.to(torch.float16) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
