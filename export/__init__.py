@@ -1,4 +1,9 @@
-"""Placeholder."""
+"""From an optimised model to an ONNX artifact, and from an artifact to a running session."""
 
 if __name__ == "export":
-    raise ImportError("import calicache.export: the bare name is a second copy of every class")
+    raise ImportError("import calicache.export: the bare name makes a second copy of every class")
+
+from calicache.export.artifact import Manifest, export_onnx, load_artifact, read_manifest
+from calicache.export.session import Session
+
+__all__ = ["export_onnx", "Session", "Manifest", "load_artifact", "read_manifest"]

@@ -10,6 +10,7 @@ Record what a sampler does, make a plan, optimise:
 if __name__ == "graph_passes":
     raise ImportError("import calicache.graph_passes: the bare name makes a second copy")
 
+from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.capture import CapturedGraph, capture
 from calicache.graph_passes.cost import ModelCost, SiteCost, model_cost
 from calicache.graph_passes.decompose import Weighting
@@ -20,7 +21,7 @@ from calicache.graph_passes.pipeline import optimize
 from calicache.graph_passes.plan import Plan, StepMode, uniform_schedule
 from calicache.graph_passes.record import Trajectory, record
 from calicache.graph_passes.runtime import OptimizedModel
-from calicache.graph_passes.sites import SiteRejection, Sites, find_sites
+from calicache.graph_passes.sites import Sites, find_sites
 
 __all__ = [
     "record",

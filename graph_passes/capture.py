@@ -93,10 +93,8 @@ def finish(graph: fx.Graph) -> fx.Graph:
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:
     """The node of that name; KeyError without one."""
-    for node in graph.nodes:
-        if node.name == name:
-            return node
-    raise KeyError(name)
+    nodes: dict[str, fx.Node] = {node.name: node for node in graph.nodes}
+    return nodes[name]
 
 
 def read_attribute(module: nn.Module, target: str) -> Tensor:

@@ -94,16 +94,21 @@ def node_macs(node: fx.Node) -> int:
     if node.target is aten.linear.default:
         return prod(shapes[0]) * shapes[1][0]
     if node.target is aten.scaled_dot_product_attention.default:
-        return int(sdpa_flop_count(*shapes[:3])) // 2
+        return int(sdpa_flop_count(*shapes[:3])) // 2  # type: ignore[no-untyped-call]
     if node.target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
         return prod(shape_of(node)) * shapes[0][-1]
     if node.target in (aten.addmm.default, aten.baddbmm.default):
         return prod(shape_of(node)) * shapes[1][-1]
     if node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
-        return int(conv_flop_count(shapes[0], shapes[1], shape_of(node))) // 2
+        return _conv_macs(shapes, node, transposed=False)
     if node.target is aten.convolution.default:
-        return int(conv_flop_count(*shapes[:2], shape_of(node), transposed=bool(node.args[6]))) // 2
+        return _conv_macs(shapes, node, transposed=bool(node.args[6]))
     return 0
+
+
+def _conv_macs(shapes: list[tuple[int, ...]], node: fx.Node, *, transposed: bool) -> int:
+    source, weight, result = list(shapes[0]), list(shapes[1]), list(shape_of(node))
+    return conv_flop_count(source, weight, result, transposed=transposed) // 2
 
 
 def _is_tensor(node: fx.Node) -> bool:

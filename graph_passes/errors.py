@@ -1,4 +1,4 @@
-"""Every error calicache raises on purpose: which stage, where, what was expected, how to mend it."""
+"""Every error calicache raises on purpose: stage, place, what was expected, how to mend it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from calicache.graph_passes.errors import RecordError
 from calicache.graph_passes.files import atomic_path
-from calicache.graph_passes.signature import CallSignature, ConstantSpec, flatten_call
+from calicache.graph_passes.signature import CallSignature, ConstantSpec, TensorSpec, flatten_call
 
 Call = Mapping[str, Tensor]
 Run = Sequence[Call]
@@ -82,7 +82,9 @@ class Trajectory:
                 continue
             changes = [b - a for a, b in pairwise(values) if a != b]  # type: ignore[operator]
             if changes:
-                return Timestep(spec.name, sum(change < 0 for change in changes) * 2 >= len(changes))
+                return Timestep(
+                    spec.name, sum(change < 0 for change in changes) * 2 >= len(changes)
+                )
         return None
 
     @property
@@ -210,8 +212,8 @@ def _one_number(value: Tensor) -> float | None:
 
 
 def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:
-    before: dict[str, object] = {spec.name: spec for spec in (*first.tensors, *first.constants)}
-    after: dict[str, object] = {spec.name: spec for spec in (*now.tensors, *now.constants)}
+    before = _specs(first)
+    after = _specs(now)
     name = next((n for n in {**before, **after} if before.get(n) != after.get(n)), "call")
     moving_number = isinstance(before.get(name), ConstantSpec)
     return RecordError(
@@ -222,6 +224,12 @@ def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:
         if moving_number
         else "Record calls of one form: the same arguments, shapes and dtypes.",
     )
+
+
+def _specs(signature: CallSignature) -> dict[str, TensorSpec | ConstantSpec]:
+    tensors = {spec.name: spec for spec in signature.tensors}
+    constants = {spec.name: spec for spec in signature.constants}
+    return {**tensors, **constants}
 
 
 def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> None:

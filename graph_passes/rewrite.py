@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from calicache.graph_passes.capture import CapturedGraph, find_node, finish, shape_of
+from calicache.graph_passes.branches import LINEAR
+from calicache.graph_passes.capture import CapturedGraph, finish, shape_of
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.plan import StepMode
-from calicache.graph_passes.sites import LINEAR, LinearSite, Sites
+from calicache.graph_passes.sites import LinearSite, Sites
 
 aten = torch.ops.aten
 

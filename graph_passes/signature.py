@@ -169,7 +169,9 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def _dotted(path: Sequence[Any]) -> str:
-    keys = (getattr(part, "key", getattr(part, "idx", getattr(part, "name", part))) for part in path)
+    keys = (
+        getattr(part, "key", getattr(part, "idx", getattr(part, "name", part))) for part in path
+    )
     return ".".join(str(key) for key in keys)
 
 

@@ -72,8 +72,6 @@ class GuidedDDIM:
 
     def sample(self, model: Denoiser, noise: Tensor, labels: Tensor) -> Tensor:
         """The final image (B, 1, H, W), nominally in -1 .. 1."""
-        x = noise
         with torch.no_grad():
-            for x in self.latents(model, noise, labels):
-                pass
-        return x
+            *_, image = self.latents(model, noise, labels)
+        return image

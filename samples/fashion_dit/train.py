@@ -148,7 +148,9 @@ def train(config: TrainConfig, data_folder: Path | None, out: Path, save_every: 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="folder of the IDX files (default: Debian's)")
     parser.add_argument("--steps", type=int, default=TrainConfig().steps)
     parser.add_argument("--save-every", type=int, default=500)

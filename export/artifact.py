@@ -1,0 +1,227 @@
+"""An artifact: one folder with the ONNX model, its weights and a manifest that explains both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+
+import onnx_ir as ir
+from pydantic import TypeAdapter, ValidationError
+
+from calicache.export.onnx_graph import output_names, step_model
+from calicache.graph_passes.branches import SiteRejection
+from calicache.graph_passes.decompose import Weighting
+from calicache.graph_passes.errors import ArtifactError, ExportError
+from calicache.graph_passes.files import atomic_path, sha256_of
+from calicache.graph_passes.plan import StepMode
+from calicache.graph_passes.runtime import OptimizedModel
+from calicache.graph_passes.signature import TensorSpec
+
+FORMAT = 1
+MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
+LAYOUTS = ("step",)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file of the artifact."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """One calibrated layer: sizes, what its factors keep, what it costs."""
+
+    name: str
+    branch: str
+    in_features: int
+    out_features: int
+    rank: int
+    energy: float | None
+    full_macs: int
+    calibrate_macs: int
+    full_bytes: int
+    factor_bytes: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an artifact is, who it belongs to, and what the compiler did.
+
+    Attributes:
+        format: version of this record.
+        calicache: version that wrote it.
+        layout: how the variants are packed.
+        files: all other files of the folder.
+        schedule, rank, weighting, weights_hash: from the plan.
+        inputs: the model's own tensors; `outputs` its outputs by name.
+        caches: what a REFRESH step keeps.
+        refresh_macs, calibrate_macs, reuse_macs: of one call in each mode.
+        sites, rejections: what was calibrated, and what was left alone and why.
+        branches: residual branches that REUSE skips.
+    """
+
+    format: int
+    calicache: str
+    layout: str
+    files: tuple[FileRecord, ...]
+    schedule: tuple[StepMode, ...]
+    rank: int
+    weighting: Weighting
+    weights_hash: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    caches: tuple[TensorSpec, ...]
+    cache_bytes: int
+    refresh_macs: int
+    calibrate_macs: int
+    reuse_macs: int
+    sites: tuple[SiteRecord, ...]
+    branches: tuple[str, ...]
+    rejections: tuple[SiteRejection, ...]
+
+    def step_macs(self, mode: StepMode) -> int:
+        """Multiply-accumulates of one call in a mode."""
+        by_mode = (self.refresh_macs, self.calibrate_macs, self.reuse_macs)
+        return by_mode[mode]
+
+    @property
+    def run_share(self) -> float:
+        """MACs of a whole run against the plain model's."""
+        used = sum(self.step_macs(mode) for mode in self.schedule)
+        return used / (len(self.schedule) * self.refresh_macs)
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def export_onnx(optimized: OptimizedModel, directory: Path | str, layout: str = "step") -> Manifest:
+    """Write an optimised model as an artifact folder; an existing one is replaced.
+
+    Args:
+        optimized: from `optimize`.
+        directory: the folder, such as `dit.onnx.d`.
+        layout: `step`.
+
+    Raises:
+        ExportError: an unknown layout, or torch.onnx refuses an op.
+    """
+    if layout not in LAYOUTS:
+        raise ExportError(
+            "layout", expected=" | ".join(LAYOUTS), got=repr(layout), fix="Choose one of these."
+        )
+    model = step_model(optimized)
+    with atomic_path(Path(directory)) as folder:
+        folder.mkdir()
+        ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
+        names = sorted(path.name for path in folder.iterdir())
+        files = tuple(
+            FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
+            for name in names
+        )
+        manifest = _manifest(optimized, layout, files)
+        (folder / MANIFEST_FILE).write_bytes(_MANIFEST.dump_json(manifest, indent=2) + b"\n")
+    return manifest
+
+
+def read_manifest(directory: Path | str) -> Manifest:
+    """Read the manifest alone, without looking at the other files.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged or of another version.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    try:
+        manifest = _MANIFEST.validate_json(path.read_bytes())
+        if manifest.format != FORMAT:
+            raise ValueError(f"format {manifest.format}, this version reads {FORMAT}")
+    except (OSError, ValidationError, ValueError) as error:
+        raise ArtifactError(
+            str(path),
+            expected="a manifest written by export_onnx",
+            got=f"{type(error).__name__}: {error}",
+            fix="Export the model again.",
+        ) from error
+    return manifest
+
+
+def load_artifact(directory: Path | str) -> Manifest:
+    """Read the manifest and check every file against it.
+
+    Raises:
+        ArtifactError: a file is missing, cut short, changed, or outside the folder.
+    """
+    manifest = read_manifest(directory)
+    folder = Path(directory)
+    for record in manifest.files:
+        path = folder / record.name
+        if PurePosixPath(record.name).name != record.name:
+            raise _damaged(path, "a file name inside the folder", record.name)
+        if not path.is_file():
+            raise _damaged(path, f"a file of {record.size} bytes", "no file")
+        if path.stat().st_size != record.size:
+            raise _damaged(path, f"{record.size} bytes", f"{path.stat().st_size} bytes")
+        if sha256_of(path) != record.sha256:
+            raise _damaged(path, f"SHA-256 {record.sha256[:12]}", "another content")
+    return manifest
+
+
+def _damaged(path: Path, expected: str, got: str) -> ArtifactError:
+    return ArtifactError(
+        str(path), expected=expected, got=got, fix="Copy the whole folder again, or export again."
+    )
+
+
+def _manifest(optimized: OptimizedModel, layout: str, files: tuple[FileRecord, ...]) -> Manifest:
+    settings, cost = optimized.plan.settings, optimized.cost
+    caches = optimized.rewritten.caches
+    return Manifest(
+        format=FORMAT,
+        calicache=version("calicache"),
+        layout=layout,
+        files=files,
+        schedule=settings.schedule,
+        rank=settings.rank,
+        weighting=settings.weighting,
+        weights_hash=settings.weights_hash,
+        inputs=settings.signature.tensors,
+        outputs=output_names(optimized),
+        caches=tuple(
+            TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
+            for cache in caches
+        ),
+        cache_bytes=sum(cache.nbytes for cache in caches),
+        refresh_macs=cost.refresh_macs,
+        calibrate_macs=cost.calibrate_macs,
+        reuse_macs=cost.reuse_macs,
+        sites=_site_records(optimized),
+        branches=tuple(branch.name for branch in optimized.sites.branches),
+        rejections=optimized.sites.rejections,
+    )
+
+
+def _site_records(optimized: OptimizedModel) -> tuple[SiteRecord, ...]:
+    records = []
+    for site in optimized.sites.linears:
+        cost, factors = optimized.cost.sites[site.name], optimized.factors.get(site.name)
+        records.append(
+            SiteRecord(
+                name=site.name,
+                branch=site.branch,
+                in_features=site.in_features,
+                out_features=site.out_features,
+                rank=optimized.plan.settings.rank,
+                energy=factors.energy if factors else None,
+                full_macs=cost.full_macs,
+                calibrate_macs=cost.calibrate_macs,
+                full_bytes=cost.full_bytes,
+                factor_bytes=cost.factor_bytes,
+                cache_bytes=cost.cache_bytes,
+            )
+        )
+    return tuple(records)

@@ -1,0 +1,149 @@
+"""Session: runs an artifact in ONNX Runtime, with the caches kept on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from calicache.export.artifact import MODEL_FILE, load_artifact
+from calicache.export.onnx_graph import STEP_INPUT, next_name
+from calicache.graph_passes.errors import ExportError, RunError
+from calicache.graph_passes.plan import StepMode
+from calicache.graph_passes.signature import TensorSpec
+
+_DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+
+
+class Session:
+    """Runs the steps of one denoising after another.
+
+    The caches are ONNX Runtime values on the provider's device; they go from one step to the
+    next without a copy and are replaced on REFRESH steps alone.
+
+    Args:
+        directory: an artifact written by `export_onnx` in the `step` layout.
+        provider: an ONNX Runtime execution provider.
+        options: passed to ONNX Runtime, for threads and profiling.
+
+    Raises:
+        ArtifactError: the folder is damaged.
+        ExportError: the provider is not one that this ONNX Runtime has.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        provider: str = "CPUExecutionProvider",
+        options: ort.SessionOptions | None = None,
+    ) -> None:
+        self.manifest = load_artifact(directory)
+        valid = [name for name in ort.get_available_providers() if name in _DEVICES]
+        if provider not in valid:
+            raise ExportError(
+                "provider",
+                expected=" | ".join(valid),
+                got=repr(provider),
+                fix="Choose one of these, or install the onnxruntime package that has it.",
+            )
+        self._device = _DEVICES[provider]
+        self._session = ort.InferenceSession(
+            Path(directory) / MODEL_FILE, options, providers=[provider]
+        )
+        self._caches: dict[str, ort.OrtValue] = {}
+
+    def step(self, step: int, **inputs: Any) -> np.ndarray[Any, Any]:
+        """Run one step; returns the model's first output.
+
+        Args:
+            step: index in the run, 0 .. len(schedule) - 1.
+            inputs: the model's own tensors by name, NumPy arrays or CPU tensors.
+
+        Raises:
+            RunError: a step out of range or before any REFRESH, or another shape, dtype or
+                name than the artifact's.
+        """
+        return self.step_outputs(step, **inputs)[0]
+
+    def step_outputs(self, step: int, **inputs: Any) -> tuple[np.ndarray[Any, Any], ...]:
+        """Run one step; returns all of the model's outputs. See `step`."""
+        mode = self._mode(step)
+        binding = self._session.io_binding()
+        self._bind_inputs(binding, step, inputs, mode)
+        for output in self._session.get_outputs():
+            binding.bind_output(output.name, self._device)
+        self._session.run_with_iobinding(binding)
+        names = [output.name for output in self._session.get_outputs()]
+        values = dict(zip(names, binding.get_outputs(), strict=True))
+        if mode is StepMode.REFRESH:
+            caches = self.manifest.caches
+            self._caches = {cache.name: values[next_name(cache.name)] for cache in caches}
+        return tuple(values[name].numpy() for name in self.manifest.outputs)
+
+    def reset(self) -> None:
+        """Drop the caches; the next step must be a REFRESH."""
+        self._caches = {}
+
+    def _mode(self, step: int) -> StepMode:
+        schedule = self.manifest.schedule
+        if not 0 <= step < len(schedule):
+            raise RunError(
+                f"step {step}",
+                expected=f"0 .. {len(schedule) - 1}",
+                got=str(step),
+                fix="Export a plan with this many steps.",
+            )
+        mode = schedule[step]
+        if mode is not StepMode.REFRESH and self.manifest.caches and not self._caches:
+            raise RunError(
+                f"step {step}",
+                expected="a REFRESH step before it",
+                got="empty caches",
+                fix="Start the run at step 0.",
+            )
+        return mode
+
+    def _bind_inputs(
+        self, binding: ort.IOBinding, step: int, inputs: dict[str, Any], mode: StepMode
+    ) -> None:
+        specs = self.manifest.inputs
+        unknown = sorted(set(inputs) - {spec.name for spec in specs})
+        if unknown:
+            raise _wrong_input(unknown[0], " | ".join(spec.name for spec in specs), "another name")
+        used = {value.name for value in self._session.get_inputs()}
+        for spec in specs:
+            if spec.name not in inputs:
+                raise _wrong_input(spec.name, str(spec), "nothing")
+            value = _checked(spec, np.asarray(inputs[spec.name]))
+            if spec.name in used:
+                binding.bind_ortvalue_input(spec.name, self._ort_value(value))
+        if STEP_INPUT in used:
+            binding.bind_ortvalue_input(STEP_INPUT, self._ort_value(np.array(step, np.int64)))
+        for cache in self.manifest.caches:
+            if mode is StepMode.REFRESH:
+                # The old values are not read; letting them go first halves the peak.
+                self._caches = {}
+                empty = np.zeros((0, *cache.shape[1:]), cache.dtype)
+                binding.bind_ortvalue_input(cache.name, self._ort_value(empty))
+            else:
+                binding.bind_ortvalue_input(cache.name, self._caches[cache.name])
+
+    def _ort_value(self, value: np.ndarray[Any, Any]) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device)
+
+
+def _checked(spec: TensorSpec, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if value.shape != spec.shape or str(value.dtype) != spec.dtype:
+        raise _wrong_input(spec.name, str(spec), f"{value.dtype} {value.shape}")
+    return value
+
+
+def _wrong_input(name: str, expected: str, got: str) -> RunError:
+    return RunError(
+        f"input {name}",
+        expected=expected,
+        got=got,
+        fix="Pass what the model was recorded with, or export a plan for this call.",
+    )
