@@ -61,6 +61,7 @@ class Manifest:
         schedule, rank, weighting, weights_hash: from the plan.
         inputs: the model's own tensors; `outputs` its outputs by name.
         caches: what a REFRESH step keeps.
+        plain_macs: of one call of the model as it was.
         refresh_macs, calibrate_macs, reuse_macs: of one call in each mode.
         sites, rejections: what was calibrated, and what was left alone and why.
         branches: residual branches that REUSE skips.
@@ -78,6 +79,7 @@ class Manifest:
     outputs: tuple[str, ...]
     caches: tuple[TensorSpec, ...]
     cache_bytes: int
+    plain_macs: int
     refresh_macs: int
     calibrate_macs: int
     reuse_macs: int
@@ -94,7 +96,7 @@ class Manifest:
     def run_share(self) -> float:
         """MACs of a whole run against the plain model's."""
         used = sum(self.step_macs(mode) for mode in self.schedule)
-        return used / (len(self.schedule) * self.refresh_macs)
+        return used / (len(self.schedule) * self.plain_macs)
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -196,6 +198,7 @@ def _manifest(optimized: OptimizedModel, layout: str, files: tuple[FileRecord, .
             for cache in caches
         ),
         cache_bytes=sum(cache.nbytes for cache in caches),
+        plain_macs=cost.plain_macs,
         refresh_macs=cost.refresh_macs,
         calibrate_macs=cost.calibrate_macs,
         reuse_macs=cost.reuse_macs,

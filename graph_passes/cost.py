@@ -28,11 +28,13 @@ class SiteCost:
         full_macs: of the whole layer, T * in * out for T tokens.
         calibrate_macs: of the calibration branch, T * r * (in + out).
         full_bytes: of W and b; `factor_bytes` of A and B.
-        cache_bytes: of y_ref, and of x_ref at the first site of a sibling group.
+        fold_macs: of A x on a REFRESH step, where the site is folded.
+        cache_bytes: of y_ref, and of z_ref, or x_ref at the first site of a sibling group.
     """
 
     full_macs: int
     calibrate_macs: int
+    fold_macs: int
     full_bytes: int
     factor_bytes: int
     cache_bytes: int
@@ -43,10 +45,13 @@ class ModelCost:
     """Cost of one call in each mode.
 
     Attributes:
-        refresh_macs: the whole model; `calibrate_macs`, `reuse_macs` of a cheap step.
+        plain_macs: the model as it was.
+        refresh_macs: the model and what it does for folded caches.
+        calibrate_macs, reuse_macs: a cheap step.
         sites: by name.
     """
 
+    plain_macs: int
     refresh_macs: int
     calibrate_macs: int
     reuse_macs: int
@@ -55,30 +60,43 @@ class ModelCost:
     def uniform_share(self, interval: int, *, reuse: bool = False) -> float:
         """MACs of a long run against the plain model, with a REFRESH every `interval` steps."""
         cheap = self.reuse_macs if reuse else self.calibrate_macs
-        return (1 + (interval - 1) * cheap / self.refresh_macs) / interval
+        return (self.refresh_macs + (interval - 1) * cheap) / (interval * self.plain_macs)
 
 
-def model_cost(captured: CapturedGraph, sites: Sites, ranks: Mapping[str, int]) -> ModelCost:
+def model_cost(
+    captured: CapturedGraph,
+    sites: Sites,
+    ranks: Mapping[str, int],
+    folded: frozenset[str] = frozenset(),
+) -> ModelCost:
     """Cost of every mode from shapes alone.
 
     Args:
         captured: the plain graph.
         sites: what CALIBRATE replaces, and the branches that REUSE skips.
         ranks: r by site name.
+        folded: sites that cache A x instead of x.
     """
     macs = {node.name: node_macs(node) for node in captured.graph.nodes}
-    refresh = sum(macs.values())
+    plain = sum(macs.values())
     first = {group.sites[0] for group in sites.groups}
     costs = {
-        site.name: _site_cost(captured, site, ranks[site.name], site.name in first)
+        site.name: _site_cost(
+            captured,
+            site,
+            ranks[site.name],
+            keeps_input=site.name in first and site.name not in folded,
+            folds=site.name in folded,
+        )
         for site in sites.linears
     }
     saved = sum(cost.full_macs - cost.calibrate_macs for cost in costs.values())
     skipped = {name for branch in sites.branches for name in branch.nodes}
     return ModelCost(
-        refresh_macs=refresh,
-        calibrate_macs=refresh - saved,
-        reuse_macs=refresh - sum(macs[name] for name in skipped),
+        plain_macs=plain,
+        refresh_macs=plain + sum(cost.fold_macs for cost in costs.values()),
+        calibrate_macs=plain - saved,
+        reuse_macs=plain - sum(macs[name] for name in skipped),
         sites=costs,
     )
 
@@ -115,14 +133,19 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-def _site_cost(captured: CapturedGraph, site: LinearSite, rank: int, keeps_input: bool) -> SiteCost:
+def _site_cost(
+    captured: CapturedGraph, site: LinearSite, rank: int, *, keeps_input: bool, folds: bool
+) -> SiteCost:
     size = captured.attribute(site.weight).element_size()
     width = site.in_features + site.out_features
-    channels = site.out_features + (site.in_features if keeps_input and rank else 0)
+    channels = site.out_features
+    if rank:
+        channels += site.in_features * keeps_input + rank * folds
     bias = site.out_features if site.bias else 0
     return SiteCost(
         full_macs=site.tokens * site.in_features * site.out_features,
         calibrate_macs=site.tokens * rank * width,
+        fold_macs=site.tokens * rank * site.in_features * folds,
         full_bytes=(site.in_features * site.out_features + bias) * size,
         factor_bytes=rank * width * size,
         cache_bytes=site.tokens * channels * size,

@@ -11,6 +11,7 @@ from calicache.graph_passes.cost import model_cost
 from calicache.graph_passes.decompose import decompose_sites
 from calicache.graph_passes.dependence import classify_nodes
 from calicache.graph_passes.errors import PlanError
+from calicache.graph_passes.fold import choose_folds
 from calicache.graph_passes.plan import (
     Plan,
     StepMode,
@@ -49,10 +50,12 @@ def optimize(
     check_statistics(plan, sites.linears)
     calibrated = sites.linears if StepMode.CALIBRATE in plan.schedule else ()
     factors = decompose_sites(captured, calibrated, settings.rank, plan.statistics, on_site)
+    ranks = {site.name: settings.rank for site in sites.linears}
+    folded = choose_folds(sites, ranks, plan.schedule, _itemsize(model))
     rewritten = verify_rewritten(
-        captured, rewrite(captured, sites, factors, frozenset(plan.schedule))
+        captured, rewrite(captured, sites, factors, frozenset(plan.schedule), folded)
     )
-    cost = model_cost(captured, sites, {site.name: settings.rank for site in sites.linears})
+    cost = model_cost(captured, sites, ranks, folded)
     return OptimizedModel(
         model,
         plan=plan,
@@ -62,6 +65,10 @@ def optimize(
         rewritten=rewritten,
         cost=cost,
     )
+
+
+def _itemsize(model: nn.Module) -> int:
+    return next(model.parameters()).element_size()
 
 
 def _check_weights(model: nn.Module, plan: Plan) -> None:

@@ -1,4 +1,9 @@
-"""From the plain graph to one variant per step mode, with the caches as inputs and outputs."""
+"""From the plain graph to one variant per step mode, with the caches as inputs and outputs.
+
+Linear layers whose output is cached are written over rows (T, channels), T being all tokens of
+the batch: ONNX Runtime runs them as one GEMM that writes straight into the cache, where a
+value taken after the reshape that follows the GEMM would be copied.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from calicache.graph_passes.branches import LINEAR
-from calicache.graph_passes.capture import CapturedGraph, finish, shape_of
+from calicache.graph_passes.capture import CapturedGraph, finish
 from calicache.graph_passes.decompose import CalibrationFactors
+from calicache.graph_passes.insertion import Insertion, cache_name
 from calicache.graph_passes.plan import StepMode
 from calicache.graph_passes.sites import LinearSite, Sites
 
@@ -23,12 +29,14 @@ class CacheSpec:
 
     Attributes:
         name: of the placeholder that takes it, such as `cache_linear_4`.
-        node: whose value it is in the plain graph.
-        shape, dtype: of the value.
+        node: whose value it is in the plain graph; x for a folded cache, which is A x.
+        folded: the site whose A is applied, or None.
+        shape, dtype: of the cached value.
     """
 
     name: str
     node: str
+    folded: str | None
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -76,6 +84,7 @@ def rewrite(
     sites: Sites,
     factors: Mapping[str, CalibrationFactors],
     modes: Collection[StepMode],
+    folded: frozenset[str] = frozenset(),
 ) -> Rewritten:
     """Make the variants for some modes.
 
@@ -84,64 +93,114 @@ def rewrite(
         sites: sites and branches.
         factors: by site name; needed where CALIBRATE is among the modes.
         modes: which variants a schedule uses; REFRESH is made in any case.
+        folded: sites that cache A x instead of x, from `choose_folds`.
     """
     variants: dict[StepMode, Variant] = {}
     if StepMode.CALIBRATE in modes:
-        variants[StepMode.CALIBRATE] = calibrate_variant(captured, sites.linears, factors)
+        variants[StepMode.CALIBRATE] = calibrate_variant(captured, sites.linears, factors, folded)
     if StepMode.REUSE in modes:
         variants[StepMode.REUSE] = reuse_variant(captured, sites)
-    read = {name for variant in variants.values() for name in variant.reads}
-    caches = tuple(
-        CacheSpec(_cache_name(node.name), node.name, shape_of(node), node.meta["val"].dtype)
-        for node in captured.graph.nodes
-        if _cache_name(node.name) in read
-    )
-    refresh = refresh_variant(captured, caches)
+    caches = _caches(captured, sites, variants)
+    refresh = refresh_variant(captured, caches, factors)
     outputs = len(_outputs(captured.graph))
     return Rewritten({StepMode.REFRESH: refresh, **variants}, caches, outputs)
 
 
-def refresh_variant(captured: CapturedGraph, caches: tuple[CacheSpec, ...]) -> Variant:
-    """The plain graph with the cached values as further outputs."""
+def refresh_variant(
+    captured: CapturedGraph,
+    caches: tuple[CacheSpec, ...],
+    factors: Mapping[str, CalibrationFactors],
+) -> Variant:
+    """The plain graph with the cached values as further outputs; A x for folded ones."""
     graph, copies = _copy(captured.graph)
-    graph.output((*_outputs(graph), *(copies[cache.node] for cache in caches)))
-    graph.erase_node(next(node for node in graph.nodes if node.op == "output"))
-    return _variant(StepMode.REFRESH, captured, graph, {}, frozenset())
+    output = next(node for node in graph.nodes if node.op == "output")
+    insert = Insertion(graph)
+    values = []
+    for cache in caches:
+        value = copies[cache.node]
+        if cache.folded is not None:
+            with graph.inserting_before(value.next):
+                rows = insert.rows(value)
+            with graph.inserting_before(rows.next):
+                value = insert.linear(rows, cache.folded, "down", factors[cache.folded].down)
+        elif value.target is LINEAR:
+            value = insert.linear_over_rows(value)
+        values.append(value)
+    output.args = ((*_outputs(graph), *values),)
+    return _variant(StepMode.REFRESH, captured, insert)
 
 
 def calibrate_variant(
     captured: CapturedGraph,
     linears: tuple[LinearSite, ...],
     factors: Mapping[str, CalibrationFactors],
+    folded: frozenset[str] = frozenset(),
 ) -> Variant:
-    """Every site becomes y_ref + B A (x - x_ref); at rank 0 just y_ref."""
+    """Every site becomes y_ref + B A (x - x_ref), or y_ref + B (A x - z_ref) where folded.
+
+    Sites that share x share x - x_ref. At rank 0 the site is just y_ref.
+    """
     graph, copies = _copy(captured.graph)
-    attributes: dict[str, Tensor] = {}
-    cached: dict[str, fx.Node] = {}
-    inserted: set[str] = set()
+    insert = Insertion(graph)
+    increments: dict[str, fx.Node] = {}
     for site in linears:
-        node, source = copies[site.node], copies[site.input_node]
-        output_cache = _cache_placeholder(graph, node, site.node, cached)
-        replacement = output_cache
-        if factors[site.name].rank:
-            input_cache = _cache_placeholder(graph, source, site.input_node, cached)
-            branch = _insert_branch(
-                graph, site, node, input_cache, output_cache, factors[site.name], attributes
-            )
-            inserted |= {made.name for made in branch}
-            replacement = branch[-1]
-        node.replace_all_uses_with(replacement)
-    return _variant(StepMode.CALIBRATE, captured, graph, attributes, inserted)
+        node, made = copies[site.node], factors[site.name]
+        source = node.args[0]  # not the plain input: that may be a site of its own
+        assert isinstance(source, fx.Node)
+        with graph.inserting_before(node):
+            if made.rank == 0:
+                node.replace_all_uses_with(insert.anchor(node))
+                continue
+            if site.name in folded:
+                inner = insert.linear(insert.rows(source), site.name, "down", made.down)
+                inner_anchor = insert.cache(_folded_name(site.node), inner.meta["val"])
+                inner = insert.call(aten.sub.Tensor, inner, inner_anchor, site.name)
+            else:
+                if source.name not in increments:
+                    increments[source.name] = insert.call(
+                        aten.sub.Tensor, source, insert.anchor(copies[site.input_node]), site.name
+                    )
+                increment = insert.rows(increments[source.name])
+                inner = insert.linear(increment, site.name, "down", made.down)
+            correction = insert.linear(inner, site.name, "up", made.up)
+            total = insert.call(aten.add.Tensor, insert.cached(node), correction, site.name)
+            node.replace_all_uses_with(insert.shaped(total, node))
+    return _variant(StepMode.CALIBRATE, captured, insert)
 
 
 def reuse_variant(captured: CapturedGraph, sites: Sites) -> Variant:
     """Every branch becomes its cached output; what is inside goes away as dead code."""
     graph, copies = _copy(captured.graph)
-    cached: dict[str, fx.Node] = {}
+    insert = Insertion(graph)
     for branch in sites.branches:
         last = copies[branch.exit]
-        last.replace_all_uses_with(_cache_placeholder(graph, last, branch.exit, cached))
-    return _variant(StepMode.REUSE, captured, graph, {}, frozenset())
+        with graph.inserting_before(last):
+            last.replace_all_uses_with(insert.anchor(last))
+    return _variant(StepMode.REUSE, captured, insert)
+
+
+def _caches(
+    captured: CapturedGraph, sites: Sites, variants: Mapping[StepMode, Variant]
+) -> tuple[CacheSpec, ...]:
+    """What the cheap variants read, in the order of the plain graph."""
+    values = {
+        node.name: node.meta["val"]
+        for variant in variants.values()
+        for node in variant.module.graph.nodes
+        if node.name in variant.reads
+    }
+    sources: dict[str, tuple[str, str | None]] = {}
+    by_node = {site.node: site for site in sites.linears}
+    for node in captured.graph.nodes:
+        site = by_node.get(node.name)
+        if site is not None:
+            sources[_folded_name(node.name)] = (site.input_node, site.name)
+        sources[cache_name(node.name)] = (node.name, None)
+    return tuple(
+        CacheSpec(name, node, folded, tuple(values[name].shape), values[name].dtype)
+        for name, (node, folded) in sources.items()
+        if name in values
+    )
 
 
 def _copy(source: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
@@ -159,84 +218,28 @@ def _outputs(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
     return outputs
 
 
-def _cache_name(node: str) -> str:
-    return f"cache_{node}"
+def _folded_name(node: str) -> str:
+    return f"cache_{node}_down"
 
 
-def _cache_placeholder(
-    graph: fx.Graph, like: fx.Node, node: str, cached: dict[str, fx.Node]
-) -> fx.Node:
-    """The placeholder for a cached value, made once per variant."""
-    if node not in cached:
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            cached[node] = graph.placeholder(_cache_name(node))
-        cached[node].meta["val"] = like.meta["val"]
-    return cached[node]
-
-
-def _insert_branch(
-    graph: fx.Graph,
-    site: LinearSite,
-    node: fx.Node,
-    input_cache: fx.Node,
-    output_cache: fx.Node,
-    factors: CalibrationFactors,
-    attributes: dict[str, Tensor],
-) -> tuple[fx.Node, ...]:
-    """y_ref + B A (x - x_ref) before `node`; returns the six new nodes, the sum last."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    down, up = f"calibration.{site.name}.down", f"calibration.{site.name}.up"
-    attributes |= {down: factors.down, up: factors.up}
-    val = source.meta["val"]
-    with graph.inserting_before(node):
-        increment = graph.call_function(aten.sub.Tensor, (source, input_cache))
-        down_weight = graph.get_attr(down)
-        inner = graph.call_function(LINEAR, (increment, down_weight))
-        up_weight = graph.get_attr(up)
-        correction = graph.call_function(LINEAR, (inner, up_weight))
-        total = graph.call_function(aten.add.Tensor, (output_cache, correction))
-    made = (increment, down_weight, inner, up_weight, correction, total)
-    shapes: tuple[tuple[int, ...], ...] = (
-        tuple(val.shape),
-        tuple(factors.down.shape),
-        (*val.shape[:-1], factors.rank),
-        tuple(factors.up.shape),
-        tuple(node.meta["val"].shape),
-        tuple(node.meta["val"].shape),
-    )
-    for new, shape in zip(made, shapes, strict=True):
-        new.meta = {**node.meta, "val": val.new_empty(shape), "calibrates": site.name}
-    return made
-
-
-def _variant(
-    mode: StepMode,
-    captured: CapturedGraph,
-    graph: fx.Graph,
-    attributes: Mapping[str, Tensor],
-    inserted: Collection[str],
-) -> Variant:
+def _variant(mode: StepMode, captured: CapturedGraph, insert: Insertion) -> Variant:
+    graph, arguments = insert.graph, len(captured.signature.tensors)
     finish(graph)
-    _drop_unused_caches(graph, len(captured.signature.tensors))
-    weights = {
-        str(node.target): attributes.get(str(node.target), None)
-        for node in graph.nodes
-        if node.op == "get_attr"
-    }
+    _drop_unused_caches(graph, arguments)
+    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     tensors = {
-        target: captured.attribute(target) if value is None else value
-        for target, value in weights.items()
+        target: insert.attributes[target]
+        if target in insert.attributes
+        else captured.attribute(target)
+        for target in sorted(targets)
     }
-    module = fx.GraphModule(tensors, graph, class_name=mode.name.capitalize())
-    reads = [n.name for n in graph.nodes if n.op == "placeholder"]
     live = {node.name for node in graph.nodes}
+    reads = [node.name for node in graph.nodes if node.op == "placeholder"][arguments:]
     return Variant(
-        mode,
-        module,
-        tuple(reads[len(captured.signature.tensors) :]),
-        tuple(name for name in (n.name for n in graph.nodes) if name in inserted and name in live),
+        mode=mode,
+        module=fx.GraphModule(tensors, graph, class_name=mode.name.capitalize()),
+        reads=tuple(reads),
+        inserted=tuple(node.name for node in insert.made if node.name in live),
     )
 
 

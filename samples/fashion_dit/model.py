@@ -21,11 +21,11 @@ class FashionDiTConfig:
 
     image_size: int = 28
     patch_size: int = 4
-    width: int = 128
-    depth: int = 8
+    width: int = 256
+    depth: int = 4
     heads: int = 4
     num_classes: int = 10
-    frequency_channels: int = 128
+    frequency_channels: int = 256
 
     @property
     def grid(self) -> int:

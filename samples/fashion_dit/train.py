@@ -31,7 +31,7 @@ from weights import DIT_WEIGHTS, half, save_atomic
 class TrainConfig:
     """Everything that decides the result of a training run."""
 
-    steps: int = 20_000
+    steps: int = 10_000
     batch: int = 64
     learning_rate: float = 1e-3
     warmup: int = 500
