@@ -1,0 +1,44 @@
+# `make` or `make help` lists the targets.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format train classifier card clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Record, plan, optimise, export and sample the trained DiT; writes out/demo.png
+	$(BIN)/python samples/fashion_dit/demo.py
+
+test: $(INSTALLED) ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(INSTALLED) ## Train the sample DiT (hours; goes on where it stopped)
+	$(BIN)/python samples/fashion_dit/train.py
+
+classifier: $(INSTALLED) ## Train the sample classifier (minutes)
+	$(BIN)/python samples/fashion_dit/train_classifier.py
+
+card: $(INSTALLED) ## Write the sample grid of the model card
+	$(BIN)/python samples/fashion_dit/card.py
+
+clean: ## Remove the virtual environment and all output
+	rm -rf $(VENV) out build dist *.egg-info

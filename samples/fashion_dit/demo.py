@@ -1,0 +1,231 @@
+"""The whole path on the trained sample model: record, plan, optimise, export, sample, compare.
+
+    python samples/fashion_dit/demo.py
+
+Writes `out/demo.png` (rows: full, REUSE, CALIBRATE; same seeds, same labels), `out/demo.json`
+and the ONNX artifacts, and prints a table. Statistics come from other seeds than the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from data import CLASS_NAMES
+from diffusion import GuidedDDIM
+from images import save_grid
+from model import FashionDiT
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from weights import DIT_WEIGHTS, load_weights
+
+from calicache.export import Session, export_onnx
+from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_schedule
+
+GUIDANCE = 1.5
+RECORD_SEED, SAMPLE_SEED = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to sample: an artifact, and how many of its steps to run."""
+
+    name: str
+    session: Session
+    steps: int
+
+    @property
+    def macs_share(self) -> float:
+        """MACs of its run against the full one's."""
+        manifest = self.session.manifest
+        used = sum(manifest.step_macs(mode) for mode in manifest.schedule[: self.steps])
+        return used / (len(manifest.schedule) * manifest.plain_macs)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table; shares and errors are against the full run."""
+
+    name: str
+    steps: int
+    macs_share: float
+    seconds: float
+    time_share: float
+    relative_error: float
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--steps", type=int, default=35, help="DDIM steps of the full run")
+    parser.add_argument("--interval", type=int, default=3, help="steps from REFRESH to REFRESH")
+    parser.add_argument("--rank", type=int, default=28, help="rank of the calibration branches")
+    parser.add_argument("--weighting", default="activation")
+    parser.add_argument("--images", type=int, default=10, help="images to sample")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of every method")
+    arguments = parser.parse_args()
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        methods = prepare(arguments, progress)
+        rows, images = compare(methods, arguments.images, arguments.repeats, progress)
+    console.print(table(rows), highlight=False)
+    save_grid([images[name] for name in ("full", "REUSE", "CALIBRATE")], arguments.out / "demo.png")
+    report(rows, arguments.out / "demo.json")
+    labels = ", ".join(CLASS_NAMES[k % 10] for k in range(arguments.images))
+    console.print(f"Columns: {labels}", highlight=False)
+    console.print(f"Pictures: {arguments.out / 'demo.png'}  Look inside:", highlight=False)
+    console.print(f"  calicache inspect {arguments.out / 'calibrate.onnx.d'}", highlight=False)
+
+
+def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
+    """Record, plan, optimise and export; returns what to compare, the full run first."""
+    model = load_weights(FashionDiT(), DIT_WEIGHTS)
+    sampler = GuidedDDIM(arguments.steps, GUIDANCE, FashionDiT().null_class)
+    task = progress.add_task("record one sampler run")
+    with record(model) as trajectory:
+        sampler.sample(model, *draw(arguments.images, RECORD_SEED))
+    progress.update(task, completed=100)
+    plan = Plan.from_trajectory(
+        model,
+        trajectory,
+        interval=arguments.interval,
+        rank=arguments.rank,
+        weighting=arguments.weighting,
+        on_step=tick(progress, "collect statistics"),
+    )
+    steps, interval = arguments.steps, arguments.interval
+    schedules = {
+        "full": uniform_schedule(steps, 1),
+        "REUSE": uniform_schedule(steps, interval, StepMode.REUSE),
+        "CALIBRATE": uniform_schedule(steps, interval, StepMode.CALIBRATE),
+    }
+    sessions: dict[str, Session] = {}
+    export = progress.add_task("optimise and export", total=len(schedules))
+    for name, schedule in schedules.items():
+        on_site = tick(progress, f"decompose for {name}")
+        fast = optimize(model, plan.with_schedule(schedule), on_site=on_site)
+        folder = arguments.out / f"{name.lower()}.onnx.d"
+        export_onnx(fast, folder)
+        sessions[name] = Session(folder)
+        progress.advance(export)
+    methods = {name: Method(name, session, steps) for name, session in sessions.items()}
+    fewer = max(2, round(steps * methods["CALIBRATE"].macs_share))
+    return [
+        methods["full"],
+        Method(f"full, {fewer} steps", sessions["full"], fewer),
+        methods["REUSE"],
+        methods["CALIBRATE"],
+    ]
+
+
+def compare(
+    methods: list[Method], images: int, repeats: int, progress: Progress
+) -> tuple[list[Row], dict[str, Tensor]]:
+    """Time the methods in turn, so that a change of the machine's speed meets all of them."""
+    noise, labels = draw(images, SAMPLE_SEED)
+    seconds: dict[str, list[float]] = {method.name: [] for method in methods}
+    results: dict[str, Tensor] = {}
+    task = progress.add_task("sample with ONNX Runtime", total=(repeats + 1) * len(methods))
+    for repeat in range(repeats + 1):
+        for method in methods:
+            start = time.perf_counter()
+            results[method.name] = sample(method, noise, labels)
+            if repeat:  # the first round warms up
+                seconds[method.name].append(time.perf_counter() - start)
+            progress.advance(task)
+    full = methods[0].name
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    rows = [
+        Row(
+            name=method.name,
+            steps=method.steps,
+            macs_share=method.macs_share,
+            seconds=medians[method.name],
+            time_share=medians[method.name] / medians[full],
+            relative_error=float(
+                (results[method.name] - results[full]).norm() / results[full].norm()
+            ),
+        )
+        for method in methods
+    ]
+    return rows, results
+
+
+def sample(method: Method, noise: Tensor, labels: Tensor) -> Tensor:
+    """Run the sampler over an ONNX Runtime session; images (B, 1, 28, 28)."""
+    step = iter(range(method.steps))
+
+    def model(**inputs: Tensor) -> Tensor:
+        return torch.from_numpy(method.session.step(next(step), **inputs))
+
+    return GuidedDDIM(method.steps, GUIDANCE, FashionDiT().null_class).sample(model, noise, labels)
+
+
+def draw(images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise (B, 1, 28, 28) and labels (B,), every class in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(images, 1, 28, 28, generator=generator), torch.arange(images) % 10
+
+
+def tick(progress: Progress, title: str) -> Callable[[int, int], None]:
+    """A callback that draws a bar from its first call on."""
+    task = progress.add_task(title, visible=False)
+
+    def update(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total, visible=True)
+
+    return update
+
+
+def table(rows: list[Row]) -> Table:
+    """The comparison, for a terminal."""
+    title = f"{rows[0].steps}-step DDIM with guidance {GUIDANCE}, ONNX Runtime on the CPU"
+    result = Table(title=title, title_justify="left")
+    for column in ("method", "steps", "MACs", "seconds", "of full", "relative L2 error"):
+        result.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        result.add_row(
+            row.name,
+            str(row.steps),
+            f"{row.macs_share:.3f}",
+            f"{row.seconds:.3f}",
+            f"{row.time_share:.3f}",
+            f"{row.relative_error:.4f}",
+        )
+    return result
+
+
+def report(rows: list[Row], path: Path) -> None:
+    """The same numbers as JSON, with the machine and the versions they were measured on."""
+    packages = ("calicache", "torch", "onnx", "onnxruntime", "numpy")
+    content = {
+        "machine": {"processor": cpu_name(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+if __name__ == "__main__":
+    main()
