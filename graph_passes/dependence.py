@@ -33,7 +33,8 @@ def classify_inputs(trajectory: Trajectory) -> dict[str, Dependence]:
     elsewhere have it the same, step by step. Otherwise it is `latent`.
 
     Raises:
-        DependenceError: no run has two steps, or no input depends on the latent.
+        DependenceError: no run has two steps, no input depends on the latent, or the model is
+            called twice per step.
     """
     runs = trajectory.runs
     if trajectory.steps < 2:
@@ -42,6 +43,13 @@ def classify_inputs(trajectory: Trajectory) -> dict[str, Dependence]:
             expected="a run of at least 2 steps",
             got=f"{trajectory.steps} step",
             fix="Record a whole sampler run.",
+        )
+    if trajectory.timestep and all(_in_pairs(run, trajectory.timestep.name) for run in runs):
+        raise DependenceError(
+            trajectory.timestep.name,
+            expected="one call of the model per step",
+            got="every timestep twice in a row, as in guidance by two calls",
+            fix="Batch the conditional and the unconditional call into one.",
         )
     names = [spec.name for spec in trajectory.signature.tensors]
     moving = [name for name in names if any(_moves(run, name) for run in runs)]
@@ -80,6 +88,11 @@ def classify_nodes(
                 default=Dependence.CONSTANT,
             )
     return classes
+
+
+def _in_pairs(run: Run, name: str) -> bool:
+    values = [call[name] for call in run]
+    return len(run) % 2 == 0 and all(map(torch.equal, values[::2], values[1::2]))
 
 
 def _moves(run: Run, name: str) -> bool:
