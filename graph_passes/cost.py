@@ -6,18 +6,41 @@ Everything is read from shapes, so a model on the meta device will do. Only prod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
-from calicache.graph_passes.capture import CapturedGraph, shape_of
+from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.sites import LinearSite, Sites
 
 aten = torch.ops.aten
+PRODUCTS = frozenset(
+    {
+        aten.linear,
+        aten.bilinear,
+        aten.matmul,
+        aten.mm,
+        aten.bmm,
+        aten.addmm,
+        aten.baddbmm,
+        aten.einsum,
+        aten.tensordot,
+        aten.inner,
+        aten.linalg_multi_dot,
+        aten.scaled_dot_product_attention,
+        aten.convolution,
+        aten.conv1d,
+        aten.conv2d,
+        aten.conv3d,
+        aten.conv_transpose1d,
+        aten.conv_transpose2d,
+        aten.conv_transpose3d,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +113,27 @@ def model_cost(
         )
         for site in sites.linears
     }
-    saved = sum(cost.full_macs - cost.calibrate_macs for cost in costs.values())
-    skipped = {name for branch in sites.branches for name in branch.nodes}
+    cheap = macs | {site.node: costs[site.name].calibrate_macs for site in sites.linears}
+    cached = {site.node for site in sites.linears if not ranks[site.name]}
     return ModelCost(
         plain_macs=plain,
         refresh_macs=plain + sum(cost.fold_macs for cost in costs.values()),
-        calibrate_macs=plain - saved,
-        reuse_macs=plain - sum(macs[name] for name in skipped),
+        calibrate_macs=_live_macs(captured.graph, cheap, cached),
+        reuse_macs=_live_macs(captured.graph, macs, {branch.exit for branch in sites.branches}),
         sites=costs,
     )
+
+
+def _live_macs(graph: fx.Graph, macs: Mapping[str, int], cached: Set[str]) -> int:
+    """MACs of everything that the output needs where the values in `cached` are known."""
+    live: set[str] = set()
+    pending = [node for node in graph.nodes if node.op == "output"]
+    while pending:
+        node = pending.pop()
+        if node.name not in live and node.name not in cached:
+            live.add(node.name)
+            pending.extend(node.all_input_nodes)
+    return sum(macs[name] for name in live)
 
 
 def graph_macs(graph: fx.Graph) -> int:
@@ -107,30 +142,21 @@ def graph_macs(graph: fx.Graph) -> int:
 
 
 def node_macs(node: fx.Node) -> int:
-    """Multiply-accumulates of one node; 0 for everything that is not a product."""
-    shapes = [shape_of(arg) for arg in node.args if isinstance(arg, fx.Node) and _is_tensor(arg)]
-    if node.target is aten.linear.default:
-        return prod(shapes[0]) * shapes[1][0]
-    if node.target is aten.scaled_dot_product_attention.default:
-        return int(sdpa_flop_count(*shapes[:3])) // 2  # type: ignore[no-untyped-call]
-    if node.target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
-        return prod(shape_of(node)) * shapes[0][-1]
-    if node.target in (aten.addmm.default, aten.baddbmm.default):
-        return prod(shape_of(node)) * shapes[1][-1]
-    if node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
-        return _conv_macs(shapes, node, transposed=False)
-    if node.target is aten.convolution.default:
-        return _conv_macs(shapes, node, transposed=bool(node.args[6]))
-    return 0
+    """Multiply-accumulates of one node; 0 for everything that is not a product.
+
+    torch's own flop counter does the counting, on shapes alone.
+    """
+    if getattr(node.target, "overloadpacket", None) not in PRODUCTS:
+        return 0
+    arguments, options = fx.node.map_arg((node.args, dict(node.kwargs)), _on_meta)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        node.target(*arguments, **options)  # type: ignore[operator]
+    return int(counter.get_total_flops()) // 2
 
 
-def _conv_macs(shapes: list[tuple[int, ...]], node: fx.Node, *, transposed: bool) -> int:
-    source, weight, result = list(shapes[0]), list(shapes[1]), list(shape_of(node))
-    return conv_flop_count(source, weight, result, transposed=transposed) // 2
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+def _on_meta(node: fx.Node) -> Any:
+    value = node.meta["val"]
+    return value.detach().to("meta") if isinstance(value, Tensor) else value
 
 
 def _site_cost(

@@ -135,9 +135,9 @@ def decompose(
     # not lose digits when the factors are rounded to the model's dtype.
     up, triangle = torch.linalg.qr(up)
     down = triangle @ down
-    values = values.clamp(min=0.0)
-    total = float(values.sum())
-    kept = float(values[len(values) - rank :].sum())
+    # Running sums, so that rounding never makes the energy fall or pass 1.
+    sums = torch.cat([values.new_zeros(1), values.clamp(min=0.0).flip(0).cumsum(0)])
+    kept, total = float(sums[rank]), float(sums[-1])
     return CalibrationFactors(
         down.to(weight.dtype).contiguous(),
         up.to(weight.dtype).contiguous(),

@@ -21,11 +21,17 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     temporary = scratch / target.name
+    old = scratch / "old"
     try:
         yield temporary
-        if target.is_dir():
-            os.replace(target, scratch / "old")
-        os.replace(temporary, target)
+        if target.is_dir():  # a folder cannot be renamed over another
+            os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

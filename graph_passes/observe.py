@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,14 +50,14 @@ def observe(
         before: dict[str, Tensor] = {}
         for call in run:
             values = _tap(captured, tapped, [v.to(device) for v in call.values()])
+            _check_finite(values, done)
             for name, value in values.items():
                 if weighting is Weighting.ACTIVATION:
                     sums[name].add(value)
                 elif name in before:
-                    sums[name].add(value - before[name])
+                    sums[name].add(value.double() - before[name].double())
             before = values
             done += 1
-            _check_finite(sums, done - 1)
             if on_step:
                 on_step(done, total)
     return {
@@ -115,9 +115,9 @@ def _tap(captured: CapturedGraph, tapped: set[str], tensors: list[Tensor]) -> di
     return tap.values
 
 
-def _check_finite(sums: dict[str, _NormalisedMean], step: int) -> None:
-    for name, accumulated in sums.items():
-        if accumulated.total is not None and not bool(torch.isfinite(accumulated.total).all()):
+def _check_finite(values: Mapping[str, Tensor], step: int) -> None:
+    for name, value in values.items():  # in graph order: the first bad one is the cause
+        if not bool(torch.isfinite(value).all()):
             raise ObserveError(
                 f"node {name}, recorded step {step}",
                 expected="finite activations",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -141,7 +142,9 @@ class Plan:
             CalicacheError: whatever stage refuses names itself.
         """
         settings = PlanSettings(
-            schedule=tuple(schedule or uniform_schedule(trajectory.steps, interval, mode)),
+            schedule=uniform_schedule(trajectory.steps, interval, mode)
+            if schedule is None
+            else tuple(schedule),
             rank=rank,
             weighting=_weighting(weighting),
             include=tuple(include),
@@ -184,7 +187,9 @@ class Plan:
                 tensors[f"{name}.output"] = statistics.output.contiguous()
             save_file(tensors, folder / STATISTICS_FILE)
             written = PlanFile(FORMAT, sha256_of(folder / STATISTICS_FILE), self.settings)
-            (folder / SETTINGS_FILE).write_bytes(_PLAN_FILE.dump_json(written, indent=2) + b"\n")
+            (folder / SETTINGS_FILE).write_text(
+                json.dumps(_PLAN_FILE.dump_python(written, mode="json"), indent=2) + "\n"
+            )
 
     @staticmethod
     def load(directory: Path | str) -> Plan:
@@ -195,9 +200,11 @@ class Plan:
         """
         folder = Path(directory)
         try:
-            written = _PLAN_FILE.validate_json((folder / SETTINGS_FILE).read_bytes())
-            if written.format != FORMAT:
-                raise ValueError(f"format {written.format}, this version reads {FORMAT}")
+            text = (folder / SETTINGS_FILE).read_bytes()
+            found = json.loads(text)["format"]  # first: another format has other fields
+            if found != FORMAT:
+                raise ValueError(f"format {found}, this version reads {FORMAT}")
+            written = _PLAN_FILE.validate_json(text)
             if sha256_of(folder / STATISTICS_FILE) != written.statistics_sha256:
                 raise ValueError(f"{STATISTICS_FILE} is not the file the plan was saved with")
             tensors = load_file(folder / STATISTICS_FILE)
@@ -206,7 +213,7 @@ class Plan:
                 name: ChannelStatistics(tensors[f"{name}.input"], tensors[f"{name}.output"])
                 for name in names
             }
-        except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, PlanError) as error:
             raise PlanError(
                 str(directory),
                 expected="a folder written by Plan.save",
@@ -229,13 +236,15 @@ _PLAN_FILE = TypeAdapter(PlanFile)
 
 
 def hash_weights(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
+    """SHA-256 over names, shapes, dtypes and values of all parameters and saved buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):  # extra state of a module's own making
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         if not value.is_meta:
             flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(flat.numpy()))
+            digest.update(flat.numpy().data)
     return digest.hexdigest()
 
 

@@ -139,7 +139,9 @@ class Trajectory:
             table.append({name: keys[id(value)] for name, value in call.items()})
         metadata = {
             "calicache": "trajectory",
-            "signature": TypeAdapter(CallSignature).dump_json(self.signature).decode(),
+            "signature": json.dumps(
+                TypeAdapter(CallSignature).dump_python(self.signature, mode="json")
+            ),
             "calls": json.dumps(table),
         }
         with atomic_path(Path(path)) as temporary:

@@ -19,6 +19,7 @@ def save_atomic(tensors: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    temporary.chmod(0o644)
     os.replace(temporary, path)
 
 

@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STEPS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model import FashionDiT
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calicache.graph_passes import (
+    Dependence,
+    Plan,
+    Sites,
+    StepMode,
+    Trajectory,
+    Weighting,
+    capture,
+    classify_inputs,
+    classify_nodes,
+    find_sites,
+    observe,
+    uniform_schedule,
+)
+from calicache.graph_passes.decompose import ChannelStatistics
+from calicache.graph_passes.errors import PlanError
+from calicache.graph_passes.files import sha256_of
+from calicache.graph_passes.plan import (
+    SETTINGS_FILE,
+    STATISTICS_FILE,
+    check_rank,
+    check_statistics,
+    hash_weights,
+)
+from calicache.graph_passes.record import Timestep
+from calicache.graph_passes.signature import ConstantSpec
+
+R, C, U = StepMode.REFRESH, StepMode.CALIBRATE, StepMode.REUSE
+schedules = st.lists(st.sampled_from(StepMode), max_size=40).map(lambda rest: (R, *rest))
+
+
+def refuses(message: str) -> pytest.RaisesExc[PlanError]:
+    return pytest.raises(PlanError, match=f"^{re.escape(message)}$")
+
+
+def assert_equal(one: Plan, other: Plan) -> None:
+    assert one.settings == other.settings
+    assert set(one.statistics) == set(other.statistics)
+    for name, statistics in one.statistics.items():
+        assert torch.equal(statistics.input, other.statistics[name].input)
+        assert torch.equal(statistics.output, other.statistics[name].output)
+
+
+@pytest.fixture(scope="module")
+def sites(dit: FashionDiT, dit_trajectory: Trajectory) -> Sites:
+    captured = capture(dit, dit_trajectory.signature)
+    return find_sites(captured, classify_nodes(captured, classify_inputs(dit_trajectory)))
+
+
+def test_plan_holds_what_the_trajectory_showed(
+    dit: FashionDiT, dit_trajectory: Trajectory, dit_plan: Plan, sites: Sites
+) -> None:
+    kept = dit_plan.settings
+    assert dit_plan.schedule == kept.schedule == (R, C, C, R, C, C)
+    assert (kept.rank, kept.weighting) == (4, Weighting.INCREMENT)
+    assert (kept.include, kept.exclude) == (("*",), ())
+    assert kept.signature == dit_trajectory.signature
+    assert kept.dependence == {
+        "hidden_states": Dependence.LATENT,
+        "timestep": Dependence.STEP,
+        "class_labels": Dependence.RUN,
+    }
+    assert kept.timestep == Timestep("timestep", descends=True)
+    assert kept.weights_hash == hash_weights(dit)
+    assert list(dit_plan.statistics) == [site.name for site in sites.linears]
+    captured = capture(dit, dit_trajectory.signature)
+    expected = observe(captured, sites, dit_trajectory, Weighting.INCREMENT)
+    assert_equal(dit_plan, Plan(kept, expected))
+
+
+def test_options_reach_the_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
+    seen: list[tuple[int, int]] = []
+    names = {"include": ["blocks.1.*"], "exclude": ["*.fc?"]}
+    options = {"interval": 2, "rank": 8, "weighting": "activation", "mode": U, **names}
+    plan = Plan.from_trajectory(
+        dit, dit_trajectory, **options, on_step=lambda done, total: seen.append((done, total))
+    )
+    assert plan.schedule == (R, U, R, U, R, U)
+    assert (plan.settings.rank, plan.settings.weighting) == (8, Weighting.ACTIVATION)
+    assert (plan.settings.include, plan.settings.exclude) == (("blocks.1.*",), ("*.fc?",))
+    assert list(plan.statistics) == [f"blocks.1.attn.{name}" for name in ("q", "k", "v", "proj")]
+    assert seen == [(k, STEPS) for k in range(1, STEPS + 1)]
+
+
+def test_given_schedule_overrides_interval_and_mode(
+    dit: FashionDiT, dit_trajectory: Trajectory
+) -> None:
+    plan = Plan.from_trajectory(
+        dit, dit_trajectory, schedule=[R, U, C, R], interval=2, rank=4, weighting="none"
+    )
+    assert plan.schedule == (R, U, C, R)
+    assert plan.statistics == {}
+
+
+def test_uniform_schedule() -> None:
+    assert uniform_schedule(5, 3) == (R, C, C, R, C)
+    assert uniform_schedule(4, 2, U) == (R, U, R, U)
+    assert uniform_schedule(3, 1) == (R, R, R)
+    assert uniform_schedule(1, 9) == (R,)
+
+
+@pytest.mark.parametrize(("steps", "interval", "name"), [(0, 3, "steps"), (3, 0, "interval")])
+def test_uniform_schedule_needs_a_step_and_an_interval(
+    steps: int, interval: int, name: str
+) -> None:
+    with refuses(f"plan: {name}: expected 1 or more, got 0. Raise {name}."):
+        uniform_schedule(steps, interval)
+
+
+@settings(deadline=None)
+@given(steps=st.integers(1, 60), interval=st.integers(1, 60))
+def test_interval_of_a_uniform_schedule(dit_plan: Plan, steps: int, interval: int) -> None:
+    plan = dit_plan.with_schedule(uniform_schedule(steps, interval))
+    assert plan.interval == min(steps, interval)
+
+
+@settings(deadline=None)
+@given(schedule=schedules)
+def test_interval_is_the_longest_stretch_after_a_refresh(
+    dit_plan: Plan, schedule: tuple[StepMode, ...]
+) -> None:
+    stretches = "".join("R" if mode is R else "." for mode in schedule).split("R")[1:]
+    expected = max(len(stretch) for stretch in stretches) + 1
+    assert dit_plan.with_schedule(schedule).interval == expected
+
+
+@pytest.mark.parametrize("name", ["plan", "a plan with spaces", "new/folders/für plan.d"])
+def test_saved_plan_is_read_back_equal(dit_plan: Plan, tmp_path: Path, name: str) -> None:
+    dit_plan.with_rank(9).save(tmp_path / name)
+    dit_plan.save(tmp_path / name)  # in its place
+    assert_equal(Plan.load(tmp_path / name), dit_plan)
+    assert_equal(Plan.load(str(tmp_path / name)), dit_plan)
+    # Nothing else is left beside it.
+    assert [path.name for path in (tmp_path / name).parent.iterdir()] == [Path(name).name]
+
+
+@settings(max_examples=40, deadline=None)
+@given(schedule=schedules, rank=st.integers(0, 1000), weighting=st.sampled_from(Weighting))
+def test_any_settings_survive_json(
+    dit_plan: Plan, schedule: tuple[StepMode, ...], rank: int, weighting: Weighting
+) -> None:
+    kept = replace(dit_plan.settings, weighting=weighting, timestep=None)
+    plan = Plan(kept, {}).with_schedule(schedule).with_rank(rank)
+    with tempfile.TemporaryDirectory() as folder:
+        plan.save(Path(folder) / "plan")
+        loaded = Plan.load(Path(folder) / "plan")
+    assert_equal(loaded, plan)
+    assert all(isinstance(mode, StepMode) for mode in loaded.schedule)
+
+
+@pytest.mark.parametrize("value", [None, True, 1, 1.0, "1", math.inf, -math.inf])
+def test_constant_arguments_survive_json(dit_plan: Plan, tmp_path: Path, value: object) -> None:
+    constants = (ConstantSpec("scale", value),)
+    signature = replace(dit_plan.settings.signature, constants=constants)
+    Plan(replace(dit_plan.settings, signature=signature), {}).save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan").settings.signature.constants[0].value
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
+UNFIT = ChannelStatistics(torch.zeros(3, device="meta"), torch.zeros(3))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_failing_save_leaves_the_old_plan(dit_plan: Plan, tmp_path: Path, late: bool) -> None:
+    dit_plan.save(tmp_path / "plan")
+    # A tensor without values fails at once; a bad setting, after the statistics are written.
+    settings = replace(dit_plan.settings, weights_hash=object())
+    unfit = Plan(settings, {}) if late else Plan(dit_plan.settings, {"site": UNFIT})
+    with pytest.raises(Exception, match=r"unknown type|meta"):
+        unfit.save(tmp_path / "plan")
+    assert_equal(Plan.load(tmp_path / "plan"), dit_plan)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def edit(folder: Path, **changes: object) -> None:
+    written = json.loads((folder / SETTINGS_FILE).read_text())
+    for key, value in changes.items():
+        (written if key in written else written["settings"])[key] = value
+    (folder / SETTINGS_FILE).write_text(json.dumps(written))
+
+
+def truncate(folder: Path, name: str = STATISTICS_FILE) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-10])
+
+
+def add_to_statistics(folder: Path, value: float, *, drop: str | None = None) -> None:
+    tensors = load_file(folder / STATISTICS_FILE)
+    kept = {name: tensor + value for name, tensor in tensors.items() if name != drop}
+    save_file(kept, folder / STATISTICS_FILE)
+
+
+def rehash(folder: Path) -> None:
+    edit(folder, statistics_sha256=sha256_of(folder / STATISTICS_FILE))
+
+
+Q = "blocks.0.attn.q.output"
+DAMAGES = {
+    "no settings": (lambda at: (at / SETTINGS_FILE).unlink(), "No such file"),
+    "no statistics": (lambda at: (at / STATISTICS_FILE).unlink(), "No such file"),
+    "half the json": (lambda at: truncate(at, SETTINGS_FILE), "JSON"),
+    "not text": (lambda at: (at / SETTINGS_FILE).write_bytes(b"\x80"), "Error: "),
+    "not a plan": (lambda at: (at / SETTINGS_FILE).write_text("{}"), "format"),
+    "truncated": (truncate, "is not the file the plan was saved with"),
+    "truncated, hash mended": (lambda at: [truncate(at), rehash(at)], "SafetensorError"),
+    "swapped": (lambda at: add_to_statistics(at, 1.0), "is not the file the plan was saved with"),
+    "half a site": (lambda at: [add_to_statistics(at, 0.0, drop=Q), rehash(at)], Q),
+    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 1"),
+    "later format": (lambda at: edit(at, format=2, settings={}), "format 2, this version reads 1"),
+    "unknown mode": (lambda at: edit(at, schedule=[0, 7]), "schedule"),
+    "bad schedule": (lambda at: edit(at, schedule=[1, 0]), "REFRESH"),
+    "negative rank": (lambda at: edit(at, rank=-1), "rank"),
+    "unknown weighting": (lambda at: edit(at, weighting="best"), "weighting"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_plan_is_refused_with_its_path_and_reason(
+    dit_plan: Plan, tmp_path: Path, damage: str
+) -> None:
+    spoil, reason = DAMAGES[damage]
+    dit_plan.save(tmp_path / "plan")
+    spoil(tmp_path / "plan")
+    start = f"plan: {tmp_path / 'plan'}: expected a folder written by Plan.save, got "
+    with pytest.raises(PlanError, match=f"^{re.escape(start)}") as caught:
+        Plan.load(tmp_path / "plan")
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith("Make the plan again from the trajectory.")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "got"), [((), "no steps"), ((C, R), "CALIBRATE"), ((U,), "REUSE")]
+)
+def test_schedule_must_start_with_refresh(
+    dit: FashionDiT, dit_trajectory: Trajectory, dit_plan: Plan, schedule: tuple, got: str
+) -> None:
+    message = (
+        f"plan: schedule: expected a first step that is REFRESH, got {got}. "
+        "Start with StepMode.REFRESH: the caches are empty before it."
+    )
+    with refuses(message):
+        dit_plan.with_schedule(schedule)
+    with refuses(message):
+        Plan.from_trajectory(dit, dit_trajectory, rank=4, schedule=schedule)
+
+
+def test_rank_must_not_be_negative(dit_plan: Plan) -> None:
+    with refuses("plan: rank: expected 0 or more, got -1. Raise the rank."):
+        dit_plan.with_rank(-1)
+
+
+def test_rank_above_a_layer_names_the_layer(
+    dit: FashionDiT, dit_trajectory: Trajectory, sites: Sites
+) -> None:
+    check_rank(32, sites.linears)
+    message = (
+        "plan: rank of blocks.0.attn.q: expected 0 .. 32 for a layer 32 -> 32, got 33. "
+        "Choose a smaller rank, or exclude the layer."
+    )
+    with refuses(message):
+        check_rank(33, sites.linears)
+    with refuses(message):
+        Plan.from_trajectory(dit, dit_trajectory, rank=33)
+
+
+def test_unknown_weighting_lists_the_valid_ones(
+    dit: FashionDiT, dit_trajectory: Trajectory
+) -> None:
+    valid = " | ".join(Weighting)
+    with refuses(f"plan: weighting: expected {valid}, got 'svd'. Choose one of these."):
+        Plan.from_trajectory(dit, dit_trajectory, rank=4, weighting="svd")
+
+
+def test_changing_a_plan_leaves_the_original(dit_plan: Plan) -> None:
+    changed = dit_plan.with_rank(9).with_schedule((R, U))
+    assert (changed.settings.rank, changed.schedule) == (9, (R, U))
+    assert (dit_plan.settings.rank, dit_plan.schedule) == (4, (R, C, C, R, C, C))
+    assert changed.statistics is dit_plan.statistics
+
+
+class Named(nn.Module):
+    def __init__(self, name: str, weight: Tensor) -> None:
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        self.register_buffer("table", torch.zeros(2))
+
+
+def test_hash_changes_with_anything_that_the_weights_are() -> None:
+    weight = torch.arange(6.0).view(2, 3)
+    changed = [Named("a", weight.clone()) for _ in range(2)]
+    changed[0].a[1, 2] += 1e-6
+    changed[1].table[0] = 1.0
+    changed += [Named("b", weight), Named("a", weight.view(3, 2)), Named("a", weight.half())]
+    changed += [Named("a", weight.view(torch.int32))]  # the same bytes
+    same = [Named("a", weight.clone()), Named("a", weight.T.contiguous().T)]
+    expected = hash_weights(Named("a", weight))
+    assert [hash_weights(model) for model in same] == [expected] * 2
+    hashes = [hash_weights(model) for model in changed]
+    assert len({expected, *hashes}) == 1 + len(changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.float64])
+@pytest.mark.parametrize("shape", [(), (0, 3)])
+def test_any_tensor_can_be_hashed(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert len(hash_weights(Named("a", torch.ones(shape, dtype=dtype)))) == 64
+
+
+@pytest.mark.parametrize(
+    ("statistics", "got"),
+    [
+        (ChannelStatistics(torch.tensor([math.nan] + [1.0] * 31), torch.ones(128)), "NaN or Inf"),
+        (ChannelStatistics(torch.ones(32), torch.full((128,), math.inf)), "NaN or Inf"),
+        (ChannelStatistics(torch.ones(128), torch.ones(32)), "shapes ((128,), (32,))"),
+        (ChannelStatistics(torch.ones(1), torch.ones(1)), "shapes ((1,), (1,))"),
+        (None, "shapes None"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(
+    dit_plan: Plan, sites: Sites, statistics: ChannelStatistics | None, got: str
+) -> None:
+    name = "blocks.1.mlp.fc1"
+    check_statistics(dit_plan, sites.linears)  # fits
+    changed = {**dit_plan.statistics, name: statistics}
+    bad = Plan(dit_plan.settings, {k: v for k, v in changed.items() if v is not None})
+    message = (
+        f"plan: statistics of {name}: expected finite values for 32 -> 128 channels, got {got}. "
+        "Make the plan again from the trajectory."
+    )
+    with refuses(message):
+        check_statistics(bad, sites.linears)
+
+
+def test_weighting_none_needs_no_statistics(dit_plan: Plan, sites: Sites) -> None:
+    plain = replace(dit_plan.settings, weighting=Weighting.NONE)
+    assert check_statistics(Plan(plain, {}), sites.linears) is None
+    with pytest.raises(PlanError, match=r"statistics of blocks\.0\.attn\.q"):
+        check_statistics(Plan(dit_plan.settings, {}), sites.linears)
