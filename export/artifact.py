@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 import onnx_ir as ir
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from calicache.export.onnx_graph import output_names, step_model
 from calicache.graph_passes.branches import SiteRejection
@@ -139,10 +140,12 @@ def read_manifest(directory: Path | str) -> Manifest:
     """
     path = Path(directory) / MANIFEST_FILE
     try:
-        manifest = _MANIFEST.validate_json(path.read_bytes())
-        if manifest.format != FORMAT:
-            raise ValueError(f"format {manifest.format}, this version reads {FORMAT}")
-    except (OSError, ValidationError, ValueError) as error:
+        text = path.read_bytes()
+        found = json.loads(text)["format"]  # first: another format has other fields
+        if found != FORMAT:
+            raise ValueError(f"format {found}, this version reads {FORMAT}")
+        manifest = _MANIFEST.validate_json(text)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
             str(path),
             expected="a manifest written by export_onnx",
@@ -160,6 +163,8 @@ def load_artifact(directory: Path | str) -> Manifest:
     """
     manifest = read_manifest(directory)
     folder = Path(directory)
+    if MODEL_FILE not in {record.name for record in manifest.files}:
+        raise _damaged(folder / MANIFEST_FILE, f"an entry for {MODEL_FILE}", "none")
     for record in manifest.files:
         path = folder / record.name
         if PurePosixPath(record.name).name != record.name:

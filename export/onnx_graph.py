@@ -26,6 +26,7 @@ from calicache.graph_passes.rewrite import CacheSpec, Variant
 from calicache.graph_passes.runtime import OptimizedModel
 
 STEP_INPUT = "step"
+_LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
 
 
 def output_names(optimized: OptimizedModel) -> tuple[str, ...]:
@@ -54,20 +55,29 @@ def step_model(optimized: OptimizedModel) -> ir.Model:
     arguments = [_argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
     step = _argument(STEP_INPUT, (), torch.int64)
     caches = {c.name: _argument(c.name, _cache_shape(c), c.dtype) for c in rewritten.caches}
-    pool = _InitializerPool()
+    results = [*output_names(optimized), *(next_name(name) for name in caches)]
+    added = {STEP_INPUT, *caches, *results}
+    for spec in specs:
+        if spec.name in added:
+            raise ExportError(
+                f"input {spec.name}",
+                expected="a name that the layout does not use",
+                got="the name of " + ("the step" if spec.name == STEP_INPUT else "another value"),
+                fix="Rename the argument of the model's forward.",
+            )
+    pool = _InitializerPool({*added, *(spec.name for spec in specs), *_LOOK_UP_NAMES})
     branches: dict[StepMode, ir.Graph] = {}
     for mode in sorted(rewritten.variants):
         model = export_variant(rewritten.variants[mode])
         reads = [caches[name] for name in rewritten.variants[mode].reads]
         branches[mode] = _branch(model, mode, [*arguments, *reads], pool, rewritten.caches)
     body = _choose(branches, step, optimized.plan.schedule, pool)
-    results = list(body.outputs)
-    names = [*output_names(optimized), *(next_name(cache.name) for cache in rewritten.caches)]
-    for value, name in zip(results, names, strict=True):
+    outputs = list(body.outputs)
+    for value, name in zip(outputs, results, strict=True):
         value.name = name
     graph = ir.Graph(
         [*arguments, step, *caches.values()],
-        results,
+        outputs,
         nodes=_take_nodes(body),
         initializers=list(pool.values.values()),
         opset_imports=dict(model.opset_imports),
@@ -90,11 +100,14 @@ def export_variant(variant: Variant) -> ir.Model:
                 variant.module.eval(), examples, dynamo=True, optimize=True, verbose=False
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps the op's own error
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines()
         raise ExportError(
             f"variant {variant.mode.name}",
             expected="a graph that torch.onnx translates",
-            got=f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}",
+            got=f"{type(cause).__name__}: {reason[0] if reason else 'no reason given'}",
             fix="See the chained error; an op of the model has no ONNX form.",
         ) from error
     assert program is not None
@@ -104,9 +117,9 @@ def export_variant(variant: Variant) -> ir.Model:
 class _InitializerPool:
     """Outer initializers, one per content, so that variants share their weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: set[str]) -> None:
         self.values: dict[bytes, ir.Value] = {}
-        self._names: set[str] = set()
+        self._names = taken
 
     def shared(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
         """The initializer that holds these values, made at the first request."""
@@ -114,7 +127,9 @@ class _InitializerPool:
         digest.update(tensor.tobytes())
         key = digest.digest()
         if key not in self.values:
-            name = hint if hint not in self._names else f"{hint}.{len(self._names)}"
+            name, number = hint, 0
+            while name in self._names:
+                name, number = f"{hint}.{number}", number + 1
             self._names.add(name)
             self.values[key] = ir.Value(
                 name=name,

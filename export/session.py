@@ -49,9 +49,17 @@ class Session:
                 fix="Choose one of these, or install the onnxruntime package that has it.",
             )
         self._device = _DEVICES[provider]
-        self._session = ort.InferenceSession(
-            Path(directory) / MODEL_FILE, options, providers=[provider]
-        )
+        try:
+            self._session = ort.InferenceSession(
+                Path(directory) / MODEL_FILE, options, providers=[provider]
+            )
+        except Exception as error:  # ONNX Runtime has no common base for its errors
+            raise ExportError(
+                f"provider {provider}",
+                expected="a model that it can run",
+                got=str(error),
+                fix="Use another provider, or export the model in another dtype.",
+            ) from error
         self._caches: dict[str, ort.OrtValue] = {}
 
     def step(self, step: int, **inputs: Any) -> np.ndarray[Any, Any]:

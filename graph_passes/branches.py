@@ -8,7 +8,7 @@ branch's single entry and single exit. No class names, no registry of blocks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -110,17 +110,18 @@ def find_branches(
             continue
         for skip, last in _skip_candidates(join, latent):
             nodes = _between(latent, skip, last)
-            reason = _not_single(skip, last, join.name, nodes, dominator, post_dominator)
+            reason = _not_single(skip, last, nodes, dominator, post_dominator)
             if reason:
                 rejections.append(SiteRejection(_label([join]), join.name, reason))
             else:
                 found.append((join, skip, nodes, last))
-    joins = {join.name for join, *_ in found}
+    by_name = {node.name: node for node in graph.nodes}
+    # An add without a linear layer, as in an activation written by hand, hides no branch.
+    joins = {join.name for join, _, nodes, _ in found if _linears(nodes, by_name)}
     branches: list[ResidualBranch] = []
     taken: Counter[str] = Counter()
-    by_name = {node.name: node for node in graph.nodes}
     for join, skip, nodes, last in found:
-        linears = [by_name[name] for name in nodes if by_name[name].target is LINEAR]
+        linears = _linears(nodes, by_name)
         label = _label(linears or [join])
         inner = nodes & joins
         if inner:
@@ -136,6 +137,10 @@ def find_branches(
     return branches, rejections
 
 
+def _linears(nodes: Iterable[str], by_name: Mapping[str, fx.Node]) -> list[fx.Node]:
+    return [by_name[name] for name in nodes if by_name[name].target is LINEAR]
+
+
 def _skip_candidates(join: fx.Node, latent: nx.DiGraph) -> Iterator[tuple[str, str]]:
     """(entry, exit) of the branch joined here: the skip comes from what the exit needs."""
     first, second = join.args[:2]
@@ -145,7 +150,7 @@ def _skip_candidates(join: fx.Node, latent: nx.DiGraph) -> Iterator[tuple[str, s
         if skip.name not in latent or last.name not in latent or skip is last:
             continue
         root = skip
-        while root.target in DATA_MOVEMENT:
+        while root.target in DATA_MOVEMENT and not nx.has_path(latent, root.name, last.name):
             root = root.all_input_nodes[0]
         if root is not last and nx.has_path(latent, root.name, last.name):
             yield root.name, last.name
@@ -159,7 +164,6 @@ def _between(latent: nx.DiGraph, entry: str, last: str) -> set[str]:
 def _not_single(
     entry: str,
     last: str,
-    join: str,
     nodes: set[str],
     dominator: Mapping[str, str],
     post_dominator: Mapping[str, str],
@@ -167,8 +171,6 @@ def _not_single(
     """Why the branch is not one part with a single entry and a single exit; None if it is."""
     if entry not in _chain(dominator, last):
         return f"the branch has an entry besides {entry}"
-    if dominator.get(join) != entry:
-        return f"the skip path of the add does not start at {entry} alone"
     for name in sorted(nodes):
         if last not in {name, *_chain(post_dominator, name)}:
             return f"{name} inside the branch is also used outside it"

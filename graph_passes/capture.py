@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.errors import CaptureError
@@ -54,11 +55,12 @@ def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
         CaptureError: the model is in training mode, or torch.export cannot take it; its
             reason is passed on.
     """
-    if model.training:
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
         raise CaptureError(
             type(model).__name__,
             expected="a model in eval mode",
-            got="training mode",
+            got=f"{training[0]} in training mode" if training[0] else "training mode",
             fix="Call model.eval() first.",
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -79,6 +81,18 @@ def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
             got=f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}",
             fix="Remove what torch.export cannot trace (see the chained error).",
         ) from error
+    changed = [
+        str(spec.target or getattr(spec.arg, "name", spec.arg))
+        for spec in exported.graph_signature.output_specs
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+    ]
+    if changed:
+        raise CaptureError(
+            type(model).__name__,
+            expected="a model that changes no input and no buffer",
+            got=f"a change of {', '.join(changed)}",
+            fix="Write the new value to a new tensor in forward.",
+        )
     output_tree = exported.call_spec.out_spec
     assert isinstance(module, fx.GraphModule)
     return CapturedGraph(_flat_module(module, signature), signature, output_tree)
@@ -125,7 +139,6 @@ def module_path(node: fx.Node) -> str:
 def _flat_module(module: fx.GraphModule, signature: CallSignature) -> fx.GraphModule:
     """Copy with plain placeholders and outputs; asserts, guards and dead code are left out."""
     source = module.graph
-    _drop_checks(source)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     tensors = {spec.name for spec in signature.tensors}
@@ -142,10 +155,3 @@ def _flat_module(module: fx.GraphModule, signature: CallSignature) -> fx.GraphMo
     flat = pytree.tree_leaves(output)
     graph.output(tuple(fx.node.map_arg(leaf, lambda n: copies[n]) for leaf in flat))
     return fx.GraphModule(module, finish(graph), class_name="Captured")
-
-
-def _drop_checks(graph: fx.Graph) -> None:
-    for node in reversed(graph.nodes):
-        is_check = node.op == "call_module" or "assert" in str(node.target)
-        if not node.users and node.op not in ("output", "placeholder") and is_check:
-            graph.erase_node(node)

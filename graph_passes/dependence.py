@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from enum import IntEnum
 
 import torch
+from torch import fx
 
 from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.errors import DependenceError
 from calicache.graph_passes.record import Run, Trajectory
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 class Dependence(IntEnum):
@@ -82,6 +85,8 @@ def classify_nodes(
     for node in captured.graph.nodes:
         if node.op == "placeholder":
             classes[node.name] = inputs[next(arguments).name]
+        elif _is_random(node):
+            classes[node.name] = Dependence.LATENT
         else:
             classes[node.name] = max(
                 (classes[source.name] for source in node.all_input_nodes),
@@ -93,6 +98,12 @@ def classify_nodes(
 def _in_pairs(run: Run, name: str) -> bool:
     values = [call[name] for call in run]
     return len(run) % 2 == 0 and all(map(torch.equal, values[::2], values[1::2]))
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether the op draws new numbers at every call; attention does so only with dropout."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and node.target is not ATTENTION
 
 
 def _moves(run: Run, name: str) -> bool:

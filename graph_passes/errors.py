@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 
@@ -20,6 +21,11 @@ class CalicacheError(Exception):
     def __init__(self, where: str, *, expected: str, got: str, fix: str) -> None:
         self.where, self.expected, self.got, self.fix = where, expected, got, fix
         super().__init__(f"{self.stage}: {where}: expected {expected}, got {got}. {fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are pickled by their message alone; this one is made from its parts.
+        make = partial(type(self), expected=self.expected, got=self.got, fix=self.fix)
+        return make, (self.where,)
 
 
 class RecordError(CalicacheError):

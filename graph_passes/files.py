@@ -21,10 +21,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     temporary = scratch / target.name
-    old = scratch / "old"
+    old = scratch / f"{target.name}.old"
     try:
         yield temporary
-        if target.is_dir():  # a folder cannot be renamed over another
+        # A folder can be renamed neither over a folder nor over a file.
+        if target.is_dir() or (target.exists() and temporary.is_dir()):
             os.replace(target, old)
         try:
             os.replace(temporary, target)

@@ -75,17 +75,18 @@ class Trajectory:
 
     @property
     def timestep(self) -> Timestep | None:
-        """The first input that is one number in every call and changes; None without one."""
+        """The input that is one number in every call and changes most often; None without one."""
+        best: Timestep | None = None
+        most = 0
         for spec in self.signature.tensors:
             values = [_one_number(call[spec.name]) for call in self.calls]
             if None in values:
                 continue
             changes = [b - a for a, b in pairwise(values) if a != b]  # type: ignore[operator]
-            if changes:
-                return Timestep(
-                    spec.name, sum(change < 0 for change in changes) * 2 >= len(changes)
-                )
-        return None
+            if len(changes) > most:
+                most = len(changes)
+                best = Timestep(spec.name, sum(change < 0 for change in changes) * 2 >= most)
+        return best
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -121,7 +122,7 @@ class Trajectory:
         signature = flat.signature()
         if not self.signatures:
             self.signatures.append(signature)
-        elif signature != self.signature:
+        elif _specs(signature) != _specs(self.signature):
             raise _changed_form(self.signature, signature)
         last = self.calls[-1] if self.calls else {}
         self.calls.append({name: _keep(v, last.get(name)) for name, v in flat.tensors.items()})
@@ -163,6 +164,9 @@ class Trajectory:
                 table = TypeAdapter(list[dict[str, str]]).validate_json(metadata["calls"])
                 values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 calls = [{name: values[key] for name, key in row.items()} for row in table]
+                signature.unflatten([torch.empty(0)] * len(signature.tensors))
+                if not calls:
+                    raise ValueError("no calls")
         except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
             raise RecordError(
                 str(path),

@@ -97,7 +97,10 @@ def rewrite(
     """
     variants: dict[StepMode, Variant] = {}
     if StepMode.CALIBRATE in modes:
-        variants[StepMode.CALIBRATE] = calibrate_variant(captured, sites.linears, factors, folded)
+        tapped = [b.exit for b in sites.branches] if StepMode.REUSE in modes else []
+        variants[StepMode.CALIBRATE] = calibrate_variant(
+            captured, sites.linears, factors, folded, tapped
+        )
     if StepMode.REUSE in modes:
         variants[StepMode.REUSE] = reuse_variant(captured, sites)
     caches = _caches(captured, sites, variants)
@@ -135,10 +138,12 @@ def calibrate_variant(
     linears: tuple[LinearSite, ...],
     factors: Mapping[str, CalibrationFactors],
     folded: frozenset[str] = frozenset(),
+    tapped: Collection[str] = (),
 ) -> Variant:
     """Every site becomes y_ref + B A (x - x_ref), or y_ref + B (A x - z_ref) where folded.
 
-    Sites that share x share x - x_ref. At rank 0 the site is just y_ref.
+    Sites that share x share x - x_ref. At rank 0 the site is just y_ref. Linear layers in
+    `tapped` that are no sites run over rows as in REFRESH, so that both read one weight layout.
     """
     graph, copies = _copy(captured.graph)
     insert = Insertion(graph)
@@ -165,6 +170,10 @@ def calibrate_variant(
             correction = insert.linear(inner, site.name, "up", made.up)
             total = insert.call(aten.add.Tensor, insert.cached(node), correction, site.name)
             node.replace_all_uses_with(insert.shaped(total, node))
+    replaced = {site.node for site in linears}
+    for name in tapped:
+        if name not in replaced and copies[name].target is LINEAR:
+            insert.linear_over_rows(copies[name])
     return _variant(StepMode.CALIBRATE, captured, insert)
 
 

@@ -81,8 +81,8 @@ class CallSignature:
         Raises:
             RunError: another structure, constant, shape or dtype than the plan's.
         """
-        if tuple(call.order) != self.order:
-            different = sorted(set(call.order) ^ set(self.order)) or list(call.order)
+        different = sorted(set(call.order) ^ set(self.order))
+        if different:
             raise _mismatch(", ".join(different), "the arguments of the plan", "others")
         for constant in self.constants:
             value = call.constants.get(constant.name, _MISSING)
@@ -113,11 +113,20 @@ class FlatCall:
 
     def signature(self) -> CallSignature:
         """The form of this call."""
+        try:
+            tree = pytree.treespec_dumps(self.tree)
+        except NotImplementedError as error:
+            raise RecordError(
+                "arguments",
+                expected="plain tuples, lists and dicts",
+                got=str(error),
+                fix="Pass a plain container instead.",
+            ) from error
         return CallSignature(
             tensors=tuple(describe(name, value) for name, value in self.tensors.items()),
             constants=tuple(ConstantSpec(name, value) for name, value in self.constants.items()),
             order=self.order,
-            tree=pytree.treespec_dumps(self.tree),
+            tree=tree,
         )
 
 
@@ -154,6 +163,13 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     leaves, tree = pytree.tree_flatten_with_path(arguments)
     names = [_dotted(path) for path, _ in leaves]
     for name, (_, value) in zip(names, leaves, strict=True):
+        if name in tensors or name in constants:
+            raise RecordError(
+                name,
+                expected="one argument of that name",
+                got="two, by way of a key with a dot in it",
+                fix="Rename the key.",
+            )
         if isinstance(value, Tensor):
             tensors[name] = value
         elif value is None or isinstance(value, bool | int | float | str):

@@ -81,7 +81,7 @@ def find_sites(
     for node in captured.graph.nodes:
         if node.target is not LINEAR or classes[node.name] is not Dependence.LATENT:
             continue
-        site = _linear_site(node, names[node.name], classes, owner.get(node.name))
+        site = _linear_site(node, names[node.name], owner.get(node.name))
         if isinstance(site, LinearSite):
             reason = _pattern_reason(site.name, include, exclude)
             site = SiteRejection(site.name, site.node, reason) if reason else site
@@ -102,17 +102,13 @@ def find_sites(
     return Sites(tuple(linears), _groups(linears), kept, tuple(rejections))
 
 
-def _linear_site(
-    node: fx.Node, name: str, classes: Mapping[str, Dependence], branch: str | None
-) -> LinearSite | SiteRejection:
+def _linear_site(node: fx.Node, name: str, branch: str | None) -> LinearSite | SiteRejection:
     source, weight, bias = (*node.args, None)[:3]
     assert isinstance(source, fx.Node)
     assert isinstance(weight, fx.Node)
     bias = bias or node.kwargs.get("bias")
     if weight.op != "get_attr" or (isinstance(bias, fx.Node) and bias.op != "get_attr"):
         return SiteRejection(name, node.name, "its weight or bias is computed, not a parameter")
-    if classes[source.name] is not Dependence.LATENT:
-        return SiteRejection(name, node.name, "its input does not depend on the latent")
     shape = shape_of(source)
     if len(shape) < 3:
         return SiteRejection(name, node.name, f"not token-wise: its input has shape {shape}")

@@ -1,0 +1,260 @@
+"""What depends on what: constant < run < step < latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from conftest import diffusers_calls, sample_dit
+from torch import Tensor, fx, nn
+
+from calicache.graph_passes.capture import CapturedGraph, capture, module_path
+from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
+from calicache.graph_passes.errors import DependenceError
+from calicache.graph_passes.record import Trajectory, record
+
+CONSTANT, RUN, STEP, LATENT = Dependence
+
+
+class Denoiser(nn.Module):
+    """Takes what real ones take; what it computes does not matter here."""
+
+    def forward(self, x: Tensor, timestep: Any = None, cond: Any = None) -> tuple[Any, ...]:
+        return x, timestep, cond
+
+
+def recorded(calls: Iterable[dict[str, Any]]) -> Trajectory:
+    model = Denoiser()
+    with record(model) as trajectory:
+        for call in calls:
+            model(**call)
+    return trajectory
+
+
+def sampled(condition: Callable[[int, int], Any], runs: int = 2) -> Trajectory:
+    """Runs over the timesteps 9, 5, 1 with fresh noise; `condition(run, t)` is one more input."""
+    return recorded(
+        {"x": torch.randn(2, 3), "timestep": torch.tensor([t, t]), "cond": condition(run, t)}
+        for run in range(runs)
+        for t in (9, 5, 1)
+    )
+
+
+def graph_and_classes(
+    model: nn.Module, trajectory: Trajectory
+) -> tuple[CapturedGraph, dict[str, Dependence]]:
+    captured = capture(model, trajectory.signature)
+    return captured, classify_nodes(captured, classify_inputs(trajectory))
+
+
+class Watch(fx.Interpreter):
+    """Runs a graph and keeps the value of every node."""
+
+    def __init__(self, captured: CapturedGraph, call: dict[str, Tensor]) -> None:
+        super().__init__(captured.module)
+        self.values: dict[str, Any] = {}
+        self.run(*call.values())
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n.name] = super().run_node(n)
+        return self.values[n.name]
+
+
+def changed(a: Watch, b: Watch) -> set[str]:
+    return {
+        name
+        for name, value in a.values.items()
+        if isinstance(value, Tensor) and not torch.equal(value, b.values[name])
+    }
+
+
+# --- two real models --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dit_classes(
+    dit: nn.Module, dit_trajectory: Trajectory
+) -> tuple[CapturedGraph, dict[str, Dependence]]:
+    return graph_and_classes(dit, dit_trajectory)
+
+
+@pytest.fixture(scope="module")
+def diffusers_classes(
+    diffusers_dit: nn.Module, diffusers_trajectory: Trajectory
+) -> tuple[CapturedGraph, dict[str, Dependence]]:
+    return graph_and_classes(diffusers_dit, diffusers_trajectory)
+
+
+def test_inputs_of_the_real_models(
+    dit_trajectory: Trajectory, diffusers_trajectory: Trajectory
+) -> None:
+    expected = {"hidden_states": LATENT, "timestep": STEP, "class_labels": RUN}
+    assert classify_inputs(dit_trajectory) == expected
+    assert classify_inputs(diffusers_trajectory) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "expected"),
+    [
+        ("dit", "class_embed", RUN),
+        ("dit", "time_embed.fc1", STEP),
+        ("dit", "time_embed.fc2", STEP),
+        ("dit", "blocks.1.modulation", STEP),
+        ("dit", "final_modulation", STEP),
+        ("dit", "patch_embed", LATENT),
+        ("dit", "blocks.0.attn.q", LATENT),
+        ("dit", "blocks.1.mlp.fc2", LATENT),
+        ("diffusers", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table", RUN),
+        ("diffusers", "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2", STEP),
+        ("diffusers", "transformer_blocks.1.norm1.linear", STEP),
+        ("diffusers", "proj_out_1", STEP),
+        ("diffusers", "pos_embed.proj", LATENT),
+        ("diffusers", "transformer_blocks.0.attn1.to_q", LATENT),
+        ("diffusers", "transformer_blocks.1.ff.net.2", LATENT),
+    ],
+)
+def test_class_of_a_named_layer(
+    model: str, path: str, expected: Dependence, request: pytest.FixtureRequest
+) -> None:
+    captured, classes = request.getfixturevalue(f"{model}_classes")
+    found = {classes[node.name] for node in captured.graph.nodes if module_path(node) == path}
+    assert found == {expected}
+
+
+@pytest.mark.parametrize(
+    ("model", "positions"), [("dit", "positions"), ("diffusers", "pos_embed_pos_embed")]
+)
+def test_weights_and_positions_are_constant(
+    model: str, positions: str, request: pytest.FixtureRequest
+) -> None:
+    captured, classes = request.getfixturevalue(f"{model}_classes")
+    assert classes[positions] is CONSTANT
+    held = {classes[node.name] for node in captured.graph.nodes if node.op == "get_attr"}
+    assert held == {CONSTANT}
+
+
+def test_every_value_changes_no_more_often_than_its_class_says(
+    dit: nn.Module, dit_classes: tuple[CapturedGraph, dict[str, Dependence]]
+) -> None:
+    captured, classes = dit_classes
+    with record(dit) as trajectory:
+        sample_dit(dit, seed=2)
+        sample_dit(dit, seed=3)
+    (first, later), (other, _) = (run[1:3] for run in trajectory.runs)
+    start = Watch(captured, dict(first))
+    over_steps = changed(start, Watch(captured, dict(later)))
+    over_noise = changed(start, Watch(captured, dict(other)))
+    assert {classes[name] for name in over_noise} == {LATENT}
+    assert {classes[name] for name in over_steps} == {STEP, LATENT}
+
+
+def test_labels_change_only_what_is_at_least_run(
+    diffusers_classes: tuple[CapturedGraph, dict[str, Dependence]],
+    diffusers_trajectory: Trajectory,
+) -> None:
+    captured, classes = diffusers_classes
+    call = dict(diffusers_trajectory.calls[0])
+    other = Watch(captured, call | {"class_labels": torch.tensor([3, 4, 10, 10])})
+    touched = {classes[name] for name in changed(Watch(captured, call), other)}
+    assert touched == {RUN, STEP, LATENT}
+
+
+def test_classes_do_not_depend_on_how_many_runs_were_recorded(
+    diffusers_dit: nn.Module, diffusers_trajectory: Trajectory
+) -> None:
+    with record(diffusers_dit) as trajectory:
+        diffusers_calls(diffusers_dit, seed=1)
+        diffusers_calls(diffusers_dit, seed=2)
+    assert len(trajectory.runs) == 2
+    assert classify_inputs(trajectory) == classify_inputs(diffusers_trajectory)
+
+
+# --- inputs of other kinds --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
+def test_timestep_of_any_shape_is_step(shape: tuple[int, ...]) -> None:
+    trajectory = recorded(
+        {"x": torch.randn(2, 3), "timestep": torch.full(shape, t)} for t in (0.9, 0.5, 0.1)
+    )
+    assert classify_inputs(trajectory) == {"x": LATENT, "timestep": STEP}
+
+
+def test_text_that_differs_only_between_runs_is_run() -> None:
+    texts = torch.randn(2, 5)
+    assert classify_inputs(sampled(lambda run, _: texts[run]))["cond"] is RUN
+
+
+def test_per_token_timestep_is_step_where_two_runs_show_it() -> None:
+    mask = torch.tensor([0.0, 1.0, 1.0])  # the first token is given and holds no noise
+    assert classify_inputs(sampled(lambda _, t: t * mask))["cond"] is STEP
+
+
+def test_per_token_timestep_is_latent_where_one_run_cannot_show_it() -> None:
+    mask = torch.tensor([0.0, 1.0, 1.0])
+    assert classify_inputs(sampled(lambda _, t: t * mask, runs=1))["cond"] is LATENT
+
+
+def test_a_second_latent_is_latent() -> None:
+    assert classify_inputs(sampled(lambda *_: torch.randn(4)))["cond"] is LATENT
+
+
+def test_two_runs_from_the_same_noise_leave_the_latent_latent() -> None:
+    steps = [{"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in (9, 5, 1)]
+    assert classify_inputs(recorded(steps * 2)) == {"x": LATENT, "timestep": STEP}
+
+
+def test_an_input_that_moves_in_one_run_only_is_not_run() -> None:
+    trajectory = sampled(lambda run, t: torch.tensor(float(t == 1 and run == 1)))
+    assert classify_inputs(trajectory)["cond"] is STEP
+
+
+def test_random_numbers_drawn_in_the_graph_are_not_folded() -> None:
+    class Dithering(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return x + timestep + torch.randn(3)
+
+    model = Dithering().eval()
+    with record(model) as trajectory:
+        for t in (2, 1):
+            model(torch.randn(2, 3), torch.tensor(t))
+    captured, classes = graph_and_classes(model, trajectory)
+    drawn = [n.name for n in captured.graph.nodes if n.target is torch.ops.aten.randn.default]
+    assert [classes[name] for name in drawn] == [LATENT]
+
+
+# --- what cannot be classed -------------------------------------------------------------------
+
+
+def test_single_steps_are_refused() -> None:
+    with pytest.raises(DependenceError) as caught:
+        classify_inputs(recorded([{"x": torch.randn(2, 3), "timestep": torch.tensor(9)}]))
+    message = str(caught.value)
+    assert "dependence: trajectory: expected a run of at least 2 steps, got 1 step." in message
+    assert "Record a whole sampler run." in message
+
+
+def test_guidance_by_two_calls_is_refused_and_a_two_stage_sampler_is_not() -> None:
+    def at(times: list[int]) -> Trajectory:
+        return recorded({"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in times)
+
+    with pytest.raises(DependenceError) as caught:
+        classify_inputs(at([9, 9, 5, 5, 1, 1]))
+    message = str(caught.value)
+    assert "dependence: timestep: expected one call of the model per step, got every" in message
+    assert "Batch the conditional and the unconditional call into one." in message
+    for times in ([9, 5, 5, 1, 1], [9, 9, 5]):  # Heun; a warm-up step done twice
+        assert classify_inputs(at(times)) == {"x": LATENT, "timestep": STEP}
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_calls_without_a_latent_are_refused(moving: bool) -> None:
+    x = torch.randn(2, 3)
+    calls = ({"x": x, "timestep": torch.tensor(t * moving)} for t in (9, 5, 1))
+    with pytest.raises(DependenceError) as caught:
+        classify_inputs(recorded(calls))
+    message = str(caught.value)
+    assert "dependence: x, timestep: expected an input that changes over the steps" in message
+    assert "got none that does. Record the calls of a real sampler" in message

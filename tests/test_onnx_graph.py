@@ -1,0 +1,315 @@
+"""The `step` layout: one valid ONNX model, `If` by a schedule table, every weight once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from calicache.export.onnx_graph import step_model
+from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
+from calicache.graph_passes.errors import ExportError
+
+R, C, U = StepMode
+MIXED = (R, C, U, C, R, U)
+
+
+class Residual(nn.Module):
+    """One pre-norm residual branch on (2, 5, 8), whose exit is a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.enter(x) + timestep[:, None, None]
+        return self.leave(h + self.fc2(F.gelu(self.fc1(self.norm(h)))))
+
+
+class ReservedInputs(Residual):
+    def forward(self, output: Tensor, step: Tensor) -> Tensor:
+        return super().forward(output, step)
+
+
+class TakenNames(Residual):
+    """Buffers with the names of the values that the layout adds."""
+
+    names = ("step", "output", "mode", "schedule", "is_refresh", "mode_refresh", "x")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.names:
+            self.register_buffer(name, torch.randn(8))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        y = super().forward(x, timestep)
+        for name in self.names:
+            y = torch.sin(y * getattr(self, name))
+        return y
+
+
+class ManyOutputs(Residual):
+    def forward(self, x: Tensor, timestep: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        y = super().forward(x, timestep)
+        return {"a": y, "b": (x, y, self.leave.bias)}
+
+
+@torch.library.custom_op("calicache_test::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class CustomOp(Residual):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.ops.calicache_test.twice(super().forward(x, timestep))
+
+
+def call(step: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    return torch.randn(2, 5, 8, generator=draw), torch.full((2,), 1 - 0.1 * step)
+
+
+def compiled(
+    model: nn.Module, schedule: Sequence[StepMode], exclude: Sequence[str] = ()
+) -> OptimizedModel:
+    model.eval().requires_grad_(False)
+    with record(model) as trajectory:
+        for step in range(len(schedule)):
+            model(*call(step))
+    plan = Plan.from_trajectory(model, trajectory, rank=2, schedule=schedule, exclude=exclude)
+    return optimize(model, plan)
+
+
+def proto(optimized: OptimizedModel) -> onnx.ModelProto:
+    return ir.to_proto(step_model(optimized))
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and all graphs inside it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from graphs(attribute.g)
+
+
+def count_ifs(model: onnx.ModelProto) -> int:
+    return sum(node.op_type == "If" for graph in graphs(model.graph) for node in graph.node)
+
+
+def arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+def stored_as(model: onnx.ModelProto, weight: Tensor) -> list[str]:
+    """Initializers that hold a weight, as it is or transposed."""
+    plain = weight.detach().numpy()
+    return [
+        name
+        for name, value in arrays(model).items()
+        if np.array_equal(value, plain) or np.array_equal(value, plain.T)
+    ]
+
+
+def empty_caches(optimized: OptimizedModel) -> dict[str, np.ndarray]:
+    return {
+        cache.name: np.zeros((0, *cache.shape[1:]), np.float32)
+        for cache in optimized.rewritten.caches
+    }
+
+
+def run(model: onnx.ModelProto, **feed: np.ndarray) -> dict[str, np.ndarray]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+@pytest.fixture(scope="module")
+def dit_fast(dit, dit_plan) -> OptimizedModel:
+    return optimize(dit, dit_plan.with_schedule(MIXED))
+
+
+@pytest.fixture(scope="module")
+def dit_model(dit_fast) -> onnx.ModelProto:
+    return proto(dit_fast)
+
+
+@pytest.fixture(scope="module")
+def diffusers_model(diffusers_dit, diffusers_trajectory) -> onnx.ModelProto:
+    plan = Plan.from_trajectory(diffusers_dit, diffusers_trajectory, rank=4, schedule=MIXED)
+    return proto(optimize(diffusers_dit, plan))
+
+
+@pytest.mark.parametrize("name", ["dit_model", "diffusers_model"])
+def test_full_check_accepts_a_model_with_three_modes(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name)
+    onnx.checker.check_model(model, full_check=True)
+    assert count_ifs(model) == 2
+
+
+def test_inputs_are_the_models_own_then_step_then_caches(dit_fast, dit_model) -> None:
+    caches = [cache.name for cache in dit_fast.rewritten.caches]
+    own = ["hidden_states", "timestep", "class_labels"]
+    assert [value.name for value in dit_model.graph.input] == [*own, "step", *caches]
+    step = dit_model.graph.input[3].type.tensor_type
+    assert (step.elem_type, len(step.shape.dim)) == (onnx.TensorProto.INT64, 0)
+
+
+def test_outputs_are_the_models_own_then_the_next_caches(dit_fast, dit_model) -> None:
+    nexts = [f"{cache.name}_next" for cache in dit_fast.rewritten.caches]
+    assert [value.name for value in dit_model.graph.output] == ["output", *nexts]
+
+
+def test_cache_inputs_have_an_open_first_size_and_fixed_others(dit_fast, dit_model) -> None:
+    values = {value.name: value.type.tensor_type for value in dit_model.graph.input}
+    for cache in dit_fast.rewritten.caches:
+        first, *others = values[cache.name].shape.dim
+        assert first.dim_param
+        assert tuple(dim.dim_value for dim in others) == cache.shape[1:]
+
+
+def test_step_looks_the_mode_up_in_the_schedule_table(dit_model) -> None:
+    look_up = dit_model.graph.node[0]
+    assert (look_up.op_type, look_up.input[1]) == ("Gather", "step")
+    assert arrays(dit_model)[look_up.input[0]].tolist() == list(MIXED)
+
+
+def test_three_modes_are_two_nested_ifs(dit_model) -> None:
+    *_, outer = dit_model.graph.node
+    branches = {attribute.name: attribute.g for attribute in outer.attribute}
+    *_, inner = branches["else_branch"].node
+    assert (outer.op_type, inner.op_type) == ("If", "If")
+    names = [branches["then_branch"].name, *(attribute.g.name for attribute in inner.attribute)]
+    assert sorted(names) == ["calibrate", "refresh", "reuse"]
+
+
+@pytest.mark.parametrize("other", [C, U])
+def test_two_modes_are_one_if(other: StepMode) -> None:
+    model = proto(compiled(Residual(), (R, other, R)))
+    onnx.checker.check_model(model, full_check=True)
+    assert count_ifs(model) == 1
+
+
+def test_all_refresh_has_no_if_and_no_caches_but_the_step_input() -> None:
+    model = proto(compiled(Residual(), (R, R)))
+    onnx.checker.check_model(model, full_check=True)
+    assert count_ifs(model) == 0
+    assert [value.name for value in model.graph.input] == ["x", "timestep", "step"]
+    assert [value.name for value in model.graph.output] == ["output"]
+
+
+def test_no_variant_holds_initializers_of_its_own(dit_model) -> None:
+    outer, *inner = graphs(dit_model.graph)
+    assert len(inner) == 4  # refresh, calibrate, reuse, and the graph of the inner If
+    assert [len(graph.initializer) for graph in inner] == [0] * 4
+    assert len(outer.initializer) > 0
+
+
+@pytest.mark.parametrize("name", ["dit_model", "diffusers_model"])
+def test_no_two_initializers_are_equal(name: str, request: pytest.FixtureRequest) -> None:
+    values = arrays(request.getfixturevalue(name)).values()
+    seen = Counter((value.dtype, value.shape, value.tobytes()) for value in values)
+    assert max(seen.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("dit", "dit_model"), ("diffusers_dit", "diffusers_model")]
+)
+def test_every_weight_is_stored_once_even_if_transposed(
+    source: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name)
+    holders = {
+        key: stored_as(model, weight)
+        for key, weight in request.getfixturevalue(source).named_parameters()
+    }
+    assert {key: names for key, names in holders.items() if len(names) != 1} == {}
+
+
+def test_initializers_weigh_as_much_as_weights_and_factors(dit_fast, dit_model) -> None:
+    original = dit_fast.original
+    weights = [*original.parameters(), *original.buffers()]
+    factors = [part for made in dit_fast.factors.values() for part in (made.down, made.up)]
+    expected = sum(value.nbytes for value in [*weights, *factors])
+    stored = sum(value.nbytes for value in arrays(dit_model).values())
+    # The rest are shapes, the schedule and LayerNorm's constants: about 0.5 kB.
+    assert expected <= stored <= expected + 1024
+
+
+def test_uncalibrated_exit_layer_is_stored_once() -> None:
+    # CALIBRATE runs it as it is, REFRESH taps its output for REUSE.
+    optimized = compiled(Residual(), (R, C, U), exclude=["fc2"])
+    assert len(stored_as(proto(optimized), optimized.original.fc2.weight)) == 1
+
+
+def test_all_names_are_unique(dit_model) -> None:
+    values = Counter(value.name for value in dit_model.graph.input)
+    nodes: Counter[str] = Counter()
+    for graph in graphs(dit_model.graph):
+        values.update(tensor.name for tensor in graph.initializer)
+        values.update(name for node in graph.node for name in node.output)
+        nodes.update(node.name for node in graph.node)
+    assert (max(values.values()), max(nodes.values())) == (1, 1)
+
+
+def test_buffers_named_like_added_values_do_not_clash() -> None:
+    optimized = compiled(TakenNames(), (R, C, U))
+    model = proto(optimized)
+    onnx.checker.check_model(model, full_check=True)
+    x, timestep = call(0)
+    feed = {"x": x.numpy(), "timestep": timestep.numpy(), "step": np.array(0)}
+    got = run(model, **feed, **empty_caches(optimized))["output"]
+    # float32 rounding of two implementations, a few layers deep.
+    assert relative(torch.from_numpy(got), optimized.original(x, timestep)) < 1e-5
+
+
+def test_input_with_a_name_of_the_layout_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"input (step|output):"):
+        step_model(compiled(ReservedInputs(), (R, C)))
+
+
+def test_only_refresh_returns_caches_and_it_reads_none(dit_fast, dit_trajectory, dit_model) -> None:
+    feed = {name: value.numpy() for name, value in dit_trajectory.calls[0].items()}
+    caches = dit_fast.rewritten.caches
+    first = run(dit_model, **feed, **empty_caches(dit_fast), step=np.array(0))
+    assert [first[f"{cache.name}_next"].shape for cache in caches] == [c.shape for c in caches]
+    kept = {cache.name: first[f"{cache.name}_next"] for cache in caches}
+    for step in (1, 2):  # CALIBRATE, REUSE
+        later = run(dit_model, **feed, **kept, step=np.array(step))
+        assert {later[f"{cache.name}_next"].size for cache in caches} == {0}
+
+
+def test_several_outputs_keep_their_order_and_values() -> None:
+    optimized = compiled(ManyOutputs(), (R, C))
+    x, timestep = call(0)
+    feed = {"x": x.numpy(), "timestep": timestep.numpy(), "step": np.array(0)}
+    got = run(proto(optimized), **feed, **empty_caches(optimized))
+    expected = optimized.original(x, timestep)
+    for place, value in enumerate([expected["a"], *expected["b"]]):
+        # float32 rounding of two implementations, a few layers deep.
+        assert relative(torch.from_numpy(got[f"output_{place}"]), value) < 1e-5
+
+
+def test_op_without_onnx_form_is_named_with_its_variant() -> None:
+    with pytest.raises(ExportError, match=r"calicache_test.twice") as caught:
+        step_model(compiled(CustomOp(), (R, C)))
+    assert "variant REFRESH" in str(caught.value)
+    assert caught.value.__cause__ is not None
