@@ -102,13 +102,14 @@ def model_cost(
     """
     macs = {node.name: node_macs(node) for node in captured.graph.nodes}
     plain = sum(macs.values())
+    outputs = {site.node for site in sites.linears}
     first = {group.sites[0] for group in sites.groups}
     costs = {
         site.name: _site_cost(
             captured,
             site,
             ranks[site.name],
-            keeps_input=site.name in first and site.name not in folded,
+            keeps_input=site.name in first - folded and site.input_node not in outputs,
             folds=site.name in folded,
         )
         for site in sites.linears

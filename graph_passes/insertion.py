@@ -47,6 +47,7 @@ class Insertion:
     def shaped(self, rows: fx.Node, like: fx.Node) -> fx.Node:
         """Rows (T, channels) in the shape of another value."""
         view = self.graph.call_function(aten.reshape.default, (rows, list(shape_of(like))))
+        self._rows[view.name] = rows
         return self._finish(view, like.meta["val"], like, None)
 
     def linear_over_rows(self, node: fx.Node) -> fx.Node:
@@ -59,6 +60,7 @@ class Insertion:
             rows = value.new_empty(value.shape[:-1].numel(), value.shape[-1])
             self._finish(product, rows, node, None)
             node.replace_all_uses_with(self.shaped(product, node))
+        self._rows[node.name] = product
         return product
 
     def cached(self, like: fx.Node) -> fx.Node:
@@ -84,7 +86,7 @@ class Insertion:
 
     def linear(self, source: fx.Node, site: str, part: str, weight: Tensor) -> fx.Node:
         """Multiply rows (T, in) by a factor (out, in) of a site."""
-        target = f"calibration.{site}.{part}"
+        target = f"calibration.{site}.{part}_factor"
         self.attributes[target] = weight
         value = source.meta["val"]
         factor = self.graph.get_attr(target)
@@ -96,7 +98,9 @@ class Insertion:
     def call(self, op: Callable[..., Tensor], left: fx.Node, right: fx.Node, site: str) -> fx.Node:
         """An element-wise operation on two values of one shape."""
         node = self.graph.call_function(op, (left, right))
-        return self._finish(node, left.meta["val"], left, site)
+        return self._finish(
+            node, left.meta["val"], right if left.op == "placeholder" else left, site
+        )
 
     def _finish(self, node: fx.Node, value: Tensor, source: fx.Node, site: str | None) -> fx.Node:
         node.meta = {"val": value, "nn_module_stack": source.meta.get("nn_module_stack")}

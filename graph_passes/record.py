@@ -35,13 +35,17 @@ class Timestep:
     Attributes:
         name: the input, such as `timestep`.
         descends: True where it falls from step to step, as in DDIM.
+        repeats: True where it stayed the same from one recorded call to the next.
     """
 
     name: str
     descends: bool
+    repeats: bool = field(default=False, compare=False)
 
     def turns_back(self, before: float, now: float) -> bool:
         """Whether a new run starts between two values."""
+        if now == before:
+            return not self.repeats
         return now > before if self.descends else now < before
 
 
@@ -82,10 +86,12 @@ class Trajectory:
             values = [_one_number(call[spec.name]) for call in self.calls]
             if None in values:
                 continue
-            changes = [b - a for a, b in pairwise(values) if a != b]  # type: ignore[operator]
+            pairs = list(pairwise(values))
+            changes = [b - a for a, b in pairs if a != b]  # type: ignore[operator]
             if len(changes) > most:
                 most = len(changes)
-                best = Timestep(spec.name, sum(change < 0 for change in changes) * 2 >= most)
+                falls = sum(change < 0 for change in changes) * 2 >= most
+                best = Timestep(spec.name, falls, repeats=most < len(pairs))
         return best
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,9 +67,7 @@ class OptimizedModel(nn.Module):
         module = self.variants[mode.name]
         outputs = module(*tensors, *(self._caches[name] for name in variant.reads))
         if mode is StepMode.REFRESH:
-            kept = outputs[self.rewritten.outputs :]
-            names = (cache.name for cache in self.rewritten.caches)
-            self._caches = dict(zip(names, kept, strict=True))
+            self._keep(outputs, tensors)
         self.step += 1
         flat = list(outputs[: self.rewritten.outputs])
         return pytree.tree_unflatten(flat, self.captured.output_tree)
@@ -102,6 +101,15 @@ class OptimizedModel(nn.Module):
             if name == "original":
                 raise
             return getattr(self.original, name)
+
+    def _keep(self, outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Take over the caches of a REFRESH step; copy what the caller may write to."""
+        own = self.rewritten.outputs
+        shared = {value.untyped_storage().data_ptr() for value in (*tensors, *outputs[:own])}
+        self._caches = {
+            cache.name: value.clone() if value.untyped_storage().data_ptr() in shared else value
+            for cache, value in zip(self.rewritten.caches, outputs[own:], strict=True)
+        }
 
     def _next_mode(self, tensors: Any) -> StepMode:
         """Mode of this call, after starting a new run where one begins."""

@@ -33,7 +33,10 @@ def verify_functional(graph: fx.Graph) -> None:
     Raises:
         VerifyError: see `verify_captured`.
     """
-    graph.lint()
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise _broken("graph", "a well-formed graph", str(error)) from error
     for node in graph.nodes:
         if node.op == "call_function":
             schema = getattr(node.target, "_schema", None)
@@ -52,16 +55,16 @@ def verify_rewritten(captured: CapturedGraph, rewritten: Rewritten) -> Rewritten
         VerifyError: a variant takes or returns something else than it must.
     """
     caches = {cache.name: cache for cache in rewritten.caches}
-    plain = _output_shapes(captured.graph)
+    plain = _output_forms(captured.graph)
     for mode, variant in rewritten.variants.items():
         verify_functional(variant.module.graph)
         _verify_placeholders(captured, variant, caches)
         expected = list(plain)
         if mode is StepMode.REFRESH:
-            expected += [cache.shape for cache in rewritten.caches]
-        shapes = _output_shapes(variant.module.graph)
-        if shapes != expected:
-            raise _broken(f"outputs of {mode.name}", str(expected), str(shapes))
+            expected += [(cache.shape, cache.dtype) for cache in rewritten.caches]
+        forms = _output_forms(variant.module.graph)
+        if forms != expected:
+            raise _broken(f"outputs of {mode.name}", str(expected), str(forms))
         _verify_attributes(variant)
     return rewritten
 
@@ -91,12 +94,14 @@ def _verify_attributes(variant: Variant) -> None:
                 raise _broken(node.name, f"a tensor {shape_of(node)}", repr(type(value).__name__))
 
 
-def _output_shapes(graph: fx.Graph) -> list[tuple[int, ...] | None]:
+def _output_forms(graph: fx.Graph) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
     last = next(node for node in reversed(graph.nodes) if node.op == "output")
     outputs = last.args[0]
     assert isinstance(outputs, tuple)
     return [
-        shape_of(value) if isinstance(value, fx.Node) and _is_tensor(value) else None
+        (shape_of(value), value.meta["val"].dtype)
+        if isinstance(value, fx.Node) and _is_tensor(value)
+        else None
         for value in outputs
     ]
 

@@ -1,0 +1,190 @@
+"""Where A x_ref is kept instead of x_ref, and what that costs and saves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import shake
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from calicache.graph_passes import (
+    CapturedGraph,
+    ModelCost,
+    Plan,
+    Sites,
+    StepMode,
+    capture,
+    classify_inputs,
+    classify_nodes,
+    find_sites,
+    model_cost,
+    optimize,
+    record,
+    uniform_schedule,
+)
+from calicache.graph_passes.cost import graph_macs
+from calicache.graph_passes.decompose import decompose_sites
+from calicache.graph_passes.fold import FLOPS_PER_BYTE, choose_folds
+from calicache.graph_passes.rewrite import Rewritten, rewrite
+from calicache.graph_passes.sites import LinearSite, SiblingGroup
+
+REFRESH, CALIBRATE, REUSE = StepMode
+
+Found = tuple[CapturedGraph, Sites]
+
+
+def sites_of(in_features: int, siblings: int) -> Sites:
+    """One sibling group of square layers."""
+    names = tuple(f"layer{i}" for i in range(siblings))
+    linears = tuple(
+        LinearSite(name, name, "x", f"{name}.weight", None, in_features, in_features, 8, "branch")
+        for name in names
+    )
+    return Sites(linears, (SiblingGroup("x", names),), (), ())
+
+
+def folds(
+    rank: int, *, in_features: int = 4096, siblings: int = 1, cheap: int = 1, itemsize: int = 4
+) -> int:
+    """How many sites of the group are folded, with `cheap` CALIBRATE steps a REFRESH."""
+    sites = sites_of(in_features, siblings)
+    ranks = {site.name: rank for site in sites.linears}
+    schedule = [REFRESH, *[CALIBRATE] * cheap] * 2
+    return len(choose_folds(sites, ranks, schedule, itemsize))
+
+
+@pytest.mark.parametrize(
+    ("cheap", "itemsize", "break_even"),
+    # 2 r operations on REFRESH against 3 values a CALIBRATE step, 10 operations a byte.
+    [(1, 4, 60), (2, 4, 120), (1, 2, 30), (3, 2, 90), (1, 8, 120)],
+)
+def test_a_site_is_folded_below_break_even(cheap: int, itemsize: int, break_even: int) -> None:
+    assert FLOPS_PER_BYTE == 10.0
+    assert folds(break_even - 1, cheap=cheap, itemsize=itemsize) == 1
+    assert folds(break_even, cheap=cheap, itemsize=itemsize) == 0
+
+
+def test_folded_cache_is_never_the_larger_one() -> None:
+    assert folds(16, in_features=16) == 1
+    assert folds(17, in_features=16) == 0
+    # z of q, k and v together against one x.
+    assert folds(5, in_features=16, siblings=3) == 3
+    assert folds(6, in_features=16, siblings=3) == 0
+
+
+def test_rank_zero_is_not_folded() -> None:
+    assert folds(0) == 0
+    assert folds(1) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rank=st.integers(0, 80),
+    siblings=st.integers(1, 4),
+    cheap=st.integers(1, 4),
+    itemsize=st.sampled_from([2, 4]),
+)
+def test_siblings_fold_together_or_not_at_all(
+    rank: int, siblings: int, cheap: int, itemsize: int
+) -> None:
+    got = folds(rank, siblings=siblings, cheap=cheap, itemsize=itemsize)
+    assert got in (0, siblings)
+    # A group costs what one layer of the summed rank does.
+    one = folds(rank * siblings, cheap=cheap, itemsize=itemsize)
+    assert got == one * siblings
+
+
+@pytest.mark.parametrize("schedule", [(REFRESH,), (REFRESH, REUSE), (REFRESH, REUSE, REUSE) * 2])
+def test_schedule_without_calibrate_folds_nothing(schedule: tuple[StepMode, ...]) -> None:
+    sites = sites_of(64, 1)
+    assert choose_folds(sites, {"layer0": 1}, schedule, 4) == frozenset()
+    assert choose_folds(sites, {"layer0": 1}, [*schedule, CALIBRATE], 4) == {"layer0"}
+
+
+def test_optimize_folds_what_the_rule_says(dit: nn.Module, dit_plan: Plan) -> None:
+    # Two cheap steps a REFRESH in float32: folded where the group's ranks sum to less than 120.
+    few, many = optimize(dit, dit_plan), optimize(dit, dit_plan.with_rank(16))
+    folded = [{c.folded for c in fast.rewritten.caches} - {None} for fast in (few, many)]
+    names = {site.name for site in few.sites.linears}
+    assert folded[0] == names
+    # 3 x 16 is more than the 32 channels that q, k and v read.
+    assert folded[1] == {name for name in names if name[-2:] not in (".q", ".k", ".v")}
+
+
+class Chain(nn.Module):
+    """A branch of two layers with nothing between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return F.gelu(x + self.second(self.first(self.norm(x))))
+
+
+@pytest.fixture(scope="module", params=["dit", "diffusers", "chain"])
+def found(request: pytest.FixtureRequest) -> Found:
+    if request.param == "chain":
+        model = shake(Chain())
+        with record(model) as trajectory:
+            for _ in range(2):
+                model(torch.randn(2, 5, 8))
+    else:
+        model = request.getfixturevalue("dit" if request.param == "dit" else "diffusers_dit")
+        trajectory = request.getfixturevalue(f"{request.param}_trajectory")
+    captured = capture(model, trajectory.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+
+
+def emit(
+    found: Found, rank: int, modes: set[StepMode], *, fold: bool
+) -> tuple[Rewritten, ModelCost]:
+    captured, sites = found
+    factors = decompose_sites(captured, sites.linears, rank, {})
+    folded = frozenset(factors if fold and rank else ())
+    ranks = dict.fromkeys(factors, rank)
+    rewritten = rewrite(captured, sites, factors, modes, folded)
+    return rewritten, model_cost(captured, sites, ranks, folded)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_macs_are_those_of_the_emitted_graphs(found: Found, rank: int, fold: bool) -> None:
+    rewritten, cost = emit(found, rank, set(StepMode), fold=fold)
+    emitted = [graph_macs(rewritten.variants[mode].module.graph) for mode in StepMode]
+    assert emitted == [cost.refresh_macs, cost.calibrate_macs, cost.reuse_macs]
+    assert cost.plain_macs == graph_macs(found[0].graph)
+    assert (cost.refresh_macs > cost.plain_macs) == (fold and rank > 0)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_bytes_are_those_of_the_emitted_caches(found: Found, fold: bool) -> None:
+    rewritten, cost = emit(found, 3, {CALIBRATE}, fold=fold)
+    emitted = sum(cache.nbytes for cache in rewritten.caches)
+    assert emitted == sum(site.cache_bytes for site in cost.sites.values())
+
+
+def test_folding_makes_the_caches_smaller(found: Found) -> None:
+    plain, folded = (emit(found, 2, {CALIBRATE}, fold=fold)[0].caches for fold in (False, True))
+    sites = found[1]
+    outputs = {site.node for site in sites.linears}
+    # x_ref of every group, unless it is some site's y_ref anyway, against r values a site.
+    widths = {site.input_node: site.in_features for site in sites.linears}
+    tokens = sites.linears[0].tokens
+    saved = sum(width for node, width in widths.items() if node not in outputs)
+    saved -= 2 * len(sites.linears)
+    plain_bytes, folded_bytes = (sum(c.nbytes for c in caches) for caches in (plain, folded))
+    assert plain_bytes - folded_bytes == 4 * tokens * saved > 0
+
+
+def test_uniform_share_counts_the_fold(dit: nn.Module, dit_plan: Plan) -> None:
+    fast = optimize(dit, dit_plan.with_schedule(uniform_schedule(6, 3)))
+    cost, refreshes = fast.cost, 2
+    total = refreshes * cost.refresh_macs + (6 - refreshes) * cost.calibrate_macs
+    # float64 quotient of integers.
+    assert cost.uniform_share(3) == pytest.approx(total / (6 * cost.plain_macs), rel=1e-12, abs=0)

@@ -1,0 +1,183 @@
+"""optimize(): what it refuses, what it leaves alone, what it shares."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+
+import pytest
+import torch
+from conftest import STEPS, diffusers_calls, sample_dit
+from diffusers import DiTTransformer2DModel
+from model import FashionDiT
+from torch import Tensor, nn
+
+from calicache.graph_passes import (
+    OptimizedModel,
+    Plan,
+    StepMode,
+    Trajectory,
+    Weighting,
+    optimize,
+)
+from calicache.graph_passes.decompose import ChannelStatistics
+from calicache.graph_passes.errors import CaptureError, PlanError
+
+REFRESH, CALIBRATE, REUSE = StepMode
+
+
+@pytest.fixture(scope="module")
+def fast(dit: FashionDiT, dit_plan: Plan) -> OptimizedModel:
+    return optimize(dit, dit_plan.with_schedule((REFRESH, CALIBRATE, REUSE) * 2))
+
+
+@pytest.fixture(scope="module")
+def diffusers_plan(diffusers_dit: DiTTransformer2DModel, diffusers_trajectory: Trajectory) -> Plan:
+    return Plan.from_trajectory(diffusers_dit, diffusers_trajectory, interval=3, rank=4)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_other_weights_are_refused(dit: FashionDiT, dit_plan: Plan) -> None:
+    other = copy.deepcopy(dit)
+    other.blocks[1].mlp.fc2.bias[3] += 1e-3
+    with pytest.raises(PlanError, match="the checkpoint the plan was made from") as raised:
+        optimize(other, dit_plan)
+    assert raised.value.where == "weights"
+    assert dit_plan.settings.weights_hash[:12] in str(raised.value)
+    other.blocks[1].mlp.fc2.bias.copy_(dit.blocks[1].mlp.fc2.bias)
+    assert isinstance(optimize(other, dit_plan), OptimizedModel)  # equal weights, another object
+
+
+def test_another_precision_is_refused(dit: FashionDiT, dit_plan: Plan) -> None:
+    with pytest.raises(PlanError, match="weights"):
+        optimize(copy.deepcopy(dit).bfloat16(), dit_plan)
+
+
+def test_training_mode_is_refused(dit: FashionDiT, dit_plan: Plan) -> None:
+    with pytest.raises(CaptureError, match=r"training mode.*eval\(\)"):
+        optimize(copy.deepcopy(dit).train(), dit_plan)
+
+
+def test_rank_too_high_names_the_layer_and_its_limit(dit: FashionDiT, dit_plan: Plan) -> None:
+    assert optimize(dit, dit_plan.with_rank(32)).plan.settings.rank == 32
+    with pytest.raises(PlanError, match=r"0 \.\. 32 for a layer 32 -> 32, got 33") as raised:
+        optimize(dit, dit_plan.with_rank(33))
+    assert raised.value.where == "rank of blocks.0.attn.q"
+
+
+def with_statistics(plan: Plan, name: str, value: ChannelStatistics | None) -> Plan:
+    statistics: Mapping[str, ChannelStatistics] = {
+        key: kept for key, kept in {**plan.statistics, name: value}.items() if kept is not None
+    }
+    return dataclasses.replace(plan, statistics=statistics)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["input", "output"])
+def test_statistics_that_are_not_finite_are_refused(
+    dit: FashionDiT, dit_plan: Plan, part: str, bad: float
+) -> None:
+    name = "blocks.1.attn.v"
+    good = dit_plan.statistics[name]
+    values = getattr(good, part).clone()
+    values[5] = bad
+    broken = with_statistics(dit_plan, name, dataclasses.replace(good, **{part: values}))
+    with pytest.raises(PlanError, match="NaN or Inf") as raised:
+        optimize(dit, broken)
+    assert raised.value.where == f"statistics of {name}"
+
+
+def test_statistics_that_do_not_fit_are_refused(dit: FashionDiT, dit_plan: Plan) -> None:
+    name = "blocks.0.mlp.fc1"
+    swapped = ChannelStatistics(torch.ones(128), torch.ones(32))
+    for value in (swapped, None):
+        with pytest.raises(PlanError, match="finite values for 32 -> 128 channels") as raised:
+            optimize(dit, with_statistics(dit_plan, name, value))
+        assert raised.value.where == f"statistics of {name}"
+
+
+def test_plain_svd_needs_no_statistics(dit: FashionDiT, dit_plan: Plan) -> None:
+    settings = dataclasses.replace(dit_plan.settings, weighting=Weighting.NONE)
+    fast = optimize(dit, Plan(settings, {}))
+    assert set(fast.factors) == {site.name for site in fast.sites.linears}
+
+
+# --- what the plan decides --------------------------------------------------------------------
+
+
+def test_patterns_of_the_plan_choose_the_sites(dit: FashionDiT, dit_plan: Plan) -> None:
+    settings = dataclasses.replace(dit_plan.settings, include=("*.mlp.*",), exclude=("blocks.0.*",))
+    fast = optimize(dit, dataclasses.replace(dit_plan, settings=settings))
+    assert list(fast.factors) == ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
+
+
+@pytest.mark.parametrize("schedule", [(REFRESH, CALIBRATE), (REFRESH, REUSE), (REFRESH, REFRESH)])
+def test_only_the_modes_of_the_schedule_are_made(
+    dit: FashionDiT, dit_plan: Plan, schedule: tuple[StepMode, ...]
+) -> None:
+    seen: list[tuple[int, int]] = []
+    fast = optimize(dit, dit_plan.with_schedule(schedule), lambda *step: seen.append(step))
+    assert set(fast.rewritten.variants) == set(schedule)
+    # No layer is decomposed for nothing.
+    layers = 12 if CALIBRATE in schedule else 0
+    assert seen == [(done, layers) for done in range(1, layers + 1)]
+    assert len(fast.factors) == layers
+
+
+# --- what is left alone, what is shared -------------------------------------------------------
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def test_model_is_not_changed(dit: FashionDiT, dit_plan: Plan) -> None:
+    mine = copy.deepcopy(dit)
+    before = {name: value.clone() for name, value in tensors(mine).items()}
+    objects, image = dict(mine.named_modules()), sample_dit(mine)
+    hooks = {name: len(module._forward_pre_hooks) for name, module in objects.items()}
+    fast = optimize(mine, dit_plan)
+    sample_dit(fast)
+    assert dict(mine.named_modules()) == objects
+    assert {n: len(module._forward_pre_hooks) for n, module in objects.items()} == hooks
+    assert tensors(mine).keys() == before.keys()
+    for name, value in tensors(mine).items():
+        assert torch.equal(value, before[name]), name  # bitwise: not written at all
+    assert not mine.training
+    # The same program on the same numbers.
+    assert torch.equal(sample_dit(mine), image)
+
+
+def test_model_of_diffusers_is_not_changed(
+    diffusers_dit: DiTTransformer2DModel, diffusers_plan: Plan
+) -> None:
+    before = diffusers_calls(diffusers_dit)
+    diffusers_calls(optimize(diffusers_dit, diffusers_plan))
+    # The same program on the same numbers.
+    for got, expected in zip(diffusers_calls(diffusers_dit), before, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_weights_are_shared_by_all_variants(dit: FashionDiT, fast: OptimizedModel) -> None:
+    own = {name: value.data_ptr() for name, value in tensors(dit).items()}
+    seen: dict[str, int] = {}
+    for variant in fast.rewritten.variants.values():
+        for name, value in tensors(variant.module).items():
+            assert seen.setdefault(name, value.data_ptr()) == value.data_ptr(), name
+    assert {name: seen[name] for name in own if name in seen} == own
+    assert {name.split(".")[0] for name in seen.keys() - own.keys()} == {"calibration"}
+
+
+def test_parameters_are_counted_once(dit: FashionDiT, fast: OptimizedModel) -> None:
+    plain = sum(value.numel() for value in dit.parameters())
+    assert sum(value.numel() for value in fast.parameters()) == plain
+
+
+def test_result_keeps_what_each_stage_made(fast: OptimizedModel, dit: FashionDiT) -> None:
+    assert fast.original is dit
+    assert len(fast.plan.schedule) == STEPS
+    assert {factors.rank for factors in fast.factors.values()} == {4}
+    assert fast.cost.reuse_macs < fast.cost.calibrate_macs < fast.cost.plain_macs
