@@ -1,6 +1,6 @@
 """Train the sample DiT on Fashion-MNIST; an interrupted run goes on where it stopped.
 
-    python samples/fashion_dit/train.py --steps 20000
+    python samples/fashion_dit/train.py --steps 6000
 
 Every random draw is seeded by the step number, so a resumed run equals an unbroken one.
 The learning rate warms up, stays, and falls to zero over the last fifth of `--steps`;
@@ -31,7 +31,7 @@ from weights import DIT_WEIGHTS, half, save_atomic
 class TrainConfig:
     """Everything that decides the result of a training run."""
 
-    steps: int = 10_000
+    steps: int = 6_000
     batch: int = 64
     learning_rate: float = 1e-3
     warmup: int = 500
