@@ -112,6 +112,13 @@ def find_node(graph: fx.Graph, name: str) -> fx.Node:
     return nodes[name]
 
 
+def graph_outputs(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
+    """The flat outputs of a graph."""
+    outputs = graph.output_node().args[0]
+    assert isinstance(outputs, tuple)
+    return outputs
+
+
 def read_attribute(module: nn.Module, target: str) -> Tensor:
     """Follow a dotted `get_attr` target to its tensor."""
     value: Any = module

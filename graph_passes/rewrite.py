@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from calicache.graph_passes.branches import LINEAR
-from calicache.graph_passes.capture import CapturedGraph, finish
+from calicache.graph_passes.capture import CapturedGraph, finish, graph_outputs
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.insertion import Insertion, cache_name
 from calicache.graph_passes.plan import StepMode
@@ -105,7 +105,7 @@ def rewrite(
         variants[StepMode.REUSE] = reuse_variant(captured, sites)
     caches = _caches(captured, sites, variants)
     refresh = refresh_variant(captured, caches, factors)
-    outputs = len(_outputs(captured.graph))
+    outputs = len(graph_outputs(captured.graph))
     return Rewritten({StepMode.REFRESH: refresh, **variants}, caches, outputs)
 
 
@@ -116,7 +116,7 @@ def refresh_variant(
 ) -> Variant:
     """The plain graph with the cached values as further outputs; A x for folded ones."""
     graph, copies = _copy(captured.graph)
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     insert = Insertion(graph)
     values = []
     for cache in caches:
@@ -129,7 +129,7 @@ def refresh_variant(
         elif value.target is LINEAR:
             value = insert.linear_over_rows(value)
         values.append(value)
-    output.args = ((*_outputs(graph), *values),)
+    output.args = ((*graph_outputs(graph), *values),)
     return _variant(StepMode.REFRESH, captured, insert)
 
 
@@ -218,13 +218,6 @@ def _copy(source: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
     output = graph.graph_copy(source, copies)
     graph.output(output)
     return graph, {node.name: copy for node, copy in copies.items()}
-
-
-def _outputs(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
-    last = next(node for node in reversed(graph.nodes) if node.op == "output")
-    outputs = last.args[0]
-    assert isinstance(outputs, tuple)
-    return outputs
 
 
 def _folded_name(node: str) -> str:

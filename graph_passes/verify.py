@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from calicache.graph_passes.capture import CapturedGraph, shape_of
+from calicache.graph_passes.capture import CapturedGraph, graph_outputs, shape_of
 from calicache.graph_passes.errors import VerifyError
 from calicache.graph_passes.plan import StepMode
 from calicache.graph_passes.rewrite import CacheSpec, Rewritten, Variant
@@ -95,14 +95,11 @@ def _verify_attributes(variant: Variant) -> None:
 
 
 def _output_forms(graph: fx.Graph) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
-    last = next(node for node in reversed(graph.nodes) if node.op == "output")
-    outputs = last.args[0]
-    assert isinstance(outputs, tuple)
     return [
         (shape_of(value), value.meta["val"].dtype)
         if isinstance(value, fx.Node) and _is_tensor(value)
         else None
-        for value in outputs
+        for value in graph_outputs(graph)
     ]
 
 
