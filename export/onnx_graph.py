@@ -20,7 +20,7 @@ from onnx_ir import convenience, tensor_adapters
 from torch import Tensor, fx
 
 from calicache.graph_passes.capture import shape_of
-from calicache.graph_passes.errors import ExportError
+from calicache.graph_passes.errors import ExportError, reason_of
 from calicache.graph_passes.plan import StepMode
 from calicache.graph_passes.rewrite import CacheSpec, Variant
 from calicache.graph_passes.runtime import OptimizedModel
@@ -103,11 +103,10 @@ def export_variant(variant: Variant) -> ir.Model:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the exporter wraps the op's own error
             cause = cause.__cause__
-        reason = str(cause).strip().splitlines()
         raise ExportError(
             f"variant {variant.mode.name}",
             expected="a graph that torch.onnx translates",
-            got=f"{type(cause).__name__}: {reason[0] if reason else 'no reason given'}",
+            got=reason_of(cause),
             fix="See the chained error; an op of the model has no ONNX form.",
         ) from error
     assert program is not None

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
-from calicache.graph_passes.errors import CaptureError
+from calicache.graph_passes.errors import CaptureError, reason_of
 from calicache.graph_passes.signature import CallSignature
 
 
@@ -74,11 +74,10 @@ def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
             exported = exported.run_decompositions({})
             module = exported.module(check_guards=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise CaptureError(
             type(model).__name__,
             expected="a model that torch.export captures",
-            got=f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}",
+            got=reason_of(error),
             fix="Remove what torch.export cannot trace (see the chained error).",
         ) from error
     changed = [

@@ -28,6 +28,12 @@ class CalicacheError(Exception):
         return make, (self.where,)
 
 
+def reason_of(error: BaseException) -> str:
+    """The kind of an error from elsewhere and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
 class RecordError(CalicacheError):
     """A call of the model cannot be recorded, or a recording cannot be read."""
 
