@@ -11,15 +11,16 @@ import onnx_ir as ir
 from pydantic import TypeAdapter
 
 from calicache.export.onnx_graph import output_names, step_model
+from calicache.graph_passes.assign import Granularity
 from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.decompose import Weighting
 from calicache.graph_passes.errors import ArtifactError, ExportError
 from calicache.graph_passes.files import atomic_path, sha256_of
-from calicache.graph_passes.plan import StepMode
 from calicache.graph_passes.runtime import OptimizedModel
+from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
 
-FORMAT = 1
+FORMAT = 2
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 LAYOUTS = ("step",)
 
@@ -34,13 +35,14 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class SiteRecord:
-    """One calibrated layer: sizes, what its factors keep, what it costs."""
+class TargetRecord:
+    """One calibration target: layers or a branch, what its factors keep, what it costs."""
 
     name: str
-    branch: str
+    granularity: Granularity
+    sites: tuple[str, ...]
     in_features: int
-    out_features: int
+    out_features: tuple[int, ...]
     rank: int
     energy: float | None
     full_macs: int
@@ -48,6 +50,15 @@ class SiteRecord:
     full_bytes: int
     factor_bytes: int
     cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModeRecord:
+    """What one step in a mode costs, and which kept values it reads."""
+
+    mode: StepMode
+    macs: int
+    reads: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +70,13 @@ class Manifest:
         calicache: version that wrote it.
         layout: how the variants are packed.
         files: all other files of the folder.
-        schedule, rank, weighting, weights_hash: from the plan.
+        schedule, rank, order, weighting, correction, weights_hash: from the plan.
         inputs: the model's own tensors; `outputs` its outputs by name.
-        caches: what a REFRESH step keeps.
+        caches: what a REFRESH step keeps; `history` refreshes of each.
+        cache_bytes: of all kept refreshes.
         plain_macs: of one call of the model as it was.
-        refresh_macs, calibrate_macs, reuse_macs: of one call in each mode.
-        sites, rejections: what was calibrated, and what was left alone and why.
+        modes: every mode that the artifact has.
+        targets, rejections: what CALIBRATE replaces, and what was left alone and why.
         branches: residual branches that REUSE skips.
     """
 
@@ -74,29 +86,29 @@ class Manifest:
     files: tuple[FileRecord, ...]
     schedule: tuple[StepMode, ...]
     rank: int
+    order: int
     weighting: Weighting
+    correction: str
     weights_hash: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     caches: tuple[TensorSpec, ...]
+    history: int
     cache_bytes: int
     plain_macs: int
-    refresh_macs: int
-    calibrate_macs: int
-    reuse_macs: int
-    sites: tuple[SiteRecord, ...]
+    modes: tuple[ModeRecord, ...]
+    targets: tuple[TargetRecord, ...]
     branches: tuple[str, ...]
     rejections: tuple[SiteRejection, ...]
 
-    def step_macs(self, mode: StepMode) -> int:
-        """Multiply-accumulates of one call in a mode."""
-        by_mode = (self.refresh_macs, self.calibrate_macs, self.reuse_macs)
-        return by_mode[mode]
+    def mode(self, mode: StepMode) -> ModeRecord:
+        """The record of a mode that the schedule uses."""
+        return next(record for record in self.modes if record.mode is mode)
 
     @property
     def run_share(self) -> float:
         """MACs of a whole run against the plain model's."""
-        used = sum(self.step_macs(mode) for mode in self.schedule)
+        used = sum(self.mode(mode).macs for mode in self.schedule)
         return used / (len(self.schedule) * self.plain_macs)
 
 
@@ -194,7 +206,9 @@ def _manifest(optimized: OptimizedModel, layout: str, files: tuple[FileRecord, .
         files=files,
         schedule=settings.schedule,
         rank=settings.rank,
+        order=settings.order,
         weighting=settings.weighting,
+        correction=settings.correction,
         weights_hash=settings.weights_hash,
         inputs=settings.signature.tensors,
         outputs=output_names(optimized),
@@ -202,28 +216,36 @@ def _manifest(optimized: OptimizedModel, layout: str, files: tuple[FileRecord, .
             TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
             for cache in caches
         ),
-        cache_bytes=sum(cache.nbytes for cache in caches),
+        history=optimized.rewritten.history,
+        cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
-        refresh_macs=cost.refresh_macs,
-        calibrate_macs=cost.calibrate_macs,
-        reuse_macs=cost.reuse_macs,
-        sites=_site_records(optimized),
+        modes=tuple(
+            ModeRecord(mode, cost.modes[mode], _kept_reads(optimized, mode))
+            for mode in sorted(optimized.rewritten.variants)
+        ),
+        targets=_target_records(optimized),
         branches=tuple(branch.name for branch in optimized.sites.branches),
         rejections=optimized.sites.rejections,
     )
 
 
-def _site_records(optimized: OptimizedModel) -> tuple[SiteRecord, ...]:
+def _kept_reads(optimized: OptimizedModel, mode: StepMode) -> tuple[str, ...]:
+    rewritten = optimized.rewritten
+    return tuple(name for name in rewritten.variants[mode].reads if name not in rewritten.tables)
+
+
+def _target_records(optimized: OptimizedModel) -> tuple[TargetRecord, ...]:
     records = []
-    for site in optimized.sites.linears:
-        cost, factors = optimized.cost.sites[site.name], optimized.factors.get(site.name)
+    for target in optimized.targets:
+        cost, factors = optimized.cost.targets[target.name], optimized.factors.get(target.name)
         records.append(
-            SiteRecord(
-                name=site.name,
-                branch=site.branch,
-                in_features=site.in_features,
-                out_features=site.out_features,
-                rank=optimized.plan.settings.rank,
+            TargetRecord(
+                name=target.name,
+                granularity=target.granularity,
+                sites=target.sites,
+                in_features=target.in_features,
+                out_features=target.out_features,
+                rank=target.rank,
                 energy=factors.energy if factors else None,
                 full_macs=cost.full_macs,
                 calibrate_macs=cost.calibrate_macs,

@@ -21,9 +21,9 @@ from torch import Tensor, fx
 
 from calicache.graph_passes.capture import shape_of
 from calicache.graph_passes.errors import ExportError, reason_of
-from calicache.graph_passes.plan import StepMode
-from calicache.graph_passes.rewrite import CacheSpec, Variant
+from calicache.graph_passes.rewrite import CacheSpec, Rewritten, Variant
 from calicache.graph_passes.runtime import OptimizedModel
+from calicache.graph_passes.schedule import StepMode
 
 STEP_INPUT = "step"
 _LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
@@ -43,10 +43,10 @@ def next_name(cache: str) -> str:
 def step_model(optimized: OptimizedModel) -> ir.Model:
     """Pack the variants in the `step` layout.
 
-    The model's inputs, `step` (int64 scalar) and the caches go in; the model's outputs and
-    the caches' new values come out.
+    The model's inputs, `step` (int64 scalar) and the kept refreshes of every cache go in; the
+    model's outputs and the caches' new values come out.
     On a step that is not REFRESH the new values have zero size: the caller keeps the old ones.
-    On a REFRESH step the caches that come in are not read and may have zero size.
+    Refreshes that a step's mode does not read may have zero size, see `Manifest.reads`.
 
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
@@ -54,9 +54,12 @@ def step_model(optimized: OptimizedModel) -> ir.Model:
     rewritten, specs = optimized.rewritten, optimized.plan.settings.signature.tensors
     arguments = [_argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
     step = _argument(STEP_INPUT, (), torch.int64)
-    caches = {c.name: _argument(c.name, _cache_shape(c), c.dtype) for c in rewritten.caches}
-    results = [*output_names(optimized), *(next_name(name) for name in caches)]
-    added = {STEP_INPUT, *caches, *results}
+    slots = {
+        name: _argument(name, (f"{name}_size", *cache.shape[1:]), cache.dtype)
+        for name, (cache, _) in rewritten.slots().items()
+    }
+    results = [*output_names(optimized), *(next_name(cache.name) for cache in rewritten.caches)]
+    added = {STEP_INPUT, *slots, *results}
     for spec in specs:
         if spec.name in added:
             raise ExportError(
@@ -65,20 +68,23 @@ def step_model(optimized: OptimizedModel) -> ir.Model:
                 got="the name of " + ("the step" if spec.name == STEP_INPUT else "another value"),
                 fix="Rename the argument of the model's forward.",
             )
-    pool = _InitializerPool({*added, *(spec.name for spec in specs), *_LOOK_UP_NAMES})
+    taken = {*added, *(spec.name for spec in specs), *_LOOK_UP_NAMES, *rewritten.tables}
+    pool = _InitializerPool(taken)
+    weights = _weights(rewritten, step, pool)
+    values = {**slots, **dict(zip(rewritten.tables, (n.outputs[0] for n in weights), strict=True))}
     branches: dict[StepMode, ir.Graph] = {}
     for mode in sorted(rewritten.variants):
         model = export_variant(rewritten.variants[mode])
-        reads = [caches[name] for name in rewritten.variants[mode].reads]
+        reads = [values[name] for name in rewritten.variants[mode].reads]
         branches[mode] = _branch(model, mode, [*arguments, *reads], pool, rewritten.caches)
     body = _choose(branches, step, optimized.plan.schedule, pool)
     outputs = list(body.outputs)
     for value, name in zip(outputs, results, strict=True):
         value.name = name
     graph = ir.Graph(
-        [*arguments, step, *caches.values()],
+        [*arguments, step, *slots.values()],
         outputs,
-        nodes=_take_nodes(body),
+        nodes=[*weights, *_take_nodes(body)],
         initializers=list(pool.values.values()),
         opset_imports=dict(model.opset_imports),
         name="calicache_step",
@@ -111,6 +117,17 @@ def export_variant(variant: Variant) -> ir.Model:
         ) from error
     assert program is not None
     return program.model
+
+
+def _weights(rewritten: Rewritten, step: ir.Value, pool: _InitializerPool) -> list[ir.Node]:
+    """Look this step's weights up, each in its own table."""
+    look_ups = []
+    for name, table in rewritten.tables.items():
+        values = pool.shared(ir.tensor(np.array(table, dtype=np.float32)), f"{name}_table")
+        look_up = ir.node("Gather", [values, step], name=name)
+        _describe(look_up, name, ir.DataType.FLOAT, ir.Shape(()))
+        look_ups.append(look_up)
+    return look_ups
 
 
 class _InitializerPool:
@@ -258,10 +275,6 @@ def _describe(node: ir.Node, name: str, dtype: ir.DataType | None, shape: ir.Sha
 def _argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Value:
     onnx_type = ir.TensorType(tensor_adapters.from_torch_dtype(dtype))
     return ir.Value(name=name, type=onnx_type, shape=ir.Shape(shape))
-
-
-def _cache_shape(cache: CacheSpec) -> tuple[int | str, ...]:
-    return (f"{cache.name}_size", *cache.shape[1:])
 
 
 def _example(node: fx.Node, module: fx.GraphModule) -> Tensor:

@@ -11,7 +11,8 @@ import onnxruntime as ort
 from calicache.export.artifact import MODEL_FILE, load_artifact
 from calicache.export.onnx_graph import STEP_INPUT, next_name
 from calicache.graph_passes.errors import ExportError, RunError
-from calicache.graph_passes.plan import StepMode
+from calicache.graph_passes.insertion import slot_name
+from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
 
 _DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
@@ -60,7 +61,7 @@ class Session:
                 got=str(error),
                 fix="Use another provider, or export the model in another dtype.",
             ) from error
-        self._caches: dict[str, ort.OrtValue] = {}
+        self._kept: list[dict[str, ort.OrtValue]] = []
 
     def step(self, step: int, **inputs: Any) -> np.ndarray[Any, Any]:
         """Run one step; returns the model's first output.
@@ -87,12 +88,13 @@ class Session:
         values = dict(zip(names, binding.get_outputs(), strict=True))
         if mode is StepMode.REFRESH:
             caches = self.manifest.caches
-            self._caches = {cache.name: values[next_name(cache.name)] for cache in caches}
+            fresh = {cache.name: values[next_name(cache.name)] for cache in caches}
+            self._kept = [fresh, *self._kept][: self.manifest.history]
         return tuple(values[name].numpy() for name in self.manifest.outputs)
 
     def reset(self) -> None:
         """Drop the caches; the next step must be a REFRESH."""
-        self._caches = {}
+        self._kept = []
 
     def _mode(self, step: int) -> StepMode:
         schedule = self.manifest.schedule
@@ -104,7 +106,7 @@ class Session:
                 fix="Export a plan with this many steps.",
             )
         mode = schedule[step]
-        if mode is not StepMode.REFRESH and self.manifest.caches and not self._caches:
+        if mode is not StepMode.REFRESH and self.manifest.caches and not self._kept:
             raise RunError(
                 f"step {step}",
                 expected="a REFRESH step before it",
@@ -129,14 +131,26 @@ class Session:
                 binding.bind_ortvalue_input(spec.name, self._ort_value(value))
         if STEP_INPUT in used:
             binding.bind_ortvalue_input(STEP_INPUT, self._ort_value(np.array(step, np.int64)))
-        for cache in self.manifest.caches:
-            if mode is StepMode.REFRESH:
-                # The old values are not read; letting them go first halves the peak.
-                self._caches = {}
-                empty = np.zeros((0, *cache.shape[1:]), cache.dtype)
-                binding.bind_ortvalue_input(cache.name, self._ort_value(empty))
-            else:
-                binding.bind_ortvalue_input(cache.name, self._caches[cache.name])
+        if step == 0:  # a new run: weight 0 times a NaN of the run before would be NaN
+            self._kept = []
+        reads = self.manifest.mode(mode).reads
+        if mode is StepMode.REFRESH and not reads:
+            # The oldest values are not read again; letting them go first lowers the peak.
+            self._kept = self._kept[: self.manifest.history - 1]
+        for back in range(self.manifest.history):
+            for cache in self.manifest.caches:
+                name = slot_name(cache.name, back)
+                value = self._kept_value(cache, back) if name in reads else self._empty(cache)
+                binding.bind_ortvalue_input(name, value)
+
+    def _kept_value(self, cache: TensorSpec, back: int) -> ort.OrtValue:
+        """A kept refresh; one that has not been yet has weight 0, any values will do."""
+        if not self._kept:
+            return self._ort_value(np.zeros(cache.shape, cache.dtype))
+        return self._kept[back if back < len(self._kept) else 0][cache.name]
+
+    def _empty(self, cache: TensorSpec) -> ort.OrtValue:
+        return self._ort_value(np.zeros((0, *cache.shape[1:]), cache.dtype))
 
     def _ort_value(self, value: np.ndarray[Any, Any]) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device)

@@ -10,17 +10,19 @@ Record what a sampler does, make a plan, optimise:
 if __name__ == "graph_passes":
     raise ImportError("import calicache.graph_passes: the bare name makes a second copy")
 
+from calicache.graph_passes.assign import CalibrationTarget, Granularity, SiteMode, SiteRule, assign
 from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.capture import CapturedGraph, capture
-from calicache.graph_passes.cost import ModelCost, SiteCost, model_cost
+from calicache.graph_passes.cost import ModelCost, TargetCost, model_cost
 from calicache.graph_passes.decompose import Weighting
 from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
 from calicache.graph_passes.errors import CalicacheError
 from calicache.graph_passes.observe import observe
 from calicache.graph_passes.pipeline import optimize
-from calicache.graph_passes.plan import Plan, StepMode, uniform_schedule
+from calicache.graph_passes.plan import Plan
 from calicache.graph_passes.record import Trajectory, record
 from calicache.graph_passes.runtime import OptimizedModel
+from calicache.graph_passes.schedule import StepMode, spread_schedule, uniform_schedule
 from calicache.graph_passes.sites import Sites, find_sites
 
 __all__ = [
@@ -29,7 +31,11 @@ __all__ = [
     "Plan",
     "StepMode",
     "Weighting",
+    "Granularity",
+    "SiteMode",
+    "SiteRule",
     "uniform_schedule",
+    "spread_schedule",
     "optimize",
     "OptimizedModel",
     "capture",
@@ -40,9 +46,11 @@ __all__ = [
     "find_sites",
     "Sites",
     "SiteRejection",
+    "assign",
+    "CalibrationTarget",
     "observe",
     "model_cost",
     "ModelCost",
-    "SiteCost",
+    "TargetCost",
     "CalicacheError",
 ]

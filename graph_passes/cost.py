@@ -1,12 +1,12 @@
 """What a step costs in each mode: multiply-accumulates, weight bytes, cache bytes.
 
-Everything is read from shapes, so a model on the meta device will do. Only products count
-(linear, matmul, convolution, attention); element-wise work is left out, as in the paper.
+Everything is read from graphs and shapes, so a model on the meta device will do. Only products
+count (linear, matmul, convolution, attention); element-wise work is left out, as in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from calicache.graph_passes.assign import CalibrationTarget, Granularity
 from calicache.graph_passes.capture import CapturedGraph
+from calicache.graph_passes.rewrite import Rewritten
+from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.sites import LinearSite, Sites
 
 aten = torch.ops.aten
@@ -44,15 +47,15 @@ PRODUCTS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class SiteCost:
-    """Cost of one site in one call.
+class TargetCost:
+    """Cost of one calibration target in one call.
 
     Attributes:
-        full_macs: of the whole layer, T * in * out for T tokens.
-        calibrate_macs: of the calibration branch, T * r * (in + out).
-        full_bytes: of W and b; `factor_bytes` of A and B.
-        fold_macs: of A x on a REFRESH step, where the site is folded.
-        cache_bytes: of y_ref, and of z_ref, or x_ref at the first site of a sibling group.
+        full_macs: of what it stands for: its layers, or the whole residual branch.
+        calibrate_macs: of the calibration branch, T r (in + out).
+        fold_macs: of A x on a REFRESH step, where the target is folded.
+        full_bytes: of the layers' W and b; `factor_bytes` of A and B.
+        cache_bytes: of y_ref, and of z_ref or x_ref; a shared x_ref counts at its first reader.
     """
 
     full_macs: int
@@ -69,72 +72,63 @@ class ModelCost:
 
     Attributes:
         plain_macs: the model as it was.
-        refresh_macs: the model and what it does for folded caches.
-        calibrate_macs, reuse_macs: a cheap step.
-        sites: by name.
+        modes: multiply-accumulates of a step, for the modes that were made.
+        cache_bytes: of all kept refreshes.
+        targets: by name.
     """
 
     plain_macs: int
-    refresh_macs: int
-    calibrate_macs: int
-    reuse_macs: int
-    sites: Mapping[str, SiteCost]
+    modes: Mapping[StepMode, int]
+    cache_bytes: int
+    targets: Mapping[str, TargetCost]
 
-    def uniform_share(self, interval: int, *, reuse: bool = False) -> float:
-        """MACs of a long run against the plain model, with a REFRESH every `interval` steps."""
-        cheap = self.reuse_macs if reuse else self.calibrate_macs
-        return (self.refresh_macs + (interval - 1) * cheap) / (interval * self.plain_macs)
+    def run_share(self, schedule: Sequence[StepMode]) -> float:
+        """MACs of a run against the plain model's."""
+        return sum(self.modes[mode] for mode in schedule) / (len(schedule) * self.plain_macs)
 
 
 def model_cost(
     captured: CapturedGraph,
     sites: Sites,
-    ranks: Mapping[str, int],
-    folded: frozenset[str] = frozenset(),
+    targets: Sequence[CalibrationTarget],
+    rewritten: Rewritten,
 ) -> ModelCost:
-    """Cost of every mode from shapes alone.
+    """Cost of every mode, counted on the rewritten graphs from their shapes.
 
     Args:
         captured: the plain graph.
-        sites: what CALIBRATE replaces, and the branches that REUSE skips.
-        ranks: r by site name.
-        folded: sites that cache A x instead of x.
+        sites: sites and branches.
+        targets: what CALIBRATE replaces.
+        rewritten: the variants; weights may be on the meta device.
     """
     macs = {node.name: node_macs(node) for node in captured.graph.nodes}
-    plain = sum(macs.values())
-    outputs = {site.node for site in sites.linears}
-    first = {group.sites[0] for group in sites.groups}
-    costs = {
-        site.name: _site_cost(
-            captured,
-            site,
-            ranks[site.name],
-            keeps_input=site.name in first - folded and site.input_node not in outputs,
-            folds=site.name in folded,
-        )
-        for site in sites.linears
-    }
-    cheap = macs | {site.node: costs[site.name].calibrate_macs for site in sites.linears}
-    cached = {site.node for site in sites.linears if not ranks[site.name]}
+    owner = {target.nodes[0]: target for target in targets}
+    bytes_by_target = dict.fromkeys((target.name for target in targets), 0)
+    by_node = {node: target.name for target in targets for node in target.nodes}
+    readers: dict[str, str] = {}
+    for target in targets:
+        readers.setdefault(target.input_node, target.name)
+    for cache in rewritten.caches:
+        name = cache.folded or by_node.get(cache.node) or readers.get(cache.node)
+        if name in bytes_by_target:
+            bytes_by_target[name] += cache.nbytes * rewritten.history
+    folded = {cache.folded for cache in rewritten.caches}
     return ModelCost(
-        plain_macs=plain,
-        refresh_macs=plain + sum(cost.fold_macs for cost in costs.values()),
-        calibrate_macs=_live_macs(captured.graph, cheap, cached),
-        reuse_macs=_live_macs(captured.graph, macs, {branch.exit for branch in sites.branches}),
-        sites=costs,
+        plain_macs=sum(macs.values()),
+        modes={mode: graph_macs(v.module.graph) for mode, v in rewritten.variants.items()},
+        cache_bytes=rewritten.history * sum(cache.nbytes for cache in rewritten.caches),
+        targets={
+            target.name: _target_cost(
+                captured,
+                target,
+                [site for site in sites.linears if site.name in target.sites],
+                sum(macs[node] for node in _replaced_nodes(sites, target)),
+                bytes_by_target[target.name],
+                folds=target.name in folded,
+            )
+            for target in owner.values()
+        },
     )
-
-
-def _live_macs(graph: fx.Graph, macs: Mapping[str, int], cached: Set[str]) -> int:
-    """MACs of everything that the output needs where the values in `cached` are known."""
-    live: set[str] = set()
-    pending = [node for node in graph.nodes if node.op == "output"]
-    while pending:
-        node = pending.pop()
-        if node.name not in live and node.name not in cached:
-            live.add(node.name)
-            pending.extend(node.all_input_nodes)
-    return sum(macs[name] for name in live)
 
 
 def graph_macs(graph: fx.Graph) -> int:
@@ -160,20 +154,30 @@ def _on_meta(node: fx.Node) -> Any:
     return value.detach().to("meta") if isinstance(value, Tensor) else value
 
 
-def _site_cost(
-    captured: CapturedGraph, site: LinearSite, rank: int, *, keeps_input: bool, folds: bool
-) -> SiteCost:
-    size = captured.attribute(site.weight).element_size()
-    width = site.in_features + site.out_features
-    channels = site.out_features
-    if rank:
-        channels += site.in_features * keeps_input + rank * folds
-    bias = site.out_features if site.bias else 0
-    return SiteCost(
-        full_macs=site.tokens * site.in_features * site.out_features,
-        calibrate_macs=site.tokens * rank * width,
-        fold_macs=site.tokens * rank * site.in_features * folds,
-        full_bytes=(site.in_features * site.out_features + bias) * size,
-        factor_bytes=rank * width * size,
-        cache_bytes=site.tokens * channels * size,
+def _replaced_nodes(sites: Sites, target: CalibrationTarget) -> tuple[str, ...]:
+    if target.granularity is Granularity.LINEAR:
+        return target.nodes
+    return next(branch.nodes for branch in sites.branches if branch.name == target.name)
+
+
+def _target_cost(
+    captured: CapturedGraph,
+    target: CalibrationTarget,
+    linears: Sequence[LinearSite],
+    full_macs: int,
+    cache_bytes: int,
+    *,
+    folds: bool,
+) -> TargetCost:
+    tensors = [
+        captured.attribute(name) for site in linears for name in (site.weight, site.bias) if name
+    ]
+    itemsize = tensors[0].element_size()
+    return TargetCost(
+        full_macs=full_macs,
+        calibrate_macs=target.calibrate_macs,
+        fold_macs=target.tokens * target.rank * target.in_features * folds,
+        full_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        factor_bytes=target.rank * (target.in_features + sum(target.out_features)) * itemsize,
+        cache_bytes=cache_bytes,
     )

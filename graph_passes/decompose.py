@@ -6,16 +6,13 @@ Channel-Aware Singular Value Decomposition" (CVPR 2025, arXiv 2505.05829).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.errors import DecomposeError
-from calicache.graph_passes.sites import LinearSite
 
 POWER = 0.5
 FLOOR_SHARE = 1e-3
@@ -25,12 +22,14 @@ OFFSET = 1e-6
 class Weighting(StrEnum):
     """What is decomposed, from the plainest to the best.
 
-    NONE is the paper's SVD, ACTIVATION its CA-SVD, INCREMENT its CD-SVD.
+    NONE is the paper's SVD, ACTIVATION its CA-SVD, INCREMENT its CD-SVD. COVARIANCE is the
+    least-squares optimum over the increments against the plan's own anchors, see covariance.py.
     """
 
     NONE = "none"
     ACTIVATION = "activation"
     INCREMENT = "increment"
+    COVARIANCE = "covariance"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,39 +142,3 @@ def decompose(
         up.to(weight.dtype).contiguous(),
         kept / total if total > 0 else 1.0,
     )
-
-
-def decompose_sites(
-    captured: CapturedGraph,
-    linears: tuple[LinearSite, ...],
-    rank: int,
-    statistics: Mapping[str, ChannelStatistics],
-    on_site: Callable[[int, int], None] | None = None,
-) -> dict[str, CalibrationFactors]:
-    """Factors for every site, by name.
-
-    Args:
-        captured: where the weights are.
-        linears: the sites.
-        rank: r of all of them.
-        statistics: by site name; empty for weighting `none`.
-        on_site: called as on_site(done, total), for a progress bar.
-
-    Raises:
-        DecomposeError: as `decompose`, with the site's name.
-    """
-    factors: dict[str, CalibrationFactors] = {}
-    for done, site in enumerate(linears, start=1):
-        try:
-            weight = captured.attribute(site.weight)
-            factors[site.name] = decompose(weight, rank, statistics.get(site.name))
-        except DecomposeError as error:
-            raise DecomposeError(
-                f"{site.name}: {error.where}",
-                expected=error.expected,
-                got=error.got,
-                fix=error.fix,
-            ) from error
-        if on_site:
-            on_site(done, len(linears))
-    return factors

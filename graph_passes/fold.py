@@ -1,15 +1,15 @@
 """Cache folding: where to keep z_ref = A x_ref (rank r) instead of x_ref (in channels).
 
-Only A x_ref is ever used, so y = y_ref + B (A x - z_ref) is the same map with a smaller cache
-and a subtraction over r instead of `in` channels. It costs one thin GEMM on a REFRESH step.
+Only A x_ref is ever used, so y = y* + B (A x - z*) is the same map with a smaller cache and a
+subtraction over r instead of `in` channels. It costs one thin GEMM on a REFRESH step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from calicache.graph_passes.plan import StepMode
-from calicache.graph_passes.sites import LinearSite, Sites
+from calicache.graph_passes.assign import CalibrationTarget
+from calicache.graph_passes.schedule import StepMode
 
 # Floating-point operations of a float32 GEMM in the time one byte of memory moves. Measured
 # on two server cores: about 180 GFLOP/s against 18 GB/s. Only the order of magnitude matters.
@@ -17,28 +17,31 @@ FLOPS_PER_BYTE = 10.0
 
 
 def choose_folds(
-    sites: Sites, ranks: Mapping[str, int], schedule: Sequence[StepMode], itemsize: int
+    targets: Sequence[CalibrationTarget],
+    schedule: Sequence[StepMode],
+    itemsize: int,
+    history: int = 1,
 ) -> frozenset[str]:
-    """Names of the sites to fold; siblings share x_ref and so fold together.
+    """Names of the targets to fold; targets that read one x share x_ref and so fold together.
 
-    Per token and interval, folding a group adds 2 (sum of r) in operations on REFRESH, and
-    saves on every CALIBRATE step a subtraction that moves 3 in values.
+    Per token and interval, folding adds 2 (sum of r) in operations on REFRESH, and saves on
+    every CALIBRATE step a subtraction that moves 3 in values, and 2 in more for every further
+    kept refresh.
 
     Args:
-        sites: all sites and their sibling groups.
-        ranks: r by site name.
+        targets: what CALIBRATE replaces.
         schedule: mode of every step.
         itemsize: bytes of one cached value.
+        history: how many refreshes are kept.
     """
     cheap = schedule.count(StepMode.CALIBRATE) / schedule.count(StepMode.REFRESH)
-    saved = cheap * 3 * itemsize * FLOPS_PER_BYTE
+    saved = cheap * (1 + 2 * history) * itemsize * FLOPS_PER_BYTE
+    readers: dict[str, list[CalibrationTarget]] = {}
+    for target in targets:
+        readers.setdefault(target.input_node, []).append(target)
     folded: set[str] = set()
-    for group in sites.groups:
-        rank = sum(ranks[name] for name in group.sites)
-        if 0 < 2 * rank < saved and rank <= _channels(sites.linears, group.sites[0]):
-            folded |= set(group.sites)
+    for group in readers.values():
+        rank = sum(target.rank for target in group)
+        if 0 < 2 * rank < saved and rank <= group[0].in_features:
+            folded |= {target.name for target in group if target.rank}
     return frozenset(folded)
-
-
-def _channels(linears: Sequence[LinearSite], name: str) -> int:
-    return next(site.in_features for site in linears if site.name == name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -13,9 +13,22 @@ from calicache.graph_passes.capture import shape_of
 aten = torch.ops.aten
 
 
+ANCHOR_WEIGHT, OUTPUT_WEIGHT = "anchor_weight", "output_weight"
+
+
 def cache_name(node: str) -> str:
     """Name of the placeholder that takes the cached value of a node."""
     return f"cache_{node}"
+
+
+def slot_name(cache: str, back: int) -> str:
+    """Name of a cache's value `back` refreshes before the newest."""
+    return f"{cache}_back{back}" if back else cache
+
+
+def weight_name(table: str, place: int) -> str:
+    """Name of the scalar input that takes one weight of a step."""
+    return f"{table}_{place}"
 
 
 class Insertion:
@@ -23,16 +36,18 @@ class Insertion:
 
     Attributes:
         graph: the variant's graph.
+        history: how many refreshes of every value are kept, order + 1.
         attributes: tensors that the new `get_attr` nodes name.
         made: the new nodes, caches left out.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, history: int = 1) -> None:
+        self.graph, self.history = graph, history
         self.attributes: dict[str, Tensor] = {}
         self.made: list[fx.Node] = []
-        self._caches: dict[str, fx.Node] = {}
+        self._placeholders: dict[str, fx.Node] = {}
         self._rows: dict[str, fx.Node] = {}
+        self._anchors: dict[str, fx.Node] = {}
 
     def rows(self, source: fx.Node) -> fx.Node:
         """All tokens as rows (T, channels); made once for each value."""
@@ -63,26 +78,50 @@ class Insertion:
         self._rows[node.name] = product
         return product
 
-    def cached(self, like: fx.Node) -> fx.Node:
-        """The cache of a value: rows (T, out) for a linear layer, else in the value's shape."""
-        value = like.meta["val"]
-        if like.target is LINEAR:
-            value = value.new_empty(value.shape[:-1].numel(), value.shape[-1])
-        return self.cache(cache_name(like.name), value)
-
     def anchor(self, like: fx.Node) -> fx.Node:
-        """The cache of a value, in the value's own shape."""
-        cached = self.cached(like)
-        return self.shaped(cached, like) if like.target is LINEAR else cached
+        """The anchor of a value, in the value's own shape."""
+        anchor = self.anchor_rows(like)
+        return self.shaped(anchor, like) if like.target is LINEAR else anchor
 
-    def cache(self, name: str, value: Tensor) -> fx.Node:
-        """The placeholder of that name, made once."""
-        if name not in self._caches:
+    def anchor_rows(self, like: fx.Node) -> fx.Node:
+        """The anchor of a value as it is cached: rows (T, out) for a linear layer."""
+        return self.anchor_of(cache_name(like.name), cached_form(like))
+
+    def anchor_of(self, cache: str, value: Tensor) -> fx.Node:
+        """sum_k w_k c_k over the kept refreshes of a cache, or the one there is."""
+        if cache not in self._anchors:
+            slots = self.slots(cache, value)
+            if self.history == 1:
+                self._anchors[cache] = slots[0]
+            else:
+                self._anchors[cache] = self.weighted_sum(slots, ANCHOR_WEIGHT)
+        return self._anchors[cache]
+
+    def slots(self, cache: str, value: Tensor) -> list[fx.Node]:
+        """The placeholders of all kept refreshes of a cache, newest first."""
+        return [self.placeholder(slot_name(cache, k), value) for k in range(self.history)]
+
+    def weighted_sum(self, terms: Sequence[fx.Node], table: str, first: int = 0) -> fx.Node:
+        """sum_k w_k terms_k with the weights of this step from `first` on."""
+        total: fx.Node | None = None
+        for place, term in enumerate(terms, start=first):
+            scaled = self.call(aten.mul.Tensor, term, self.weight(table, place))
+            total = scaled if total is None else self.call(aten.add.Tensor, total, scaled)
+        assert total is not None
+        return total
+
+    def weight(self, table: str, place: int) -> fx.Node:
+        """One weight of this step: a scalar input."""
+        return self.placeholder(weight_name(table, place), torch.empty((), device="meta"))
+
+    def placeholder(self, name: str, value: Tensor) -> fx.Node:
+        """The input of that name, made once."""
+        if name not in self._placeholders:
             last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
             with self.graph.inserting_after(last):
-                self._caches[name] = self.graph.placeholder(name)
-            self._caches[name].meta["val"] = value
-        return self._caches[name]
+                self._placeholders[name] = self.graph.placeholder(name)
+            self._placeholders[name].meta["val"] = value
+        return self._placeholders[name]
 
     def linear(self, source: fx.Node, site: str, part: str, weight: Tensor) -> fx.Node:
         """Multiply rows (T, in) by a factor (out, in) of a site."""
@@ -95,12 +134,13 @@ class Insertion:
         shape = (*value.shape[:-1], weight.shape[0])
         return self._finish(product, value.new_empty(shape), source, site)
 
-    def call(self, op: Callable[..., Tensor], left: fx.Node, right: fx.Node, site: str) -> fx.Node:
-        """An element-wise operation on two values of one shape."""
+    def call(
+        self, op: Callable[..., Tensor], left: fx.Node, right: fx.Node, site: str | None = None
+    ) -> fx.Node:
+        """An element-wise operation; the result has the left value's shape."""
         node = self.graph.call_function(op, (left, right))
-        return self._finish(
-            node, left.meta["val"], right if left.op == "placeholder" else left, site
-        )
+        source = left if left.meta.get("nn_module_stack") else right
+        return self._finish(node, left.meta["val"], source, site)
 
     def _finish(self, node: fx.Node, value: Tensor, source: fx.Node, site: str | None) -> fx.Node:
         node.meta = {"val": value, "nn_module_stack": source.meta.get("nn_module_stack")}
@@ -108,3 +148,11 @@ class Insertion:
             node.meta["calibrates"] = site
         self.made.append(node)
         return node
+
+
+def cached_form(like: fx.Node) -> Tensor:
+    """A value of the shape and dtype that its cache has."""
+    value: Tensor = like.meta["val"]
+    if like.target is LINEAR:
+        return value.new_empty(value.shape[:-1].numel(), value.shape[-1])
+    return value

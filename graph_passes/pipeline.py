@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from calicache.graph_passes.capture import capture
+from calicache.graph_passes.assign import CalibrationTarget, assign
+from calicache.graph_passes.capture import CapturedGraph, capture
 from calicache.graph_passes.cost import model_cost
-from calicache.graph_passes.decompose import decompose_sites
+from calicache.graph_passes.decompose import CalibrationFactors, Weighting
 from calicache.graph_passes.dependence import classify_nodes
 from calicache.graph_passes.errors import PlanError
+from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.fold import choose_folds
-from calicache.graph_passes.plan import (
-    Plan,
-    StepMode,
-    check_rank,
-    check_statistics,
-    hash_weights,
-)
-from calicache.graph_passes.rewrite import rewrite
+from calicache.graph_passes.plan import Plan, check_statistics, hash_weights
+from calicache.graph_passes.rewrite import Rewritten, rewrite
 from calicache.graph_passes.runtime import OptimizedModel
-from calicache.graph_passes.sites import find_sites
+from calicache.graph_passes.schedule import StepMode, anchor_table
+from calicache.graph_passes.sites import Sites, find_sites
 from calicache.graph_passes.verify import verify_captured, verify_rewritten
 
 
 def optimize(
-    model: nn.Module, plan: Plan, on_site: Callable[[int, int], None] | None = None
+    model: nn.Module, plan: Plan, on_target: Callable[[int, int], None] | None = None
 ) -> OptimizedModel:
     """Rewrite a model under a plan.
 
     Args:
         model: in eval mode, with the weights that the plan was made from. It is not changed.
         plan: from `Plan.from_trajectory` or `Plan.load`.
-        on_site: called as on_site(done, total) while layers are decomposed.
+        on_target: called as on_target(done, total) while factors are made.
 
     Returns:
         A drop-in module: the same call, the same return type.
@@ -46,29 +44,57 @@ def optimize(
     captured = verify_captured(capture(model, settings.signature))
     classes = classify_nodes(captured, settings.dependence)
     sites = find_sites(captured, classes, settings.include, settings.exclude)
-    check_rank(settings.rank, sites.linears)
-    check_statistics(plan, sites.linears)
-    calibrated = sites.linears if StepMode.CALIBRATE in plan.schedule else ()
-    factors = decompose_sites(captured, calibrated, settings.rank, plan.statistics, on_site)
-    ranks = {site.name: settings.rank for site in sites.linears}
-    folded = choose_folds(sites, ranks, plan.schedule, _itemsize(model))
-    rewritten = verify_rewritten(
-        captured, rewrite(captured, sites, factors, frozenset(plan.schedule), folded)
+    targets, unfit = assign(
+        captured,
+        sites,
+        rank=settings.rank,
+        granularity=settings.granularity,
+        rules=settings.rules,
+        joint=settings.weighting is Weighting.COVARIANCE,
     )
-    cost = model_cost(captured, sites, ranks, folded)
+    sites = replace(sites, rejections=(*sites.rejections, *unfit))
+    factors, rewritten = rewrite_captured(captured, sites, targets, plan, on_target)
+    cost = model_cost(captured, sites, targets, rewritten)
     return OptimizedModel(
         model,
         plan=plan,
         captured=captured,
         sites=sites,
+        targets=targets,
         factors=factors,
         rewritten=rewritten,
         cost=cost,
     )
 
 
-def _itemsize(model: nn.Module) -> int:
-    return next(model.parameters()).element_size()
+def rewrite_captured(
+    captured: CapturedGraph,
+    sites: Sites,
+    targets: Sequence[CalibrationTarget],
+    plan: Plan,
+    on_target: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, CalibrationFactors], Rewritten]:
+    """Factors and variants of a captured graph under a plan.
+
+    Raises:
+        CalicacheError: statistics do not fit, or a stage refuses.
+    """
+    settings = plan.settings
+    calibrated = targets if StepMode.CALIBRATE in settings.schedule else ()
+    check_statistics(plan, calibrated)
+    factors = make_factors(captured, calibrated, plan.statistics, on_target)
+    itemsize = next(captured.module.parameters()).element_size()
+    rewritten = rewrite(
+        captured,
+        sites,
+        targets,
+        factors,
+        frozenset(settings.schedule),
+        folded=choose_folds(targets, settings.schedule, itemsize, settings.order + 1),
+        anchors=anchor_table(settings.schedule, settings.order),
+        outputs=settings.outputs,
+    )
+    return factors, verify_rewritten(captured, rewritten)
 
 
 def _check_weights(model: nn.Module, plan: Plan) -> None:

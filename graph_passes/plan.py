@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import StrEnum
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -15,45 +17,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calicache.graph_passes.capture import capture
+from calicache.graph_passes.assign import CalibrationTarget, Granularity, SiteRule
+from calicache.graph_passes.covariance import SecondMoments
 from calicache.graph_passes.decompose import ChannelStatistics, Weighting
-from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
+from calicache.graph_passes.dependence import Dependence
 from calicache.graph_passes.errors import PlanError
+from calicache.graph_passes.factors import Statistics
 from calicache.graph_passes.files import atomic_path, sha256_of
-from calicache.graph_passes.observe import observe
 from calicache.graph_passes.record import Timestep, Trajectory
+from calicache.graph_passes.schedule import (
+    StepMode,
+    Table,
+    anchor_table,
+    output_table,
+    uniform_schedule,
+)
 from calicache.graph_passes.signature import CallSignature
-from calicache.graph_passes.sites import LinearSite, find_sites
 
-FORMAT = 1
+FORMAT = 2
 SETTINGS_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
-
-
-class StepMode(IntEnum):
-    """What a step of the sampler does.
-
-    REFRESH computes everything and overwrites the caches, CALIBRATE corrects the cached
-    outputs of linear layers with low-rank branches, REUSE returns the cached outputs of whole
-    residual branches.
-    """
-
-    REFRESH = 0
-    CALIBRATE = 1
-    REUSE = 2
-
-
-def uniform_schedule(
-    steps: int, interval: int, mode: StepMode = StepMode.CALIBRATE
-) -> tuple[StepMode, ...]:
-    """A REFRESH every `interval` steps and `mode` between: 5, 3 gives R C C R C.
-
-    Raises:
-        PlanError: steps or interval are below 1.
-    """
-    for name, value in (("steps", steps), ("interval", interval)):
-        if value < 1:
-            raise PlanError(name, expected="1 or more", got=str(value), fix=f"Raise {name}.")
-    return tuple(mode if k % interval else StepMode.REFRESH for k in range(steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +44,49 @@ class PlanSettings:
 
     Attributes:
         schedule: mode of every step; the first is REFRESH.
-        rank: r of every calibration branch.
-        weighting: what the factors are made from.
+        rank: r of every calibration branch that no rule gives another.
+        order: of the anchors; order + 1 refreshes are kept.
+        weighting: what the factors of linear layers are made from.
+        granularity: where calibration branches sit.
+        rules: exceptions for some sites and branches.
         include, exclude: shell patterns over site names.
         signature: form of the model's calls.
         dependence: class of every tensor argument.
         timestep: the argument that shows the start of a new run, or None.
         weights_hash: of the checkpoint that the plan was made from.
+        output_weights: of a step's own output and the kept ones, by step (T, order + 2), or
+            None: every output as it is.
+        correction: how the output weights were made, or why there are none.
     """
 
     schedule: tuple[StepMode, ...]
     rank: int
+    order: int
     weighting: Weighting
+    granularity: Granularity
+    rules: tuple[SiteRule, ...]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     signature: CallSignature
     dependence: dict[str, Dependence]
     timestep: Timestep | None
     weights_hash: str
+    output_weights: Table | None = None
+    correction: str = "not asked for"
 
     def __post_init__(self) -> None:
         _check_schedule(self.schedule)
         if self.rank < 0:
             raise PlanError("rank", expected="0 or more", got=str(self.rank), fix="Raise the rank.")
+        anchor_table(self.schedule, self.order)  # refuses an unknown order
+        _check_output_weights(self)
+
+    @property
+    def outputs(self) -> Table | None:
+        """Output weights by step; None where every output is the step's own."""
+        if self.output_weights is None and StepMode.FORECAST in self.schedule:
+            return output_table(self.schedule, self.order)
+        return self.output_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +95,11 @@ class Plan:
 
     Attributes:
         settings: see `PlanSettings`.
-        statistics: by site name; empty for weighting `none`.
+        statistics: by name of the calibration target; empty where none are needed.
     """
 
     settings: PlanSettings
-    statistics: Mapping[str, ChannelStatistics]
+    statistics: Mapping[str, Statistics]
 
     @property
     def schedule(self) -> tuple[StepMode, ...]:
@@ -117,65 +119,82 @@ class Plan:
         *,
         interval: int = 3,
         rank: int = 128,
-        weighting: Weighting | str = Weighting.INCREMENT,
         mode: StepMode = StepMode.CALIBRATE,
         schedule: Sequence[StepMode] | None = None,
+        order: int = 2,
+        weighting: Weighting | str = Weighting.COVARIANCE,
+        granularity: Granularity | str = Granularity.LINEAR,
+        rules: Sequence[SiteRule] = (),
+        correct: bool = True,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         on_step: Callable[[int, int], None] | None = None,
     ) -> Plan:
         """Plan for a model from what its sampler was seen to do.
 
+        The paper's method is `order=0, correct=False` with its weightings.
+
         Args:
             model: in eval mode; the one that was recorded.
             trajectory: at least one whole run, from `record`.
             interval: steps from one REFRESH to the next.
             rank: r of every calibration branch, 0 .. the smaller side of each layer.
-            weighting: `none`, `activation` or `increment`.
             mode: of the steps between two REFRESH steps.
             schedule: mode of every step; overrides interval and mode.
+            order: of the polynomial that forecasts anchors from kept refreshes: 0, 1 or 2.
+            weighting: `none`, `activation`, `increment` or `covariance`.
+            granularity: `linear` layers or whole residual branches are calibrated.
+            rules: what to do with some sites and branches instead.
+            correct: fit output weights along the corrected trajectory; where the sampler's
+                update cannot be recovered, `settings.correction` says why.
             include: shell patterns; sites to calibrate.
             exclude: shell patterns; sites to leave alone.
-            on_step: called as on_step(done, total) while statistics are collected.
+            on_step: called as on_step(done, total) while recorded steps are run.
 
         Raises:
             CalicacheError: whatever stage refuses names itself.
         """
-        settings = PlanSettings(
-            schedule=uniform_schedule(trajectory.steps, interval, mode)
-            if schedule is None
-            else tuple(schedule),
+        # Here, not above: the planner runs the compiler, which takes plans.
+        from calicache.graph_passes.planner import Wishes, make_plan
+
+        if schedule is None:
+            schedule = uniform_schedule(trajectory.steps, interval, mode)
+        wishes = Wishes(
+            schedule=tuple(schedule),
             rank=rank,
-            weighting=_weighting(weighting),
+            order=order,
+            weighting=_member(Weighting, weighting),
+            granularity=_member(Granularity, granularity),
+            rules=tuple(rules),
             include=tuple(include),
             exclude=tuple(exclude),
-            signature=trajectory.signature,
-            dependence=classify_inputs(trajectory),
-            timestep=trajectory.timestep,
-            weights_hash=hash_weights(model),
+            correct=correct,
         )
-        captured = capture(model, settings.signature)
-        classes = classify_nodes(captured, settings.dependence)
-        sites = find_sites(captured, classes, include, exclude)
-        check_rank(rank, sites.linears)
-        statistics = observe(captured, sites, trajectory, settings.weighting, on_step)
-        return Plan(settings, statistics)
+        return make_plan(model, trajectory, wishes, on_step)
 
     def with_schedule(self, schedule: Sequence[StepMode]) -> Plan:
-        """The same plan with other step modes.
+        """The same plan with other step modes, and without what was fitted to the old ones.
+
+        Statistics of `covariance` stay those of the old schedule's lags.
 
         Raises:
             PlanError: the schedule is empty or does not start with REFRESH.
         """
-        return replace(self, settings=replace(self.settings, schedule=tuple(schedule)))
+        return self._with(schedule=tuple(schedule))
 
     def with_rank(self, rank: int) -> Plan:
-        """The same plan with another rank.
+        """The same plan with another rank, and without what was fitted to the old one.
 
         Raises:
             PlanError: the rank is negative.
         """
-        return replace(self, settings=replace(self.settings, rank=rank))
+        return self._with(rank=rank)
+
+    def _with(self, **changes: Any) -> Plan:
+        unfitted = replace(
+            self.settings, output_weights=None, correction="not fitted: the plan was changed"
+        )
+        return replace(self, settings=replace(unfitted, **changes))
 
     def save(self, directory: Path | str) -> None:
         """Write `plan.json` and `statistics.safetensors` into a new or replaced folder."""
@@ -183,8 +202,8 @@ class Plan:
             folder.mkdir()
             tensors: dict[str, Tensor] = {}
             for name, statistics in self.statistics.items():
-                tensors[f"{name}.input"] = statistics.input.contiguous()
-                tensors[f"{name}.output"] = statistics.output.contiguous()
+                for part, value in _tensors(statistics).items():
+                    tensors[f"{name}.{part}"] = value.contiguous()
             save_file(tensors, folder / STATISTICS_FILE)
             written = PlanFile(FORMAT, sha256_of(folder / STATISTICS_FILE), self.settings)
             (folder / SETTINGS_FILE).write_text(
@@ -208,11 +227,11 @@ class Plan:
             if sha256_of(folder / STATISTICS_FILE) != written.statistics_sha256:
                 raise ValueError(f"{STATISTICS_FILE} is not the file the plan was saved with")
             tensors = load_file(folder / STATISTICS_FILE)
-            names = sorted({name.rpartition(".")[0] for name in tensors})
-            statistics = {
-                name: ChannelStatistics(tensors[f"{name}.input"], tensors[f"{name}.output"])
-                for name in names
-            }
+            parts: dict[str, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                owner, _, part = name.rpartition(".")
+                parts.setdefault(owner, {})[part] = value
+            statistics = {name: _statistics(found) for name, found in parts.items()}
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, PlanError) as error:
             raise PlanError(
                 str(directory),
@@ -248,56 +267,57 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_rank(rank: int, linears: Sequence[LinearSite]) -> None:
-    """Refuse a rank that some site cannot have.
+def check_statistics(plan: Plan, targets: Sequence[CalibrationTarget]) -> None:
+    """Refuse statistics that do not fit the targets or are not finite.
 
     Raises:
-        PlanError: with the site's name and the largest rank.
+        PlanError: a target has none, of another width, or with NaN or Inf.
     """
-    for site in linears:
-        largest = min(site.in_features, site.out_features)
-        if not 0 <= rank <= largest:
+    for target in targets:
+        expected = _statistics_shapes(plan.settings.weighting, target)
+        if not target.rank or not expected:
+            continue
+        tensors = _tensors(plan.statistics.get(target.name))
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        finite = all(bool(torch.isfinite(value).all()) for value in tensors.values())
+        if shapes != expected or not finite:
             raise PlanError(
-                f"rank of {site.name}",
-                expected=f"0 .. {largest} for a layer {site.in_features} -> {site.out_features}",
-                got=str(rank),
-                fix="Choose a smaller rank, or exclude the layer.",
+                f"statistics of {target.name}",
+                expected=f"finite values of shapes {expected}",
+                got="NaN or Inf"
+                if shapes == expected
+                else f"shapes {shapes}"
+                if shapes
+                else "none",
+                fix="Make the plan again from the trajectory, with the steps it will run.",
             )
 
 
-def check_statistics(plan: Plan, linears: Sequence[LinearSite]) -> None:
-    """Refuse statistics that do not fit the sites or are not finite.
-
-    Raises:
-        PlanError: a site has none, of another width, or with NaN or Inf.
-    """
-    if plan.settings.weighting is Weighting.NONE:
-        return
-    for site in linears:
-        statistics = plan.statistics.get(site.name)
-        shapes = statistics and (tuple(statistics.input.shape), tuple(statistics.output.shape))
-        finite = statistics and all(
-            bool(torch.isfinite(v).all()) for v in (statistics.input, statistics.output)
-        )
-        if shapes != ((site.in_features,), (site.out_features,)) or not finite:
-            raise PlanError(
-                f"statistics of {site.name}",
-                expected=f"finite values for {site.in_features} -> {site.out_features} channels",
-                got="NaN or Inf" if statistics and not finite else f"shapes {shapes}",
-                fix="Make the plan again from the trajectory.",
-            )
+def _statistics_shapes(
+    weighting: Weighting, target: CalibrationTarget
+) -> dict[str, tuple[int, ...]]:
+    inputs, outputs = target.in_features, sum(target.out_features)
+    if target.granularity is Granularity.BRANCH:
+        return {"input": (inputs, inputs), "cross": (inputs, outputs)}
+    if weighting is Weighting.NONE:
+        return {}
+    if weighting is not Weighting.COVARIANCE:
+        return {"input": (inputs,), "output": (outputs,)}
+    return {"output": (outputs,) * 2} if outputs < inputs else {"input": (inputs,) * 2}
 
 
-def _weighting(value: Weighting | str) -> Weighting:
-    try:
-        return Weighting(value)
-    except ValueError:
-        raise PlanError(
-            "weighting",
-            expected=" | ".join(Weighting),
-            got=repr(value),
-            fix="Choose one of these.",
-        ) from None
+def _tensors(statistics: Statistics | None) -> dict[str, Tensor]:
+    if statistics is None:
+        return {}
+    if isinstance(statistics, SecondMoments):
+        return statistics.tensors()
+    return {"input": statistics.input, "output": statistics.output}
+
+
+def _statistics(tensors: Mapping[str, Tensor]) -> Statistics:
+    if all(value.ndim == 1 for value in tensors.values()):
+        return ChannelStatistics(tensors["input"], tensors["output"])
+    return SecondMoments(**tensors)
 
 
 def _check_schedule(schedule: Sequence[StepMode]) -> None:
@@ -308,3 +328,33 @@ def _check_schedule(schedule: Sequence[StepMode]) -> None:
             got=StepMode(schedule[0]).name if schedule else "no steps",
             fix="Start with StepMode.REFRESH: the caches are empty before it.",
         )
+
+
+def _check_output_weights(settings: PlanSettings) -> None:
+    table = settings.output_weights
+    if table is None:
+        return
+    width = settings.order + 2
+    fits = len(table) == len(settings.schedule) and all(len(row) == width for row in table)
+    if not fits or not all(math.isfinite(value) for row in table for value in row):
+        raise PlanError(
+            "output_weights",
+            expected=f"{len(settings.schedule)} rows of {width} finite numbers",
+            got=f"{len(table)} rows of {sorted({len(row) for row in table})}",
+            fix="Make the plan again from the trajectory.",
+        )
+
+
+_Member = TypeVar("_Member", bound=StrEnum)
+
+
+def _member(kind: type[_Member], value: _Member | str) -> _Member:
+    try:
+        return kind(value)
+    except ValueError:
+        raise PlanError(
+            kind.__name__.lower(),
+            expected=" | ".join(kind),
+            got=repr(value),
+            fix="Choose one of these.",
+        ) from None

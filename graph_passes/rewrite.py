@@ -7,30 +7,41 @@ value taken after the reshape that follows the GEMM would be copied.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from calicache.graph_passes.assign import CalibrationTarget
 from calicache.graph_passes.branches import LINEAR
+from calicache.graph_passes.calibrate import Calibration, folded_name
 from calicache.graph_passes.capture import CapturedGraph, finish, graph_outputs
 from calicache.graph_passes.decompose import CalibrationFactors
-from calicache.graph_passes.insertion import Insertion, cache_name
-from calicache.graph_passes.plan import StepMode
-from calicache.graph_passes.sites import LinearSite, Sites
+from calicache.graph_passes.errors import PlanError
+from calicache.graph_passes.insertion import (
+    ANCHOR_WEIGHT,
+    OUTPUT_WEIGHT,
+    Insertion,
+    cache_name,
+    cached_form,
+    slot_name,
+    weight_name,
+)
+from calicache.graph_passes.schedule import StepMode, Table
+from calicache.graph_passes.sites import Sites
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """One value that a REFRESH step keeps for the cheap steps after it.
+    """One value that a REFRESH step keeps for the steps after it.
 
     Attributes:
-        name: of the placeholder that takes it, such as `cache_linear_4`.
+        name: of the placeholder that takes its newest value, such as `cache_linear_4`.
         node: whose value it is in the plain graph; x for a folded cache, which is A x.
-        folded: the site whose A is applied, or None.
+        folded: the target whose A is applied, or None.
         shape, dtype: of the cached value.
     """
 
@@ -42,7 +53,7 @@ class CacheSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size in memory."""
+        """Size of one kept refresh in memory."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -51,10 +62,10 @@ class Variant:
     """The graph of one mode.
 
     Attributes:
-        mode: REFRESH, CALIBRATE or REUSE.
-        module: takes the model's tensors, then the caches named in `reads`; returns the
-            model's flat outputs, then (REFRESH alone) all caches.
-        reads: cache names, in the order of the placeholders.
+        mode: what the step does.
+        module: takes the model's tensors, then what `reads` names; returns the model's flat
+            outputs, then (REFRESH alone) all caches.
+        reads: cache slots and weights of the step, in the order of the placeholders.
         inserted: names of the nodes that the plain graph does not have.
     """
 
@@ -71,145 +82,242 @@ class Rewritten:
     Attributes:
         variants: by mode; REFRESH is always there.
         caches: in the order of REFRESH's extra outputs.
+        history: how many refreshes of every cache are kept.
+        tables: the weights that the variants read, by name, each one number a step.
         outputs: how many flat outputs the model itself has.
     """
 
     variants: Mapping[StepMode, Variant]
     caches: tuple[CacheSpec, ...]
+    history: int
+    tables: Mapping[str, tuple[float, ...]]
     outputs: int
+
+    def slots(self) -> dict[str, tuple[CacheSpec, int]]:
+        """Every kept value by name: its cache, and how many refreshes back it is."""
+        return {
+            slot_name(cache.name, back): (cache, back)
+            for back in range(self.history)
+            for cache in self.caches
+        }
+
+    def read(
+        self,
+        reads: Sequence[str],
+        kept: Sequence[Mapping[str, Tensor]],
+        step: int,
+        device: torch.device,
+    ) -> list[Tensor]:
+        """What a variant reads at a step: weights from tables, and values of kept refreshes.
+
+        A refresh that has not been yet has weight 0; the newest one (or zeros) stands for it.
+
+        Args:
+            reads: names, in order.
+            kept: cache values by cache name, newest refresh first.
+            step: index in the run.
+            device: of the tensors that are made here.
+        """
+        slots = self.slots()
+        values = []
+        for name in reads:
+            if name in self.tables:
+                values.append(torch.tensor(self.tables[name][step], device=device))
+                continue
+            cache, back = slots[name]
+            if kept:
+                values.append(kept[back if back < len(kept) else 0][cache.name])
+            else:
+                values.append(torch.zeros(cache.shape, dtype=cache.dtype, device=device))
+        return values
 
 
 def rewrite(
     captured: CapturedGraph,
     sites: Sites,
+    targets: Sequence[CalibrationTarget],
     factors: Mapping[str, CalibrationFactors],
     modes: Collection[StepMode],
+    *,
     folded: frozenset[str] = frozenset(),
+    anchors: Table = ((1.0,),),
+    outputs: Table | None = None,
 ) -> Rewritten:
     """Make the variants for some modes.
 
     Args:
         captured: the plain graph; it is copied, not changed.
-        sites: sites and branches.
-        factors: by site name; needed where CALIBRATE is among the modes.
+        sites: whose branches REUSE skips.
+        targets: what CALIBRATE replaces, from `assign`.
+        factors: by target name; needed where CALIBRATE is among the modes.
         modes: which variants a schedule uses; REFRESH is made in any case.
-        folded: sites that cache A x instead of x, from `choose_folds`.
+        folded: targets that cache A x instead of x, from `choose_folds`.
+        anchors: weights of the kept refreshes by step (T, K).
+        outputs: weights of a step's own output and the kept ones by step (T, 1 + K); None
+            leaves every output as it is.
+
+    Raises:
+        PlanError: an output is no floating-point tensor and cannot be forecast, or FORECAST is
+            asked for without output weights.
     """
-    variants: dict[StepMode, Variant] = {}
-    if StepMode.CALIBRATE in modes:
-        tapped = [b.exit for b in sites.branches] if StepMode.REUSE in modes else []
-        variants[StepMode.CALIBRATE] = calibrate_variant(
-            captured, sites.linears, factors, folded, tapped
+    used = frozenset(modes) | {StepMode.REFRESH}
+    if StepMode.FORECAST in used and outputs is None:
+        raise PlanError(
+            "outputs",
+            expected="output weights for FORECAST",
+            got="None",
+            fix="Pass output_table(schedule, order).",
         )
-    if StepMode.REUSE in modes:
-        variants[StepMode.REUSE] = reuse_variant(captured, sites)
-    caches = _caches(captured, sites, variants)
-    refresh = refresh_variant(captured, caches, factors)
-    outputs = len(graph_outputs(captured.graph))
-    return Rewritten({StepMode.REFRESH: refresh, **variants}, caches, outputs)
-
-
-def refresh_variant(
-    captured: CapturedGraph,
-    caches: tuple[CacheSpec, ...],
-    factors: Mapping[str, CalibrationFactors],
-) -> Variant:
-    """The plain graph with the cached values as further outputs; A x for folded ones."""
-    graph, copies = _copy(captured.graph)
-    output = graph.output_node()
-    insert = Insertion(graph)
-    values = []
-    for cache in caches:
-        value = copies[cache.node]
-        if cache.folded is not None:
-            with graph.inserting_before(value.next):
-                rows = insert.rows(value)
-            with graph.inserting_before(rows.next):
-                value = insert.linear(rows, cache.folded, "down", factors[cache.folded].down)
-        elif value.target is LINEAR:
-            value = insert.linear_over_rows(value)
-        values.append(value)
-    output.args = ((*graph_outputs(graph), *values),)
-    return _variant(StepMode.REFRESH, captured, insert)
-
-
-def calibrate_variant(
-    captured: CapturedGraph,
-    linears: tuple[LinearSite, ...],
-    factors: Mapping[str, CalibrationFactors],
-    folded: frozenset[str] = frozenset(),
-    tapped: Collection[str] = (),
-) -> Variant:
-    """Every site becomes y_ref + B A (x - x_ref), or y_ref + B (A x - z_ref) where folded.
-
-    Sites that share x share x - x_ref. At rank 0 the site is just y_ref. Linear layers in
-    `tapped` that are no sites run over rows as in REFRESH, so that both read one weight layout.
-    """
-    graph, copies = _copy(captured.graph)
-    insert = Insertion(graph)
-    increments: dict[str, fx.Node] = {}
-    for site in linears:
-        node, made = copies[site.node], factors[site.name]
-        source = node.args[0]  # not the plain input: that may be a site of its own
-        assert isinstance(source, fx.Node)
-        with graph.inserting_before(node):
-            if made.rank == 0:
-                node.replace_all_uses_with(insert.anchor(node))
-                continue
-            if site.name in folded:
-                inner = insert.linear(insert.rows(source), site.name, "down", made.down)
-                inner_anchor = insert.cache(_folded_name(site.node), inner.meta["val"])
-                inner = insert.call(aten.sub.Tensor, inner, inner_anchor, site.name)
-            else:
-                if source.name not in increments:
-                    increments[source.name] = insert.call(
-                        aten.sub.Tensor, source, insert.anchor(copies[site.input_node]), site.name
-                    )
-                increment = insert.rows(increments[source.name])
-                inner = insert.linear(increment, site.name, "down", made.down)
-            correction = insert.linear(inner, site.name, "up", made.up)
-            total = insert.call(aten.add.Tensor, insert.cached(node), correction, site.name)
-            node.replace_all_uses_with(insert.shaped(total, node))
-    replaced = {site.node for site in linears}
-    for name in tapped:
-        if name not in replaced and copies[name].target is LINEAR:
-            insert.linear_over_rows(copies[name])
-    return _variant(StepMode.CALIBRATE, captured, insert)
-
-
-def reuse_variant(captured: CapturedGraph, sites: Sites) -> Variant:
-    """Every branch becomes its cached output; what is inside goes away as dead code."""
-    graph, copies = _copy(captured.graph)
-    insert = Insertion(graph)
-    for branch in sites.branches:
-        last = copies[branch.exit]
-        with graph.inserting_before(last):
-            last.replace_all_uses_with(insert.anchor(last))
-    return _variant(StepMode.REUSE, captured, insert)
-
-
-def _caches(
-    captured: CapturedGraph, sites: Sites, variants: Mapping[StepMode, Variant]
-) -> tuple[CacheSpec, ...]:
-    """What the cheap variants read, in the order of the plain graph."""
-    values = {
-        node.name: node.meta["val"]
-        for variant in variants.values()
-        for node in variant.module.graph.nodes
-        if node.name in variant.reads
-    }
-    sources: dict[str, tuple[str, str | None]] = {}
-    by_node = {site.node: site for site in sites.linears}
-    for node in captured.graph.nodes:
-        site = by_node.get(node.name)
-        if site is not None:
-            sources[_folded_name(node.name)] = (site.input_node, site.name)
-        sources[cache_name(node.name)] = (node.name, None)
-    return tuple(
-        CacheSpec(name, node, folded, tuple(values[name].shape), values[name].dtype)
-        for name, (node, folded) in sources.items()
-        if name in values
+    build = _Builder(captured, sites, targets, factors, folded, len(anchors[0]), outputs)
+    variants: dict[StepMode, Variant] = {}
+    if StepMode.CALIBRATE in used:
+        tapped = [branch.exit for branch in sites.branches] if StepMode.REUSE in used else []
+        variants[StepMode.CALIBRATE] = build.calibrate(tapped)
+    if StepMode.REUSE in used:
+        variants[StepMode.REUSE] = build.reuse()
+    if StepMode.FORECAST in used:
+        variants[StepMode.FORECAST] = build.forecast()
+    caches = build.caches(variants.values())
+    variants = {StepMode.REFRESH: build.refresh(caches), **variants}
+    read = {name for variant in variants.values() for name in variant.reads}
+    tables = {**_columns(ANCHOR_WEIGHT, anchors), **_columns(OUTPUT_WEIGHT, outputs or ())}
+    return Rewritten(
+        variants,
+        caches,
+        build.history,
+        {name: table for name, table in tables.items() if name in read},
+        len(graph_outputs(captured.graph)),
     )
+
+
+def _columns(name: str, table: Table) -> dict[str, tuple[float, ...]]:
+    return {weight_name(name, k): column for k, column in enumerate(zip(*table, strict=True))}
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """What all variants of one plan have in common."""
+
+    captured: CapturedGraph
+    sites: Sites
+    targets: Sequence[CalibrationTarget]
+    factors: Mapping[str, CalibrationFactors]
+    folded: frozenset[str]
+    history: int
+    outputs: Table | None
+
+    def refresh(self, caches: tuple[CacheSpec, ...]) -> Variant:
+        """The plain graph with the cached values as further outputs; A x for folded ones."""
+        graph, copies = _copy(self.captured.graph)
+        insert = Insertion(graph, self.history)
+        values = []
+        for cache in caches:
+            value = copies[cache.node]
+            if cache.folded is not None:
+                with graph.inserting_before(value.next):
+                    rows = insert.rows(value)
+                with graph.inserting_before(rows.next):
+                    down = self.factors[cache.folded].down
+                    value = insert.linear(rows, cache.folded, "down", down)
+            elif value.target is LINEAR:
+                value = insert.linear_over_rows(value)
+            values.append(value)
+        return self._finish(StepMode.REFRESH, insert, values)
+
+    def calibrate(self, tapped: Collection[str] = ()) -> Variant:
+        """Every target becomes y* + B A (x - x*), or y* + B (A x - z*) where folded.
+
+        Targets that share x share x - x*. At rank 0 a target is just y*. Linear layers in
+        `tapped` that are no targets run over rows as in REFRESH, so that both read one weight
+        layout.
+        """
+        graph, copies = _copy(self.captured.graph)
+        insert = Insertion(graph, self.history)
+        place = {node.name: number for number, node in enumerate(self.captured.graph.nodes)}
+        calibrate = Calibration(insert, copies, self.factors, self.folded)
+        # In graph order, so that a shared anchor is made before its first use.
+        for target in sorted(self.targets, key=lambda t: min(place[n] for n in t.nodes)):
+            calibrate.replace(target)
+        for name in tapped:
+            if name not in calibrate.replaced and copies[name].target is LINEAR:
+                insert.linear_over_rows(copies[name])
+        return self._finish(StepMode.CALIBRATE, insert)
+
+    def reuse(self) -> Variant:
+        """Every branch becomes its anchor; what is inside goes away as dead code."""
+        graph, copies = _copy(self.captured.graph)
+        insert = Insertion(graph, self.history)
+        for branch in self.sites.branches:
+            last = copies[branch.exit]
+            with graph.inserting_before(last):
+                last.replace_all_uses_with(insert.anchor(last))
+        return self._finish(StepMode.REUSE, insert)
+
+    def forecast(self) -> Variant:
+        """The model's outputs become weighted sums of the kept ones; nothing inside runs."""
+        graph, _ = _copy(self.captured.graph)
+        return self._finish(StepMode.FORECAST, Insertion(graph, self.history))
+
+    def caches(self, variants: Collection[Variant]) -> tuple[CacheSpec, ...]:
+        """What the variants read of a REFRESH step, in the order of the plain graph."""
+        values = {
+            str(node.target): node.meta["val"]
+            for variant in variants
+            for node in variant.module.graph.nodes
+            if node.op == "placeholder" and str(node.target) in variant.reads
+        }
+        if self.outputs is not None:
+            values |= {cache_name(n.name): cached_form(n) for n in self._output_nodes()}
+        first = {target.nodes[0]: target for target in self.targets}
+        sources: dict[str, tuple[str, str | None]] = {}
+        for node in self.captured.graph.nodes:
+            if node.name in first:
+                target = first[node.name]
+                sources[folded_name(target)] = (target.input_node, target.name)
+            sources[cache_name(node.name)] = (node.name, None)
+        return tuple(
+            CacheSpec(name, node, folded, tuple(values[name].shape), values[name].dtype)
+            for name, (node, folded) in sources.items()
+            if name in values
+        )
+
+    def _finish(self, mode: StepMode, insert: Insertion, caches: Sequence[fx.Node] = ()) -> Variant:
+        output = insert.graph.output_node()
+        own = graph_outputs(insert.graph)
+        mixed = own
+        if self.outputs is not None:
+            plain = {node.name: node for node in self._output_nodes()}
+            keep_own = mode is not StepMode.FORECAST
+            with insert.graph.inserting_before(output):
+                named = zip(graph_outputs(self.captured.graph), own, strict=True)
+                mixed = tuple(_mix(insert, plain[str(a)], b, keep_own) for a, b in named)
+        output.args = ((*mixed, *caches),)
+        return _variant(mode, self.captured, insert)
+
+    def _output_nodes(self) -> list[fx.Node]:
+        """The outputs, all of which can be forecast."""
+        for value in graph_outputs(self.captured.graph):
+            meta = value.meta["val"] if isinstance(value, fx.Node) else None
+            if not (isinstance(meta, Tensor) and meta.is_floating_point()):
+                raise PlanError(
+                    f"output {value}",
+                    expected="a floating-point tensor, which can be forecast",
+                    got=str(None if meta is None else meta.dtype),
+                    fix="Use CALIBRATE or REUSE steps, without a correction.",
+                )
+        return [value for value in graph_outputs(self.captured.graph) if isinstance(value, fx.Node)]
+
+
+def _mix(insert: Insertion, plain: fx.Node, own: object, keep_own: bool) -> fx.Node:
+    """w_0 own + sum_k w_k kept_k, in the shape of the output."""
+    assert isinstance(own, fx.Node)
+    kept = insert.slots(cache_name(plain.name), cached_form(plain))
+    total = insert.weighted_sum(kept, OUTPUT_WEIGHT, first=1)
+    if plain.target is LINEAR:
+        total = insert.shaped(total, plain)
+    if not keep_own:
+        return total
+    return insert.call(aten.add.Tensor, insert.weighted_sum([own], OUTPUT_WEIGHT), total)
 
 
 def _copy(source: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
@@ -220,14 +328,10 @@ def _copy(source: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
     return graph, {node.name: copy for node, copy in copies.items()}
 
 
-def _folded_name(node: str) -> str:
-    return f"cache_{node}_down"
-
-
 def _variant(mode: StepMode, captured: CapturedGraph, insert: Insertion) -> Variant:
     graph, arguments = insert.graph, len(captured.signature.tensors)
     finish(graph)
-    _drop_unused_caches(graph, arguments)
+    _drop_unused(graph, arguments)
     targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     tensors = {
         target: insert.attributes[target]
@@ -236,7 +340,8 @@ def _variant(mode: StepMode, captured: CapturedGraph, insert: Insertion) -> Vari
         for target in sorted(targets)
     }
     live = {node.name for node in graph.nodes}
-    reads = [node.name for node in graph.nodes if node.op == "placeholder"][arguments:]
+    # The target, not the name: fx renames a placeholder that a weight of the model is named like.
+    reads = [str(node.target) for node in graph.nodes if node.op == "placeholder"][arguments:]
     return Variant(
         mode=mode,
         module=fx.GraphModule(tensors, graph, class_name=mode.name.capitalize()),
@@ -245,7 +350,7 @@ def _variant(mode: StepMode, captured: CapturedGraph, insert: Insertion) -> Vari
     )
 
 
-def _drop_unused_caches(graph: fx.Graph, arguments: int) -> None:
+def _drop_unused(graph: fx.Graph, arguments: int) -> None:
     for node in [n for n in graph.nodes if n.op == "placeholder"][arguments:]:
         if not node.users:
             graph.erase_node(node)

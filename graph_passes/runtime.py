@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from calicache.graph_passes.assign import CalibrationTarget
 from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.cost import ModelCost
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import RunError
-from calicache.graph_passes.plan import Plan, StepMode
+from calicache.graph_passes.plan import Plan
 from calicache.graph_passes.rewrite import Rewritten
+from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import flatten_call
 from calicache.graph_passes.sites import Sites
 
@@ -27,7 +29,8 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         original: the model as it was.
-        plan, captured, sites, factors, rewritten, cost: what each stage of `optimize` made.
+        plan, captured, sites, targets, factors, rewritten, cost: what each stage of `optimize`
+            made.
         step: index of the next step in the running denoising.
     """
 
@@ -38,6 +41,7 @@ class OptimizedModel(nn.Module):
         plan: Plan,
         captured: CapturedGraph,
         sites: Sites,
+        targets: Sequence[CalibrationTarget],
         factors: dict[str, CalibrationFactors],
         rewritten: Rewritten,
         cost: ModelCost,
@@ -45,12 +49,13 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.original = original
         self.plan, self.captured, self.sites = plan, captured, sites
-        self.factors, self.rewritten, self.cost = factors, rewritten, cost
+        self.targets, self.factors = targets, factors
+        self.rewritten, self.cost = rewritten, cost
         self.variants = nn.ModuleDict(
             {mode.name: variant.module for mode, variant in rewritten.variants.items()}
         )
         self.step = 0
-        self._caches: dict[str, Tensor] = {}
+        self._kept: list[dict[str, Tensor]] = []
         self._timestep: float | None = None
         self.eval()
 
@@ -65,7 +70,8 @@ class OptimizedModel(nn.Module):
         mode = self._next_mode(call.tensors)
         variant = self.rewritten.variants[mode]
         module = self.variants[mode.name]
-        outputs = module(*tensors, *(self._caches[name] for name in variant.reads))
+        values = self.rewritten.read(variant.reads, self._kept, self.step, tensors[0].device)
+        outputs = module(*tensors, *values)
         if mode is StepMode.REFRESH:
             self._keep(outputs, tensors)
         self.step += 1
@@ -75,7 +81,7 @@ class OptimizedModel(nn.Module):
     def reset(self) -> None:
         """Forget the running denoising: the next call is step 0."""
         self.step = 0
-        self._caches = {}
+        self._kept = []
         self._timestep = None
 
     def train(self, mode: bool = True) -> OptimizedModel:
@@ -106,10 +112,11 @@ class OptimizedModel(nn.Module):
         """Take over the caches of a REFRESH step; copy what the caller may write to."""
         own = self.rewritten.outputs
         shared = {value.untyped_storage().data_ptr() for value in (*tensors, *outputs[:own])}
-        self._caches = {
+        fresh = {
             cache.name: value.clone() if value.untyped_storage().data_ptr() in shared else value
             for cache, value in zip(self.rewritten.caches, outputs[own:], strict=True)
         }
+        self._kept = [fresh, *self._kept][: self.rewritten.history]
 
     def _next_mode(self, tensors: Any) -> StepMode:
         """Mode of this call, after starting a new run where one begins."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.capture import CapturedGraph, graph_outputs, shape_of
 from calicache.graph_passes.errors import VerifyError
-from calicache.graph_passes.plan import StepMode
-from calicache.graph_passes.rewrite import CacheSpec, Rewritten, Variant
+from calicache.graph_passes.rewrite import Rewritten, Variant
+from calicache.graph_passes.schedule import StepMode
 
 
 def verify_captured(captured: CapturedGraph) -> CapturedGraph:
@@ -54,11 +56,17 @@ def verify_rewritten(captured: CapturedGraph, rewritten: Rewritten) -> Rewritten
     Raises:
         VerifyError: a variant takes or returns something else than it must.
     """
-    caches = {cache.name: cache for cache in rewritten.caches}
+    values = {name: (c.shape, c.dtype) for name, (c, _) in rewritten.slots().items()}
+    values |= dict.fromkeys(rewritten.tables, ((), torch.float32))
     plain = _output_forms(captured.graph)
     for mode, variant in rewritten.variants.items():
         verify_functional(variant.module.graph)
-        _verify_placeholders(captured, variant, caches)
+        allowed = values
+        if mode is StepMode.REFRESH:  # of all caches, only kept outputs are there to be mixed
+            own = {str(value) for value in graph_outputs(captured.graph)}
+            held = {n for n, (c, _) in rewritten.slots().items() if c.folded or c.node not in own}
+            allowed = {name: form for name, form in values.items() if name not in held}
+        _verify_placeholders(captured, variant, allowed)
         expected = list(plain)
         if mode is StepMode.REFRESH:
             expected += [(cache.shape, cache.dtype) for cache in rewritten.caches]
@@ -70,18 +78,21 @@ def verify_rewritten(captured: CapturedGraph, rewritten: Rewritten) -> Rewritten
 
 
 def _verify_placeholders(
-    captured: CapturedGraph, variant: Variant, caches: dict[str, CacheSpec]
+    captured: CapturedGraph,
+    variant: Variant,
+    values: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
 ) -> None:
     arguments = len(captured.signature.tensors)
     placeholders = [node for node in variant.module.graph.nodes if node.op == "placeholder"]
-    names = tuple(node.name for node in placeholders[arguments:])
-    if names != variant.reads or (variant.mode is StepMode.REFRESH and names):
-        raise _broken(f"caches of {variant.mode.name}", str(variant.reads), str(names))
+    names = tuple(str(node.target) for node in placeholders[arguments:])
+    if names != variant.reads:
+        raise _broken(f"placeholders of {variant.mode.name}", str(variant.reads), str(names))
     for node in placeholders[arguments:]:
-        cache = caches.get(node.name)
-        value = node.meta["val"]
-        if cache is None or cache.shape != shape_of(node) or cache.dtype != value.dtype:
-            raise _broken(node.name, "a cache that REFRESH writes", str(value.shape))
+        form = (shape_of(node), node.meta["val"].dtype)
+        if values.get(str(node.target)) != form:
+            raise _broken(
+                node.name, "a cache that REFRESH writes, or a weight from a table", str(form)
+            )
 
 
 def _verify_attributes(variant: Variant) -> None:

@@ -9,7 +9,7 @@ from diffusion import GuidedDDIM
 from model import FashionDiT, FashionDiTConfig
 from torch import nn
 
-from calicache.graph_passes import Plan, Trajectory, record
+from calicache.graph_passes import Plan, StepMode, Trajectory, record
 
 STEPS = 6
 
@@ -67,7 +67,18 @@ def dit_trajectory(dit: FashionDiT) -> Trajectory:
 
 @pytest.fixture(scope="session")
 def dit_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> Plan:
-    return Plan.from_trajectory(dit, dit_trajectory, interval=3, rank=4)
+    """The paper's method: stale anchors, factors from channel statistics of the increments."""
+    return Plan.from_trajectory(
+        dit, dit_trajectory, interval=3, rank=4, weighting="increment", order=0, correct=False
+    )
+
+
+@pytest.fixture(scope="session")
+def forecast_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> Plan:
+    """Everything at once: order 2, covariance, joint siblings, all modes, output weights."""
+    letters = {"R": 0, "C": 1, "U": 2, "F": 3}
+    schedule = [StepMode(letters[letter]) for letter in "RCRURF"]
+    return Plan.from_trajectory(dit, dit_trajectory, schedule=schedule, rank=4)
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from calicache.export import Manifest, Session, export_onnx, load_artifact, read_manifest
-from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
+from calicache.graph_passes import (
+    Granularity,
+    OptimizedModel,
+    Plan,
+    SiteMode,
+    SiteRule,
+    StepMode,
+    optimize,
+    record,
+)
 from calicache.graph_passes.errors import ArtifactError, ExportError
 from calicache.graph_passes.files import sha256_of
 
-R, C, U = StepMode
+R, C, U, FORECAST = StepMode
 FILES = ["manifest.json", "model.onnx", "weights.bin"]
 
 
@@ -54,14 +63,20 @@ def compiled(op: Callable[[Tensor], Tensor]) -> OptimizedModel:
     with record(model) as trajectory:
         for step in range(3):
             model(torch.randn(2, 5, 16), torch.full((2,), 1 - 0.1 * step))
-    return optimize(model, Plan.from_trajectory(model, trajectory, rank=2))
+    plan = Plan.from_trajectory(model, trajectory, rank=2, order=0, correct=False)
+    return optimize(model, plan)
 
 
 @pytest.fixture(scope="module")
 def fast(dit, dit_trajectory) -> OptimizedModel:
-    """All three modes, one layer excluded."""
+    """All four modes, order 2, output weights, one branch as a whole, one layer excluded."""
     plan = Plan.from_trajectory(
-        dit, dit_trajectory, rank=4, schedule=(R, C, U, R, C, C), exclude=["blocks.1.mlp.fc2"]
+        dit,
+        dit_trajectory,
+        rank=4,
+        schedule=(R, C, U, R, C, FORECAST),
+        rules=[SiteRule("blocks.0.mlp", SiteMode.CALIBRATE, granularity=Granularity.BRANCH)],
+        exclude=["blocks.1.mlp.fc2"],
     )
     return optimize(dit, plan)
 
@@ -110,26 +125,43 @@ def test_folder_holds_model_weights_and_manifest_and_no_pickle(artifact) -> None
 
 def test_manifest_repeats_the_plan(fast, manifest) -> None:
     settings = fast.plan.settings
-    assert (manifest.format, manifest.layout) == (1, "step")
+    assert (manifest.format, manifest.layout) == (2, "step")
     assert manifest.schedule == settings.schedule
     assert all(isinstance(mode, StepMode) for mode in manifest.schedule)
-    assert (manifest.rank, manifest.weighting) == (4, settings.weighting)
+    assert (manifest.rank, manifest.order) == (4, 2)
+    assert (manifest.weighting, manifest.correction) == (settings.weighting, settings.correction)
+    assert manifest.correction == "fitted to the recorded runs"
     assert manifest.weights_hash == settings.weights_hash
     assert manifest.inputs == settings.signature.tensors
     assert manifest.outputs == ("output",)
 
 
 def test_manifest_macs_are_those_of_the_cost_model(fast, manifest) -> None:
-    by_mode = [manifest.step_macs(mode) for mode in StepMode]
-    cost = fast.cost
-    assert by_mode == [cost.refresh_macs, cost.calibrate_macs, cost.reuse_macs]
-    assert manifest.plain_macs == cost.plain_macs
-    assert by_mode[R] >= manifest.plain_macs > by_mode[C] > by_mode[U]
+    by_mode = [manifest.mode(mode).macs for mode in StepMode]
+    assert by_mode == [fast.cost.modes[mode] for mode in StepMode]
+    assert manifest.plain_macs == fast.cost.plain_macs
+    assert by_mode[R] >= manifest.plain_macs > by_mode[C] > by_mode[U] > by_mode[FORECAST] == 0
+
+
+def test_modes_are_those_of_the_schedule_with_the_kept_values_they_read(fast, manifest) -> None:
+    assert [record.mode for record in manifest.modes] == sorted(set(manifest.schedule))
+    rewritten = fast.rewritten
+    for record_ in manifest.modes:
+        reads = rewritten.variants[record_.mode].reads
+        assert record_.reads == tuple(name for name in reads if name in rewritten.slots())
+    # Only the output is forecast: nothing inside the model is read.
+    assert len(manifest.mode(FORECAST).reads) == manifest.history == 3
+
+
+def test_mode_outside_the_schedule_has_no_record(tiny, tmp_path) -> None:
+    manifest = export_onnx(tiny, tmp_path / "d")
+    assert {record.mode for record in manifest.modes} == {R, C}
 
 
 def test_run_share_is_macs_of_the_whole_run_over_plain(manifest) -> None:
-    refresh, calibrate, reuse = map(manifest.step_macs, StepMode)
-    expected = (2 * refresh + 3 * calibrate + reuse) / (6 * manifest.plain_macs)
+    refresh, calibrate, reuse, forecast = (manifest.mode(mode).macs for mode in StepMode)
+    used = 2 * refresh + 2 * calibrate + reuse + forecast
+    expected = used / (6 * manifest.plain_macs)
     # Both are one float division of the same integers, in another order.
     assert manifest.run_share == pytest.approx(expected, rel=1e-12)
 
@@ -139,29 +171,51 @@ def test_manifest_caches_are_those_of_the_rewritten_model(fast, manifest) -> Non
     assert [(spec.name, spec.shape, spec.torch_dtype) for spec in manifest.caches] == [
         (cache.name, cache.shape, cache.dtype) for cache in caches
     ]
-    assert manifest.cache_bytes == sum(cache.nbytes for cache in caches)
+    assert manifest.history == fast.rewritten.history == 3
+    assert manifest.cache_bytes == 3 * sum(cache.nbytes for cache in caches)
 
 
 def test_cache_bytes_are_those_of_the_values_a_run_keeps(artifact, manifest, dit_trajectory):
     session = Session(artifact)
-    session.step(0, **dit_trajectory.calls[0])
-    assert sum(v.numpy().nbytes for v in session._caches.values()) == manifest.cache_bytes
+    for step, call in enumerate(dit_trajectory.calls):
+        session.step(step, **call)
+    kept = [value for caches in session._kept for value in caches.values()]
+    held = manifest.cache_bytes // manifest.history * len(session._kept)
+    assert sum(value.numpy().nbytes for value in kept) == held > 0
 
 
-def test_site_records_agree_with_sites_factors_and_costs(fast, manifest) -> None:
-    assert [site.name for site in manifest.sites] == [site.name for site in fast.sites.linears]
-    for site in manifest.sites:
-        factors, cost = fast.factors[site.name], fast.cost.sites[site.name]
-        assert (site.energy, site.rank) == (factors.energy, factors.rank)
-        assert (site.in_features, site.out_features) == (
-            factors.down.shape[1],
-            factors.up.shape[0],
-        )
-        assert site.factor_bytes == factors.down.nbytes + factors.up.nbytes == cost.factor_bytes
-        assert site.full_bytes == cost.full_bytes
-        assert (site.full_macs, site.calibrate_macs) == (cost.full_macs, cost.calibrate_macs)
-        assert site.cache_bytes == cost.cache_bytes
-    assert {site.branch for site in manifest.sites} == set(manifest.branches)
+def test_target_records_agree_with_targets_factors_and_costs(fast, manifest) -> None:
+    assert len(manifest.targets) == len(fast.targets)
+    for record_, target in zip(manifest.targets, fast.targets, strict=True):
+        factors, cost = fast.factors[target.name], fast.cost.targets[target.name]
+        assert (record_.name, record_.granularity) == (target.name, target.granularity)
+        assert record_.sites == target.sites
+        assert (record_.energy, record_.rank) == (factors.energy, factors.rank)
+        assert record_.in_features == factors.down.shape[1]
+        assert sum(record_.out_features) == factors.up.shape[0]
+        assert record_.factor_bytes == factors.down.nbytes + factors.up.nbytes == cost.factor_bytes
+        assert record_.full_bytes == cost.full_bytes
+        assert (record_.full_macs, record_.calibrate_macs) == (cost.full_macs, cost.calibrate_macs)
+        assert record_.cache_bytes == cost.cache_bytes
+    names = {record_.name: record_ for record_ in manifest.targets}
+    assert names["blocks.0.mlp"].granularity is Granularity.BRANCH
+    assert names["blocks.0.attn.q+k+v"].out_features == (32, 32, 32)
+    assert manifest.branches == tuple(branch.name for branch in fast.sites.branches)
+
+
+def test_target_that_is_reused_has_no_energy_and_no_factors(dit, dit_trajectory, tmp_path) -> None:
+    plan = Plan.from_trajectory(
+        dit,
+        dit_trajectory,
+        rank=4,
+        rules=[SiteRule("blocks.*.attn", SiteMode.REUSE)],
+        correct=False,
+    )
+    manifest = export_onnx(optimize(dit, plan), tmp_path / "d")
+    records = [record_ for record_ in manifest.targets if record_.name.endswith("attn")]
+    assert [record_.name for record_ in records] == ["blocks.0.attn", "blocks.1.attn"]
+    for record_ in records:
+        assert (record_.rank, record_.energy, record_.factor_bytes) == (0, None, 0)
 
 
 def test_manifest_lists_rejections_with_reasons(fast, manifest) -> None:
@@ -264,12 +318,12 @@ def test_manifest_cut_short_anywhere_is_refused(artifact, place: float) -> None:
 @pytest.mark.parametrize("without", [(), ("caches", "files")])
 def test_other_format_is_refused_with_both_numbers(without: tuple[str, ...], damaged) -> None:
     def change(content: dict[str, Any]) -> None:
-        content["format"] = 2
+        content["format"] = 1
         for name in without:  # another format may have other fields
             del content[name]
 
     edit_manifest(damaged, change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 2, this version reads 1"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 2"):
         load_artifact(damaged)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from calicache.export import export_onnx
-from calicache.graph_passes import Plan, optimize, uniform_schedule
-from calicache.graph_passes.plan import StepMode
+from calicache.graph_passes import Plan, StepMode, optimize, uniform_schedule
 from calicache.tools.inspect_artifact import format_count, schedule_strip
 
 
@@ -19,6 +18,13 @@ from calicache.tools.inspect_artifact import format_count, schedule_strip
 def artifact(dit, dit_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "a path with spaces.onnx.d"
     export_onnx(optimize(dit, dit_plan), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forecast_artifact(dit, forecast_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "forecast.onnx.d"
+    export_onnx(optimize(dit, forecast_plan), folder)
     return folder
 
 
@@ -38,7 +44,8 @@ def test_inspect_prints_sites_rejections_schedule_and_totals(artifact: Path) -> 
         "outside every residual branch",
         "CALIBRATE",
         "whole run",
-        "rank 4",
+        "rank 4, order 0, weighting increment",
+        "not asked for",
     ):
         assert part in done.stdout
     line = next(row for row in done.stdout.splitlines() if "blocks.0.mlp.fc1" in row)
@@ -47,8 +54,34 @@ def test_inspect_prints_sites_rejections_schedule_and_totals(artifact: Path) -> 
     assert 0.0 < float(energy) < 1.0
 
 
-def test_piped_output_is_plain_and_fits_80_columns(artifact: Path) -> None:
-    text = calicache("inspect", artifact).stdout
+def test_inspect_prints_order_output_weights_and_all_four_modes(forecast_artifact: Path) -> None:
+    done = calicache("inspect", forecast_artifact)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    assert any("rank 4, order 2, weighting covariance" in row for row in rows)
+    line = next(row for row in rows if row.startswith("output weights"))
+    assert line.split(maxsplit=2)[2].rstrip() == "fitted to the recorded runs"
+    assert "   0  RCRURF" in done.stdout
+    assert "R refresh, C calibrate, U reuse, F forecast" in done.stdout
+    totals = {row.split()[0]: row.split()[1:] for row in rows if row.strip()}
+    assert [totals[mode.name][0] for mode in StepMode] == ["3", "1", "1", "1"]
+    assert totals["FORECAST"] == ["1", "0", "0.000"]
+    assert totals["caches"][0] == "3"  # kept refreshes
+    assert "blocks.0.attn.q+k+v" in done.stdout
+
+
+def test_inspect_says_why_there_are_no_output_weights(dit, dit_plan: Plan, tmp_path: Path) -> None:
+    changed = dit_plan.with_rank(2)
+    export_onnx(optimize(dit, changed), tmp_path / "d")
+    assert changed.settings.correction.startswith("not fitted")
+    assert changed.settings.correction in calicache("inspect", tmp_path / "d").stdout
+
+
+@pytest.mark.parametrize("name", ["artifact", "forecast_artifact"])
+def test_piped_output_is_plain_and_fits_80_columns(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    text = calicache("inspect", request.getfixturevalue(name)).stdout
     assert "\x1b" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
 
@@ -77,6 +110,11 @@ def test_schedule_strip_breaks_after_fifty_steps() -> None:
     lines = [line.plain for line in schedule_strip(schedule)]
     assert lines[0] == "   0  " + "RU" * 25
     assert lines[1] == "  50  R"
+    assert lines[2].strip() == "R refresh, C calibrate, U reuse, F forecast"
+
+
+def test_schedule_strip_has_a_letter_for_every_mode() -> None:
+    assert next(schedule_strip(tuple(StepMode))).plain == "   0  RCUF"
 
 
 @pytest.mark.parametrize(

@@ -14,21 +14,31 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from calicache.graph_passes import (
+    CalibrationTarget,
     CapturedGraph,
+    Granularity,
     ModelCost,
     Plan,
     Sites,
     StepMode,
     Trajectory,
+    assign,
     capture,
     classify_inputs,
     classify_nodes,
     find_sites,
     model_cost,
     optimize,
+    uniform_schedule,
 )
 from calicache.graph_passes.cost import graph_macs
+from calicache.graph_passes.decompose import CalibrationFactors
+from calicache.graph_passes.factors import make_factors
+from calicache.graph_passes.rewrite import rewrite
+from calicache.graph_passes.schedule import anchor_table
 
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+PLAIN = (REFRESH, CALIBRATE, REUSE)
 DIT_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
 SHARES = {  # whole run at intervals 2, 3, 4
     256: (0.599, 0.465, 0.398),
@@ -39,6 +49,43 @@ SHARES = {  # whole run at intervals 2, 3, 4
 def found(model: nn.Module, trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
     captured = capture(model, trajectory.signature)
     return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+
+
+def cost_of(
+    captured: CapturedGraph,
+    sites: Sites,
+    rank: int,
+    *,
+    fold: bool = False,
+    order: int = 0,
+    modes: tuple[StepMode, ...] = PLAIN,
+    **options: object,
+) -> ModelCost:
+    targets, _ = assign(captured, sites, rank=rank, **options)
+    # Zeros, as only shapes count; on the meta device they are made without statistics.
+    if captured.attribute(sites.linears[0].weight).is_meta:
+        factors = make_factors(captured, targets, {})
+    else:
+        factors = {target.name: zeros(captured, target) for target in targets if target.rank}
+    rewritten = rewrite(
+        captured,
+        sites,
+        targets,
+        factors,
+        modes,
+        folded=frozenset(factors if fold else ()),
+        anchors=anchor_table(modes, order),
+    )
+    return model_cost(captured, sites, targets, rewritten)
+
+
+def zeros(captured: CapturedGraph, target: CalibrationTarget) -> CalibrationFactors:
+    dtype = captured.node(target.nodes[0]).meta["val"].dtype
+    return CalibrationFactors(
+        torch.zeros(target.rank, target.in_features, dtype=dtype),
+        torch.zeros(sum(target.out_features), target.rank, dtype=dtype),
+        1.0,
+    )
 
 
 class DiTXL:
@@ -64,8 +111,7 @@ class DiTXL:
                 {"timestep": torch.full((2,), timestep), "class_labels": torch.tensor([1, 2])},
             )
         self.captured, self.sites = found(self.model, trajectory)
-        ranks = {site.name: 128 for site in self.sites.linears}
-        self.cost = model_cost(self.captured, self.sites, ranks)
+        self.cost = cost_of(self.captured, self.sites, 128)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +157,7 @@ def test_dit_xl_calibrate_share_at_rank_128(
 ) -> None:
     cost = request.getfixturevalue(f"dit_{pixels}").cost
     # The claim has three digits.
-    assert cost.calibrate_macs / cost.plain_macs == pytest.approx(share, rel=5e-3, abs=0)
+    assert cost.modes[CALIBRATE] / cost.plain_macs == pytest.approx(share, rel=5e-3, abs=0)
 
 
 @pytest.mark.parametrize("interval", [2, 3, 4])
@@ -119,14 +165,14 @@ def test_dit_xl_share_of_a_whole_run(dit_xl: tuple[int, DiTXL], interval: int) -
     pixels, model = dit_xl
     # The claim has three digits. Caches are not folded here, as in the paper.
     expected = pytest.approx(SHARES[pixels][interval - 2], rel=5e-3, abs=0)
-    assert model.cost.uniform_share(interval) == expected
+    assert model.cost.run_share(uniform_schedule(interval, interval)) == expected
 
 
 def test_dit_xl_reuse_leaves_the_first_and_the_last_layer(dit_256: DiTXL) -> None:
     tokens, width = 256, 1152
     edges = tokens * (16 * width + width * 32)  # patches of 2 x 2 x 4 in, 2 x 2 x 8 out
     condition = 256 * width + width * width + width * 2 * width  # timestep, last modulation
-    assert dit_256.cost.reuse_macs == 2 * (edges + condition)
+    assert dit_256.cost.modes[REUSE] == 2 * (edges + condition)
 
 
 class Apply(nn.Module):
@@ -202,17 +248,22 @@ def test_macs_of_a_model_are_half_of_what_pytorch_counts(
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_cost_is_that_of_the_emitted_graphs(dit: FashionDiT, dit_plan: Plan, rank: int) -> None:
-    plan = dit_plan.with_rank(rank).with_schedule(tuple(StepMode))
-    fast = optimize(dit, plan)
+    fast = optimize(dit, dit_plan.with_rank(rank).with_schedule(tuple(StepMode)))
     emitted = {
         mode: graph_macs(variant.module.graph) for mode, variant in fast.rewritten.variants.items()
     }
     assert fast.cost.plain_macs == graph_macs(fast.captured.graph)
-    assert emitted == {
-        StepMode.REFRESH: fast.cost.refresh_macs,
-        StepMode.CALIBRATE: fast.cost.calibrate_macs,
-        StepMode.REUSE: fast.cost.reuse_macs,
-    }
+    assert emitted == fast.cost.modes
+    assert set(emitted) == set(StepMode)
+    assert emitted[FORECAST] == 0
+    assert emitted[FORECAST] < emitted[REUSE] < emitted[REFRESH]
+    # By hand: what is replaced goes, the calibration branches come (nothing, at rank 0; there,
+    # what only fed the replaced layers goes as well).
+    targets = fast.cost.targets.values()
+    replaced = sum(t.full_macs - t.calibrate_macs for t in targets)
+    assert emitted[REFRESH] == fast.cost.plain_macs + sum(t.fold_macs for t in targets)
+    assert (emitted[CALIBRATE] == fast.cost.plain_macs - replaced) == (rank > 0)
+    assert emitted[CALIBRATE] <= fast.cost.plain_macs - replaced
 
 
 @pytest.fixture(scope="module")
@@ -220,34 +271,30 @@ def small(dit: FashionDiT, dit_trajectory: Trajectory) -> tuple[CapturedGraph, S
     return found(dit, dit_trajectory)
 
 
-def small_cost(small: tuple[CapturedGraph, Sites], rank: int, **options: object) -> ModelCost:
-    return model_cost(*small, {site.name: rank for site in small[1].linears}, **options)
-
-
 @pytest.fixture(scope="module")
 def rank_4(small: tuple[CapturedGraph, Sites]) -> ModelCost:
-    return small_cost(small, 4)
+    return cost_of(*small, 4)
 
 
 def test_cost_of_one_site_by_hand(rank_4: ModelCost) -> None:
-    cost = rank_4.sites["blocks.0.mlp.fc1"]
+    cost = rank_4.targets["blocks.0.mlp.fc1"]
     tokens = 4 * 49
     assert cost.full_macs == tokens * 32 * 128
     assert cost.calibrate_macs == tokens * 4 * (32 + 128)
     assert cost.full_bytes == 4 * (32 * 128 + 128)
     assert cost.factor_bytes == 4 * 4 * (32 + 128)
-    # At least y_ref; what else is cached depends on folding.
-    assert 4 * tokens * 128 < cost.cache_bytes <= 4 * tokens * (128 + 32)
+    assert cost.fold_macs == 0
+    assert cost.cache_bytes == 4 * tokens * (128 + 32)  # y_ref and x_ref
 
 
 def test_half_the_precision_is_half_the_bytes(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
     half = copy.deepcopy(dit).bfloat16()
-    full_cost = small_cost(found(dit, dit_trajectory), 4).sites["blocks.1.attn.q"]
+    full_cost = cost_of(*found(dit, dit_trajectory), 4).targets["blocks.1.attn.q"]
     trajectory = Trajectory()
     for call in dit_trajectory.calls:
         images = call["hidden_states"].bfloat16()
         trajectory.append(half, (), {**call, "hidden_states": images})
-    half_cost = small_cost(found(half, trajectory), 4).sites["blocks.1.attn.q"]
+    half_cost = cost_of(*found(half, trajectory), 4).targets["blocks.1.attn.q"]
     assert half_cost.full_macs == full_cost.full_macs
     assert half_cost.full_bytes * 2 == full_cost.full_bytes
     assert half_cost.factor_bytes * 2 == full_cost.factor_bytes
@@ -259,30 +306,86 @@ def test_half_the_precision_is_half_the_bytes(dit: FashionDiT, dit_trajectory: T
 def test_calibrate_grows_by_two_thin_products_per_rank(
     small: tuple[CapturedGraph, Sites], rank: int
 ) -> None:
-    one, more = small_cost(small, rank), small_cost(small, rank + 1)
+    one, more = cost_of(*small, rank), cost_of(*small, rank + 1)
     per_rank = sum(s.tokens * (s.in_features + s.out_features) for s in small[1].linears)
-    assert more.calibrate_macs - one.calibrate_macs == per_rank
-    assert (more.plain_macs, more.reuse_macs) == (one.plain_macs, one.reuse_macs)
-    assert one.reuse_macs < one.calibrate_macs
+    assert more.modes[CALIBRATE] - one.modes[CALIBRATE] == per_rank
+    assert (more.plain_macs, more.modes[REUSE]) == (one.plain_macs, one.modes[REUSE])
+    assert one.modes[REUSE] < one.modes[CALIBRATE]
 
 
 @settings(max_examples=30, deadline=None)
-@given(interval=st.integers(1, 50), reuse=st.booleans())
-def test_uniform_share_is_the_mean_over_one_interval(
-    rank_4: ModelCost, interval: int, reuse: bool
+@given(schedule=st.lists(st.sampled_from(PLAIN), max_size=20).map(lambda rest: [REFRESH, *rest]))
+def test_share_of_a_run_is_the_mean_over_its_steps(
+    rank_4: ModelCost, schedule: list[StepMode]
 ) -> None:
-    cheap = rank_4.reuse_macs if reuse else rank_4.calibrate_macs
-    steps = [rank_4.refresh_macs] + [cheap] * (interval - 1)
-    # One float64 division.
-    expected = pytest.approx(sum(steps) / (interval * rank_4.plain_macs), rel=1e-14, abs=0)
-    assert rank_4.uniform_share(interval, reuse=reuse) == expected
+    share = sum(rank_4.modes[mode] / rank_4.plain_macs for mode in schedule) / len(schedule)
+    # One float64 division against a mean of at most 21 of them.
+    assert rank_4.run_share(schedule) == pytest.approx(share, rel=1e-14, abs=0)
 
 
 def test_folding_costs_a_little_on_refresh_alone(small: tuple[CapturedGraph, Sites]) -> None:
-    names = frozenset(site.name for site in small[1].linears)
-    unfolded, folded = small_cost(small, 2), small_cost(small, 2, folded=names)
-    assert unfolded.refresh_macs == unfolded.plain_macs == folded.plain_macs
-    assert folded.plain_macs < folded.refresh_macs < 1.1 * folded.plain_macs
-    assert folded.calibrate_macs == unfolded.calibrate_macs
-    cache = [sum(s.cache_bytes for s in cost.sites.values()) for cost in (folded, unfolded)]
+    unfolded, folded = cost_of(*small, 2), cost_of(*small, 2, fold=True)
+    assert unfolded.modes[REFRESH] == unfolded.plain_macs == folded.plain_macs
+    assert folded.plain_macs < folded.modes[REFRESH] < 1.1 * folded.plain_macs
+    assert folded.modes[CALIBRATE] == unfolded.modes[CALIBRATE]
+    cache = [sum(t.cache_bytes for t in cost.targets.values()) for cost in (folded, unfolded)]
     assert cache[0] < cache[1]
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_joint_siblings_cost_what_they_cost_apart(
+    small: tuple[CapturedGraph, Sites], rank_4: ModelCost, fold: bool
+) -> None:
+    joint = cost_of(*small, 4, joint=True, fold=fold)
+    assert joint.modes[CALIBRATE] == rank_4.modes[CALIBRATE]
+    group = joint.targets["blocks.0.attn.q+k+v"]
+    members = [rank_4.targets[f"blocks.0.attn.{name}"] for name in "qkv"]
+    assert group.full_macs == sum(member.full_macs for member in members)
+    assert group.full_bytes == sum(member.full_bytes for member in members)
+    assert group.factor_bytes == sum(member.factor_bytes for member in members)
+    # y_ref of three, and x_ref once, or z_ref of rank 6.
+    tokens = 4 * 49
+    assert group.cache_bytes == 4 * tokens * (3 * 32 + (6 if fold else 32))
+    assert group.fold_macs == tokens * 6 * 32 * fold
+
+
+def test_whole_branch_costs_all_that_is_inside(
+    small: tuple[CapturedGraph, Sites], rank_4: ModelCost
+) -> None:
+    whole = cost_of(*small, 4, granularity=Granularity.BRANCH)
+    tokens, attention = 4 * 49, whole.targets["blocks.0.attn"]
+    layers = [rank_4.targets[f"blocks.0.attn.{name}"] for name in ("q", "k", "v", "proj")]
+    # Scores and mix of 49 tokens with 49, over 32 channels, beside the four layers.
+    products = 2 * tokens * 49 * 32
+    assert attention.full_macs == sum(layer.full_macs for layer in layers) + products
+    assert attention.calibrate_macs == tokens * 4 * (32 + 32)
+    assert attention.full_bytes == sum(layer.full_bytes for layer in layers)
+    assert attention.factor_bytes == 4 * 4 * (32 + 32)
+    # By hand: REUSE and the calibration branches.
+    branches = sum(target.calibrate_macs for target in whole.targets.values())
+    assert whole.modes[CALIBRATE] == whole.modes[REUSE] + branches
+    assert whole.modes[CALIBRATE] < rank_4.modes[CALIBRATE]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("fold", [False, True])
+def test_every_kept_refresh_takes_the_same_memory_and_no_macs(
+    small: tuple[CapturedGraph, Sites], order: int, fold: bool
+) -> None:
+    stale, forecast = (cost_of(*small, 4, fold=fold, order=k) for k in (0, order))
+    assert forecast.cache_bytes == (order + 1) * stale.cache_bytes
+    for name, cost in stale.targets.items():
+        assert forecast.targets[name].cache_bytes == (order + 1) * cost.cache_bytes
+    assert forecast.modes == stale.modes
+
+
+def test_only_the_modes_that_were_made_have_a_cost(small: tuple[CapturedGraph, Sites]) -> None:
+    cost = cost_of(*small, 4, modes=(REFRESH, CALIBRATE))
+    assert set(cost.modes) == {REFRESH, CALIBRATE}
+    with pytest.raises(KeyError):
+        cost.run_share([REFRESH, REUSE])
+
+
+def test_dit_xl_joint_costs_no_more_than_the_paper(dit_256: DiTXL) -> None:
+    joint = cost_of(dit_256.captured, dit_256.sites, 128, joint=True)
+    assert joint.modes[CALIBRATE] == dit_256.cost.modes[CALIBRATE]  # 1.5 x 128 is a whole rank

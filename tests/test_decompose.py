@@ -7,18 +7,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from model import FashionDiT
 from torch import Tensor
 
-from calicache.graph_passes import Trajectory, capture, find_sites
 from calicache.graph_passes.decompose import (
     CalibrationFactors,
     ChannelStatistics,
     channel_scales,
     decompose,
-    decompose_sites,
 )
-from calicache.graph_passes.dependence import classify_inputs, classify_nodes
 from calicache.graph_passes.errors import DecomposeError
 
 SHAPES = [(24, 7), (7, 24), (16, 16), (1, 5), (5, 1)]  # tall, wide, square, one channel
@@ -252,20 +248,3 @@ def test_channel_scales_span_at_most_three_orders(values: list[float]) -> None:
     assert float(scales.min()) > 0.0
     # The floor is max / 1000 before 1e-6 is added to both, which only brings them closer.
     assert float(scales.max() / scales.min()) <= 1000.0 * (1 + 1e-12)
-
-
-def test_sites_are_decomposed_one_by_one_and_an_error_names_the_layer(
-    dit: FashionDiT, dit_trajectory: Trajectory
-) -> None:
-    captured = capture(dit, dit_trajectory.signature)
-    linears = find_sites(captured, classify_nodes(captured, classify_inputs(dit_trajectory)))
-    seen: list[tuple[int, int]] = []
-    factors = decompose_sites(
-        captured, linears.linears, 4, {}, lambda done, total: seen.append((done, total))
-    )
-    assert seen == [(k, 12) for k in range(1, 13)]
-    alone = decompose(dit.blocks[1].mlp.fc1.weight, 4)
-    assert torch.equal(factors["blocks.1.mlp.fc1"].up, alone.up)
-    assert torch.equal(factors["blocks.1.mlp.fc1"].down, alone.down)
-    with pytest.raises(DecomposeError, match=r"^decompose: blocks\.0\.attn\.q: rank: expected"):
-        decompose_sites(captured, linears.linears, 33, {})

@@ -1,6 +1,8 @@
-"""The paper's ordering on the trained sample model, on seeds that no statistics have seen."""
+"""The paper's ordering, and ours beyond it, on the trained sample model and held-out seeds."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,16 +11,27 @@ from diffusion import GuidedDDIM
 from model import FashionDiT
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_schedule
+from calicache.graph_passes import Plan, StepMode, optimize, record
 
-STEPS, INTERVAL = 35, 3
+STEPS, INTERVAL, RANK = 35, 3, 28
+PAPER = {"order": 0, "correct": False}
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {**PAPER, "weighting": "none"},
+    "activation": {**PAPER, "weighting": "activation"},
+    "increment": {**PAPER, "weighting": "increment"},
+    "covariance": {**PAPER, "weighting": "covariance"},
+    "order 2": {"order": 2, "correct": False},
+    "corrected": {"order": 2},
+    "reuse": {**PAPER, "mode": StepMode.REUSE},
+    "forecast": {"mode": StepMode.FORECAST, "correct": False},
+    "corrected forecast": {"mode": StepMode.FORECAST},
+}
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
     """Relative L2 error of the final images, by method, over 16 held-out seeds."""
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
-    rank = round(model.config.width / 9)
     sampler = GuidedDDIM(STEPS, 1.5, model.null_class)
 
     def sample(denoiser: torch.nn.Module, seed: int) -> torch.Tensor:
@@ -29,13 +42,9 @@ def errors() -> dict[str, float]:
         sample(model, seed=11)
     full = sample(model, seed=12)
     errors = {}
-    for weighting in ("none", "activation", "increment"):
-        plan = Plan.from_trajectory(
-            model, trajectory, interval=INTERVAL, rank=rank, weighting=weighting
-        )
-        errors[weighting] = relative(sample(optimize(model, plan), seed=12), full)
-    reuse = plan.with_schedule(uniform_schedule(STEPS, INTERVAL, StepMode.REUSE))
-    errors["reuse"] = relative(sample(optimize(model, reuse), seed=12), full)
+    for name, options in METHODS.items():
+        plan = Plan.from_trajectory(model, trajectory, interval=INTERVAL, rank=RANK, **options)
+        errors[name] = relative(sample(optimize(model, plan), seed=12), full)
     return errors
 
 
@@ -46,10 +55,23 @@ def test_both_channel_aware_weightings_beat_the_plain_decomposition(
     assert errors["increment"] < errors["none"]
 
 
+def test_covariance_beats_the_channel_aware_weightings(errors: dict[str, float]) -> None:
+    assert errors["covariance"] < min(errors["activation"], errors["increment"])
+
+
 def test_the_plain_decomposition_beats_reuse(errors: dict[str, float]) -> None:
     assert errors["none"] < errors["reuse"]
 
 
-def test_calibrated_images_stay_close_to_the_full_ones(errors: dict[str, float]) -> None:
-    # A bound far above what was measured, to catch a broken branch and nothing finer.
-    assert errors["increment"] < 0.15
+def test_forecast_anchors_and_fitted_outputs_have_a_third_of_the_papers_error(
+    errors: dict[str, float],
+) -> None:
+    paper = min(errors[name] for name in ("none", "activation", "increment"))
+    # Measured: 0.26. The target of 0.35 at equal MACs is on 256 seeds in docs/fidelity.md.
+    assert errors["order 2"] < 0.4 * paper
+    assert errors["corrected"] < 0.35 * paper
+
+
+def test_fitted_outputs_help_a_forecast_most(errors: dict[str, float]) -> None:
+    # Measured: 0.59.
+    assert errors["corrected forecast"] < 0.8 * errors["forecast"]

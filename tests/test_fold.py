@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from calicache.graph_passes import (
+    CalibrationTarget,
     CapturedGraph,
+    Granularity,
     ModelCost,
     Plan,
     Sites,
     StepMode,
+    assign,
     capture,
     classify_inputs,
     classify_nodes,
@@ -26,34 +31,52 @@ from calicache.graph_passes import (
     uniform_schedule,
 )
 from calicache.graph_passes.cost import graph_macs
-from calicache.graph_passes.decompose import decompose_sites
+from calicache.graph_passes.covariance import SecondMoments
+from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.fold import FLOPS_PER_BYTE, choose_folds
 from calicache.graph_passes.rewrite import Rewritten, rewrite
-from calicache.graph_passes.sites import LinearSite, SiblingGroup
+from calicache.graph_passes.schedule import anchor_table
 
-REFRESH, CALIBRATE, REUSE = StepMode
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+PLAIN = (REFRESH, CALIBRATE, REUSE)
 
 Found = tuple[CapturedGraph, Sites]
 
 
-def sites_of(in_features: int, siblings: int) -> Sites:
-    """One sibling group of square layers."""
-    names = tuple(f"layer{i}" for i in range(siblings))
-    linears = tuple(
-        LinearSite(name, name, "x", f"{name}.weight", None, in_features, in_features, 8, "branch")
-        for name in names
-    )
-    return Sites(linears, (SiblingGroup("x", names),), (), ())
+def targets_of(
+    in_features: int, ranks: Sequence[int], granularity: Granularity = Granularity.LINEAR
+) -> list[CalibrationTarget]:
+    """Square layers that read one input."""
+    return [
+        CalibrationTarget(
+            name=f"layer{i}",
+            granularity=granularity,
+            sites=(f"layer{i}",),
+            input_node="x",
+            nodes=(f"y{i}",),
+            weights=(f"layer{i}.weight",),
+            in_features=in_features,
+            out_features=(in_features,),
+            tokens=8,
+            rank=rank,
+        )
+        for i, rank in enumerate(ranks)
+    ]
 
 
 def folds(
-    rank: int, *, in_features: int = 4096, siblings: int = 1, cheap: int = 1, itemsize: int = 4
+    rank: int,
+    *,
+    in_features: int = 4096,
+    siblings: int = 1,
+    cheap: int = 1,
+    itemsize: int = 4,
+    history: int = 1,
 ) -> int:
-    """How many sites of the group are folded, with `cheap` CALIBRATE steps a REFRESH."""
-    sites = sites_of(in_features, siblings)
-    ranks = {site.name: rank for site in sites.linears}
+    """How many targets of the group are folded, with `cheap` CALIBRATE steps a REFRESH."""
     schedule = [REFRESH, *[CALIBRATE] * cheap] * 2
-    return len(choose_folds(sites, ranks, schedule, itemsize))
+    targets = targets_of(in_features, [rank] * siblings)
+    return len(choose_folds(targets, schedule, itemsize, history))
 
 
 @pytest.mark.parametrize(
@@ -67,12 +90,28 @@ def test_a_site_is_folded_below_break_even(cheap: int, itemsize: int, break_even
     assert folds(break_even, cheap=cheap, itemsize=itemsize) == 0
 
 
+@pytest.mark.parametrize(("history", "break_even"), [(1, 60), (2, 100), (3, 140)])
+def test_every_kept_refresh_moves_the_break_even(history: int, break_even: int) -> None:
+    # A further refresh is read and added to the anchor: 2 values more.
+    assert folds(break_even - 1, history=history) == 1
+    assert folds(break_even, history=history) == 0
+
+
 def test_folded_cache_is_never_the_larger_one() -> None:
     assert folds(16, in_features=16) == 1
     assert folds(17, in_features=16) == 0
     # z of q, k and v together against one x.
     assert folds(5, in_features=16, siblings=3) == 3
     assert folds(6, in_features=16, siblings=3) == 0
+
+
+def test_rank_zero_beside_another_rank_is_not_folded() -> None:
+    assert choose_folds(targets_of(64, [0, 3, 0]), [REFRESH, CALIBRATE], 4) == {"layer1"}
+
+
+def test_whole_branches_fold_as_layers_do() -> None:
+    whole = targets_of(64, [3], Granularity.BRANCH)
+    assert choose_folds(whole, [REFRESH, CALIBRATE], 4) == {"layer0"}
 
 
 def test_rank_zero_is_not_folded() -> None:
@@ -97,11 +136,11 @@ def test_siblings_fold_together_or_not_at_all(
     assert got == one * siblings
 
 
-@pytest.mark.parametrize("schedule", [(REFRESH,), (REFRESH, REUSE), (REFRESH, REUSE, REUSE) * 2])
+@pytest.mark.parametrize("schedule", [(REFRESH,), (REFRESH, REUSE), (REFRESH, REUSE, FORECAST) * 2])
 def test_schedule_without_calibrate_folds_nothing(schedule: tuple[StepMode, ...]) -> None:
-    sites = sites_of(64, 1)
-    assert choose_folds(sites, {"layer0": 1}, schedule, 4) == frozenset()
-    assert choose_folds(sites, {"layer0": 1}, [*schedule, CALIBRATE], 4) == {"layer0"}
+    targets = targets_of(64, [1])
+    assert choose_folds(targets, schedule, 4) == frozenset()
+    assert choose_folds(targets, [*schedule, CALIBRATE], 4) == {"layer0"}
 
 
 def test_optimize_folds_what_the_rule_says(dit: nn.Module, dit_plan: Plan) -> None:
@@ -142,31 +181,60 @@ def found(request: pytest.FixtureRequest) -> Found:
 
 
 def emit(
-    found: Found, rank: int, modes: set[StepMode], *, fold: bool
+    found: Found,
+    rank: int,
+    modes: Collection[StepMode],
+    *,
+    fold: bool,
+    order: int = 0,
+    joint: bool = False,
 ) -> tuple[Rewritten, ModelCost]:
     captured, sites = found
-    factors = decompose_sites(captured, sites.linears, rank, {})
-    folded = frozenset(factors if fold and rank else ())
-    ranks = dict.fromkeys(factors, rank)
-    rewritten = rewrite(captured, sites, factors, modes, folded)
-    return rewritten, model_cost(captured, sites, ranks, folded)
+    targets, _ = assign(captured, sites, rank=rank, joint=joint)
+    # Of W alone: a joint group takes the moments of increments that are all alike.
+    statistics = {
+        target.name: SecondMoments(input=torch.eye(target.in_features))
+        for target in targets
+        if len(target.nodes) > 1
+    }
+    factors = make_factors(captured, targets, statistics)
+    rewritten = rewrite(
+        captured,
+        sites,
+        targets,
+        factors,
+        modes,
+        folded=frozenset(factors if fold else ()),
+        anchors=anchor_table([REFRESH, CALIBRATE], order),
+    )
+    return rewritten, model_cost(captured, sites, targets, rewritten)
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("rank", [0, 1, 3])
-def test_macs_are_those_of_the_emitted_graphs(found: Found, rank: int, fold: bool) -> None:
-    rewritten, cost = emit(found, rank, set(StepMode), fold=fold)
-    emitted = [graph_macs(rewritten.variants[mode].module.graph) for mode in StepMode]
-    assert emitted == [cost.refresh_macs, cost.calibrate_macs, cost.reuse_macs]
+def test_macs_are_those_of_the_emitted_graphs(
+    found: Found, rank: int, fold: bool, joint: bool
+) -> None:
+    rewritten, cost = emit(found, rank, PLAIN, fold=fold, joint=joint)
+    emitted = {mode: graph_macs(rewritten.variants[mode].module.graph) for mode in PLAIN}
+    assert emitted == cost.modes
     assert cost.plain_macs == graph_macs(found[0].graph)
-    assert (cost.refresh_macs > cost.plain_macs) == (fold and rank > 0)
+    folding = sum(target.fold_macs for target in cost.targets.values())
+    assert cost.modes[REFRESH] == cost.plain_macs + folding
+    assert (folding > 0) == (fold and rank > 0)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("fold", [False, True])
-def test_bytes_are_those_of_the_emitted_caches(found: Found, fold: bool) -> None:
-    rewritten, cost = emit(found, 3, {CALIBRATE}, fold=fold)
-    emitted = sum(cache.nbytes for cache in rewritten.caches)
-    assert emitted == sum(site.cache_bytes for site in cost.sites.values())
+def test_bytes_are_those_of_the_emitted_caches(
+    found: Found, fold: bool, order: int, joint: bool
+) -> None:
+    rewritten, cost = emit(found, 3, {CALIBRATE}, fold=fold, order=order, joint=joint)
+    emitted = (order + 1) * sum(cache.nbytes for cache in rewritten.caches)
+    assert cost.cache_bytes == emitted
+    assert emitted == sum(target.cache_bytes for target in cost.targets.values())
 
 
 def test_folding_makes_the_caches_smaller(found: Found) -> None:
@@ -182,9 +250,11 @@ def test_folding_makes_the_caches_smaller(found: Found) -> None:
     assert plain_bytes - folded_bytes == 4 * tokens * saved > 0
 
 
-def test_uniform_share_counts_the_fold(dit: nn.Module, dit_plan: Plan) -> None:
-    fast = optimize(dit, dit_plan.with_schedule(uniform_schedule(6, 3)))
-    cost, refreshes = fast.cost, 2
-    total = refreshes * cost.refresh_macs + (6 - refreshes) * cost.calibrate_macs
+def test_share_of_a_run_counts_the_fold(dit: nn.Module, dit_plan: Plan) -> None:
+    schedule = uniform_schedule(6, 3)
+    cost, refreshes = optimize(dit, dit_plan.with_schedule(schedule)).cost, 2
+    assert cost.modes[REFRESH] > cost.plain_macs
+    total = refreshes * cost.modes[REFRESH] + (6 - refreshes) * cost.modes[CALIBRATE]
     # float64 quotient of integers.
-    assert cost.uniform_share(3) == pytest.approx(total / (6 * cost.plain_macs), rel=1e-12, abs=0)
+    expected = pytest.approx(total / (6 * cost.plain_macs), rel=1e-12, abs=0)
+    assert cost.run_share(schedule) == expected

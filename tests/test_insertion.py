@@ -16,6 +16,7 @@ from calicache.graph_passes import (
     Sites,
     StepMode,
     Trajectory,
+    assign,
     capture,
     classify_inputs,
     classify_nodes,
@@ -23,11 +24,14 @@ from calicache.graph_passes import (
     record,
 )
 from calicache.graph_passes.branches import LINEAR
-from calicache.graph_passes.decompose import decompose_sites
+from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.insertion import Insertion, cache_name
 from calicache.graph_passes.rewrite import Rewritten, rewrite
+from calicache.graph_passes.schedule import anchor_table, output_table
 
-REFRESH, CALIBRATE, REUSE = StepMode
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+
+SCHEDULE = (REFRESH, CALIBRATE, REFRESH, REUSE, REFRESH, FORECAST)
 
 Found = tuple[CapturedGraph, Sites]
 
@@ -37,10 +41,20 @@ def find(model: nn.Module, trajectory: Trajectory) -> Found:
     return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
 
 
-def emit(found: Found, *, fold: bool) -> Rewritten:
+def emit(found: Found, *, fold: bool, order: int = 0, mix: bool = False) -> Rewritten:
     captured, sites = found
-    factors = decompose_sites(captured, sites.linears, 2, {})
-    return rewrite(captured, sites, factors, set(StepMode), frozenset(factors if fold else ()))
+    targets, _ = assign(captured, sites, rank=2)
+    factors = make_factors(captured, targets, {})
+    return rewrite(
+        captured,
+        sites,
+        targets,
+        factors,
+        set(StepMode) if mix else set(StepMode) - {StepMode.FORECAST},
+        folded=frozenset(factors if fold else ()),
+        anchors=anchor_table(SCHEDULE, order),
+        outputs=output_table(SCHEDULE, order) if mix else None,
+    )
 
 
 def expression(value: object, known: Collection[str] = ()) -> str:
@@ -153,20 +167,24 @@ class Watch(fx.Interpreter):
         return value
 
 
+@pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("mode", StepMode)
 def test_new_nodes_say_what_they_are(
-    found: Found, dit_trajectory: Trajectory, mode: StepMode, fold: bool
+    found: Found, dit_trajectory: Trajectory, mode: StepMode, fold: bool, order: int
 ) -> None:
-    rewritten = emit(found, fold=fold)
+    mix = order > 0 or mode is StepMode.FORECAST
+    rewritten = emit(found, fold=fold, order=order, mix=mix)
     variant = rewritten.variants[mode]
     made = [node for node in variant.module.graph.nodes if node.name in variant.inserted]
-    assert (len(made) > 20) == (mode is not REUSE)
+    assert len(made) > (20 if mode in (REFRESH, CALIBRATE) else 0 if order else -1)
     for node in made:
-        assert node.meta["nn_module_stack"], node.name
-    caches = {cache.name: torch.zeros(cache.shape, dtype=cache.dtype) for cache in rewritten.caches}
-    inputs = [*dit_trajectory.calls[0].values(), *(caches[name] for name in variant.reads)]
-    assert Watch(variant.module).run(*inputs)[0].shape == (4, 1, 28, 28)
+        # Weighted sums of kept values belong to no module; everything else does.
+        if not (mix and node.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor)):
+            assert node.meta["nn_module_stack"], node.name
+    inputs = list(dit_trajectory.calls[0].values())
+    values = rewritten.read(variant.reads, (), SCHEDULE.index(mode), torch.device("cpu"))
+    assert Watch(variant.module).run(*inputs, *values)[0].shape == (4, 1, 28, 28)
 
 
 def test_new_nodes_name_their_site(found: Found) -> None:
@@ -205,8 +223,8 @@ def test_caches_come_after_the_arguments_in_the_order_they_are_made() -> None:
     graph, x, y = small_graph()
     insert = Insertion(graph)
     with graph.inserting_before(y):
-        first, second = insert.cached(y), insert.cached(x)
-        assert insert.cached(y) is first
+        first, second = insert.anchor_rows(y), insert.anchor_rows(x)
+        assert insert.anchor_rows(y) is first
     names = [node.name for node in graph.nodes if node.op == "placeholder"]
     assert names == ["x", cache_name(y.name), cache_name("x")]
     # Rows for a linear layer, any other value as it is.

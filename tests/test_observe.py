@@ -1,37 +1,68 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
 from conftest import STEPS, diffusers_calls, relative, sample_dit
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
+    CalibrationTarget,
     CapturedGraph,
+    Granularity,
     Sites,
+    StepMode,
     Trajectory,
+    assign,
     capture,
     find_sites,
     observe,
     record,
 )
+from calicache.graph_passes.covariance import SecondMoments
 from calicache.graph_passes.decompose import ChannelStatistics, Weighting
 from calicache.graph_passes.dependence import classify_inputs, classify_nodes
 from calicache.graph_passes.errors import ObserveError
+from calicache.graph_passes.factors import Statistics
 
+Values = dict[str, Tensor]
 MEASURED = (Weighting.ACTIVATION, Weighting.INCREMENT)
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+LETTERS = dict(zip("RCUF", StepMode, strict=True))
 NAN_MESSAGE = (
     "observe: node {node}, recorded step {step}: expected finite activations, got NaN or Inf. "
     "Check the model's weights and dtype, and the recorded inputs."
 )
 
 
+def modes(text: str) -> tuple[StepMode, ...]:
+    """`RCU` as modes: REFRESH, CALIBRATE, REUSE (F is FORECAST)."""
+    return tuple(LETTERS[letter] for letter in text)
+
+
+PAPER = modes("RCCRCC")
+
+
 def find(model: nn.Module, trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
     captured = capture(model, trajectory.signature)
     return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+
+
+def seen_by(
+    found: tuple[CapturedGraph, Sites],
+    trajectory: Trajectory,
+    weighting: Weighting,
+    schedule: tuple[StepMode, ...] = PAPER,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Statistics]:
+    """Statistics of every linear layer on its own, against stale anchors."""
+    targets, _ = assign(*found, rank=1)
+    return observe(found[0], targets, trajectory, weighting, schedule, 0, on_step)
 
 
 def part(trajectory: Trajectory, *indices: int) -> Trajectory:
@@ -95,7 +126,7 @@ def test_streaming_statistics_equal_those_over_everything_at_once(
     model = request.getfixturevalue("dit" if which == "dit" else "diffusers_dit")
     trajectory = request.getfixturevalue(f"{which}_trajectory")
     captured, sites = find(model, trajectory)
-    statistics = observe(captured, sites, trajectory, weighting)
+    statistics = seen_by((captured, sites), trajectory, weighting)
     names = [site.name for site in sites.linears]
     assert list(statistics) == names
     for name, sides in hooked(model, names, trajectory).items():
@@ -110,9 +141,8 @@ def test_streaming_statistics_equal_those_over_everything_at_once(
 def test_statistics_are_float32_shares_on_the_cpu(
     dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
 ) -> None:
-    captured, sites = dit_found
-    statistics = observe(captured, sites, dit_trajectory, weighting)
-    for site in sites.linears:
+    statistics = seen_by(dit_found, dit_trajectory, weighting)
+    for site in dit_found[1].linears:
         found = statistics[site.name]
         assert (found.input.shape, found.output.shape) == (
             (site.in_features,),
@@ -127,12 +157,11 @@ def test_statistics_are_float32_shares_on_the_cpu(
 def test_increments_never_cross_from_one_run_to_the_next(
     dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, second_run: Trajectory
 ) -> None:
-    captured, sites = dit_found
     short = part(second_run, 0, 1, 2)
     both = Trajectory([*dit_trajectory.calls, *short.calls], dit_trajectory.signatures)
     assert [len(run) for run in both.runs] == [STEPS, 3]
     joint, first, second = (
-        observe(captured, sites, trajectory, Weighting.INCREMENT)
+        seen_by(dit_found, trajectory, Weighting.INCREMENT)
         for trajectory in (both, dit_trajectory, short)
     )
     for name, statistics in joint.items():
@@ -151,14 +180,17 @@ def test_weighting_none_runs_nothing(
     bad = torch.full((4, 1, 28, 28), math.nan)
     poisoned = replaced(dit_trajectory, 0, "hidden_states", bad)
     seen: list[tuple[int, int]] = []
-    statistics = observe(
-        *dit_found, poisoned, Weighting.NONE, lambda done, total: seen.append((done, total))
+    statistics = seen_by(
+        dit_found,
+        poisoned,
+        Weighting.NONE,
+        on_step=lambda done, total: seen.append((done, total)),
     )
     assert statistics == {}
     assert seen == []
 
 
-@pytest.mark.parametrize("weighting", MEASURED)
+@pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_every_step_of_every_run_is_reported(
     dit_found: tuple[CapturedGraph, Sites],
     dit_trajectory: Trajectory,
@@ -167,13 +199,13 @@ def test_every_step_of_every_run_is_reported(
 ) -> None:
     both = Trajectory([*dit_trajectory.calls, *second_run.calls], dit_trajectory.signatures)
     seen: list[tuple[int, int]] = []
-    observe(*dit_found, both, weighting, lambda done, total: seen.append((done, total)))
+    seen_by(dit_found, both, weighting, on_step=lambda done, total: seen.append((done, total)))
     assert seen == [(k, 2 * STEPS) for k in range(1, 2 * STEPS + 1)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("step", [0, 1, 3, STEPS - 1])
-@pytest.mark.parametrize("weighting", MEASURED)
+@pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_bad_input_names_the_first_node_and_the_step(
     dit_found: tuple[CapturedGraph, Sites],
     dit_trajectory: Trajectory,
@@ -184,13 +216,13 @@ def test_bad_input_names_the_first_node_and_the_step(
     images = dit_trajectory.calls[step]["hidden_states"].clone()
     images[2, 0, 5, 5] = bad
     poisoned = replaced(dit_trajectory, step, "hidden_states", images)
-    captured, sites = dit_found
     with pytest.raises(ObserveError) as caught:
-        observe(captured, sites, poisoned, weighting)
-    assert str(caught.value) == NAN_MESSAGE.format(node=sites.linears[0].input_node, step=step)
+        seen_by(dit_found, poisoned, weighting)
+    node = dit_found[1].linears[0].input_node
+    assert str(caught.value) == NAN_MESSAGE.format(node=node, step=step)
 
 
-@pytest.mark.parametrize("weighting", MEASURED)
+@pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_bad_weight_names_the_first_node_it_reaches(
     dit: FashionDiT, dit_trajectory: Trajectory, weighting: Weighting
 ) -> None:
@@ -201,7 +233,7 @@ def test_bad_weight_names_the_first_node_it_reaches(
     captured, sites = find(broken, dit_trajectory)
     node = next(site.node for site in sites.linears if site.name == "blocks.1.mlp.fc1")
     with pytest.raises(ObserveError) as caught:
-        observe(captured, sites, dit_trajectory, weighting)
+        seen_by((captured, sites), dit_trajectory, weighting)
     assert str(caught.value) == NAN_MESSAGE.format(node=node, step=0)
 
 
@@ -210,12 +242,12 @@ def test_runs_of_one_step_have_no_increment(
 ) -> None:
     single = part(dit_trajectory, 0)
     with pytest.raises(ObserveError) as caught:
-        observe(*dit_found, single, Weighting.INCREMENT)
+        seen_by(dit_found, single, Weighting.INCREMENT)
     assert str(caught.value) == (
         "observe: trajectory: expected a run of at least 2 steps, got no increment. "
         "Record a whole sampler run."
     )
-    assert len(observe(*dit_found, single, Weighting.ACTIVATION)) == 12
+    assert len(seen_by(dit_found, single, Weighting.ACTIVATION)) == 12
 
 
 @pytest.mark.parametrize("weighting", MEASURED)
@@ -230,7 +262,7 @@ def test_half_precision_model_is_accumulated_in_float64(
         for now in (900, 600, 300):
             images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
     captured, sites = find(half, trajectory)
-    statistics = observe(captured, sites, trajectory, weighting)
+    statistics = seen_by((captured, sites), trajectory, weighting)
     names = [site.name for site in sites.linears]
     for name, sides in hooked(half, names, trajectory).items():
         if weighting is Weighting.INCREMENT:
@@ -244,6 +276,227 @@ def test_observing_a_diffusers_model_leaves_no_hook_and_no_change(
     diffusers_dit: DiTTransformer2DModel, diffusers_trajectory: Trajectory
 ) -> None:
     before = diffusers_calls(diffusers_dit, steps=2)
-    observe(*find(diffusers_dit, diffusers_trajectory), diffusers_trajectory, Weighting.INCREMENT)
+    found = find(diffusers_dit, diffusers_trajectory)
+    for weighting in (Weighting.INCREMENT, Weighting.COVARIANCE):
+        seen_by(found, diffusers_trajectory, weighting)
     after = diffusers_calls(diffusers_dit, steps=2)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+# --- second moments against the plan's own anchors ----------------------------------------------
+
+
+def values_of(captured: CapturedGraph, trajectory: Trajectory, names: set[str]) -> list[Values]:
+    """float64 rows (T, C) of some nodes in every call, as the plain graph has them."""
+    seen = []
+    for call in trajectory.calls:
+        values: Values = {}
+        environment = dict(
+            zip(
+                [node for node in captured.graph.nodes if node.op == "placeholder"],
+                call.values(),
+                strict=True,
+            )
+        )
+        for node in captured.graph.nodes:
+            if node.op == "get_attr":
+                environment[node] = captured.attribute(str(node.target))
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg(
+                    (node.args, dict(node.kwargs)), environment.__getitem__
+                )
+                with torch.no_grad():
+                    environment[node] = node.target(*args, **kwargs)
+            if node.name in names:
+                values[node.name] = environment[node].double().flatten(0, -2)
+        seen.append(values)
+    return seen
+
+
+def increment(run: list[Tensor], schedule: tuple[StepMode, ...], step: int, order: int) -> Tensor:
+    """A value less the polynomial through its last order + 1 refreshes, solved exactly."""
+    places = [k for k in range(step) if schedule[k] is REFRESH][-order - 1 :]
+    anchor = torch.zeros_like(run[step])
+    for place in places:
+        weight = Fraction(1)
+        for other in places:
+            weight *= Fraction(step - other, place - other) if other != place else 1
+        anchor += float(weight) * run[place]
+    return run[step] - anchor
+
+
+def expected_moments(
+    captured: CapturedGraph,
+    target: CalibrationTarget,
+    runs: list[Trajectory],
+    schedule: tuple[StepMode, ...],
+    order: int,
+) -> dict[str, Tensor]:
+    """Mean outer products over all tokens of all CALIBRATE steps."""
+    xs, ys = [], []
+    for trajectory in runs:
+        values = values_of(captured, trajectory, {target.input_node, *target.nodes})
+        x = [step[target.input_node] for step in values]
+        y = [torch.cat([step[name] for name in target.nodes], dim=-1) for step in values]
+        for step in range(len(values)):
+            if schedule[step] is CALIBRATE:
+                xs.append(increment(x, schedule, step, order))
+                ys.append(increment(y, schedule, step, order))
+    dx, dy = torch.cat(xs), torch.cat(ys)
+    if target.granularity is Granularity.BRANCH:
+        return {"input": dx.T @ dx / len(dx), "cross": dx.T @ dy / len(dx)}
+    if sum(target.out_features) < target.in_features:
+        return {"output": dy.T @ dy / len(dx)}
+    return {"input": dx.T @ dx / len(dx)}
+
+
+def assert_moments(got: Statistics, expected: dict[str, Tensor]) -> None:
+    assert isinstance(got, SecondMoments)
+    assert set(got.tensors()) == set(expected)
+    for name, value in got.tensors().items():
+        assert value.dtype == torch.float32
+        assert value.device.type == "cpu"
+        # Increments are float32 differences, up to 10 times smaller than the values (1e-6 of
+        # an increment each); their products add up over some hundred tokens. Relative to the
+        # largest entry, as the small ones are sums that cancel.
+        atol = 1e-5 * float(expected[name].abs().max())
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=atol)
+
+
+SCHEDULES = ["RCCRCC", "RRCRCC", "RRRCUC", "RCRURC", "RFCRRC"]
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_moments_are_those_of_the_increments_against_the_anchors(
+    dit_found: tuple[CapturedGraph, Sites],
+    dit_trajectory: Trajectory,
+    schedule: str,
+    order: int,
+    granularity: Granularity,
+) -> None:
+    captured, steps = dit_found[0], modes(schedule)
+    targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
+    got = observe(captured, targets, dit_trajectory, Weighting.COVARIANCE, steps, order)
+    assert list(got) == [target.name for target in targets]
+    for target in targets:
+        expected = expected_moments(captured, target, [dit_trajectory], steps, order)
+        assert_moments(got[target.name], expected)
+
+
+def test_moments_are_of_the_smaller_side(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+) -> None:
+    targets, _ = assign(*dit_found, rank=2, joint=True)
+    got = observe(dit_found[0], targets, dit_trajectory, Weighting.COVARIANCE, PAPER)
+    shapes = {
+        name.removeprefix("blocks.1."): {n: tuple(v.shape) for n, v in found.tensors().items()}
+        for name, found in got.items()
+        if name.startswith("blocks.1.")
+    }
+    assert shapes == {
+        "attn.q+k+v": {"input": (32, 32)},
+        "attn.proj": {"input": (32, 32)},
+        "mlp.fc1": {"input": (32, 32)},
+        "mlp.fc2": {"output": (32, 32)},
+    }
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_moments_of_two_runs_are_the_mean_of_both(
+    dit_found: tuple[CapturedGraph, Sites],
+    dit_trajectory: Trajectory,
+    second_run: Trajectory,
+    granularity: Granularity,
+) -> None:
+    captured, schedule = dit_found[0], modes("RCRRCC")
+    targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
+    short = part(second_run, 0, 1, 2, 3, 4)  # 2 CALIBRATE steps, where the first run has 3
+    both = Trajectory([*dit_trajectory.calls, *short.calls], dit_trajectory.signatures)
+    assert [len(run) for run in both.runs] == [STEPS, 5]
+    joint, first, second = (
+        observe(captured, targets, trajectory, Weighting.COVARIANCE, schedule, 2)
+        for trajectory in (both, dit_trajectory, short)
+    )
+    for target in targets:
+        one, other = first[target.name].tensors(), second[target.name].tensors()
+        for name, value in joint[target.name].tensors().items():
+            expected = (3 * one[name].double() + 2 * other[name].double()) / 5
+            # The same float64 sums; only the float32 results are rounded.
+            atol = 3e-7 * float(expected.abs().max())
+            torch.testing.assert_close(value.double(), expected, rtol=0, atol=atol)
+            assert relative(one[name], other[name]) > 1e-3
+        runs = [dit_trajectory, short]
+        assert_moments(joint[target.name], expected_moments(captured, target, runs, schedule, 2))
+
+
+@pytest.mark.parametrize("weighting", list(Weighting))
+def test_whole_branches_always_need_moments(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
+) -> None:
+    targets, _ = assign(*dit_found, rank=2, granularity=Granularity.BRANCH)
+    got = observe(dit_found[0], targets, dit_trajectory, weighting, PAPER)
+    assert [list(found.tensors()) for found in got.values()] == [["input", "cross"]] * 4
+
+
+@pytest.mark.parametrize("weighting", list(Weighting))
+def test_targets_of_rank_0_run_nothing(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
+) -> None:
+    bad = torch.full((4, 1, 28, 28), math.nan)
+    poisoned = replaced(dit_trajectory, 0, "hidden_states", bad)
+    targets, _ = assign(*dit_found, rank=0, granularity=Granularity.BRANCH)
+    assert observe(dit_found[0], targets, poisoned, weighting, PAPER) == {}
+    assert observe(dit_found[0], (), poisoned, weighting, PAPER) == {}
+
+
+@pytest.mark.parametrize("schedule", ["R", "RURFRU", "RRRRRC"])
+def test_runs_without_a_calibrate_step_have_no_moments(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, schedule: str
+) -> None:
+    short = part(dit_trajectory, 0, 1, 2, 3, 4)  # the last step is never reached
+    with pytest.raises(ObserveError) as caught:
+        seen_by(dit_found, short, Weighting.COVARIANCE, modes(schedule))
+    assert str(caught.value) == (
+        "observe: trajectory: expected a run with a CALIBRATE step after a REFRESH step, "
+        "got no increment. Record a whole sampler run."
+    )
+
+
+def test_steps_beyond_the_schedule_are_not_run_and_not_promised(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, second_run: Trajectory
+) -> None:
+    both = Trajectory([*dit_trajectory.calls, *second_run.calls], dit_trajectory.signatures)
+    seen: list[tuple[int, int]] = []
+    got = seen_by(
+        dit_found,
+        both,
+        Weighting.COVARIANCE,
+        modes("RCC"),
+        lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(k, 6) for k in range(1, 7)]
+    runs = [part(dit_trajectory, 0, 1, 2), part(second_run, 0, 1, 2)]
+    targets, _ = assign(*dit_found, rank=1)
+    expected = expected_moments(dit_found[0], targets[0], runs, modes("RCC"), 0)
+    assert_moments(got[targets[0].name], expected)
+
+
+def test_half_precision_increments_are_taken_in_float32(dit: FashionDiT) -> None:
+    half = FashionDiT(dit.config).eval()
+    half.load_state_dict(dit.state_dict())
+    half.half()
+    images = torch.randn(4, 1, 28, 28).half()
+    with record(half) as trajectory, torch.no_grad():
+        for now in (900, 600, 300):
+            images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
+    captured, sites = find(half, trajectory)
+    targets, _ = assign(captured, sites, rank=2, joint=True)
+    schedule = modes("RRC")
+    got = observe(captured, targets, trajectory, Weighting.COVARIANCE, schedule, 1)
+    for target in targets:
+        # Differences in float16 would be off by 1e-3 and more.
+        assert_moments(
+            got[target.name], expected_moments(captured, target, [trajectory], schedule, 1)
+        )

@@ -5,26 +5,31 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import STEPS, diffusers_calls, sample_dit
+from conftest import STEPS, diffusers_calls, sample_dit, shake
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT
 from torch import Tensor, nn
 
 from calicache.graph_passes import (
+    Granularity,
     OptimizedModel,
     Plan,
+    SiteMode,
+    SiteRule,
     StepMode,
     Trajectory,
     Weighting,
     optimize,
+    record,
 )
 from calicache.graph_passes.decompose import ChannelStatistics
 from calicache.graph_passes.errors import CaptureError, PlanError
 
-REFRESH, CALIBRATE, REUSE = StepMode
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def test_training_mode_is_refused(dit: FashionDiT, dit_plan: Plan) -> None:
 
 def test_rank_too_high_names_the_layer_and_its_limit(dit: FashionDiT, dit_plan: Plan) -> None:
     assert optimize(dit, dit_plan.with_rank(32)).plan.settings.rank == 32
-    with pytest.raises(PlanError, match=r"0 \.\. 32 for a layer 32 -> 32, got 33") as raised:
+    with pytest.raises(PlanError, match=r"0 \.\. 32 for 32 -> 32, got 33") as raised:
         optimize(dit, dit_plan.with_rank(33))
     assert raised.value.where == "rank of blocks.0.attn.q"
 
@@ -94,7 +99,7 @@ def test_statistics_that_do_not_fit_are_refused(dit: FashionDiT, dit_plan: Plan)
     name = "blocks.0.mlp.fc1"
     swapped = ChannelStatistics(torch.ones(128), torch.ones(32))
     for value in (swapped, None):
-        with pytest.raises(PlanError, match="finite values for 32 -> 128 channels") as raised:
+        with pytest.raises(PlanError, match=r"'input': \(32,\), 'output': \(128,\)") as raised:
             optimize(dit, with_statistics(dit_plan, name, value))
         assert raised.value.where == f"statistics of {name}"
 
@@ -180,4 +185,103 @@ def test_result_keeps_what_each_stage_made(fast: OptimizedModel, dit: FashionDiT
     assert fast.original is dit
     assert len(fast.plan.schedule) == STEPS
     assert {factors.rank for factors in fast.factors.values()} == {4}
-    assert fast.cost.reuse_macs < fast.cost.calibrate_macs < fast.cost.plain_macs
+    modes = fast.cost.modes
+    assert modes[REUSE] < modes[CALIBRATE] < fast.cost.plain_macs
+    assert list(fast.cost.targets) == [target.name for target in fast.targets]
+
+
+# --- forecasts, rules, output weights ---------------------------------------------------------
+
+
+def test_plan_with_everything_makes_all_modes(dit: FashionDiT, forecast_plan: Plan) -> None:
+    seen: list[tuple[int, int]] = []
+    fast = optimize(dit, forecast_plan, on_target=lambda *step: seen.append(step))
+    assert set(fast.rewritten.variants) == set(StepMode)
+    # q, k and v together, proj, fc1, fc2; twice.
+    assert [len(target.sites) for target in fast.targets] == [3, 1, 1, 1] * 2
+    assert seen == [(done, 8) for done in range(1, 9)]
+    assert fast.cost.modes[FORECAST] == 0
+    assert set(fast.rewritten.tables) == {
+        *(f"anchor_weight_{k}" for k in range(3)),
+        *(f"output_weight_{k}" for k in range(4)),
+    }
+    for place in range(4):
+        column = tuple(row[place] for row in forecast_plan.settings.output_weights)
+        assert fast.rewritten.tables[f"output_weight_{place}"] == column
+
+
+def test_saved_plan_makes_the_same_model(
+    dit: FashionDiT, forecast_plan: Plan, tmp_path: Path
+) -> None:
+    forecast_plan.save(tmp_path / "plan")
+    fast, again = optimize(dit, forecast_plan), optimize(dit, Plan.load(tmp_path / "plan"))
+    # The same program on the same numbers: JSON keeps every digit of the output weights.
+    assert torch.equal(sample_dit(fast), sample_dit(again))
+
+
+def test_rules_decide_what_a_step_calibrates(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
+    rules = (
+        SiteRule("blocks.0.attn", SiteMode.REUSE),
+        SiteRule("blocks.0.mlp", SiteMode.CALIBRATE, 3, Granularity.BRANCH),
+        SiteRule("blocks.1.mlp.fc1", SiteMode.FULL),
+    )
+    plan = Plan.from_trajectory(dit, dit_trajectory, rank=4, rules=rules, correct=False)
+    fast = optimize(dit, plan)
+    assert [(target.name, target.granularity, target.rank) for target in fast.targets] == [
+        ("blocks.0.attn", Granularity.BRANCH, 0),
+        ("blocks.0.mlp", Granularity.BRANCH, 3),
+        ("blocks.1.attn.q+k+v", Granularity.LINEAR, 6),
+        ("blocks.1.attn.proj", Granularity.LINEAR, 4),
+        ("blocks.1.mlp.fc2", Granularity.LINEAR, 4),
+    ]
+    assert list(fast.factors) == [target.name for target in fast.targets[1:]]
+    read = {str(n.target) for n in fast.variants["CALIBRATE"].graph.nodes if n.op == "get_attr"}
+    assert "blocks.1.mlp.fc1.weight" in read
+    assert "blocks.0.mlp.fc1.weight" not in read
+
+
+def test_branch_granularity_calibrates_every_branch_as_a_whole(
+    dit: FashionDiT, dit_trajectory: Trajectory
+) -> None:
+    plan = Plan.from_trajectory(
+        dit, dit_trajectory, rank=4, granularity="branch", correct=False, order=1
+    )
+    fast = optimize(dit, plan)
+    assert {target.granularity for target in fast.targets} == {Granularity.BRANCH}
+    assert len(fast.targets) == len(fast.sites.branches) == 4
+    for target in fast.targets:  # 32 channels at rank 4, over 4 x 49 tokens
+        assert fast.cost.targets[target.name].calibrate_macs == 4 * 49 * 4 * (32 + 32)
+    assert fast.cost.modes[CALIBRATE] < 0.5 * fast.cost.plain_macs
+
+
+class Pooled(nn.Module):
+    """A branch that gives all tokens one value: it is no map of single tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return x + torch.tanh(self.inner(x.mean(dim=1, keepdim=True)))
+
+
+def test_branch_that_is_not_token_wise_falls_back_to_its_layers() -> None:
+    model = shake(Pooled())
+    with record(model) as trajectory, torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(2, 5, 8))
+    plan = Plan.from_trajectory(model, trajectory, rank=2, granularity="branch", correct=False)
+    fast = optimize(model, plan)
+    assert [(t.name, t.granularity) for t in fast.targets] == [("inner", Granularity.LINEAR)]
+    (rejection,) = [r for r in fast.sites.rejections if "not token-wise" in r.reason]
+    assert rejection.reason == "not token-wise as a whole: from (2, 5, 8) to (2, 1, 8)"
+
+
+def test_statistics_of_other_steps_than_the_schedule_are_refused(
+    dit: FashionDiT, dit_trajectory: Trajectory
+) -> None:
+    plan = Plan.from_trajectory(dit, dit_trajectory, rank=4, mode=REUSE, correct=False)
+    assert plan.statistics == {}
+    with pytest.raises(PlanError, match="with the steps it will run"):
+        optimize(dit, plan.with_schedule((REFRESH, CALIBRATE)))

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,33 +17,41 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calicache.graph_passes import (
+    CalibrationTarget,
+    CapturedGraph,
     Dependence,
+    Granularity,
     Plan,
+    SiteMode,
+    SiteRule,
     Sites,
     StepMode,
     Trajectory,
     Weighting,
+    assign,
     capture,
     classify_inputs,
     classify_nodes,
     find_sites,
     observe,
+    record,
     uniform_schedule,
 )
+from calicache.graph_passes.covariance import SecondMoments
 from calicache.graph_passes.decompose import ChannelStatistics
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.files import sha256_of
 from calicache.graph_passes.plan import (
     SETTINGS_FILE,
     STATISTICS_FILE,
-    check_rank,
     check_statistics,
     hash_weights,
 )
 from calicache.graph_passes.record import Timestep
+from calicache.graph_passes.schedule import Table, output_table
 from calicache.graph_passes.signature import ConstantSpec
 
-R, C, U = StepMode.REFRESH, StepMode.CALIBRATE, StepMode.REUSE
+R, C, U, F = StepMode
 schedules = st.lists(st.sampled_from(StepMode), max_size=40).map(lambda rest: (R, *rest))
 
 
@@ -55,18 +63,31 @@ def assert_equal(one: Plan, other: Plan) -> None:
     assert one.settings == other.settings
     assert set(one.statistics) == set(other.statistics)
     for name, statistics in one.statistics.items():
-        assert torch.equal(statistics.input, other.statistics[name].input)
-        assert torch.equal(statistics.output, other.statistics[name].output)
+        assert type(statistics) is type(other.statistics[name])
+        for part in fields(statistics):
+            mine, its = (getattr(s, part.name) for s in (statistics, other.statistics[name]))
+            assert (mine is None) == (its is None)
+            assert mine is None or torch.equal(mine, its)
 
 
 @pytest.fixture(scope="module")
-def sites(dit: FashionDiT, dit_trajectory: Trajectory) -> Sites:
+def found(dit: FashionDiT, dit_trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
     captured = capture(dit, dit_trajectory.signature)
-    return find_sites(captured, classify_nodes(captured, classify_inputs(dit_trajectory)))
+    classes = classify_nodes(captured, classify_inputs(dit_trajectory))
+    return captured, find_sites(captured, classes)
+
+
+@pytest.fixture(scope="module")
+def targets(found: tuple[CapturedGraph, Sites]) -> tuple[CalibrationTarget, ...]:
+    return assign(*found, rank=4)[0]
 
 
 def test_plan_holds_what_the_trajectory_showed(
-    dit: FashionDiT, dit_trajectory: Trajectory, dit_plan: Plan, sites: Sites
+    dit: FashionDiT,
+    dit_trajectory: Trajectory,
+    dit_plan: Plan,
+    found: tuple[CapturedGraph, Sites],
+    targets: tuple[CalibrationTarget, ...],
 ) -> None:
     kept = dit_plan.settings
     assert dit_plan.schedule == kept.schedule == (R, C, C, R, C, C)
@@ -80,23 +101,31 @@ def test_plan_holds_what_the_trajectory_showed(
     }
     assert kept.timestep == Timestep("timestep", descends=True)
     assert kept.weights_hash == hash_weights(dit)
-    assert list(dit_plan.statistics) == [site.name for site in sites.linears]
-    captured = capture(dit, dit_trajectory.signature)
-    expected = observe(captured, sites, dit_trajectory, Weighting.INCREMENT)
+    assert (kept.order, kept.granularity, kept.rules) == (0, Granularity.LINEAR, ())
+    assert (kept.output_weights, kept.correction) == (None, "not asked for")
+    assert list(dit_plan.statistics) == [site.name for site in found[1].linears]
+    expected = observe(found[0], targets, dit_trajectory, Weighting.INCREMENT, kept.schedule)
     assert_equal(dit_plan, Plan(kept, expected))
 
 
 def test_options_reach_the_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
     seen: list[tuple[int, int]] = []
     names = {"include": ["blocks.1.*"], "exclude": ["*.fc?"]}
-    options = {"interval": 2, "rank": 8, "weighting": "activation", "mode": U, **names}
+    rules = (SiteRule("*.v", SiteMode.FULL), SiteRule("*.proj", SiteMode.CALIBRATE, 2))
+    options = {"interval": 2, "rank": 8, "weighting": "activation", "rules": rules, **names}
     plan = Plan.from_trajectory(
-        dit, dit_trajectory, **options, on_step=lambda done, total: seen.append((done, total))
+        dit,
+        dit_trajectory,
+        **options,
+        order=1,
+        correct=False,
+        on_step=lambda done, total: seen.append((done, total)),
     )
-    assert plan.schedule == (R, U, R, U, R, U)
+    assert plan.schedule == (R, C, R, C, R, C)
+    assert (plan.settings.order, plan.settings.rules) == (1, rules)
     assert (plan.settings.rank, plan.settings.weighting) == (8, Weighting.ACTIVATION)
     assert (plan.settings.include, plan.settings.exclude) == (("blocks.1.*",), ("*.fc?",))
-    assert list(plan.statistics) == [f"blocks.1.attn.{name}" for name in ("q", "k", "v", "proj")]
+    assert list(plan.statistics) == [f"blocks.1.attn.{name}" for name in ("q", "k", "proj")]
     assert seen == [(k, STEPS) for k in range(1, STEPS + 1)]
 
 
@@ -104,7 +133,14 @@ def test_given_schedule_overrides_interval_and_mode(
     dit: FashionDiT, dit_trajectory: Trajectory
 ) -> None:
     plan = Plan.from_trajectory(
-        dit, dit_trajectory, schedule=[R, U, C, R], interval=2, rank=4, weighting="none"
+        dit,
+        dit_trajectory,
+        schedule=[R, U, C, R],
+        interval=2,
+        mode=C,
+        rank=4,
+        weighting="none",
+        correct=False,
     )
     assert plan.schedule == (R, U, C, R)
     assert plan.statistics == {}
@@ -222,9 +258,14 @@ DAMAGES = {
     "truncated": (truncate, "is not the file the plan was saved with"),
     "truncated, hash mended": (lambda at: [truncate(at), rehash(at)], "SafetensorError"),
     "swapped": (lambda at: add_to_statistics(at, 1.0), "is not the file the plan was saved with"),
-    "half a site": (lambda at: [add_to_statistics(at, 0.0, drop=Q), rehash(at)], Q),
-    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 1"),
-    "later format": (lambda at: edit(at, format=2, settings={}), "format 2, this version reads 1"),
+    "half a site": (lambda at: [add_to_statistics(at, 0.0, drop=Q), rehash(at)], "output"),
+    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 2"),
+    "later format": (lambda at: edit(at, format=3, settings={}), "format 3, this version reads 2"),
+    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 2"),
+    "unknown order": (lambda at: edit(at, order=3), "order"),
+    "unknown granularity": (lambda at: edit(at, granularity="head"), "granularity"),
+    "bad output weights": (lambda at: edit(at, output_weights=[[1.0, 0.0]]), "output_weights"),
+    "bad rule": (lambda at: edit(at, rules=[{"pattern": "*", "mode": "skip"}]), "rules"),
     "unknown mode": (lambda at: edit(at, schedule=[0, 7]), "schedule"),
     "bad schedule": (lambda at: edit(at, schedule=[1, 0]), "REFRESH"),
     "negative rank": (lambda at: edit(at, rank=-1), "rank"),
@@ -268,15 +309,16 @@ def test_rank_must_not_be_negative(dit_plan: Plan) -> None:
 
 
 def test_rank_above_a_layer_names_the_layer(
-    dit: FashionDiT, dit_trajectory: Trajectory, sites: Sites
+    dit: FashionDiT, dit_trajectory: Trajectory, found: tuple[CapturedGraph, Sites]
 ) -> None:
-    check_rank(32, sites.linears)
+    assert assign(*found, rank=32)
     message = (
-        "plan: rank of blocks.0.attn.q: expected 0 .. 32 for a layer 32 -> 32, got 33. "
-        "Choose a smaller rank, or exclude the layer."
+        "plan: rank of blocks.0.attn.q: expected 0 .. 32 for 32 -> 32, got 33. "
+        "Choose a smaller rank, or exclude it."
     )
-    with refuses(message):
-        check_rank(33, sites.linears)
+    for joint in (False, True):
+        with refuses(message):
+            assign(*found, rank=33, joint=joint)
     with refuses(message):
         Plan.from_trajectory(dit, dit_trajectory, rank=33)
 
@@ -328,28 +370,216 @@ def test_any_tensor_can_be_hashed(shape: tuple[int, ...], dtype: torch.dtype) ->
     [
         (ChannelStatistics(torch.tensor([math.nan] + [1.0] * 31), torch.ones(128)), "NaN or Inf"),
         (ChannelStatistics(torch.ones(32), torch.full((128,), math.inf)), "NaN or Inf"),
-        (ChannelStatistics(torch.ones(128), torch.ones(32)), "shapes ((128,), (32,))"),
-        (ChannelStatistics(torch.ones(1), torch.ones(1)), "shapes ((1,), (1,))"),
-        (None, "shapes None"),
+        (
+            ChannelStatistics(torch.ones(128), torch.ones(32)),
+            "shapes {'input': (128,), 'output': (32,)}",
+        ),
+        (ChannelStatistics(torch.ones(1), torch.ones(1)), "shapes {'input': (1,), 'output': (1,)}"),
+        (None, "none"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused(
-    dit_plan: Plan, sites: Sites, statistics: ChannelStatistics | None, got: str
+    dit_plan: Plan,
+    targets: tuple[CalibrationTarget, ...],
+    statistics: ChannelStatistics | None,
+    got: str,
 ) -> None:
     name = "blocks.1.mlp.fc1"
-    check_statistics(dit_plan, sites.linears)  # fits
+    check_statistics(dit_plan, targets)  # fits
     changed = {**dit_plan.statistics, name: statistics}
     bad = Plan(dit_plan.settings, {k: v for k, v in changed.items() if v is not None})
     message = (
-        f"plan: statistics of {name}: expected finite values for 32 -> 128 channels, got {got}. "
-        "Make the plan again from the trajectory."
+        f"plan: statistics of {name}: expected finite values of shapes "
+        f"{{'input': (32,), 'output': (128,)}}, got {got}. "
+        "Make the plan again from the trajectory, with the steps it will run."
     )
     with refuses(message):
-        check_statistics(bad, sites.linears)
+        check_statistics(bad, targets)
 
 
-def test_weighting_none_needs_no_statistics(dit_plan: Plan, sites: Sites) -> None:
+def test_weighting_none_needs_no_statistics(
+    dit_plan: Plan, targets: tuple[CalibrationTarget, ...]
+) -> None:
     plain = replace(dit_plan.settings, weighting=Weighting.NONE)
-    assert check_statistics(Plan(plain, {}), sites.linears) is None
+    assert check_statistics(Plan(plain, {}), targets) is None
     with pytest.raises(PlanError, match=r"statistics of blocks\.0\.attn\.q"):
-        check_statistics(Plan(dit_plan.settings, {}), sites.linears)
+        check_statistics(Plan(dit_plan.settings, {}), targets)
+
+
+# --- forecasts, rules, output weights ---------------------------------------------------------
+
+
+def test_defaults_are_forecasts_covariance_and_fitted_outputs(
+    forecast_plan: Plan, dit_trajectory: Trajectory
+) -> None:
+    kept = forecast_plan.settings
+    assert (kept.order, kept.weighting) == (2, Weighting.COVARIANCE)
+    assert kept.correction == "fitted to the recorded runs"
+    assert kept.outputs is kept.output_weights
+    assert [len(row) for row in kept.output_weights] == [4] * STEPS
+    # A forecast has no output of its own, and what was not kept yet has no weight.
+    assert kept.output_weights[5][0] == 0.0
+    assert kept.output_weights[0][1:] == (0.0, 0.0, 0.0)
+    assert kept.output_weights[1][2:] == (0.0, 0.0)
+    assert len(dit_trajectory.runs) == 1
+
+
+def test_options_that_are_left_out_are_the_best_known(
+    dit: FashionDiT, dit_trajectory: Trajectory
+) -> None:
+    kept = Plan.from_trajectory(dit, dit_trajectory, rank=4).settings
+    assert (kept.order, kept.weighting, kept.rules) == (2, Weighting.COVARIANCE, ())
+    assert kept.granularity is Granularity.LINEAR
+    assert kept.output_weights is not None
+
+
+RULES = (
+    SiteRule("blocks.0.attn", SiteMode.REUSE),
+    SiteRule("blocks.0.mlp", SiteMode.CALIBRATE, 3, Granularity.BRANCH),
+    SiteRule("blocks.1.mlp.fc?", SiteMode.FULL),
+)
+
+
+@pytest.fixture(scope="module")
+def ruled_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> Plan:
+    """Rules of every kind, over a schedule of all modes."""
+    return Plan.from_trajectory(
+        dit, dit_trajectory, schedule=(R, C, R, U, C, F), rank=4, order=1, rules=RULES
+    )
+
+
+def test_rules_output_weights_and_second_moments_survive_saving(
+    ruled_plan: Plan, tmp_path: Path
+) -> None:
+    assert set(ruled_plan.statistics) == {
+        "blocks.0.mlp",
+        "blocks.1.attn.q+k+v",
+        "blocks.1.attn.proj",
+    }
+    moments = ruled_plan.statistics["blocks.0.mlp"]
+    assert isinstance(moments, SecondMoments)
+    assert set(moments.tensors()) == {"input", "cross"}
+    assert ruled_plan.settings.output_weights is not None
+    ruled_plan.save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan")
+    assert_equal(loaded, ruled_plan)
+    assert loaded.settings.rules == RULES
+    assert loaded.settings.output_weights == ruled_plan.settings.output_weights
+    assert type(loaded.settings.rules[1].granularity) is Granularity
+    assert loaded.settings.rules[0].rank is None
+
+
+def test_truncated_second_moments_are_refused(ruled_plan: Plan, tmp_path: Path) -> None:
+    ruled_plan.save(tmp_path / "plan")
+    truncate(tmp_path / "plan")
+    with pytest.raises(PlanError, match="is not the file the plan was saved with"):
+        Plan.load(tmp_path / "plan")
+
+
+def test_statistics_of_an_unknown_part_are_refused(ruled_plan: Plan, tmp_path: Path) -> None:
+    ruled_plan.save(tmp_path / "plan")
+    tensors = load_file(tmp_path / "plan" / STATISTICS_FILE)
+    save_file(
+        {**tensors, "blocks.0.mlp.third": torch.zeros(2, 2)}, tmp_path / "plan" / STATISTICS_FILE
+    )
+    rehash(tmp_path / "plan")
+    with pytest.raises(PlanError, match="third"):
+        Plan.load(tmp_path / "plan")
+
+
+@pytest.mark.parametrize("change", ["schedule", "rank"])
+def test_what_was_fitted_is_dropped_with_what_it_was_fitted_to(
+    forecast_plan: Plan, change: str
+) -> None:
+    schedule = (R, C, C, U)
+    changed = (
+        forecast_plan.with_rank(2) if change == "rank" else forecast_plan.with_schedule(schedule)
+    )
+    assert changed.settings.output_weights is None
+    assert changed.settings.correction == "not fitted: the plan was changed"
+    assert forecast_plan.settings.output_weights is not None
+    if change == "schedule":
+        assert changed.settings.outputs is None
+    else:  # it still forecasts: by the plain table
+        assert changed.settings.outputs == output_table(changed.schedule, 2)
+
+
+@pytest.mark.parametrize("order", [-1, 3])
+def test_order_must_be_known(
+    dit: FashionDiT, dit_trajectory: Trajectory, dit_plan: Plan, order: int
+) -> None:
+    message = f"plan: order: expected 0, 1 or 2, got {order}. Choose one of these."
+    with refuses(message):
+        replace(dit_plan.settings, order=order)
+    with refuses(message):
+        Plan.from_trajectory(dit, dit_trajectory, rank=4, order=order)
+
+
+def test_unknown_granularity_lists_the_valid_ones(
+    dit: FashionDiT, dit_trajectory: Trajectory
+) -> None:
+    with refuses("plan: granularity: expected linear | branch, got 'head'. Choose one of these."):
+        Plan.from_trajectory(dit, dit_trajectory, rank=4, granularity="head")
+
+
+GOOD_ROWS = ((1.0, 0.0),) * STEPS
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        GOOD_ROWS[:-1],
+        (*GOOD_ROWS, (1.0, 0.0)),
+        (*GOOD_ROWS[:-1], (1.0,)),
+        (*GOOD_ROWS[:-1], (1.0, 0.0, 0.0)),
+        (*GOOD_ROWS[:-1], (1.0, math.nan)),
+        (*GOOD_ROWS[:-1], (math.inf, 0.0)),
+        (),
+    ],
+    ids=["too few", "too many", "short row", "long row", "nan", "inf", "none"],
+)
+def test_output_weights_of_another_form_are_refused(dit_plan: Plan, rows: Table) -> None:
+    assert replace(dit_plan.settings, output_weights=GOOD_ROWS).outputs == GOOD_ROWS
+    with pytest.raises(PlanError, match=r"output_weights: expected 6 rows of 2 finite numbers"):
+        replace(dit_plan.settings, output_weights=rows)
+
+
+def test_outputs_are_mixed_only_where_something_is_forecast(dit_plan: Plan) -> None:
+    assert dit_plan.settings.outputs is None
+    forecast = dit_plan.with_schedule((R, C, F)).settings
+    assert forecast.output_weights is None
+    assert forecast.outputs == ((1.0, 0.0), (1.0, 0.0), (0.0, 1.0))
+
+
+def test_sampler_that_adds_noise_gets_no_output_weights(dit: FashionDiT) -> None:
+    with record(dit) as trajectory, torch.no_grad():
+        for now in (900, 500, 100):
+            latents, labels = torch.randn(2, 1, 28, 28), torch.tensor([1, 10])
+            dit(latents, torch.full((2,), now), labels)  # noise that no update explains
+    plan = Plan.from_trajectory(dit, trajectory, rank=4, interval=3)
+    assert plan.settings.output_weights is None
+    assert plan.settings.correction.startswith("not fitted: ")
+    assert "no fixed weighted sum" in plan.settings.correction
+
+
+def test_run_of_another_length_gets_no_output_weights(
+    dit: FashionDiT, dit_trajectory: Trajectory
+) -> None:
+    plan = Plan.from_trajectory(dit, dit_trajectory, rank=4, schedule=(R, C, C))
+    assert plan.settings.correction == "not fitted: no recorded run has the plan's 3 steps"
+
+
+def test_rule_that_fits_nothing_is_refused(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
+    rule = SiteRule("blocks.7.*", SiteMode.FULL)
+    with pytest.raises(PlanError, match=r"rule blocks\.7\.\*: expected a pattern that fits"):
+        Plan.from_trajectory(dit, dit_trajectory, rank=4, rules=(rule,))
+
+
+def test_second_moments_of_another_width_are_refused(
+    ruled_plan: Plan, found: tuple[CapturedGraph, Sites]
+) -> None:
+    targets, _ = assign(*found, rank=4, rules=RULES, joint=True)
+    check_statistics(ruled_plan, targets)  # fits
+    bad = {**ruled_plan.statistics, "blocks.0.mlp": SecondMoments(input=torch.eye(32))}
+    with pytest.raises(PlanError, match=r"statistics of blocks\.0\.mlp: .*'cross': \(32, 32\)"):
+        check_statistics(Plan(ruled_plan.settings, bad), targets)

@@ -16,21 +16,26 @@ from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
     CapturedGraph,
+    Plan,
     Sites,
     StepMode,
     Trajectory,
+    assign,
     capture,
     classify_inputs,
     classify_nodes,
     find_sites,
+    optimize,
     record,
 )
 from calicache.graph_passes.branches import LINEAR
-from calicache.graph_passes.decompose import decompose_sites
+from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.rewrite import CacheSpec, Rewritten, rewrite
+from calicache.graph_passes.schedule import anchor_table, output_table
 from calicache.graph_passes.verify import verify_rewritten
 
-REFRESH, CALIBRATE, REUSE = StepMode
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+CHEAP = (REFRESH, CALIBRATE, REUSE)
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -54,11 +59,12 @@ def emit(
     found: Found,
     folded: Collection[str] = (),
     rank: int = 2,
-    modes: Collection[StepMode] = tuple(StepMode),
+    modes: Collection[StepMode] = CHEAP,
 ) -> Rewritten:
     captured, sites = found
-    factors = decompose_sites(captured, sites.linears, rank, {})
-    rewritten = rewrite(captured, sites, factors, modes, frozenset(folded))
+    targets, _ = assign(captured, sites, rank=rank)
+    factors = make_factors(captured, targets, {})
+    rewritten = rewrite(captured, sites, targets, factors, modes, folded=frozenset(folded))
     return verify_rewritten(captured, rewritten)
 
 
@@ -189,9 +195,72 @@ def test_rewriting_leaves_the_source_and_repeats_itself(found: Found) -> None:
     first, second = emit(found, folded), emit(found, folded)
     assert str(captured.graph) == before
     assert first.caches == second.caches
-    for mode in StepMode:
+    for mode in CHEAP:
         assert text(graph(first, mode)) == text(graph(second, mode))
         assert first.variants[mode].reads == second.variants[mode].reads
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_every_kept_refresh_has_a_slot_and_a_weight(found: Found, order: int) -> None:
+    captured, sites = found
+    schedule = (REFRESH, CALIBRATE, REFRESH, REUSE, REFRESH, CALIBRATE, FORECAST)
+    targets, _ = assign(captured, sites, rank=2)
+    made = rewrite(
+        captured,
+        sites,
+        targets,
+        make_factors(captured, targets, {}),
+        set(schedule),
+        anchors=anchor_table(schedule, order),
+        outputs=output_table(schedule, order),
+    )
+    verify_rewritten(captured, made)
+    assert made.history == order + 1
+    slots = {cache.name for cache in made.caches}
+    slots |= {f"{cache.name}_back{back}" for cache in made.caches for back in range(1, order + 1)}
+    assert set(made.slots()) == slots
+    anchors = {f"anchor_weight_{k}" for k in range(order + 1)}
+    outputs = {f"output_weight_{k}" for k in range(order + 2)}
+    assert set(made.tables) == anchors | outputs
+    assert made.tables["anchor_weight_0"] == tuple(r[0] for r in anchor_table(schedule, order))
+    reads = {mode: set(variant.reads) for mode, variant in made.variants.items()}
+    assert reads[REFRESH] & anchors == reads[FORECAST] & anchors == set()
+    assert reads[REFRESH] >= outputs
+    assert reads[FORECAST] >= outputs - {"output_weight_0"}
+    assert set().union(*reads.values()) == slots | anchors | outputs  # nothing unread is kept
+
+
+def test_read_finds_weights_and_slots_by_step(found: Found) -> None:
+    captured, sites = found
+    schedule = (REFRESH, REUSE, REFRESH, REUSE)
+    made = rewrite(captured, sites, (), {}, set(schedule), anchors=anchor_table(schedule, 1))
+    name = made.caches[0].name
+    reads = [name, f"{name}_back1", "anchor_weight_1"]
+    cpu = torch.device("cpu")
+    old, new = {name: torch.ones(1)}, {name: torch.full((1,), 2.0)}
+    assert made.read(reads, (new, old), 3, cpu) == [2.0, 1.0, -0.5]
+    assert made.read(reads, (old,), 1, cpu) == [1.0, 1.0, 0.0]  # what is missing has no weight
+    empty, *_ = made.read(reads, (), 0, cpu)
+    assert (empty.shape, int(empty.count_nonzero())) == (made.caches[0].shape, 0)
+
+
+def test_forecast_needs_no_other_cache_than_the_output(found: Found) -> None:
+    captured, sites = found
+    schedule = (REFRESH, REFRESH, FORECAST)
+    made = rewrite(
+        captured,
+        sites,
+        assign(captured, sites, rank=2)[0],
+        {},
+        set(schedule),
+        anchors=anchor_table(schedule, 2),
+        outputs=output_table(schedule, 2),
+    )
+    verify_rewritten(captured, made)
+    assert set(made.variants) == {REFRESH, FORECAST}
+    (cache,) = made.caches
+    assert cache.shape == (4, 1, 28, 28)
+    assert weights(graph(made, FORECAST)) == set()
 
 
 def test_excluded_sites_stay_full(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
@@ -221,7 +290,7 @@ def test_both_layers_of_a_chain_are_calibrated(fold: bool) -> None:
     assert not {"first.weight", "second.weight"} & weights(graph(variants, CALIBRATE))
     # Each layer once on REFRESH: embed, first, second, and two A x where folded.
     assert count(graph(variants, REFRESH), LINEAR) == (5 if fold else 3)
-    factors = decompose_sites(found[0], found[1].linears, 2, {})
+    factors = make_factors(found[0], assign(*found, rank=2)[0], {})
     first, second = torch.randn(2, 2, 5, 8)
     x, x_ref = model.norm(model.embed(second)), model.norm(model.embed(first))
     low = [factors[name].up @ factors[name].down for name in ("first", "second")]
@@ -314,10 +383,31 @@ def one_block() -> Rewritten:
     return emit(find(model, trajectory), ["blocks.0.attn.proj", "blocks.0.mlp.fc1"])
 
 
-@pytest.mark.parametrize("mode", StepMode, ids=lambda mode: mode.name.lower())
+@pytest.fixture(scope="module")
+def forecast_block() -> Rewritten:
+    """The same block under a plan of order 2 with joint siblings, and a forecast at its end."""
+    model = FashionDiT(FashionDiTConfig(width=8, depth=1, heads=2, frequency_channels=8))
+    with record(shake(model)) as trajectory:
+        sample_dit(model, batch=1, steps=6)
+    schedule = (REFRESH, CALIBRATE, REFRESH, CALIBRATE, REFRESH, FORECAST)
+    plan = Plan.from_trajectory(
+        model, trajectory, schedule=schedule, rank=2, order=2, correct=False
+    )
+    return optimize(model, plan).rewritten
+
+
+@pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())
 def test_graph_is_the_golden_one(one_block: Rewritten, mode: StepMode) -> None:
-    path = GOLDEN / f"{mode.name.lower()}.txt"
-    got = text(graph(one_block, mode))
+    assert_golden(mode.name.lower(), graph(one_block, mode))
+
+
+@pytest.mark.parametrize("mode", [CALIBRATE, FORECAST], ids=lambda mode: mode.name.lower())
+def test_graph_of_order_2_is_the_golden_one(forecast_block: Rewritten, mode: StepMode) -> None:
+    assert_golden(f"{mode.name.lower()}_order_2", graph(forecast_block, mode))
+
+
+def assert_golden(name: str, source: fx.Graph) -> None:
+    path, got = GOLDEN / f"{name}.txt", text(source)
     if os.environ.get("WRITE_GOLDEN"):  # WRITE_GOLDEN=1 pytest tests/test_rewrite.py -k golden
         path.parent.mkdir(exist_ok=True)
         path.write_text(got)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import STEPS, sample_dit, shake
+from conftest import STEPS, relative, sample_dit, shake
 from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from model import FashionDiT
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, Trajectory, optimize, record
 from calicache.graph_passes.errors import RunError
 
-REFRESH, CALIBRATE, REUSE = StepMode
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 SCHEDULE = (REFRESH, CALIBRATE, REUSE, REFRESH, CALIBRATE, REUSE)
 
 Calls = list[dict[str, Tensor]]
@@ -241,7 +241,9 @@ def test_caches_survive_a_sampler_that_writes_in_place(written: str) -> None:
     with record(model) as trajectory:
         for _ in range(2):
             model(torch.randn(2, 5, 64))
-    plan = Plan.from_trajectory(model, trajectory, rank=64, schedule=(REFRESH, CALIBRATE))
+    plan = Plan.from_trajectory(
+        model, trajectory, rank=64, schedule=(REFRESH, CALIBRATE), order=0, correct=False
+    )
     fast = optimize(model, plan)
     assert all(cache.folded is None for cache in fast.rewritten.caches)  # x_ref itself is kept
     first, second = torch.randn(2, 2, 5, 64)
@@ -289,6 +291,85 @@ def test_sampler_runs_it_in_place_of_the_model(fast: OptimizedModel, dit: Fashio
     assert not torch.equal(image, plain)
     # Rank 4 of 32 and two reused steps of six: near the original, not equal.
     torch.testing.assert_close(image, plain, rtol=0, atol=0.3 * float(plain.abs().max()))
+
+
+# --- forecasts and mixed outputs --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
+    return optimize(dit, forecast_plan)
+
+
+def test_runs_one_after_another_are_equal(fast_forecast: OptimizedModel, calls: Calls) -> None:
+    fast_forecast.reset()
+    first = whole_run(fast_forecast, calls)
+    assert len(fast_forecast._kept) == 3
+    for _ in range(2):
+        assert_equal(whole_run(fast_forecast, calls), first)
+
+
+@pytest.mark.parametrize("broken_off", [1, 3, 5])
+def test_history_of_a_run_broken_off_is_forgotten(
+    fast_forecast: OptimizedModel, calls: Calls, broken_off: int
+) -> None:
+    fast_forecast.reset()
+    expected = whole_run(fast_forecast, calls)
+    other = [{**call, "hidden_states": -call["hidden_states"]} for call in calls]
+    whole_run(fast_forecast, other[:broken_off])
+    assert_equal(whole_run(fast_forecast, calls), expected)
+
+
+def test_reset_forgets_the_history(fast_forecast: OptimizedModel, calls: Calls) -> None:
+    whole_run(fast_forecast, calls)
+    fast_forecast.reset()
+    assert (fast_forecast._kept, fast_forecast.step) == ([], 0)
+
+
+def test_fitted_outputs_bring_the_sampler_nearer(
+    fast_forecast: OptimizedModel, dit: FashionDiT, forecast_plan: Plan
+) -> None:
+    unfitted = optimize(dit, forecast_plan.with_rank(4))
+    assert unfitted.plan.settings.output_weights is None
+    plain = sample_dit(dit)
+    errors = [relative(sample_dit(model), plain) for model in (fast_forecast, unfitted)]
+    # The recorded run itself: the fit can only lower the distance at each of its steps.
+    assert errors[0] < errors[1]
+
+
+def test_forecast_survives_a_sampler_that_writes_in_place(
+    fast_forecast: OptimizedModel, calls: Calls
+) -> None:
+    fast_forecast.reset()
+    expected = whole_run(fast_forecast, calls)
+    fast_forecast.reset()
+    got = []
+    for call in calls:
+        output = fast_forecast(**{name: value.clone() for name, value in call.items()})
+        got.append(output.clone())
+        output.zero_()
+    assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_plain_forecast_survives_a_sampler_that_writes_in_place(order: int) -> None:
+    model = shake(Residual())
+    with record(model) as trajectory:
+        for _ in range(3):
+            model(torch.randn(2, 5, 64))
+    schedule = (REFRESH, REUSE, FORECAST)
+    plan = Plan.from_trajectory(
+        model, trajectory, rank=4, schedule=schedule, order=order, correct=False
+    )
+    fast = optimize(model, plan)
+    inputs = torch.randn(3, 2, 5, 64)
+    expected = [value.clone() for x in inputs for value in fast(x)]
+    got = []
+    for x in inputs:
+        for value in fast(x):
+            got.append(value.clone())
+            value.zero_()
+    assert_equal(got, expected)
 
 
 # --- calls that the plan does not cover -------------------------------------------------------

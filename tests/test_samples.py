@@ -40,12 +40,14 @@ def test_demo_writes_pictures_and_a_table(tmp_path: Path) -> None:
     arguments = ("--out", "out dir", "--steps", "8", "--images", "3", "--repeats", "1")
     printed = run("fashion_dit/demo.py", *arguments, cwd=tmp_path)
     rows = json.loads((tmp_path / "out dir/demo.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["full", rows[1]["name"], "REUSE", "CALIBRATE"]
+    modes = ["REUSE", "FORECAST", "CALIBRATE"]
+    assert [row["name"] for row in rows] == ["full", rows[1]["name"], *modes]
     assert rows[0]["relative_error"] == 0.0
-    assert rows[3]["relative_error"] < rows[2]["relative_error"]
-    assert all(name in printed for name in ("full", "REUSE", "CALIBRATE", "demo.png"))
+    # 3 full evaluations of 8: a broken branch gives 1 and more, what is measured is below 0.2.
+    assert all(0 < row["relative_error"] < 0.4 for row in rows[2:])
+    assert all(name in printed for name in (*modes, "demo.png"))
     picture = Image.open(tmp_path / "out dir/demo.png")
-    assert picture.size == (3 * 32 * 4, 3 * 32 * 4)
+    assert picture.size == (3 * 32 * 4, 4 * 32 * 4)
 
 
 def test_quickstart_agrees_in_torch_and_onnx_runtime(tmp_path: Path) -> None:

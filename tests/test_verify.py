@@ -23,7 +23,7 @@ from calicache.graph_passes.errors import VerifyError
 from calicache.graph_passes.rewrite import Rewritten, rewrite
 from calicache.graph_passes.verify import verify_captured, verify_functional, verify_rewritten
 
-REFRESH, CALIBRATE, REUSE = StepMode
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 aten = torch.ops.aten
 
 
@@ -37,11 +37,24 @@ def fast(dit: FashionDiT, dit_plan: Plan) -> OptimizedModel:
     return optimize(dit, dit_plan.with_schedule(tuple(StepMode)))
 
 
+@pytest.fixture(scope="module")
+def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
+    return optimize(dit, forecast_plan)
+
+
 @pytest.fixture
 def made(fast: OptimizedModel) -> tuple[CapturedGraph, Rewritten]:
     """Variants of its own for every test to break."""
     folded = frozenset(cache.folded for cache in fast.rewritten.caches if cache.folded)
-    return fast.captured, rewrite(fast.captured, fast.sites, fast.factors, set(StepMode), folded)
+    return fast.captured, rewrite(
+        fast.captured,
+        fast.sites,
+        fast.targets,
+        fast.factors,
+        set(StepMode),
+        folded=folded,
+        outputs=fast.plan.settings.outputs,
+    )
 
 
 def refuses(check: Callable[[], object], where: str) -> None:
@@ -59,6 +72,12 @@ def test_good_graphs_are_handed_on(made: tuple[CapturedGraph, Rewritten]) -> Non
     captured, rewritten = made
     assert verify_captured(captured) is captured
     assert verify_rewritten(captured, rewritten) is rewritten
+
+
+def test_graphs_with_a_history_are_good(fast_forecast: OptimizedModel) -> None:
+    rewritten = fast_forecast.rewritten
+    assert (rewritten.history, set(rewritten.variants)) == (3, set(StepMode))
+    assert verify_rewritten(fast_forecast.captured, rewritten) is rewritten
 
 
 def test_graph_of_diffusers_is_good(
@@ -132,7 +151,7 @@ def test_variant_that_returns_too_little_is_refused(
     refuses(lambda: verify_rewritten(captured, rewritten), f"outputs of {mode.name}")
 
 
-@pytest.mark.parametrize("mode", [CALIBRATE, REUSE])
+@pytest.mark.parametrize("mode", [CALIBRATE, REUSE, FORECAST])
 def test_cheap_variant_that_returns_a_cache_is_refused(
     made: tuple[CapturedGraph, Rewritten], mode: StepMode
 ) -> None:
@@ -161,14 +180,14 @@ def test_reads_in_another_order_are_refused(made: tuple[CapturedGraph, Rewritten
     captured, rewritten = made
     reads = rewritten.variants[CALIBRATE].reads
     wrong = with_variant(rewritten, CALIBRATE, reads=reads[::-1])
-    refuses(lambda: verify_rewritten(captured, wrong), "caches of CALIBRATE")
+    refuses(lambda: verify_rewritten(captured, wrong), "placeholders of CALIBRATE")
 
 
 def test_refresh_that_reads_a_cache_is_refused(made: tuple[CapturedGraph, Rewritten]) -> None:
     captured, rewritten = made
     reuse = rewritten.variants[REUSE]
     wrong = with_variant(rewritten, REFRESH, module=reuse.module, reads=reuse.reads)
-    refuses(lambda: verify_rewritten(captured, wrong), "caches of REFRESH")
+    refuses(lambda: verify_rewritten(captured, wrong), "cache_")
 
 
 def test_cache_that_refresh_does_not_write_is_refused(
@@ -205,7 +224,7 @@ def test_refresh_that_writes_another_dtype_is_refused(
     refuses(lambda: verify_rewritten(captured, rewritten), "outputs of REFRESH")
 
 
-@pytest.mark.parametrize("mode", StepMode)
+@pytest.mark.parametrize("mode", [REFRESH, CALIBRATE, REUSE])  # FORECAST reads no weight
 def test_weight_of_another_shape_is_refused(
     made: tuple[CapturedGraph, Rewritten], mode: StepMode
 ) -> None:
@@ -220,3 +239,28 @@ def test_weight_that_is_not_there_is_refused(made: tuple[CapturedGraph, Rewritte
     module = rewritten.variants[REUSE].module
     del module.final_proj.weight
     refuses(lambda: verify_rewritten(captured, rewritten), "final_proj_weight")
+
+
+@pytest.mark.parametrize("mode", StepMode)
+def test_weight_that_no_table_holds_is_refused(
+    fast_forecast: OptimizedModel, mode: StepMode
+) -> None:
+    captured, rewritten = fast_forecast.captured, fast_forecast.rewritten
+    name = next(read for read in rewritten.variants[mode].reads if read in rewritten.tables)
+    tables = {key: table for key, table in rewritten.tables.items() if key != name}
+    refuses(lambda: verify_rewritten(captured, dataclasses.replace(rewritten, tables=tables)), name)
+
+
+def test_slot_that_is_not_kept_is_refused(fast_forecast: OptimizedModel) -> None:
+    captured, rewritten = fast_forecast.captured, fast_forecast.rewritten
+    wrong = dataclasses.replace(rewritten, history=2)
+    refuses(lambda: verify_rewritten(captured, wrong), "_back2")
+
+
+def test_weight_that_is_no_single_number_is_refused(
+    made: tuple[CapturedGraph, Rewritten],
+) -> None:
+    captured, rewritten = made
+    node = named(rewritten.variants[FORECAST].module.graph, "output_weight_1")
+    node.meta["val"] = torch.zeros(1, device="meta")
+    refuses(lambda: verify_rewritten(captured, rewritten), "output_weight_1")

@@ -8,10 +8,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from calicache.export.artifact import Manifest, SiteRecord
-from calicache.graph_passes.plan import StepMode
+from calicache.export.artifact import Manifest, TargetRecord
+from calicache.graph_passes.schedule import StepMode
 
-_STYLES = {StepMode.REFRESH: "bold red", StepMode.CALIBRATE: "yellow", StepMode.REUSE: "green"}
+_STYLES = {
+    StepMode.REFRESH: "bold red",
+    StepMode.CALIBRATE: "yellow",
+    StepMode.REUSE: "green",
+    StepMode.FORECAST: "cyan",
+}
+_LETTERS = {
+    StepMode.REFRESH: "R",
+    StepMode.CALIBRATE: "C",
+    StepMode.REUSE: "U",
+    StepMode.FORECAST: "F",
+}
 _STEPS_A_LINE = 50
 
 
@@ -21,8 +32,8 @@ def describe_artifact(manifest: Manifest) -> RenderableType:
         *_heading(manifest),
         Text("\nSchedule", style="bold"),
         *schedule_strip(manifest.schedule),
-        Text("\nSites", style="bold"),
-        _site_table(manifest),
+        Text("\nCalibrated", style="bold"),
+        _target_table(manifest),
         Text("\nLeft alone", style="bold"),
         _rejection_table(manifest),
         Text("\nTotals", style="bold"),
@@ -31,13 +42,14 @@ def describe_artifact(manifest: Manifest) -> RenderableType:
 
 
 def schedule_strip(schedule: Sequence[StepMode]) -> Iterator[Text]:
-    """One letter a step, `R` `C` `U`, fifty steps a line, with the step number in front."""
+    """One letter a step, `R` `C` `U` `F`, fifty steps a line, with the step number in front."""
     for start in range(0, len(schedule), _STEPS_A_LINE):
         line = Text(f"{start:4d}  ")
         for mode in schedule[start : start + _STEPS_A_LINE]:
-            line.append("U" if mode is StepMode.REUSE else mode.name[0], style=_STYLES[mode])
+            line.append(_LETTERS[mode], style=_STYLES[mode])
         yield line
-    yield Text("      R refresh, C calibrate, U reuse", style="dim")
+    names = ", ".join(f"{_LETTERS[mode]} {mode.name.lower()}" for mode in StepMode)
+    yield Text(f"      {names}", style="dim")
 
 
 def format_count(value: float, unit: str = "") -> str:
@@ -57,7 +69,8 @@ def _heading(manifest: Manifest) -> Iterator[RenderableType]:
         ("weights", manifest.weights_hash[:16]),
         ("files", f"{len(manifest.files)} files, {format_count(size, 'B')}"),
         ("inputs", ", ".join(f"{spec.name} {spec}" for spec in manifest.inputs)),
-        ("plan", f"rank {manifest.rank}, weighting {manifest.weighting}"),
+        ("plan", f"rank {manifest.rank}, order {manifest.order}, weighting {manifest.weighting}"),
+        ("output weights", manifest.correction),
     )
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
@@ -67,26 +80,26 @@ def _heading(manifest: Manifest) -> Iterator[RenderableType]:
     yield grid
 
 
-def _site_table(manifest: Manifest) -> Table:
+def _target_table(manifest: Manifest) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    table.add_column("site", overflow="fold")
+    table.add_column("target", overflow="fold")
     for column in ("in", "out", "rank", "energy", "full", "calibrate", "cache"):
         table.add_column(column, justify="right")
-    for site in manifest.sites:
-        table.add_row(*_site_row(site))
+    for target in manifest.targets:
+        table.add_row(*_target_row(target))
     return table
 
 
-def _site_row(site: SiteRecord) -> tuple[str, ...]:
+def _target_row(target: TargetRecord) -> tuple[str, ...]:
     return (
-        site.name,
-        str(site.in_features),
-        str(site.out_features),
-        str(site.rank),
-        "-" if site.energy is None else f"{site.energy:.3f}",
-        format_count(site.full_macs),
-        format_count(site.calibrate_macs),
-        format_count(site.cache_bytes, "B"),
+        target.name,
+        str(target.in_features),
+        str(sum(target.out_features)),
+        str(target.rank),
+        "-" if target.energy is None else f"{target.energy:.3f}",
+        format_count(target.full_macs),
+        format_count(target.calibrate_macs),
+        format_count(target.cache_bytes, "B"),
     )
 
 
@@ -105,9 +118,9 @@ def _total_table(manifest: Manifest) -> Table:
         table.add_column(column, justify="left" if column == "mode" else "right")
     table.add_row("plain model", "", format_count(manifest.plain_macs), "1.000")
     for mode in sorted(set(manifest.schedule)):
-        macs = manifest.step_macs(mode)
+        macs = manifest.mode(mode).macs
         share = f"{macs / manifest.plain_macs:.3f}"
         table.add_row(mode.name, str(manifest.schedule.count(mode)), format_count(macs), share)
     table.add_row("whole run", str(len(manifest.schedule)), "", f"{manifest.run_share:.3f}")
-    table.add_row("cache", "", format_count(manifest.cache_bytes, "B"), "")
+    table.add_row("caches", str(manifest.history), format_count(manifest.cache_bytes, "B"), "")
     return table

@@ -2,8 +2,9 @@
 
     python samples/fashion_dit/demo.py
 
-Writes `out/demo.png` (rows: full, REUSE, CALIBRATE; same seeds, same labels), `out/demo.json`
-and the ONNX artifacts, and prints a table. Statistics come from other seeds than the images.
+Writes `out/demo.png` (rows: full, REUSE, FORECAST, CALIBRATE; same seeds, same labels),
+`out/demo.json` and the ONNX artifacts, and prints a table. Statistics come from other
+seeds than the images.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_sch
 
 GUIDANCE = 1.5
 RECORD_SEED, SAMPLE_SEED = 1, 2
+PICTURED = ("full", "REUSE", "FORECAST", "CALIBRATE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Method:
     def macs_share(self) -> float:
         """MACs of its run against the full one's."""
         manifest = self.session.manifest
-        used = sum(manifest.step_macs(mode) for mode in manifest.schedule[: self.steps])
+        used = sum(manifest.mode(mode).macs for mode in manifest.schedule[: self.steps])
         return used / (len(manifest.schedule) * manifest.plain_macs)
 
 
@@ -73,7 +75,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=35, help="DDIM steps of the full run")
     parser.add_argument("--interval", type=int, default=3, help="steps from REFRESH to REFRESH")
     parser.add_argument("--rank", type=int, default=32, help="rank of the calibration branches")
-    parser.add_argument("--weighting", default="increment")
+    parser.add_argument("--weighting", default="covariance")
+    parser.add_argument("--order", type=int, default=2, help="order of the forecast anchors")
     parser.add_argument("--images", type=int, default=10, help="images to sample")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of every method")
     arguments = parser.parse_args()
@@ -82,7 +85,7 @@ def main() -> None:
         methods = prepare(arguments, progress)
         rows, images = compare(methods, arguments.images, arguments.repeats, progress)
     console.print(table(rows), highlight=False)
-    save_grid([images[name] for name in ("full", "REUSE", "CALIBRATE")], arguments.out / "demo.png")
+    save_grid([images[name] for name in PICTURED], arguments.out / "demo.png")
     report(rows, arguments.out / "demo.json")
     labels = ", ".join(CLASS_NAMES[k % 10] for k in range(arguments.images))
     console.print(f"Columns: {labels}", highlight=False)
@@ -98,35 +101,36 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
     with record(model) as trajectory:
         sampler.sample(model, *draw(arguments.images, RECORD_SEED))
     progress.update(task, completed=100)
-    plan = Plan.from_trajectory(
-        model,
-        trajectory,
-        interval=arguments.interval,
-        rank=arguments.rank,
-        weighting=arguments.weighting,
-        on_step=tick(progress, "collect statistics"),
-    )
-    steps, interval = arguments.steps, arguments.interval
-    schedules = {
-        "full": uniform_schedule(steps, 1),
-        "REUSE": uniform_schedule(steps, interval, StepMode.REUSE),
-        "CALIBRATE": uniform_schedule(steps, interval, StepMode.CALIBRATE),
+    schedules = {"full": uniform_schedule(arguments.steps, 1)} | {
+        mode.name: uniform_schedule(arguments.steps, arguments.interval, mode)
+        for mode in (StepMode.REUSE, StepMode.FORECAST, StepMode.CALIBRATE)
     }
     sessions: dict[str, Session] = {}
-    export = progress.add_task("optimise and export", total=len(schedules))
+    export = progress.add_task("plan, optimise and export", total=len(schedules))
     for name, schedule in schedules.items():
-        on_site = tick(progress, f"decompose for {name}")
-        fast = optimize(model, plan.with_schedule(schedule), on_site=on_site)
+        plan = Plan.from_trajectory(
+            model,
+            trajectory,
+            schedule=schedule,
+            rank=arguments.rank,
+            order=arguments.order,
+            weighting=arguments.weighting,
+            correct=name != "full",
+            on_step=tick(progress, f"statistics for {name}"),
+        )
+        fast = optimize(model, plan, on_target=tick(progress, f"factors for {name}"))
         folder = arguments.out / f"{name.lower()}.onnx.d"
         export_onnx(fast, folder)
         sessions[name] = Session(folder)
         progress.advance(export)
+    steps = arguments.steps
     methods = {name: Method(name, session, steps) for name, session in sessions.items()}
     fewer = max(2, round(steps * methods["CALIBRATE"].macs_share))
     return [
         methods["full"],
         Method(f"full, {fewer} steps", sessions["full"], fewer),
         methods["REUSE"],
+        methods["FORECAST"],
         methods["CALIBRATE"],
     ]
 
@@ -210,13 +214,17 @@ def table(rows: list[Row]) -> Table:
 
 def report(rows: list[Row], path: Path) -> None:
     """The same numbers as JSON, with the machine and the versions they were measured on."""
+    content = {**environment(), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def environment() -> dict[str, dict[str, str | int]]:
+    """The machine and the versions that figures were measured on."""
     packages = ("calicache", "torch", "onnx", "onnxruntime", "numpy")
-    content = {
+    return {
         "machine": {"processor": cpu_name(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def cpu_name() -> str:

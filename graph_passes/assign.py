@@ -1,0 +1,234 @@
+"""What a CALIBRATE step does where: calibrate, reuse or compute in full, by site and branch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+
+from calicache.graph_passes.branches import ResidualBranch, SiteRejection
+from calicache.graph_passes.capture import CapturedGraph, shape_of
+from calicache.graph_passes.errors import PlanError
+from calicache.graph_passes.sites import LinearSite, Sites
+
+
+class Granularity(StrEnum):
+    """Where a calibration branch sits: at a linear layer, or at a whole residual branch."""
+
+    LINEAR = "linear"
+    BRANCH = "branch"
+
+
+class SiteMode(StrEnum):
+    """What a CALIBRATE step does with one site: correct its anchor, return it, or compute all."""
+
+    CALIBRATE = "calibrate"
+    REUSE = "reuse"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRule:
+    """What to do with the sites that a shell pattern names; the first rule that fits counts.
+
+    A pattern that names a residual branch acts on it as a whole: REUSE returns its anchor,
+    FULL leaves all of it alone, CALIBRATE follows the granularity; at `linear` its rank is that
+    of the layers inside. Where a branch is taken as a whole, rules for its layers have no effect.
+
+    Attributes:
+        pattern: over site and branch names, such as `blocks.*.attn`.
+        mode: what a CALIBRATE step does there.
+        rank: r for CALIBRATE; the plan's where None.
+        granularity: for CALIBRATE; the plan's where None.
+    """
+
+    pattern: str
+    mode: SiteMode
+    rank: int | None = None
+    granularity: Granularity | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationTarget:
+    """One place that a CALIBRATE step does not compute: nodes that become corrected anchors.
+
+    Attributes:
+        name: of the site, of the sibling group (`attn.q+k+v`), or of the residual branch.
+        granularity: LINEAR or BRANCH.
+        sites: names of its linear sites, in order.
+        input_node: x, whose increment is mapped.
+        nodes: the values y that are replaced; several for a sibling group.
+        weights: `get_attr` targets of W, one a node; none for a branch.
+        in_features: channels of x; `out_features` of every y.
+        tokens: rows of x in one call.
+        rank: r; 0 returns the anchors as they are.
+    """
+
+    name: str
+    granularity: Granularity
+    sites: tuple[str, ...]
+    input_node: str
+    nodes: tuple[str, ...]
+    weights: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    tokens: int
+    rank: int
+
+    @property
+    def calibrate_macs(self) -> int:
+        """Multiply-accumulates of the calibration branch, T r (in + sum of out)."""
+        return self.tokens * self.rank * (self.in_features + sum(self.out_features))
+
+
+def assign(
+    captured: CapturedGraph,
+    sites: Sites,
+    *,
+    rank: int,
+    granularity: Granularity = Granularity.LINEAR,
+    rules: Sequence[SiteRule] = (),
+    joint: bool = False,
+) -> tuple[tuple[CalibrationTarget, ...], tuple[SiteRejection, ...]]:
+    """Choose what every CALIBRATE step corrects.
+
+    Args:
+        captured: the plain graph.
+        sites: what was found in it.
+        rank: r where no rule gives one.
+        granularity: of the calibration branches where no rule says otherwise.
+        rules: exceptions; the first that fits a name counts.
+        joint: solve sibling sites together, at the rank that costs the same MACs.
+
+    Returns:
+        The targets in graph order, and the branches that cannot be calibrated as a whole.
+
+    Raises:
+        PlanError: a rank is larger than its layer allows, or a rule fits nothing.
+    """
+    _check_rules(rules, sites)
+    targets: list[CalibrationTarget] = []
+    rejections: list[SiteRejection] = []
+    for branch in sites.branches:
+        inside = [site for site in sites.linears if site.branch == branch.name]
+        rule = _first(rules, branch.name)
+        mode = rule.mode if rule else SiteMode.CALIBRATE
+        level = (rule.granularity if rule else None) or granularity
+        if mode is SiteMode.FULL:
+            continue
+        if mode is SiteMode.REUSE or level is Granularity.BRANCH:
+            own = rank if rule is None or rule.rank is None else rule.rank
+            target = _branch_target(captured, branch, inside, 0 if mode is SiteMode.REUSE else own)
+            if isinstance(target, CalibrationTarget):
+                targets.append(target)
+                continue
+            rejections.append(target)
+        within = rank if rule is None or rule.rank is None else rule.rank
+        targets.extend(_linear_targets(inside, rules, within, joint))
+    for target in targets:
+        _check_rank(target)
+    return tuple(targets), tuple(rejections)
+
+
+def _linear_targets(
+    linears: Sequence[LinearSite], rules: Sequence[SiteRule], rank: int, joint: bool
+) -> Iterator[CalibrationTarget]:
+    chosen: list[tuple[LinearSite, int]] = []
+    for site in linears:
+        rule = _first(rules, site.name)
+        if rule and rule.mode is SiteMode.FULL:
+            continue
+        own = rank if rule is None or rule.rank is None else rule.rank
+        chosen.append((site, 0 if rule and rule.mode is SiteMode.REUSE else own))
+    if not joint:
+        yield from (_linear_target([site], own) for site, own in chosen)
+        return
+    siblings: dict[tuple[str, int], list[LinearSite]] = {}
+    for site, own in chosen:
+        siblings.setdefault((site.input_node, own), []).append(site)
+    for (_, own), members in siblings.items():
+        yield _linear_target(members, own)
+
+
+def _linear_target(members: Sequence[LinearSite], rank: int) -> CalibrationTarget:
+    first, outs = members[0], tuple(site.out_features for site in members)
+    for site in members:  # before the ranks of siblings are merged: the error names the layer
+        if not 0 <= rank <= min(site.in_features, site.out_features):
+            raise _rank_error(site.name, site.in_features, site.out_features, rank)
+    # One map of rank r' costs r' (in + sum of out) where the members cost sum of r (in + out).
+    apart = rank * sum(site.in_features + site.out_features for site in members)
+    merged = min(apart // (first.in_features + sum(outs)), first.in_features, sum(outs))
+    return CalibrationTarget(
+        name=_joint_name([site.name for site in members]),
+        granularity=Granularity.LINEAR,
+        sites=tuple(site.name for site in members),
+        input_node=first.input_node,
+        nodes=tuple(site.node for site in members),
+        weights=tuple(site.weight for site in members),
+        in_features=first.in_features,
+        out_features=outs,
+        tokens=first.tokens,
+        rank=merged,
+    )
+
+
+def _branch_target(
+    captured: CapturedGraph, branch: ResidualBranch, inside: Sequence[LinearSite], rank: int
+) -> CalibrationTarget | SiteRejection:
+    entry, last = shape_of(captured.node(branch.entry)), shape_of(captured.node(branch.exit))
+    if rank and (len(entry) < 3 or entry[:-1] != last[:-1]):
+        reason = f"not token-wise as a whole: from {entry} to {last}"
+        return SiteRejection(branch.name, branch.exit, reason)
+    tokens = 1
+    for size in last[:-1]:
+        tokens *= size
+    return CalibrationTarget(
+        name=branch.name,
+        granularity=Granularity.BRANCH,
+        sites=tuple(site.name for site in inside),
+        input_node=branch.entry,
+        nodes=(branch.exit,),
+        weights=(),
+        in_features=entry[-1],
+        out_features=(last[-1],),
+        tokens=tokens,
+        rank=rank,
+    )
+
+
+def _joint_name(names: Sequence[str]) -> str:
+    """`attn.q`, `attn.k` as `attn.q+k`."""
+    head = names[0].rpartition(".")[0]
+    prefix = f"{head}." if head and all(name.startswith(f"{head}.") for name in names) else ""
+    return prefix + "+".join(name.removeprefix(prefix) for name in names)
+
+
+def _first(rules: Sequence[SiteRule], name: str) -> SiteRule | None:
+    return next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
+
+
+def _check_rules(rules: Sequence[SiteRule], sites: Sites) -> None:
+    names = [site.name for site in sites.linears] + [branch.name for branch in sites.branches]
+    for rule in rules:
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
+            raise PlanError(
+                f"rule {rule.pattern}",
+                expected="a pattern that fits a site or a residual branch",
+                got=f"none among {', '.join(names[:4])} and others",
+                fix="Mend the pattern, or drop the rule.",
+            )
+
+
+def _check_rank(target: CalibrationTarget) -> None:
+    if not 0 <= target.rank <= min(target.in_features, sum(target.out_features)):
+        raise _rank_error(target.name, target.in_features, sum(target.out_features), target.rank)
+
+
+def _rank_error(name: str, in_features: int, out_features: int, rank: int) -> PlanError:
+    return PlanError(
+        f"rank of {name}",
+        expected=f"0 .. {min(in_features, out_features)} for {in_features} -> {out_features}",
+        got=str(rank),
+        fix="Choose a smaller rank, or exclude it.",
+    )

@@ -1,0 +1,201 @@
+"""Measure every method on the trained sample model; goes on where it stopped.
+
+    python samples/fashion_dit/evaluate.py
+
+Writes `fidelity.json` and, from it, docs/fidelity.md and docs/fidelity.png. Statistics, the
+choice of a schedule and the report use different seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from demo import environment
+from fidelity_report import write_report
+from methods import STEPS, Method, methods
+from model import FashionDiT
+from safetensors.torch import load_file
+from scores import SetScores, distance
+from torch import Tensor, nn
+from tqdm import tqdm
+from weights import DIT_WEIGHTS, load_weights, save_atomic
+
+from calicache.export import Session, export_onnx
+from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, uniform_schedule
+
+BATCH = 32
+RECORD_SEED, CHOICE_SEED, REPORT_SEED = 1, 2, 1000
+REFERENCE_STEPS, REFERENCE_IMAGES = 500, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much to measure, and where to keep what is done."""
+
+    images: int
+    repeats: int
+    out: Path
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=2048, help="images of every method")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of every method")
+    parser.add_argument("--out", type=Path, default=Path("out/fidelity"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    settings = Settings(arguments.images, arguments.repeats, arguments.out)
+    model = load_weights(FashionDiT(), DIT_WEIGHTS)
+    rows = methods()
+    trajectory = record_runs(model)
+    for method in tqdm(rows, desc="plan and export"):
+        prepare(method, model, trajectory, settings.out)
+    reference(settings.out, rows[0])
+    scores = SetScores()
+    for method in tqdm(rows, desc="sample and score"):
+        measure(method, scores, settings)
+    seconds = measure_times(rows, settings)
+    result = collect(rows, seconds, settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    (settings.out / "fidelity.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_report(result, arguments.docs)
+
+
+def record_runs(model: nn.Module) -> Trajectory:
+    """One batch of the full sampler, on seeds for statistics alone."""
+    with record(model) as trajectory:
+        Method("full", "recorded").sample(model, *draw(RECORD_SEED))
+    return trajectory
+
+
+def draw(seed: int) -> tuple[Tensor, Tensor]:
+    """Noise (B, 1, 28, 28) and labels (B,), every class in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, 1, 28, 28, generator=generator), torch.arange(BATCH) % 10
+
+
+def prepare(method: Method, model: nn.Module, trajectory: Trajectory, out: Path) -> None:
+    """Choose the schedule, optimise, export; plain methods share one artifact."""
+    if artifact(method, out).exists():
+        return
+    if method.schedules is None:
+        plan = Plan.from_trajectory(
+            model, trajectory, schedule=uniform_schedule(STEPS, 1), rank=1, correct=False
+        )
+    else:
+        plans = [
+            Plan.from_trajectory(
+                model, trajectory, schedule=schedule, **{"rank": 1, **method.options}
+            )
+            for schedule in method.schedules
+        ]
+        plan = plans[0] if len(plans) == 1 else choose(method, model, plans)
+    export_onnx(optimize(model, plan), artifact(method, out))
+
+
+def choose(method: Method, model: nn.Module, plans: Sequence[Plan]) -> Plan:
+    """The plan with the smallest error on the seeds for choosing."""
+    seeds = draw(CHOICE_SEED)
+    full = method.sample(model, *seeds)
+    errors = [float((method.sample(optimize(model, plan), *seeds) - full).norm()) for plan in plans]
+    return plans[errors.index(min(errors))]
+
+
+def artifact(method: Method, out: Path) -> Path:
+    """Where the method's artifact is."""
+    return out / f"{'plain' if method.schedules is None else method.key}.onnx.d"
+
+
+def sample(method: Method, session: Session, seed: int) -> Tensor:
+    """One batch of images (B, 1, 28, 28) in ONNX Runtime."""
+    calls = iter(range(method.steps))
+
+    def model(**inputs: Tensor) -> Tensor:
+        step = next(calls)
+        return torch.from_numpy(session.step(step % STEPS, **inputs))
+
+    return method.sample(model, *draw(seed))
+
+
+def reference(out: Path, full: Method) -> Tensor:
+    """Images of a 500-step run, (256, 1, 28, 28); made once."""
+    path = out / "reference.safetensors"
+    if not path.exists():
+        fine = Method("reference", f"{REFERENCE_STEPS} steps", steps=REFERENCE_STEPS)
+        session = Session(artifact(full, out))
+        batches = range(REFERENCE_IMAGES // BATCH)
+        images = [sample(fine, session, REPORT_SEED + k) for k in tqdm(batches, desc="reference")]
+        save_atomic({"images": torch.cat(images)}, path)
+    return load_file(path)["images"]
+
+
+def measure(method: Method, scores: SetScores, settings: Settings) -> None:
+    """Sample the method's images, score them, keep the first ones and the scores."""
+    path = settings.out / f"{method.key}.json"
+    if path.exists() and json.loads(path.read_text())["images"] == settings.images:
+        return
+    session = Session(artifact(method, settings.out))
+    images = [sample(method, session, REPORT_SEED + k) for k in range(settings.images // BATCH)]
+    fid, inception = scores.score(images)
+    first = torch.cat(images)[:REFERENCE_IMAGES]
+    save_atomic({"images": first}, path.with_suffix(".safetensors"))
+    path.write_text(json.dumps({"images": settings.images, "fid": fid, "inception": inception}))
+
+
+def measure_times(rows: Sequence[Method], settings: Settings) -> dict[str, float]:
+    """Median seconds of one batch by method, all methods in turn."""
+    seconds: dict[str, list[float]] = {method.key: [] for method in rows}
+    sessions = {method.key: Session(artifact(method, settings.out)) for method in rows}
+    for repeat in tqdm(range(settings.repeats + 1), desc="time"):
+        for method in rows:
+            start = time.perf_counter()
+            sample(method, sessions[method.key], REPORT_SEED)
+            if repeat:  # the first round warms up
+                seconds[method.key].append(time.perf_counter() - start)
+            sessions[method.key].reset()
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def collect(rows: Sequence[Method], seconds: dict[str, float], settings: Settings) -> dict:
+    """Everything that the report shows, as plain data."""
+    full, fine = rows[0], reference(settings.out, rows[0])
+    exact = load_file(settings.out / f"{full.key}.safetensors")["images"]
+    table = []
+    for method in rows:
+        manifest = Session(artifact(method, settings.out)).manifest
+        images = load_file(settings.out / f"{method.key}.safetensors")["images"]
+        if method.schedules is None:
+            macs = method.steps / STEPS
+            marks = list(range(method.steps))
+        else:
+            macs = manifest.run_share
+            marks = [k for k, m in enumerate(manifest.schedule) if m is StepMode.REFRESH]
+        table.append(
+            {
+                "family": method.family,
+                "name": method.name,
+                "refreshes": len(marks),
+                "schedule": marks,
+                "macs_share": macs,
+                "time_share": seconds[method.key] / seconds[full.key],
+                "seconds": seconds[method.key],
+                "to_full": asdict(distance(images, exact)),
+                "to_reference": asdict(distance(images, fine[: len(images)])),
+                **json.loads((settings.out / f"{method.key}.json").read_text()),
+            }
+        )
+    return {**environment(), "rows": table}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""From the evaluation's JSON to docs/fidelity.md and docs/fidelity.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = Mapping[str, Any]
+COLUMNS = (
+    "method",
+    "MACs",
+    "time",
+    "L2 error",
+    "PSNR",
+    "L2 to 500",
+    "PSNR to 500",
+    "FID",
+    "IS",
+)
+
+
+def write_report(result: Mapping[str, Any], docs: Path) -> None:
+    """Write the table, what became of the targets, the plot and the JSON."""
+    docs.mkdir(parents=True, exist_ok=True)
+    rows: Sequence[Row] = result["rows"]
+    (docs / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(rows, docs / "fidelity.png")
+    notes = docs / "fidelity-notes.md"
+    parts = [_heading(result), _tables(rows), _targets(rows)]
+    if notes.exists():
+        parts.append(notes.read_text().strip())
+    (docs / "fidelity.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _heading(result: Mapping[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    images = result["rows"][0]["images"]
+    return f"""# Fidelity
+
+Written by `make fidelity`; do not edit. The sample DiT (5.0 M parameters, Fashion-MNIST, 28 x 28),
+35 DDIM steps, guidance 1.5, ONNX Runtime {versions["onnxruntime"]} on {machine["threads"]} threads
+of {machine["processor"]}.
+
+- MACs and time: share of the full run; time is the median of interleaved runs of 32 images.
+- L2 error and PSNR: against the full run of the same seeds, mean over 256 held-out seeds; "to
+  500" is against a 500-step DDIM run of the same seeds.
+- FID and IS: {images} images, features of the sample classifier, FID against the 10,000 test
+  images. They compare rows of this table and nothing else.
+- Statistics, the choice of a schedule, and this table use different seeds.
+
+![relative error against time, every method](fidelity.png)"""
+
+
+def _tables(rows: Sequence[Row]) -> str:
+    parts = [_table(rows[:1])]
+    for refreshes in sorted({row["refreshes"] for row in rows[1:]}):
+        group = [row for row in rows[1:] if row["refreshes"] == refreshes]
+        parts.append(f"## {refreshes} full evaluations of 35\n\n{_table(group)}")
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    for row in rows:
+        full, fine = row["to_full"], row["to_reference"]
+        psnr = "" if full["relative_error"] == 0 else f"{full['psnr']:.1f}"
+        cells = (
+            f"{row['family']}: {row['name']}",
+            f"{row['macs_share']:.3f}",
+            f"{row['time_share']:.3f}",
+            f"{full['relative_error']:.4f} ± {full['standard_error']:.4f}",
+            psnr,
+            f"{fine['relative_error']:.4f}",
+            f"{fine['psnr']:.1f}",
+            f"{row['fid']:.3f}",
+            f"{row['inception']:.3f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _targets(rows: Sequence[Row]) -> str:
+    lines = [
+        "## Targets",
+        "",
+        "| target | measured | met |",
+        "|---|---|---|",
+    ]
+    for wanted, measured, met in _checks(rows):
+        lines.append(f"| {wanted} | {measured} | {'yes' if met else '**no**'} |")
+    return "\n".join(lines)
+
+
+def _checks(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
+    checks = []
+    full = rows[0]
+    for refreshes in (18, 12):
+        group = [row for row in rows[1:] if row["refreshes"] == refreshes]
+        paper = min(_error(row) for row in group if row["family"].startswith("paper"))
+        ours = next(row for row in group if row["family"] == "ours, CALIBRATE")
+        ratio = _error(ours) / paper
+        wanted = f"interval {round(35 / refreshes)}, equal MACs: at most 0.35 of the paper's best"
+        checks.append((wanted, f"{_error(ours):.4f} / {paper:.4f} = {ratio:.2f}", ratio <= 0.35))
+    peers = [row for row in rows[1:] if not row["family"].startswith("ours")]
+    for ours in (row for row in rows if row["family"] == "ours, FORECAST"):
+        rivals = [row for row in peers if row["time_share"] <= ours["time_share"] * 1.02]
+        best = min(rivals, key=_error)
+        ratio = _error(ours) / _error(best)
+        wanted = f"time {ours['time_share']:.2f}: error below every peer that takes no longer"
+        measured = f"{_error(ours):.4f}, {best['family']} {_error(best):.4f} (ratio {ratio:.2f})"
+        checks.append((wanted, measured, ratio < 1))
+        best_fid = min(row["fid"] for row in rivals)
+        wanted = f"time {ours['time_share']:.2f}: FID no worse than the best of them"
+        checks.append((wanted, f"{ours['fid']:.3f}, {best_fid:.3f}", ours["fid"] <= best_fid))
+    for refreshes, allowed in ((18, 1.02), (12, 1.05)):
+        ours = next(
+            r for r in rows if r["refreshes"] == refreshes and r["family"] == "ours, FORECAST"
+        )
+        wanted = f"{refreshes} of 35: FID at most {allowed} of the full run's"
+        ratio = ours["fid"] / full["fid"]
+        checks.append(
+            (wanted, f"{ours['fid']:.3f} / {full['fid']:.3f} = {ratio:.3f}", ratio <= allowed)
+        )
+    return checks
+
+
+def _error(row: Row) -> float:
+    error: float = row["to_full"]["relative_error"]
+    return error
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Relative error against the share of time, a curve for every family."""
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    for family in dict.fromkeys(row["family"] for row in rows[1:]):
+        points = sorted(
+            (row["time_share"], _error(row)) for row in rows[1:] if row["family"] == family
+        )
+        ours = family.startswith("ours")
+        axes.plot(
+            *zip(*points, strict=True),
+            label=family,
+            marker="o" if ours else ".",
+            linewidth=2.5 if ours else 1,
+            linestyle="-" if ours or not family.startswith("paper") else "--",
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("time, share of the full run")
+    axes.set_ylabel("relative L2 error against the full run, 256 held-out seeds")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,146 @@
+"""The ways to sample that the evaluation compares: peers, the paper, and calicache's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusion import GuidedDDIM
+from torch import Tensor
+
+from calicache.graph_passes import StepMode, spread_schedule, uniform_schedule
+
+STEPS, GUIDANCE, NULL_CLASS = 35, 1.5, 10
+BUDGETS = {7: 5, 9: 4, 12: 3, 18: 2, 21: None}  # REFRESH steps of 35: interval, if uniform
+RANK = 28  # width / 9
+POWERS = (0.85, 0.9, 0.95, 1.0, 1.1)
+
+Denoiser = Callable[..., Tensor]
+Schedule = tuple[StepMode, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        family: the curve it belongs to; `name` tells the row.
+        sampler: `ddim`, or `dpm` for DPM-Solver++ 2M.
+        steps: calls of the model.
+        schedules: candidates; the best on seeds of their own is taken. None is the plain model.
+        options: of `Plan.from_trajectory`.
+    """
+
+    family: str
+    name: str
+    sampler: str = "ddim"
+    steps: int = STEPS
+    schedules: tuple[Schedule, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A file name."""
+        text = f"{self.family} {self.name}".lower()
+        return "".join(letter if letter.isalnum() else "-" for letter in text)
+
+    def sample(self, model: Denoiser, noise: Tensor, labels: Tensor) -> Tensor:
+        """Images (B, 1, 28, 28)."""
+        if self.sampler == "dpm":
+            return sample_dpm(model, noise, labels, self.steps)
+        return GuidedDDIM(self.steps, GUIDANCE, NULL_CLASS).sample(model, noise, labels)
+
+
+def methods() -> list[Method]:
+    """All rows, the full run first."""
+    rows = [Method("full", f"DDIM, {STEPS} steps")]
+    for refreshes, interval in BUDGETS.items():
+        rows += _peers(refreshes, interval) + _ours(refreshes, interval)
+    return rows
+
+
+def _evenly(refreshes: int, interval: int | None, mode: StepMode) -> tuple[Schedule, ...]:
+    if interval is not None:
+        return (uniform_schedule(STEPS, interval, mode),)
+    return (spread_schedule(STEPS, refreshes, 1.0, mode),)
+
+
+def _peers(refreshes: int, interval: int | None) -> list[Method]:
+    plain = {"correct": False, "rank": RANK}
+    label = f"{refreshes} REFRESH of {STEPS}"
+    rows = [
+        Method("DDIM, fewer steps", f"{refreshes} steps", steps=refreshes),
+        Method("DPM-Solver++ 2M", f"{refreshes} steps", "dpm", refreshes),
+        Method(
+            "final-output forecast",
+            f"order 2, {label}",
+            schedules=_evenly(refreshes, interval, StepMode.FORECAST),
+            options={**plain, "order": 2},
+        ),
+    ]
+    for order, peer in ((0, "FORA"), (1, "TaylorSeer"), (2, "TaylorSeer")):
+        rows.append(
+            Method(
+                f"REUSE order {order} ({peer})",
+                label,
+                schedules=_evenly(refreshes, interval, StepMode.REUSE),
+                options={**plain, "order": order},
+            )
+        )
+    if interval in (2, 3):
+        for weighting in ("none", "activation", "increment"):
+            rows.append(
+                Method(
+                    f"paper, {weighting}",
+                    f"rank {RANK}, {label}",
+                    schedules=_evenly(refreshes, interval, StepMode.CALIBRATE),
+                    options={**plain, "order": 0, "weighting": weighting},
+                )
+            )
+    return rows
+
+
+def _ours(refreshes: int, interval: int | None) -> list[Method]:
+    label = f"{refreshes} REFRESH of {STEPS}"
+    spread = tuple(
+        dict.fromkeys(
+            spread_schedule(STEPS, refreshes, power, StepMode.FORECAST) for power in POWERS
+        )
+    )
+    rows = [Method("ours, FORECAST", f"fitted, {label}", schedules=spread)]
+    if interval in (2, 3):
+        uniform = _evenly(refreshes, interval, StepMode.CALIBRATE)
+        options = {"rank": RANK}
+        rows.append(
+            Method("ours, CALIBRATE", f"rank {RANK}, {label}", schedules=uniform, options=options)
+        )
+    return rows
+
+
+def sample_dpm(model: Denoiser, noise: Tensor, labels: Tensor, steps: int) -> Tensor:
+    """DPM-Solver++ 2M from diffusers, with the sample model's noise schedule and guidance."""
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        timestep_spacing="linspace",
+    )
+    scheduler.set_timesteps(steps)
+    both = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
+    x = noise
+    with torch.no_grad():
+        for now in scheduler.timesteps:
+            output = model(
+                hidden_states=torch.cat([x, x]),
+                timestep=torch.full_like(both, int(now)),
+                class_labels=both,
+            )
+            conditional, unconditional = output.chunk(2)
+            epsilon = unconditional + GUIDANCE * (conditional - unconditional)
+            x = scheduler.step(epsilon, now, x).prev_sample
+    return x
