@@ -19,7 +19,7 @@ import torch
 from onnx_ir import convenience, tensor_adapters
 from torch import Tensor, fx
 
-from calicache.graph_passes.capture import shape_of
+from calicache.graph_passes.capture import device_of, shape_of
 from calicache.graph_passes.errors import ExportError, reason_of
 from calicache.graph_passes.rewrite import CacheSpec, Rewritten, Variant
 from calicache.graph_passes.runtime import OptimizedModel
@@ -278,8 +278,7 @@ def _argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.V
 
 
 def _example(node: fx.Node, module: fx.GraphModule) -> Tensor:
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return torch.zeros(shape_of(node), dtype=node.meta["val"].dtype, device=device)
+    return torch.zeros(shape_of(node), dtype=node.meta["val"].dtype, device=device_of(module))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from math import prod
 
 from calicache.graph_passes.branches import ResidualBranch, SiteRejection
 from calicache.graph_passes.capture import CapturedGraph, shape_of
@@ -114,18 +115,17 @@ def assign(
         inside = [site for site in sites.linears if site.branch == branch.name]
         rule = _first(rules, branch.name)
         mode = rule.mode if rule else SiteMode.CALIBRATE
+        own = _rank(rule, rank)
         level = (rule.granularity if rule else None) or granularity
         if mode is SiteMode.FULL:
             continue
         if mode is SiteMode.REUSE or level is Granularity.BRANCH:
-            own = rank if rule is None or rule.rank is None else rule.rank
             target = _branch_target(captured, branch, inside, 0 if mode is SiteMode.REUSE else own)
             if isinstance(target, CalibrationTarget):
                 targets.append(target)
                 continue
             rejections.append(target)
-        within = rank if rule is None or rule.rank is None else rule.rank
-        targets.extend(_linear_targets(inside, rules, within, joint))
+        targets.extend(_linear_targets(inside, rules, own, joint))
     for target in targets:
         _check_rank(target)
     return tuple(targets), tuple(rejections)
@@ -139,8 +139,8 @@ def _linear_targets(
         rule = _first(rules, site.name)
         if rule and rule.mode is SiteMode.FULL:
             continue
-        own = rank if rule is None or rule.rank is None else rule.rank
-        chosen.append((site, 0 if rule and rule.mode is SiteMode.REUSE else own))
+        reused = rule is not None and rule.mode is SiteMode.REUSE
+        chosen.append((site, 0 if reused else _rank(rule, rank)))
     if not joint:
         yield from (_linear_target([site], own) for site, own in chosen)
         return
@@ -180,9 +180,6 @@ def _branch_target(
     if rank and (len(entry) < 3 or entry[:-1] != last[:-1]):
         reason = f"not token-wise as a whole: from {entry} to {last}"
         return SiteRejection(branch.name, branch.exit, reason)
-    tokens = 1
-    for size in last[:-1]:
-        tokens *= size
     return CalibrationTarget(
         name=branch.name,
         granularity=Granularity.BRANCH,
@@ -192,7 +189,7 @@ def _branch_target(
         weights=(),
         in_features=entry[-1],
         out_features=(last[-1],),
-        tokens=tokens,
+        tokens=prod(last[:-1]),
         rank=rank,
     )
 
@@ -206,6 +203,10 @@ def _joint_name(names: Sequence[str]) -> str:
 
 def _first(rules: Sequence[SiteRule], name: str) -> SiteRule | None:
     return next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
+
+
+def _rank(rule: SiteRule | None, default: int) -> int:
+    return default if rule is None or rule.rank is None else rule.rank
 
 
 def _check_rules(rules: Sequence[SiteRule], sites: Sites) -> None:

@@ -35,6 +35,11 @@ class CapturedGraph:
         """The graph of `module`."""
         return self.module.graph
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU for a model without any."""
+        return device_of(self.module)
+
     def node(self, name: str) -> fx.Node:
         """The node of that name."""
         return find_node(self.graph, name)
@@ -63,7 +68,7 @@ def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
             got=f"{training[0]} in training mode" if training[0] else "training mode",
             fix="Call model.eval() first.",
         )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     examples = [torch.zeros(s.shape, dtype=s.torch_dtype, device=device) for s in signature.tensors]
     arguments = signature.unflatten(examples)
     try:
@@ -95,6 +100,11 @@ def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
     output_tree = exported.call_spec.out_spec
     assert isinstance(module, fx.GraphModule)
     return CapturedGraph(_flat_module(module, signature), signature, output_tree)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's weights are; the CPU for a module without any."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def finish(graph: fx.Graph) -> fx.Graph:

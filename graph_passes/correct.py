@@ -59,9 +59,8 @@ def fit_outputs(
     if len(returned) != 1 or not (isinstance(meta, Tensor) and meta.is_floating_point()):
         reason = f"the model returns {len(returned)} values, not one floating-point tensor"
         return SiteRejection("sampler", "", reason)
-    device = next((p.device for p in captured.module.parameters()), torch.device("cpu"))
     runs = [
-        [{name: value.to(device) for name, value in call.items()} for call in run]
+        [{name: value.to(captured.device) for name, value in call.items()} for call in run]
         for run in trajectory.runs
         if len(run) == len(schedule)
     ]
@@ -88,7 +87,8 @@ def fit_outputs(
     sampler = find_sampler_steps(latent, runs, outputs)
     if isinstance(sampler, SiteRejection):
         return sampler
-    sweep = _Sweep(rewritten, sampler, schedule, order, [_Denoising(run) for run in runs])
+    plain = output_table(schedule, order)
+    sweep = _Sweep(rewritten, sampler, schedule, plain, [_Denoising(run) for run in runs])
     rows = []
     for step in range(len(schedule)):
         rows.append(sweep.advance(step))
@@ -113,13 +113,13 @@ class _Sweep:
     rewritten: Rewritten
     sampler: SamplerSteps
     schedule: Sequence[StepMode]
-    order: int
+    plain: Table
     runs: Sequence[_Denoising]
 
     def advance(self, step: int) -> tuple[float, ...]:
         """Run one step of all runs, fit its weights, apply them."""
         features = [self._features(run, step) for run in self.runs]
-        plain = output_table(self.schedule, self.order)[step]
+        plain = self.plain[step]
         if step == len(self.sampler.weights):  # what the last output becomes was not recorded
             return plain
         weights = self._fit(step, features, plain)
@@ -144,7 +144,7 @@ class _Sweep:
             own = match_channels(raw, run.x)
             assert own is not None
             if mode is StepMode.REFRESH:
-                run.outputs = (own, *run.outputs)[: self.order + 1]
+                run.outputs = (own, *run.outputs)[: self.rewritten.history]
         return [run.x.chunk(self.sampler.parts)[0]], [own, *kept]
 
     def _run_variant(
@@ -158,7 +158,7 @@ class _Sweep:
         if mode is StepMode.REFRESH:
             names = [cache.name for cache in self.rewritten.caches]
             fresh = dict(zip(names, results[self.rewritten.outputs :], strict=True))
-            run.kept = (fresh, *run.kept)[: self.order + 1]
+            run.kept = (fresh, *run.kept)[: self.rewritten.history]
         first = results[0]
         assert isinstance(first, Tensor)
         return first

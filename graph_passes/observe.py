@@ -57,14 +57,13 @@ def observe(
         return {}
     observed = [target for target in targets if target.name in streams]
     tapped = {node for target in observed for node in (target.input_node, *target.nodes)}
-    device = next((p.device for p in captured.module.parameters()), torch.device("cpu"))
     total = sum(min(len(run), len(schedule)) for run in trajectory.runs)
     done = 0
     for run in trajectory.runs:
         for stream in streams.values():
             stream.start()
         for step, call in enumerate(run[: len(schedule)]):
-            values = _tap(captured, tapped, [v.to(device) for v in call.values()])
+            values = _tap(captured, tapped, [v.to(captured.device) for v in call.values()])
             _check_finite(values, done)
             for target in observed:
                 ys = [values[node] for node in target.nodes]

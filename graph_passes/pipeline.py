@@ -15,7 +15,7 @@ from calicache.graph_passes.dependence import classify_nodes
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.fold import choose_folds
-from calicache.graph_passes.plan import Plan, check_statistics, hash_weights
+from calicache.graph_passes.plan import Plan, PlanSettings, check_statistics, hash_weights
 from calicache.graph_passes.rewrite import Rewritten, rewrite
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode, anchor_table
@@ -40,19 +40,7 @@ def optimize(
         CalicacheError: whatever stage refuses names itself.
     """
     _check_weights(model, plan)
-    settings = plan.settings
-    captured = verify_captured(capture(model, settings.signature))
-    classes = classify_nodes(captured, settings.dependence)
-    sites = find_sites(captured, classes, settings.include, settings.exclude)
-    targets, unfit = assign(
-        captured,
-        sites,
-        rank=settings.rank,
-        granularity=settings.granularity,
-        rules=settings.rules,
-        joint=settings.weighting is Weighting.COVARIANCE,
-    )
-    sites = replace(sites, rejections=(*sites.rejections, *unfit))
+    captured, sites, targets = analyse(model, plan.settings)
     factors, rewritten = rewrite_captured(captured, sites, targets, plan, on_target)
     cost = model_cost(captured, sites, targets, rewritten)
     return OptimizedModel(
@@ -65,6 +53,28 @@ def optimize(
         rewritten=rewritten,
         cost=cost,
     )
+
+
+def analyse(
+    model: nn.Module, settings: PlanSettings
+) -> tuple[CapturedGraph, Sites, tuple[CalibrationTarget, ...]]:
+    """Capture a model, find its sites, choose what CALIBRATE steps correct.
+
+    Raises:
+        CalicacheError: whatever stage refuses names itself.
+    """
+    captured = verify_captured(capture(model, settings.signature))
+    classes = classify_nodes(captured, settings.dependence)
+    sites = find_sites(captured, classes, settings.include, settings.exclude)
+    targets, unfit = assign(
+        captured,
+        sites,
+        rank=settings.rank,
+        granularity=settings.granularity,
+        rules=settings.rules,
+        joint=settings.weighting is Weighting.COVARIANCE,
+    )
+    return captured, replace(sites, rejections=(*sites.rejections, *unfit)), targets
 
 
 def rewrite_captured(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from calicache.graph_passes.assign import CalibrationTarget, Granularity, SiteRule
 from calicache.graph_passes.covariance import SecondMoments
 from calicache.graph_passes.decompose import ChannelStatistics, Weighting
-from calicache.graph_passes.dependence import Dependence
+from calicache.graph_passes.dependence import Dependence, classify_inputs
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import Statistics
 from calicache.graph_passes.files import atomic_path, sha256_of
@@ -155,11 +155,11 @@ class Plan:
             CalicacheError: whatever stage refuses names itself.
         """
         # Here, not above: the planner runs the compiler, which takes plans.
-        from calicache.graph_passes.planner import Wishes, make_plan
+        from calicache.graph_passes.planner import make_plan
 
         if schedule is None:
             schedule = uniform_schedule(trajectory.steps, interval, mode)
-        wishes = Wishes(
+        settings = PlanSettings(
             schedule=tuple(schedule),
             rank=rank,
             order=order,
@@ -168,9 +168,12 @@ class Plan:
             rules=tuple(rules),
             include=tuple(include),
             exclude=tuple(exclude),
-            correct=correct,
+            signature=trajectory.signature,
+            dependence=classify_inputs(trajectory),
+            timestep=trajectory.timestep,
+            weights_hash=hash_weights(model),
         )
-        return make_plan(model, trajectory, wishes, on_step)
+        return make_plan(model, trajectory, settings, correct=correct, on_step=on_step)
 
     def with_schedule(self, schedule: Sequence[StepMode]) -> Plan:
         """The same plan with other step modes, and without what was fitted to the old ones.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 
 from torch import fx
 
@@ -115,9 +116,6 @@ def _linear_site(node: fx.Node, name: str, branch: str | None) -> LinearSite | S
     if branch is None:
         return SiteRejection(name, node.name, "outside every residual branch")
     out_features, in_features = shape_of(weight)
-    tokens = 1
-    for size in shape[:-1]:
-        tokens *= size
     return LinearSite(
         name=name,
         node=node.name,
@@ -126,7 +124,7 @@ def _linear_site(node: fx.Node, name: str, branch: str | None) -> LinearSite | S
         bias=str(bias.target) if isinstance(bias, fx.Node) else None,
         in_features=in_features,
         out_features=out_features,
-        tokens=tokens,
+        tokens=prod(shape[:-1]),
         branch=branch,
     )
 
