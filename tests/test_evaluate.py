@@ -66,7 +66,9 @@ def test_real_images_score_better_than_noise() -> None:
     real, _ = load_split(train=True).batch(torch.arange(512))
     real_fid, real_is = scores.score([real[:256], real[256:]])
     noise_fid, noise_is = scores.score([torch.randn(512, 1, 28, 28).clamp(-1, 1)])
-    assert 0 <= real_fid < 0.5 * noise_fid
+    # Training images against test images, 512 of them: sampling error alone. Noise is far off; a
+    # network that sees black images, whatever is sampled, would call both alike.
+    assert 0.01 < real_fid < 1 < 10 < noise_fid
     assert 1 <= noise_is < real_is <= 10
 
 

@@ -63,25 +63,25 @@ class SetScores:
         self._fid = FrechetInceptionDistance(
             _Signed(classifier, logits=False),
             reset_real_features=False,
-            normalize=True,
             input_img_size=(1, 28, 28),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it keeps 10 numbers an image
-            self._is = InceptionScore(_Signed(classifier, logits=True), normalize=True, splits=1)
+            self._is = InceptionScore(_Signed(classifier, logits=True), splits=1)
         split = load_split(data_folder, train=False)
         for part in torch.arange(len(split.labels)).split(BATCH):
-            self._fid.update(_unsigned(split.batch(part)[0]), real=True)
+            self._fid.update(_eight_bit(split.batch(part)[0]), real=True)
 
     def score(self, images: Iterable[Tensor]) -> tuple[float, float]:
         """FID and IS of images in -1 .. 1, given in batches (B, 1, 28, 28)."""
         self._fid.reset()
         self._is.reset()
         for batch in images:
-            self._fid.update(_unsigned(batch), real=False)
-            self._is.update(_unsigned(batch))
+            self._fid.update(_eight_bit(batch), real=False)
+            self._is.update(_eight_bit(batch))
         return float(self._fid.compute()), float(self._is.compute()[0])
 
 
-def _unsigned(images: Tensor) -> Tensor:
-    return ((images.clamp(-1, 1) + 1) / 2).float()
+def _eight_bit(images: Tensor) -> Tensor:
+    """Images in -1 .. 1 to uint8; torchmetrics hands other values to FID's network unscaled."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
