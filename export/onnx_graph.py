@@ -1,8 +1,6 @@
-"""Step variants to one ONNX model: the `step` layout.
+"""What all layouts are built from: variants translated by torch, joined with onnx-ir.
 
-Every variant is translated by torch's own exporter; here they become the branches of an
-`If` that a schedule table in the graph picks. Weights are initializers of the outer graph,
-found equal by content and stored once.
+Weights become initializers of the outermost graph, found equal by content and stored once.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,12 +19,11 @@ from torch import Tensor, fx
 
 from calicache.graph_passes.capture import device_of, shape_of
 from calicache.graph_passes.errors import ExportError, reason_of
-from calicache.graph_passes.rewrite import CacheSpec, Rewritten, Variant
+from calicache.graph_passes.rewrite import Rewritten, Variant
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode
 
-STEP_INPUT = "step"
-_LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
+LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
 
 
 def output_names(optimized: OptimizedModel) -> tuple[str, ...]:
@@ -40,56 +37,24 @@ def next_name(cache: str) -> str:
     return f"{cache}_next"
 
 
-def step_model(optimized: OptimizedModel) -> ir.Model:
-    """Pack the variants in the `step` layout.
+def check_names(optimized: OptimizedModel, added: Mapping[str, str]) -> None:
+    """No argument of the model has a name that the layout adds.
 
-    The model's inputs, `step` (int64 scalar) and the kept refreshes of every cache go in; the
-    model's outputs and the caches' new values come out.
-    On a step that is not REFRESH the new values have zero size: the caller keeps the old ones.
-    Refreshes that a step's mode does not read may have zero size, see `Manifest.reads`.
+    Args:
+        optimized: whose arguments are meant.
+        added: new names, and what each is.
 
     Raises:
-        ExportError: torch's exporter refuses a variant; its reason is passed on.
+        ExportError: one has.
     """
-    rewritten, specs = optimized.rewritten, optimized.plan.settings.signature.tensors
-    arguments = [_argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
-    step = _argument(STEP_INPUT, (), torch.int64)
-    slots = {
-        name: _argument(name, (f"{name}_size", *cache.shape[1:]), cache.dtype)
-        for name, (cache, _) in rewritten.slots().items()
-    }
-    results = [*output_names(optimized), *(next_name(cache.name) for cache in rewritten.caches)]
-    added = {STEP_INPUT, *slots, *results}
-    for spec in specs:
+    for spec in optimized.plan.settings.signature.tensors:
         if spec.name in added:
             raise ExportError(
                 f"input {spec.name}",
                 expected="a name that the layout does not use",
-                got="the name of " + ("the step" if spec.name == STEP_INPUT else "another value"),
+                got=f"the name of {added[spec.name]}",
                 fix="Rename the argument of the model's forward.",
             )
-    taken = {*added, *(spec.name for spec in specs), *_LOOK_UP_NAMES, *rewritten.tables}
-    pool = _InitializerPool(taken)
-    weights = _weights(rewritten, step, pool)
-    values = {**slots, **dict(zip(rewritten.tables, (n.outputs[0] for n in weights), strict=True))}
-    branches: dict[StepMode, ir.Graph] = {}
-    for mode in sorted(rewritten.variants):
-        model = export_variant(rewritten.variants[mode])
-        reads = [values[name] for name in rewritten.variants[mode].reads]
-        branches[mode] = _branch(model, mode, [*arguments, *reads], pool, rewritten.caches)
-    body = _choose(branches, step, optimized.plan.schedule, pool)
-    outputs = list(body.outputs)
-    for value, name in zip(outputs, results, strict=True):
-        value.name = name
-    graph = ir.Graph(
-        [*arguments, step, *slots.values()],
-        outputs,
-        nodes=[*weights, *_take_nodes(body)],
-        initializers=list(pool.values.values()),
-        opset_imports=dict(model.opset_imports),
-        name="calicache_step",
-    )
-    return ir.Model(graph, ir_version=model.ir_version, producer_name="calicache")
 
 
 def export_variant(variant: Variant) -> ir.Model:
@@ -119,36 +84,49 @@ def export_variant(variant: Variant) -> ir.Model:
     return program.model
 
 
-def _weights(rewritten: Rewritten, step: ir.Value, pool: _InitializerPool) -> list[ir.Node]:
-    """Look this step's weights up, each in its own table."""
+def weight_nodes(
+    rewritten: Rewritten,
+    step: ir.Value,
+    pool: InitializerPool,
+    names: Collection[str] | None = None,
+) -> list[ir.Node]:
+    """Look this step's weights up, each in its own table; all of them, or those named."""
     look_ups = []
-    for name, table in rewritten.tables.items():
-        values = pool.shared(ir.tensor(np.array(table, dtype=np.float32)), f"{name}_table")
+    for name in rewritten.tables if names is None else names:
+        table = np.array(rewritten.tables[name], dtype=np.float32)
+        values = pool.shared(ir.tensor(table), f"{name}_table")
         look_up = ir.node("Gather", [values, step], name=name)
-        _describe(look_up, name, ir.DataType.FLOAT, ir.Shape(()))
+        describe(look_up, name, ir.DataType.FLOAT, ir.Shape(()))
         look_ups.append(look_up)
     return look_ups
 
 
-class _InitializerPool:
-    """Outer initializers, one per content, so that variants share their weights."""
+class InitializerPool:
+    """Outer initializers, one per content, so that variants share their weights.
 
-    def __init__(self, taken: set[str]) -> None:
+    Args:
+        taken: names that no initializer may get.
+        names: by content, shared by the pools of several models.
+    """
+
+    def __init__(self, taken: set[str], names: dict[bytes, str] | None = None) -> None:
         self.values: dict[bytes, ir.Value] = {}
-        self._names = taken
+        self._taken = taken
+        self._names: dict[bytes, str] = {} if names is None else names
 
     def shared(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
         """The initializer that holds these values, made at the first request."""
         digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape};".encode())
         digest.update(tensor.tobytes())
         key = digest.digest()
-        if key not in self.values:
-            name, number = hint, 0
-            while name in self._names:
+        if key not in self._names:
+            name, number, taken = hint, 0, {*self._taken, *self._names.values()}
+            while name in taken:
                 name, number = f"{hint}.{number}", number + 1
-            self._names.add(name)
+            self._names[key] = name
+        if key not in self.values:
             self.values[key] = ir.Value(
-                name=name,
+                name=self._names[key],
                 type=ir.TensorType(tensor.dtype),
                 shape=ir.Shape(tensor.shape.numpy()),
                 const_value=tensor,
@@ -156,15 +134,18 @@ class _InitializerPool:
         return self.values[key]
 
 
-def _branch(
-    model: ir.Model,
-    mode: StepMode,
-    inputs: Sequence[ir.Value],
-    pool: _InitializerPool,
-    caches: Sequence[CacheSpec],
-) -> ir.Graph:
-    """A variant as the body of an `If`: inputs and weights come from the outer graph."""
-    graph, prefix = model.graph, mode.name.lower()
+def inline(
+    model: ir.Model, prefix: str, inputs: Sequence[ir.Value], pool: InitializerPool
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The nodes and results of a variant inside another graph.
+
+    Args:
+        model: the variant; it is taken apart.
+        prefix: of the new names.
+        inputs: values of the surrounding graph that take the place of its inputs.
+        pool: the outer graph's initializers.
+    """
+    graph = model.graph
     for inner, outer in zip(graph.inputs, inputs, strict=True):
         convenience.replace_all_uses_with(inner, outer, replace_graph_outputs=True)
     for name, value in list(graph.initializers.items()):
@@ -172,19 +153,15 @@ def _branch(
         outer = pool.shared(value.const_value, name)
         convenience.replace_all_uses_with(value, outer, replace_graph_outputs=True)
     results = list(graph.outputs)
-    nodes = _take_nodes(graph)
+    nodes = take_nodes(graph)
     for place, node in enumerate(nodes):
         node.name = f"{prefix}/{node.op_type}_{place}"
         for value in node.outputs:
             value.name = f"{prefix}/{value.name}"
-    if mode is not StepMode.REFRESH:
-        empties = [_empty_cache(cache, prefix) for cache in caches]
-        nodes += empties
-        results += [node.outputs[0] for node in empties]
-    return ir.Graph([], _own_outputs(results, nodes, prefix), nodes=nodes, name=prefix)
+    return nodes, results
 
 
-def _take_nodes(graph: ir.Graph) -> list[ir.Node]:
+def take_nodes(graph: ir.Graph) -> list[ir.Node]:
     """Take all nodes out of a graph, so that another can own them."""
     nodes = list(graph)
     graph.outputs.clear()
@@ -192,7 +169,7 @@ def _take_nodes(graph: ir.Graph) -> list[ir.Node]:
     return nodes
 
 
-def _own_outputs(results: Sequence[ir.Value], nodes: list[ir.Node], prefix: str) -> list[ir.Value]:
+def own_outputs(results: Sequence[ir.Value], nodes: list[ir.Node], prefix: str) -> list[ir.Value]:
     """Outputs that the branch itself computes, each once; copies where it only passes on."""
     made = {id(value) for node in nodes for value in node.outputs}
     own: list[ir.Value] = []
@@ -202,27 +179,17 @@ def _own_outputs(results: Sequence[ir.Value], nodes: list[ir.Node], prefix: str)
             own.append(value)
             continue
         copy = ir.node("Identity", [value], name=f"{prefix}/Identity_out_{place}")
-        _describe(copy, f"{prefix}/out_{place}", value.dtype, value.shape)
+        describe(copy, f"{prefix}/out_{place}", value.dtype, value.shape)
         nodes.append(copy)
         own.append(copy.outputs[0])
     return own
 
 
-def _empty_cache(cache: CacheSpec, prefix: str) -> ir.Node:
-    shape = (0, *cache.shape[1:])
-    dtype = tensor_adapters.from_torch_dtype(cache.dtype)
-    tensor = ir.tensor(np.zeros(shape, dtype.numpy()), dtype=dtype)
-    name = f"{prefix}/{cache.name}_empty"
-    node = ir.node("Constant", [], {"value": tensor}, name=name)
-    _describe(node, name, dtype, ir.Shape(shape))
-    return node
-
-
-def _choose(
-    branches: dict[StepMode, ir.Graph],
+def choose_by_mode(
+    branches: Mapping[StepMode, ir.Graph],
     step: ir.Value,
     schedule: Sequence[StepMode],
-    pool: _InitializerPool,
+    pool: InitializerPool,
 ) -> ir.Graph:
     """A graph that looks the mode of a step up and runs its branch."""
     *others, last = branches
@@ -231,7 +198,7 @@ def _choose(
         return body
     table = pool.shared(ir.tensor(np.array(schedule, dtype=np.int64)), "schedule")
     look_up = ir.node("Gather", [table, step], name="mode")
-    _describe(look_up, "mode", ir.DataType.INT64, ir.Shape(()))
+    describe(look_up, "mode", ir.DataType.INT64, ir.Shape(()))
     for mode in reversed(others):
         body = _if_graph(mode, look_up.outputs[0], branches[mode], body, pool)
     body.insert_before(body[0], look_up)
@@ -239,13 +206,13 @@ def _choose(
 
 
 def _if_graph(
-    mode: StepMode, current: ir.Value, then: ir.Graph, other: ir.Graph, pool: _InitializerPool
+    mode: StepMode, current: ir.Value, then: ir.Graph, other: ir.Graph, pool: InitializerPool
 ) -> ir.Graph:
     """`then` where the current mode is `mode`, else `other`."""
     name = mode.name.lower()
     number = pool.shared(ir.tensor(np.array(mode, dtype=np.int64)), f"mode_{name}")
     is_mode = ir.node("Equal", [current, number], name=f"is_{name}")
-    _describe(is_mode, f"is_{name}", ir.DataType.BOOL, ir.Shape(()))
+    describe(is_mode, f"is_{name}", ir.DataType.BOOL, ir.Shape(()))
     choose = ir.node(
         "If",
         [is_mode.outputs[0]],
@@ -266,13 +233,15 @@ def _open_first(shape: ir.Shape | None) -> ir.Shape | None:
     return None if shape is None else ir.Shape([None, *shape.dims[1:]])
 
 
-def _describe(node: ir.Node, name: str, dtype: ir.DataType | None, shape: ir.Shape | None) -> None:
+def describe(node: ir.Node, name: str, dtype: ir.DataType | None, shape: ir.Shape | None) -> None:
+    """Name, type and shape of a node's first output."""
     value = node.outputs[0]
     value.name, value.shape = name, shape
     value.type = None if dtype is None else ir.TensorType(dtype)
 
 
-def _argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Value:
+def argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Value:
+    """An input of a graph."""
     onnx_type = ir.TensorType(tensor_adapters.from_torch_dtype(dtype))
     return ir.Value(name=name, type=onnx_type, shape=ir.Shape(shape))
 

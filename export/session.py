@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from calicache.export.artifact import MODEL_FILE, load_artifact
-from calicache.export.onnx_graph import STEP_INPUT, next_name
+from calicache.export.manifest import Layout, load_artifact, model_file
+from calicache.export.onnx_graph import next_name
+from calicache.export.sampler_layout import GUIDANCE_INPUT, LATENTS_OUTPUT
+from calicache.export.step_layout import STEP_INPUT
 from calicache.graph_passes.errors import ExportError, RunError
 from calicache.graph_passes.insertion import slot_name
 from calicache.graph_passes.schedule import StepMode
@@ -19,13 +22,13 @@ _DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
 
 class Session:
-    """Runs the steps of one denoising after another.
+    """Runs the steps of one denoising after another, or a whole one.
 
     The caches are ONNX Runtime values on the provider's device; they go from one step to the
     next without a copy and are replaced on REFRESH steps alone.
 
     Args:
-        directory: an artifact written by `export_onnx` in the `step` layout.
+        directory: an artifact written by `export_onnx`, in any layout.
         provider: an ONNX Runtime execution provider.
         options: passed to ONNX Runtime, for threads and profiling.
 
@@ -50,18 +53,43 @@ class Session:
                 fix="Choose one of these, or install the onnxruntime package that has it.",
             )
         self._device = _DEVICES[provider]
-        try:
-            self._session = ort.InferenceSession(
-                Path(directory) / MODEL_FILE, options, providers=[provider]
-            )
-        except Exception as error:  # ONNX Runtime has no common base for its errors
-            raise ExportError(
-                f"provider {provider}",
-                expected="a model that it can run",
-                got=str(error),
-                fix="Use another provider, or export the model in another dtype.",
-            ) from error
+        layout, modes = self.manifest.layout, sorted(set(self.manifest.schedule))
+        paths = {mode: Path(directory) / model_file(layout, mode) for mode in modes}
+        opened = {path: _open(path, provider, options) for path in sorted({*paths.values()})}
+        self._sessions = {mode: opened[path] for mode, path in paths.items()}
         self._kept: list[dict[str, ort.OrtValue]] = []
+
+    def sample(
+        self, noise: Any, guidance_scale: float | None = None, **inputs: Any
+    ) -> np.ndarray[Any, Any]:
+        """Run a whole denoising; returns the latents after the last step, like `noise`.
+
+        Args:
+            noise: (B, ...) float32, as the sampler starts with.
+            guidance_scale: another than the recorded one.
+            inputs: the model's tensors that stay the same over a run, all guidance parts at once.
+
+        Raises:
+            RunError: the artifact has another layout, or an input is not what it takes.
+        """
+        record = self.manifest.sampler
+        if record is None:
+            raise RunError(
+                "sample",
+                expected="an artifact in the layout sampler",
+                got=f"layout {self.manifest.layout.value}",
+                fix="Export with layout='sampler', or call step() for every step.",
+            )
+        feed = _checked_inputs((record.noise, *record.inputs), {record.noise.name: noise, **inputs})
+        if record.guidance is None and guidance_scale is not None:
+            raise _wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
+        scale = record.guidance if guidance_scale is None else guidance_scale
+        feed[GUIDANCE_INPUT] = np.array(scale or 0.0, np.float32)
+        session = self._sessions[StepMode.REFRESH]
+        used = {value.name for value in session.get_inputs()}
+        feed = {name: value for name, value in feed.items() if name in used}
+        latents: np.ndarray[Any, Any] = session.run([LATENTS_OUTPUT], feed)[0]
+        return latents
 
     def step(self, step: int, **inputs: Any) -> np.ndarray[Any, Any]:
         """Run one step; returns the model's first output.
@@ -79,12 +107,13 @@ class Session:
     def step_outputs(self, step: int, **inputs: Any) -> tuple[np.ndarray[Any, Any], ...]:
         """Run one step; returns all of the model's outputs. See `step`."""
         mode = self._mode(step)
-        binding = self._session.io_binding()
-        self._bind_inputs(binding, step, inputs, mode)
-        for output in self._session.get_outputs():
-            binding.bind_output(output.name, self._device)
-        self._session.run_with_iobinding(binding)
-        names = [output.name for output in self._session.get_outputs()]
+        session = self._sessions[mode]
+        binding = session.io_binding()
+        self._bind_inputs(binding, session, step, inputs, mode)
+        names = [output.name for output in session.get_outputs()]
+        for name in names:
+            binding.bind_output(name, self._device)
+        session.run_with_iobinding(binding)
         values = dict(zip(names, binding.get_outputs(), strict=True))
         if mode is StepMode.REFRESH:
             caches = self.manifest.caches
@@ -98,6 +127,13 @@ class Session:
 
     def _mode(self, step: int) -> StepMode:
         schedule = self.manifest.schedule
+        if self.manifest.layout is Layout.SAMPLER:
+            raise RunError(
+                "step",
+                expected="an artifact in the layout step or pair",
+                got="layout sampler",
+                fix="Call sample() for the whole run, or export in another layout.",
+            )
         if not 0 <= step < len(schedule):
             raise RunError(
                 f"step {step}",
@@ -116,21 +152,19 @@ class Session:
         return mode
 
     def _bind_inputs(
-        self, binding: ort.IOBinding, step: int, inputs: dict[str, Any], mode: StepMode
+        self,
+        binding: ort.IOBinding,
+        session: ort.InferenceSession,
+        step: int,
+        inputs: Mapping[str, Any],
+        mode: StepMode,
     ) -> None:
-        specs = self.manifest.inputs
-        unknown = sorted(set(inputs) - {spec.name for spec in specs})
-        if unknown:
-            raise _wrong_input(unknown[0], " | ".join(spec.name for spec in specs), "another name")
-        used = {value.name for value in self._session.get_inputs()}
-        for spec in specs:
-            if spec.name not in inputs:
-                raise _wrong_input(spec.name, str(spec), "nothing")
-            value = _checked(spec, np.asarray(inputs[spec.name]))
-            if spec.name in used:
-                binding.bind_ortvalue_input(spec.name, self._ort_value(value))
-        if STEP_INPUT in used:
-            binding.bind_ortvalue_input(STEP_INPUT, self._ort_value(np.array(step, np.int64)))
+        used = {value.name for value in session.get_inputs()}
+        feed = _checked_inputs(self.manifest.inputs, inputs)
+        feed[STEP_INPUT] = np.array(step, np.int64)
+        for name, value in feed.items():
+            if name in used:
+                binding.bind_ortvalue_input(name, self._ort_value(value))
         if step == 0:  # a new run: weight 0 times a NaN of the run before would be NaN
             self._kept = []
         reads = self.manifest.mode(mode).reads
@@ -140,8 +174,10 @@ class Session:
         for back in range(self.manifest.history):
             for cache in self.manifest.caches:
                 name = slot_name(cache.name, back)
-                value = self._kept_value(cache, back) if name in reads else self._empty(cache)
-                binding.bind_ortvalue_input(name, value)
+                if name in used:
+                    read = name in reads
+                    value = self._kept_value(cache, back) if read else self._empty(cache)
+                    binding.bind_ortvalue_input(name, value)
 
     def _kept_value(self, cache: TensorSpec, back: int) -> ort.OrtValue:
         """A kept refresh; one that has not been yet has weight 0, any values will do."""
@@ -154,6 +190,31 @@ class Session:
 
     def _ort_value(self, value: np.ndarray[Any, Any]) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device)
+
+
+def _open(path: Path, provider: str, options: ort.SessionOptions | None) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(path, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime has no common base for its errors
+        raise ExportError(
+            f"provider {provider}",
+            expected="a model that it can run",
+            got=str(error),
+            fix="Use another provider, or export the model in another dtype.",
+        ) from error
+
+
+def _checked_inputs(
+    specs: Sequence[TensorSpec], inputs: Mapping[str, Any]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Exactly what the specs name, with their shapes and dtypes."""
+    unknown = sorted(set(inputs) - {spec.name for spec in specs})
+    if unknown:
+        raise _wrong_input(unknown[0], " | ".join(spec.name for spec in specs), "another name")
+    missing = [spec for spec in specs if spec.name not in inputs]
+    if missing:
+        raise _wrong_input(missing[0].name, str(missing[0]), "nothing")
+    return {spec.name: _checked(spec, np.asarray(inputs[spec.name])) for spec in specs}
 
 
 def _checked(spec: TensorSpec, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -9,91 +9,45 @@ and fits, applies and goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from calicache.graph_passes.branches import SiteRejection
-from calicache.graph_passes.capture import CapturedGraph, graph_outputs
-from calicache.graph_passes.dependence import Dependence
-from calicache.graph_passes.record import Run, Trajectory
+from calicache.graph_passes.record import Run
+from calicache.graph_passes.recover import RecordedSampler
 from calicache.graph_passes.rewrite import Rewritten
-from calicache.graph_passes.sampler_step import (
-    SamplerSteps,
-    find_latent,
-    find_sampler_steps,
-    match_channels,
-)
+from calicache.graph_passes.sampler_step import SamplerSteps, match_channels, recorded_next
 from calicache.graph_passes.schedule import StepMode, Table, output_table
 
 RIDGE = 1e-6
 
 
 def fit_outputs(
-    captured: CapturedGraph,
     rewritten: Rewritten,
-    trajectory: Trajectory,
-    dependence: Mapping[str, Dependence],
+    recorded: RecordedSampler,
     schedule: Sequence[StepMode],
     order: int,
     on_step: Callable[[int, int], None] | None = None,
-) -> Table | SiteRejection:
+) -> Table:
     """Weights of own and kept outputs by step, (T, order + 2).
 
     Args:
-        captured: the plain graph.
-        rewritten: its variants, without output weights.
-        trajectory: the recorded runs; those of the schedule's length are used.
-        dependence: class of every tensor argument.
+        rewritten: the variants, without fitted output weights.
+        recorded: from `recover_sampler`, for runs as long as the schedule.
         schedule: mode of every step.
         order: of the anchors; order + 1 refreshes are kept.
         on_step: called as on_step(done, total), for a progress bar.
-
-    Returns:
-        The table, or why there is none: the sampler's update cannot be told from the recording.
     """
-    returned = graph_outputs(captured.graph)
-    meta = returned[0].meta.get("val") if isinstance(returned[0], fx.Node) else None
-    if len(returned) != 1 or not (isinstance(meta, Tensor) and meta.is_floating_point()):
-        reason = f"the model returns {len(returned)} values, not one floating-point tensor"
-        return SiteRejection("sampler", "", reason)
-    runs = [
-        [{name: value.to(captured.device) for name, value in call.items()} for call in run]
-        for run in trajectory.runs
-        if len(run) == len(schedule)
-    ]
-    if not runs or len(schedule) < 2:
-        reason = f"no recorded run has the plan's {len(schedule)} steps"
-        return SiteRejection("sampler", "", reason)
-    total = len(runs) * len(schedule) + len(schedule)
-    outputs: list[list[Tensor]] = []
-    latent: str | SiteRejection = ""
-    for run in runs:
-        outputs.append([])
-        for call in run:
-            output = _run_plain(captured, list(call.values()))
-            if not latent:
-                latent = find_latent(call, output, dependence)
-            if isinstance(latent, SiteRejection):
-                return latent
-            own = match_channels(output, call[latent])
-            assert own is not None
-            outputs[-1].append(own)
-            if on_step:
-                on_step(sum(len(done) for done in outputs), total)
-    assert isinstance(latent, str)
-    sampler = find_sampler_steps(latent, runs, outputs)
-    if isinstance(sampler, SiteRejection):
-        return sampler
     plain = output_table(schedule, order)
-    sweep = _Sweep(rewritten, sampler, schedule, plain, [_Denoising(run) for run in runs])
+    runs = [_Denoising(*run) for run in zip(recorded.runs, recorded.ends, strict=True)]
+    sweep = _Sweep(rewritten, recorded.steps, schedule, plain, runs)
     rows = []
     for step in range(len(schedule)):
         rows.append(sweep.advance(step))
         if on_step:
-            on_step(total - len(schedule) + step + 1, total)
+            on_step(step + 1, len(schedule))
     return tuple(rows)
 
 
@@ -102,6 +56,7 @@ class _Denoising:
     """One run of the cached sampler along the recorded one."""
 
     recorded: Run
+    end: Tensor | None
     x: Tensor | None = None
     before: Sequence[Tensor] = ()
     kept: tuple[dict[str, Tensor], ...] = ()
@@ -176,17 +131,19 @@ class _Sweep:
         for run, (terms, outputs) in zip(self.runs, features, strict=True):
             now = [terms[0], *self.sampler.output_terms(_mix(plain, outputs))]
             reached = self.sampler.next_latent(step, now, run.before)
-            missed = run.recorded[step + 1][self.sampler.latent].double() - reached.double()
+            latent, parts = self.sampler.latent, self.sampler.parts
+            wanted = recorded_next(run.recorded, run.end, step, latent, parts)
+            missed = wanted.double() - reached.double().chunk(parts)[0]
             scales = self.sampler.weights[step][1 : 1 + self.sampler.parts]
             moves = []
             for k in there:
                 value = outputs[k]
                 assert value is not None
-                parts = self.sampler.output_terms(value)
-                moves.append(sum(s * p.double() for s, p in zip(scales, parts, strict=True)))
+                shares = self.sampler.output_terms(value)
+                moves.append(sum(s * p.double() for s, p in zip(scales, shares, strict=True)))
             matrix = torch.stack([m.flatten() for m in moves], 1)  # type: ignore[union-attr]
             gram += matrix.T @ matrix
-            moment += matrix.T @ missed.chunk(self.sampler.parts)[0].flatten()
+            moment += matrix.T @ missed.flatten()
         gram += RIDGE * torch.diag(gram.diagonal())
         change = torch.linalg.lstsq(gram, moment[:, None]).solution[:, 0].tolist()
         weights = list(plain)
@@ -202,10 +159,3 @@ def _mix(weights: Sequence[float], outputs: Sequence[Tensor | None]) -> Tensor:
             total = weight * value if total is None else total + weight * value
     assert total is not None
     return total
-
-
-def _run_plain(captured: CapturedGraph, tensors: Sequence[Tensor]) -> Tensor:
-    with torch.no_grad():
-        first = captured.module(*tensors)[0]
-    assert isinstance(first, Tensor)
-    return first

@@ -13,6 +13,7 @@ from calicache.graph_passes.observe import observe
 from calicache.graph_passes.pipeline import analyse, rewrite_captured
 from calicache.graph_passes.plan import Plan, PlanSettings
 from calicache.graph_passes.record import Trajectory
+from calicache.graph_passes.recover import recover_sampler
 from calicache.graph_passes.schedule import StepMode
 
 
@@ -39,17 +40,13 @@ def make_plan(
     plan = Plan(settings, statistics)
     if not correct:
         return plan
-    _, rewritten = rewrite_captured(captured, sites, targets, plan)
-    fitted = fit_outputs(
-        captured,
-        rewritten,
-        trajectory,
-        settings.dependence,
-        settings.schedule,
-        settings.order,
-        on_step,
+    recorded = recover_sampler(
+        captured, trajectory, settings.dependence, len(settings.schedule), on_step
     )
-    if isinstance(fitted, SiteRejection):
-        return replace(plan, settings=replace(settings, correction=f"not fitted: {fitted.reason}"))
+    if isinstance(recorded, SiteRejection):
+        correction = f"not fitted: {recorded.reason}"
+        return replace(plan, settings=replace(settings, correction=correction))
+    _, rewritten = rewrite_captured(captured, sites, targets, plan)
+    fitted = fit_outputs(rewritten, recorded, settings.schedule, settings.order, on_step)
     corrected = replace(settings, output_weights=fitted, correction="fitted to the recorded runs")
     return replace(plan, settings=corrected)

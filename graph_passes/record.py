@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,12 @@ class Trajectory:
     Attributes:
         calls: tensors by argument name, detached, on the CPU.
         signatures: the form of the calls: one entry, filled by the first call.
+        results: what `finish` was given, by the number of calls before it.
     """
 
     calls: list[Call] = field(default_factory=list)
     signatures: list[CallSignature] = field(default_factory=list)
+    results: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def signature(self) -> CallSignature:
@@ -100,23 +102,49 @@ class Trajectory:
         timestep = self.timestep
         runs: list[list[Call]] = [[]]
         before: float | None = None
-        for call in self.calls:
+        for number, call in enumerate(self.calls):
             now = None if timestep is None else float(call[timestep.name].flatten()[0])
-            if (
-                timestep is not None
-                and before is not None
-                and now is not None
-                and timestep.turns_back(before, now)
-            ):
+            ended = number in self.results
+            if timestep is not None and before is not None and now is not None:
+                ended |= timestep.turns_back(before, now)
+            if ended:
                 runs.append([])
             runs[-1].append(call)
             before = now
         return tuple(runs)
 
     @property
+    def ends(self) -> tuple[Tensor | None, ...]:
+        """What the sampler made of every run's last output, where `finish` was given it."""
+        counts = accumulate(len(run) for run in self.runs)
+        return tuple(self.results.get(count) for count in counts)
+
+    @property
     def steps(self) -> int:
         """Steps of the longest run."""
         return max(len(run) for run in self.runs)
+
+    def finish(self, latents: Tensor) -> None:
+        """Keep the result of the run that just ended: the latents after the sampler's last step.
+
+        Without it the last update of the sampler is not known, since no call of the model shows
+        it: the last step's output is then left as it is, and the `sampler` layout needs the
+        scheduler.
+
+        Args:
+            latents: of one sample each, (B, ...), or as the model takes them, guidance included.
+
+        Raises:
+            RecordError: no run is open.
+        """
+        if not self.calls or len(self.calls) in self.results:
+            raise RecordError(
+                "finish",
+                expected="calls of the model before it",
+                got="none since the last result",
+                fix="Call it once after every whole run of the sampler.",
+            )
+        self.results[len(self.calls)] = _keep(latents, None)
 
     def append(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Keep one call.
@@ -150,7 +178,9 @@ class Trajectory:
                 TypeAdapter(CallSignature).dump_python(self.signature, mode="json")
             ),
             "calls": json.dumps(table),
+            "results": json.dumps(list(self.results)),
         }
+        tensors |= {f"result.{n}": value.contiguous() for n, value in self.results.items()}
         with atomic_path(Path(path)) as temporary:
             save_file(tensors, temporary, metadata)
 
@@ -170,6 +200,8 @@ class Trajectory:
                 table = TypeAdapter(list[dict[str, str]]).validate_json(metadata["calls"])
                 values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 calls = [{name: values[key] for name, key in row.items()} for row in table]
+                counts = TypeAdapter(list[int]).validate_json(metadata["results"])
+                results = {count: values[f"result.{count}"] for count in counts}
                 signature.unflatten([torch.empty(0)] * len(signature.tensors))
                 if not calls:
                     raise ValueError("no calls")
@@ -182,7 +214,7 @@ class Trajectory:
             ) from error
         for call in calls:
             _check_loaded(call, signature, path)
-        return Trajectory(list(calls), [signature])
+        return Trajectory(list(calls), [signature], results)
 
 
 @contextmanager

@@ -24,7 +24,9 @@ MAX_PARTS = 4
 
 @dataclass(frozen=True, slots=True)
 class SamplerSteps:
-    """How x_{k+1} is a weighted sum of latents and outputs, for every step but the last.
+    """How x_{k+1} is a weighted sum of latents and outputs, by step.
+
+    The last step is there only where the recorded runs were finished with their results.
 
     Attributes:
         latent: name of the model's input that holds x.
@@ -79,8 +81,20 @@ def match_channels(output: Tensor, latent: Tensor) -> Tensor | None:
     return None
 
 
+def recorded_next(run: Run, end: Tensor | None, step: int, latent: str, parts: int) -> Tensor:
+    """The recorded x_{k+1}, one copy (B, ...); after the last call the run's result."""
+    rows = run[step][latent].shape[0] // parts
+    following = run[step + 1][latent] if step + 1 < len(run) else end
+    assert following is not None
+    return following[:rows]
+
+
 def find_sampler_steps(
-    latent: str, runs: Sequence[Run], outputs: Sequence[Sequence[Tensor]]
+    latent: str,
+    runs: Sequence[Run],
+    outputs: Sequence[Sequence[Tensor]],
+    ends: Sequence[Tensor | None],
+    parts: int | None = None,
 ) -> SamplerSteps | SiteRejection:
     """Fit the update of every step over some runs of one length.
 
@@ -88,14 +102,24 @@ def find_sampler_steps(
         latent: name of the input that holds x.
         runs: recorded calls.
         outputs: e for every call of every run, with x's channels alone.
+        ends: results of the runs, as far as they are known.
+        parts: copies of x in one batch; None counts them.
     """
-    parts = _count_parts([call[latent] for run in runs for call in run])
+    parts = parts or _count_parts([call[latent] for run in runs for call in run])
     shape = SamplerSteps(latent, parts, ())
-    steps = len(runs[0])
+    for run, end in zip(runs, ends, strict=True):
+        x = run[-1][latent]
+        if end is not None and not _is_end_of(end, x, parts):
+            reason = f"a run's result has the shape {tuple(end.shape)}, its latent {tuple(x.shape)}"
+            return SiteRejection("sampler", latent, reason)
+    steps = len(runs[0]) - any(end is None for end in ends)
     weights: list[tuple[float, ...]] = []
-    for step in range(steps - 1):
+    for step in range(steps):
         terms = [_terms(shape, run, outs, step) for run, outs in zip(runs, outputs, strict=True)]
-        target = [run[step + 1][latent].chunk(parts)[0] for run in runs]
+        target = [
+            recorded_next(run, end, step, latent, parts)
+            for run, end in zip(runs, ends, strict=True)
+        ]
         found, left = _solve([now for now, _ in terms], target)
         # Look back wherever rounding does not explain what is left: a two-step solver is nearly
         # one of one step where its outputs change little.
@@ -105,11 +129,15 @@ def find_sampler_steps(
         if not left <= TOLERANCE:
             reason = (
                 f"step {step} to {step + 1} is no fixed weighted sum of latents and outputs "
-                "(a sampler that adds noise, or corrects in another way)"
+                "(a sampler that adds noise, clips, or looks back further)"
             )
             return SiteRejection("sampler", latent, reason)
         weights.append(found)
     return SamplerSteps(latent, parts, tuple(weights))
+
+
+def _is_end_of(end: Tensor, x: Tensor, parts: int) -> bool:
+    return end.shape[1:] == x.shape[1:] and end.shape[0] in (x.shape[0] // parts, x.shape[0])
 
 
 def _terms(

@@ -17,7 +17,7 @@ from conftest import relative
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from calicache.export.onnx_graph import step_model
+from calicache.export.step_layout import step_model
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
 from calicache.graph_passes.errors import ExportError
 from calicache.graph_passes.schedule import anchor_table

@@ -113,7 +113,7 @@ def guided_run(seed: int = 1, guidance: float = GUIDANCE) -> tuple[list[dict], l
 
 def test_guided_ddim_gives_the_weights_of_its_formula() -> None:
     run, outputs = guided_run()
-    steps = found(find_sampler_steps("hidden_states", [run], [outputs]))
+    steps = found(find_sampler_steps("hidden_states", [run], [outputs], [None]))
     assert (steps.latent, steps.parts) == ("hidden_states", 2)
     assert len(steps.weights) == STEPS - 1
     table = alpha_bar_table()
@@ -129,8 +129,8 @@ def test_guided_ddim_gives_the_weights_of_its_formula() -> None:
 
 def test_two_runs_give_the_same_weights_as_one() -> None:
     runs, outputs = zip(guided_run(1), guided_run(2), strict=True)
-    both = found(find_sampler_steps("hidden_states", runs, outputs))
-    one = found(find_sampler_steps("hidden_states", runs[:1], outputs[:1]))
+    both = found(find_sampler_steps("hidden_states", runs, outputs, [None] * len(runs)))
+    one = found(find_sampler_steps("hidden_states", runs[:1], outputs[:1], [None]))
     assert both.parts == one.parts
     # Two fits of the same numbers, both within their rounding.
     torch.testing.assert_close(
@@ -144,7 +144,7 @@ def test_equal_guidance_parts_share_the_weight_instead_of_cancelling() -> None:
     moved = [{"x": call["hidden_states"]} for call in run[:1]]
     for output in same[:-1]:
         moved.append({"x": 0.9 * moved[-1]["x"] - 0.2 * output})
-    steps = found(find_sampler_steps("x", [moved], [same]))
+    steps = found(find_sampler_steps("x", [moved], [same], [None]))
     for weights in steps.weights:
         # The smallest solution: halves of -0.2. float32 latents, see FITTED.
         assert weights == pytest.approx((0.9, -0.1, -0.1), rel=1e-4, abs=FITTED)
@@ -152,7 +152,7 @@ def test_equal_guidance_parts_share_the_weight_instead_of_cancelling() -> None:
 
 def test_euler_flow_matching_gives_one_and_the_step() -> None:
     run, outputs = run_of(euler)
-    steps = found(find_sampler_steps("x", [run], [outputs]))
+    steps = found(find_sampler_steps("x", [run], [outputs], [None]))
     assert steps.parts == 1
     for weights in steps.weights:
         assert weights == pytest.approx((1.0, -1 / STEPS), rel=FITTED, abs=FITTED)
@@ -161,7 +161,7 @@ def test_euler_flow_matching_gives_one_and_the_step() -> None:
 
 def test_adams_bashforth_needs_the_output_of_the_step_before() -> None:
     run, outputs = run_of(adams_bashforth)
-    first, *later = found(steps := find_sampler_steps("x", [run], [outputs])).weights
+    first, *later = found(steps := find_sampler_steps("x", [run], [outputs], [None])).weights
     assert first == pytest.approx((1.0, -0.1), rel=FITTED, abs=FITTED)
     for weights in later:
         # Of x, e, x_before, e_before. x - x_before is a sum of outputs, which the fit may trade
@@ -180,7 +180,7 @@ def test_dpm_solver_of_diffusers_on_a_real_model_is_found(dit) -> None:
     finally:
         handle.remove()
     (run,) = trajectory.runs
-    steps = found(find_sampler_steps("hidden_states", [run], [outputs]))
+    steps = found(find_sampler_steps("hidden_states", [run], [outputs], [None]))
     assert steps.parts == 2
     # Second order looks back: x_{k-1} and both parts of e_{k-1}. The last step is not seen.
     assert [len(weights) for weights in steps.weights[1:]] == [6] * (STEPS - 2)
@@ -189,7 +189,7 @@ def test_dpm_solver_of_diffusers_on_a_real_model_is_found(dit) -> None:
 
 def test_sampler_that_adds_noise_is_refused_with_the_step_and_a_reason() -> None:
     run, outputs = run_of(ancestral)
-    result = find_sampler_steps("x", [run], [outputs])
+    result = find_sampler_steps("x", [run], [outputs], [None])
     assert isinstance(result, SiteRejection)
     assert "step 0 to 1 is no fixed weighted sum" in result.reason
     assert "adds noise" in result.reason
@@ -198,7 +198,7 @@ def test_sampler_that_adds_noise_is_refused_with_the_step_and_a_reason() -> None
 def test_sampler_that_adds_noise_late_is_refused_at_that_step() -> None:
     run, outputs = run_of(euler)
     run[5] = {"x": run[5]["x"] + 0.1 * noise(9)}
-    result = find_sampler_steps("x", [run], [outputs])
+    result = find_sampler_steps("x", [run], [outputs], [None])
     assert isinstance(result, SiteRejection)
     assert "step 4 to 5" in result.reason
 
@@ -206,7 +206,9 @@ def test_sampler_that_adds_noise_late_is_refused_at_that_step() -> None:
 def test_updates_that_differ_from_run_to_run_are_refused() -> None:
     run, outputs = run_of(euler)
     fast = [{"x": call["x"] * 2**step} for step, call in enumerate(run)]
-    assert isinstance(find_sampler_steps("x", [run, fast], [outputs] * 2), SiteRejection)
+    assert isinstance(
+        find_sampler_steps("x", [run, fast], [outputs] * 2, [None] * 2), SiteRejection
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -230,7 +232,7 @@ def test_any_weighted_sum_of_latent_and_parts_is_recovered(
             x = of_x * x + sum(w * e for w, e in zip(of_e, out.chunk(parts), strict=True))
         recorded.append(run)
         outputs.append(outs)
-    steps = found(find_sampler_steps("x", recorded, outputs))
+    steps = found(find_sampler_steps("x", recorded, outputs, [None] * len(recorded)))
     assert steps.parts == parts
     for weights in steps.weights:
         assert weights == pytest.approx((of_x, *of_e), rel=1e-3, abs=1e-4)
@@ -241,14 +243,14 @@ def test_number_of_parts_is_the_number_of_equal_copies(parts: int) -> None:
     run = [{"x": torch.cat([noise(step, batch=1)] * parts)} for step in range(2)]
     outputs = [noise(7 + step, batch=parts) for step in range(2)]
     run[1]["x"] = run[0]["x"] - 0.1 * torch.cat([outputs[0].chunk(parts)[0]] * parts)
-    assert found(find_sampler_steps("x", [run], [outputs])).parts == parts
+    assert found(find_sampler_steps("x", [run], [outputs], [None])).parts == parts
 
 
 def test_copies_that_part_in_a_later_step_are_no_parts() -> None:
     run, outputs = run_of(euler)
     run[0] = {"x": torch.cat([noise(1, batch=1)] * 2)}
     run[1] = {"x": run[0]["x"] - outputs[0] / STEPS}
-    assert found(find_sampler_steps("x", [run[:2]], [outputs[:2]])).parts == 1
+    assert found(find_sampler_steps("x", [run[:2]], [outputs[:2]], [None])).parts == 1
 
 
 LATENT, CONSTANT = Dependence.LATENT, Dependence.CONSTANT
@@ -287,7 +289,7 @@ def test_diffusers_dit_with_learned_variance_is_found(diffusers_dit, diffusers_t
     assert latent == "hidden_states"
     cut = [match_channels(output, run[0][latent]) for output in outputs]
     assert cut[0].shape == (4, 4, 8, 8)
-    steps = found(find_sampler_steps(latent, [run], [cut]))
+    steps = found(find_sampler_steps(latent, [run], [cut], [None]))
     for weights in steps.weights:
         assert weights == pytest.approx((1.0, -0.2), rel=FITTED, abs=FITTED)
 
@@ -296,7 +298,7 @@ def test_recorded_runs_of_the_sample_are_found(dit, dit_trajectory: Trajectory) 
     (run,) = dit_trajectory.runs
     with torch.no_grad():
         outputs = [dit(**call) for call in run]
-    steps = found(find_sampler_steps("hidden_states", [run], [outputs]))
+    steps = found(find_sampler_steps("hidden_states", [run], [outputs], [None]))
     assert steps.parts == 2
     whole = steps.next_latent(0, steps.terms(run[0]["hidden_states"], outputs[0]), [])
     # A fit to float32 values of one step.

@@ -9,7 +9,7 @@ import typer
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from calicache.export.artifact import Manifest, load_artifact
+from calicache.export.manifest import Manifest, load_artifact
 from calicache.graph_passes.errors import CalicacheError
 from calicache.tools.inspect_artifact import describe_artifact
 

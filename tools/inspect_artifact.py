@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from calicache.export.artifact import Manifest, TargetRecord
+from calicache.export.manifest import Manifest, TargetRecord
 from calicache.graph_passes.schedule import StepMode
 
 _STYLES = {

@@ -1,0 +1,288 @@
+"""The `sampler` layout: the whole denoising run as one model, noise in, latents out.
+
+A `Loop` over segments runs REFRESH and then an inner `Loop` over the cheap steps up to the next
+REFRESH. The caches are values of the outer body that the inner one reads from outside, so no
+step copies them; only refreshes older than the newest travel from segment to segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+
+from calicache.export.onnx_graph import (
+    LOOK_UP_NAMES,
+    InitializerPool,
+    argument,
+    check_names,
+    choose_by_mode,
+    describe,
+    export_variant,
+    inline,
+    own_outputs,
+    take_nodes,
+    weight_nodes,
+)
+from calicache.export.sampler_arithmetic import FLOAT, Body, SamplerArithmetic, State
+from calicache.export.samplers import Sampler
+from calicache.graph_passes.insertion import slot_name
+from calicache.graph_passes.rewrite import CacheSpec, Rewritten
+from calicache.graph_passes.runtime import OptimizedModel
+from calicache.graph_passes.schedule import StepMode
+from calicache.graph_passes.signature import TensorSpec
+
+NOISE_INPUT, GUIDANCE_INPUT, LATENTS_OUTPUT = "noise", "guidance_scale", "latents"
+INT64 = ir.DataType.INT64
+Values = Mapping[str, ir.Value]
+
+
+def noise_spec(optimized: OptimizedModel, sampler: Sampler) -> TensorSpec:
+    """The sampler's noise and latents: one copy of x, in the sampler's own float32."""
+    specs = optimized.plan.settings.signature.tensors
+    rows, *rest = next(spec.shape for spec in specs if spec.name == sampler.latent)
+    return TensorSpec(NOISE_INPUT, (rows // sampler.parts, *rest), "float32")
+
+
+def run_specs(optimized: OptimizedModel, sampler: Sampler) -> tuple[TensorSpec, ...]:
+    """The model's inputs that stay the same over a run: labels, embeddings."""
+    specs = optimized.plan.settings.signature.tensors
+    made = {sampler.latent, *sampler.inputs}
+    return tuple(spec for spec in specs if spec.name not in made)
+
+
+def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
+    """Pack the variants in the `sampler` layout.
+
+    `noise` (B, ...) float32, the model's inputs that stay the same over a run, and
+    `guidance_scale` where guidance is batched go in; `latents` come out.
+
+    Raises:
+        ExportError: torch's exporter refuses a variant; its reason is passed on.
+    """
+    added = {NOISE_INPUT: "the noise", GUIDANCE_INPUT: "the guidance scale"}
+    check_names(optimized, {**added, LATENTS_OUTPUT: "the result"})
+    rewritten, noise = optimized.rewritten, noise_spec(optimized, sampler)
+    constant = run_specs(optimized, sampler)
+    taken = {*added, LATENTS_OUTPUT, *(spec.name for spec in constant), *LOOK_UP_NAMES}
+    pool = InitializerPool(taken | set(rewritten.tables))
+    given = {s.name: argument(s.name, s.shape, s.torch_dtype) for s in (noise, *constant)}
+    if sampler.guidance is not None:
+        given[GUIDANCE_INPUT] = argument(GUIDANCE_INPUT, (), torch.float32)
+    models = {mode: export_variant(rewritten.variants[mode]) for mode in sorted(rewritten.variants)}
+    like = models[StepMode.REFRESH]
+    arithmetic = SamplerArithmetic(sampler, pool, given.get(GUIDANCE_INPUT))
+    run = _Run(optimized, sampler, pool, given, models, arithmetic)
+    nodes, latents = run.loop_over_segments()
+    latents.name = LATENTS_OUTPUT
+    graph = ir.Graph(
+        list(given.values()),
+        [latents],
+        nodes=nodes,
+        initializers=list(pool.values.values()),
+        opset_imports=dict(like.opset_imports),
+        name="calicache_sampler",
+    )
+    return ir.Model(graph, ir_version=like.ir_version, producer_name="calicache")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    optimized: OptimizedModel
+    sampler: Sampler
+    pool: InitializerPool
+    given: Values
+    models: Mapping[StepMode, ir.Model]
+    arithmetic: SamplerArithmetic
+
+    @property
+    def rewritten(self) -> Rewritten:
+        return self.optimized.rewritten
+
+    @property
+    def schedule(self) -> tuple[StepMode, ...]:
+        return self.optimized.plan.schedule
+
+    def loop_over_segments(self) -> tuple[list[ir.Node], ir.Value]:
+        """The outermost nodes, and the latents after the last step."""
+        top = Body("run")
+        marks = [k for k, mode in enumerate(self.schedule) if mode is StepMode.REFRESH]
+        lengths = [after - mark - 1 for mark, after in pairwise([*marks, len(self.schedule)])]
+        noise = self.given[NOISE_INPUT]
+        state = State(noise, (noise, noise) if self.sampler.looks_back else ())
+        kept = self._kept_before_the_first_segment(top)
+        body = Body("segment")
+        place = body.input("place", INT64, ())
+        going = body.input("going", ir.DataType.BOOL, ())
+        inside = _inputs_like(body, state)
+        carried = {name: body.input(name, v.dtype, v.shape.numpy()) for name, v in kept.items()}  # type: ignore[union-attr, arg-type]
+        step = body.add("Gather", [self._table("refresh_steps", marks), place], "step", INT64, ())
+        length = body.add("Gather", [self._table("lengths", lengths), place], "length", INT64, ())
+        after, fresh = self._refresh(body, step, inside, carried)
+        cheap = [mode for mode in self.models if mode is not StepMode.REFRESH]
+        if cheap:
+            slots = {
+                slot_name(cache.name, back): fresh[cache.name]
+                if back == 0
+                else carried[_carried_name(cache, back - 1)]
+                for cache in self.rewritten.caches
+                for back in range(self.rewritten.history)
+                if back == 0 or _carried_name(cache, back - 1) in carried
+            }
+            after = self._loop_over_cheap_steps(body, cheap, step, length, after, slots)
+        moved = [self._moved_back(name, fresh, carried) for name in kept]
+        going_on = body.add("Identity", [going], "going_on", ir.DataType.BOOL, ())
+        results = own_outputs([going_on, *after.values(), *moved], body.nodes, body.prefix)
+        inputs = [place, going, *inside.values(), *carried.values()]
+        graph = ir.Graph(inputs, results, nodes=body.nodes, name=body.prefix)
+        count = self._table("segments", len(marks))
+        outcome = _loop(top, count, [*state.values(), *kept.values()], graph)
+        return top.nodes, outcome[0]
+
+    def _kept_before_the_first_segment(self, top: Body) -> dict[str, ir.Value]:
+        """Zeros for every kept refresh that travels between segments; their weights are 0."""
+        kept = {}
+        for cache in self.rewritten.caches:
+            for back in range(self._travelling(cache)):
+                name = _carried_name(cache, back)
+                dtype = tensor_adapters.from_torch_dtype(cache.dtype)
+                zero = ir.tensor(np.zeros(1, dtype.numpy()), dtype=dtype)
+                node = ir.node(
+                    "ConstantOfShape",
+                    [self._table(f"{cache.name}_shape", list(cache.shape))],
+                    {"value": zero},
+                    name=f"{top.prefix}/{name}",
+                )
+                describe(node, f"{top.prefix}/{name}", dtype, ir.Shape(cache.shape))
+                top.nodes.append(node)
+                kept[name] = node.outputs[0]
+        return kept
+
+    def _travelling(self, cache: CacheSpec) -> int:
+        """How many refreshes before the one of a segment its steps read."""
+        count = 0
+        for mode, variant in self.rewritten.variants.items():
+            ahead = 1 if mode is StepMode.REFRESH else 0  # REFRESH reads before it writes
+            for back in range(self.rewritten.history):
+                if slot_name(cache.name, back) in variant.reads:
+                    count = max(count, back + ahead)
+        return count
+
+    def _moved_back(self, name: str, fresh: Values, carried: Values) -> ir.Value:
+        cache, _, back = name.rpartition("_kept")
+        return carried[f"{cache}_kept{int(back) - 1}"] if int(back) else fresh[cache]
+
+    def _refresh(
+        self, body: Body, step: ir.Value, state: State, carried: Values
+    ) -> tuple[State, dict[str, ir.Value]]:
+        """The REFRESH of a segment: the state after it, and the fresh caches."""
+        slots = {
+            slot_name(cache.name, back): carried[_carried_name(cache, back)]
+            for cache in self.rewritten.caches
+            for back in range(self.rewritten.history)
+            if _carried_name(cache, back) in carried
+        }
+        inputs, values = self._step_values(body, step, state.x)
+        reads = self.rewritten.variants[StepMode.REFRESH].reads
+        known = {**slots, **values}
+        wired = [*inputs, *(known[name] for name in reads)]
+        nodes, results = inline(self.models[StepMode.REFRESH], "refresh", wired, self.pool)
+        body.nodes += nodes
+        caches = zip(self.rewritten.caches, results[self.rewritten.outputs :], strict=True)
+        fresh = {cache.name: value for cache, value in caches}
+        return self.arithmetic.advance(body, step, state, results[0]), fresh
+
+    def _loop_over_cheap_steps(
+        self,
+        outer: Body,
+        modes: Sequence[StepMode],
+        start: ir.Value,
+        length: ir.Value,
+        state: State,
+        slots: Values,
+    ) -> State:
+        body = Body("cheap")
+        place = body.input("place", INT64, ())
+        going = body.input("going", ir.DataType.BOOL, ())
+        inside = _inputs_like(body, state)
+        past = body.like("Add", place, self._table("one", 1), "past")
+        step = body.like("Add", start, past, "step")
+        inputs, values = self._step_values(body, step, inside.x)
+        branches = {}
+        for mode in modes:
+            prefix, known = mode.name.lower(), {**slots, **values}
+            reads = [known[name] for name in self.rewritten.variants[mode].reads]
+            nodes, results = inline(self.models[mode], prefix, [*inputs, *reads], self.pool)
+            results = own_outputs(results, nodes, prefix)
+            branches[mode] = ir.Graph([], results, nodes=nodes, name=prefix)
+        chosen = choose_by_mode(branches, step, self.schedule, self.pool)
+        output = chosen.outputs[0]
+        body.nodes += take_nodes(chosen)
+        after = self.arithmetic.advance(body, step, inside, output)
+        going_on = body.add("Identity", [going], "going_on", ir.DataType.BOOL, ())
+        results = own_outputs([going_on, *after.values()], body.nodes, body.prefix)
+        graph = ir.Graph(
+            [place, going, *inside.values()], results, nodes=body.nodes, name=body.prefix
+        )
+        x, *before = _loop(outer, length, state.values(), graph)
+        return State(x, tuple(before))
+
+    def _step_values(
+        self, body: Body, step: ir.Value, x: ir.Value
+    ) -> tuple[list[ir.Value], dict[str, ir.Value]]:
+        """The model's inputs at a step, and the weights that the variants read."""
+        inputs = []
+        for spec in self.optimized.plan.settings.signature.tensors:
+            if spec.name == self.sampler.latent:
+                inputs.append(self.arithmetic.model_latent(body, step, x, spec))
+            elif spec.name in self.sampler.inputs:
+                table = tensor_adapters.TorchTensor(self.sampler.inputs[spec.name].contiguous())
+                values = self.pool.shared(table, f"{spec.name}_by_step")
+                now = body.add("Gather", [values, step], spec.name, table.dtype, spec.shape)
+                inputs.append(now)
+            else:
+                inputs.append(self.given[spec.name])
+        look_ups = weight_nodes(self.rewritten, step, self.pool)
+        for node in look_ups:
+            node.name = node.outputs[0].name = f"{body.prefix}/{node.name}"
+        body.nodes += look_ups
+        weights = [node.outputs[0] for node in look_ups]
+        return inputs, dict(zip(self.rewritten.tables, weights, strict=True))
+
+    def _table(self, name: str, values: int | Sequence[int]) -> ir.Value:
+        return self.pool.shared(ir.tensor(np.array(values, np.int64)), name)
+
+
+def _carried_name(cache: CacheSpec, back: int) -> str:
+    return f"{cache.name}_kept{back}"
+
+
+def _inputs_like(body: Body, state: State) -> State:
+    x, *before = [
+        body.input(name, FLOAT, value.shape.numpy())  # type: ignore[union-attr]
+        for name, value in zip(("x", "x_before", "e_before"), state.values(), strict=False)
+    ]
+    return State(x, tuple(before))
+
+
+def _loop(
+    body: Body, count: ir.Value, carried: Sequence[ir.Value], graph: ir.Graph
+) -> list[ir.Value]:
+    """Run a graph `count` times; returns the carried values after it."""
+    node = ir.node(
+        "Loop",
+        [count, None, *carried],
+        {"body": graph},
+        num_outputs=len(carried),
+        name=f"{body.prefix}/loop",
+    )
+    for value, like in zip(node.outputs, graph.outputs[1:], strict=True):
+        value.name = f"{like.name}_last"
+        value.type, value.shape = like.type, like.shape
+    body.nodes.append(node)
+    return list(node.outputs)
