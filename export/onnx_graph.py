@@ -63,19 +63,28 @@ def export_variant(variant: Variant) -> ir.Model:
     Raises:
         ExportError: with the exporter's reason.
     """
-    placeholders = [node for node in variant.module.graph.nodes if node.op == "placeholder"]
-    examples = tuple(_example(node, variant.module) for node in placeholders)
+    return export_graph(variant.module, f"variant {variant.mode.name}")
+
+
+def export_graph(module: fx.GraphModule, name: str) -> ir.Model:
+    """A graph whose placeholders describe their values, translated by torch.onnx.
+
+    Raises:
+        ExportError: with the exporter's reason.
+    """
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    examples = tuple(_example(node, module) for node in placeholders)
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                variant.module.eval(), examples, dynamo=True, optimize=True, verbose=False
+                module.eval(), examples, dynamo=True, optimize=True, verbose=False
             )
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the exporter wraps the op's own error
             cause = cause.__cause__
         raise ExportError(
-            f"variant {variant.mode.name}",
+            name,
             expected="a graph that torch.onnx translates",
             got=reason_of(cause),
             fix="See the chained error; an op of the model has no ONNX form.",

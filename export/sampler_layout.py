@@ -7,8 +7,8 @@ step copies them; only refreshes older than the newest travel from segment to se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +16,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
+from calicache.export.hoist_runs import HoistInvariants
+from calicache.export.hoist_steps import StepValues, hoist_steps
 from calicache.export.onnx_graph import (
     LOOK_UP_NAMES,
     InitializerPool,
@@ -23,6 +25,7 @@ from calicache.export.onnx_graph import (
     check_names,
     choose_by_mode,
     describe,
+    export_graph,
     export_variant,
     inline,
     own_outputs,
@@ -67,46 +70,70 @@ def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
     """
     added = {NOISE_INPUT: "the noise", GUIDANCE_INPUT: "the guidance scale"}
     check_names(optimized, {**added, LATENTS_OUTPUT: "the result"})
-    rewritten, noise = optimized.rewritten, noise_spec(optimized, sampler)
+    noise, dependence = noise_spec(optimized, sampler), optimized.plan.settings.dependence
+    before, variants = hoist_steps(
+        optimized.captured, dependence, optimized.rewritten.variants, sampler.inputs
+    )
+    rewritten = replace(optimized.rewritten, variants=variants)
     constant = run_specs(optimized, sampler)
     taken = {*added, LATENTS_OUTPUT, *(spec.name for spec in constant), *LOOK_UP_NAMES}
     pool = InitializerPool(taken | set(rewritten.tables))
     given = {s.name: argument(s.name, s.shape, s.torch_dtype) for s in (noise, *constant)}
     if sampler.guidance is not None:
         given[GUIDANCE_INPUT] = argument(GUIDANCE_INPUT, (), torch.float32)
-    models = {mode: export_variant(rewritten.variants[mode]) for mode in sorted(rewritten.variants)}
+    models = {mode: export_variant(variants[mode]) for mode in sorted(variants)}
     like = models[StepMode.REFRESH]
     arithmetic = SamplerArithmetic(sampler, pool, given.get(GUIDANCE_INPUT))
-    run = _Run(optimized, sampler, pool, given, models, arithmetic)
+    ahead, stacks = _all_steps(before, sampler, pool, given)
+    schedule, specs = optimized.plan.schedule, optimized.plan.settings.signature.tensors
+    run = _Run(rewritten, schedule, specs, sampler, pool, given, models, arithmetic, stacks)
     nodes, latents = run.loop_over_segments()
     latents.name = LATENTS_OUTPUT
     graph = ir.Graph(
         list(given.values()),
         [latents],
-        nodes=nodes,
+        nodes=[*ahead, *nodes],
         initializers=list(pool.values.values()),
         opset_imports=dict(like.opset_imports),
         name="calicache_sampler",
     )
-    return ir.Model(graph, ir_version=like.ir_version, producer_name="calicache")
+    model = ir.Model(graph, ir_version=like.ir_version, producer_name="calicache")
+    HoistInvariants()(model)
+    return model
+
+
+def _all_steps(
+    before: StepValues | None, sampler: Sampler, pool: InitializerPool, given: Values
+) -> tuple[list[ir.Node], dict[str, ir.Value]]:
+    """Nodes in front of the run, and the values of all steps by the name that variants read."""
+    if before is None:
+        return [], {}
+    inputs = [
+        _step_table(name, sampler, pool) if name in sampler.inputs else given[name]
+        for name in before.inputs
+    ]
+    model = export_graph(before.module, "values of all steps")
+    nodes, results = inline(model, "all_steps", inputs, pool)
+    return nodes, dict(zip(before.values, results, strict=True))
+
+
+def _step_table(name: str, sampler: Sampler, pool: InitializerPool) -> ir.Value:
+    """An input of the model for all steps, (T, *shape)."""
+    table = tensor_adapters.TorchTensor(sampler.inputs[name].contiguous())
+    return pool.shared(table, f"{name}_by_step")
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    optimized: OptimizedModel
+    rewritten: Rewritten
+    schedule: Sequence[StepMode]
+    specs: Sequence[TensorSpec]
     sampler: Sampler
     pool: InitializerPool
     given: Values
     models: Mapping[StepMode, ir.Model]
     arithmetic: SamplerArithmetic
-
-    @property
-    def rewritten(self) -> Rewritten:
-        return self.optimized.rewritten
-
-    @property
-    def schedule(self) -> tuple[StepMode, ...]:
-        return self.optimized.plan.schedule
+    stacks: Values
 
     def loop_over_segments(self) -> tuple[list[ir.Node], ir.Value]:
         """The outermost nodes, and the latents after the last step."""
@@ -187,7 +214,7 @@ class _Run:
             for back in range(self.rewritten.history)
             if _carried_name(cache, back) in carried
         }
-        inputs, values = self._step_values(body, step, state.x)
+        inputs, values = self._step_values(body, step, state.x, [StepMode.REFRESH])
         reads = self.rewritten.variants[StepMode.REFRESH].reads
         known = {**slots, **values}
         wired = [*inputs, *(known[name] for name in reads)]
@@ -212,7 +239,7 @@ class _Run:
         inside = _inputs_like(body, state)
         past = body.like("Add", place, self._table("one", 1), "past")
         step = body.like("Add", start, past, "step")
-        inputs, values = self._step_values(body, step, inside.x)
+        inputs, values = self._step_values(body, step, inside.x, modes)
         branches = {}
         for mode in modes:
             prefix, known = mode.name.lower(), {**slots, **values}
@@ -233,26 +260,34 @@ class _Run:
         return State(x, tuple(before))
 
     def _step_values(
-        self, body: Body, step: ir.Value, x: ir.Value
+        self, body: Body, step: ir.Value, x: ir.Value, modes: Collection[StepMode]
     ) -> tuple[list[ir.Value], dict[str, ir.Value]]:
-        """The model's inputs at a step, and the weights that the variants read."""
+        """The model's inputs at a step, and what else the modes read that the step decides."""
         inputs = []
-        for spec in self.optimized.plan.settings.signature.tensors:
+        for spec in self.specs:
             if spec.name == self.sampler.latent:
                 inputs.append(self.arithmetic.model_latent(body, step, x, spec))
             elif spec.name in self.sampler.inputs:
-                table = tensor_adapters.TorchTensor(self.sampler.inputs[spec.name].contiguous())
-                values = self.pool.shared(table, f"{spec.name}_by_step")
-                now = body.add("Gather", [values, step], spec.name, table.dtype, spec.shape)
-                inputs.append(now)
+                table = _step_table(spec.name, self.sampler, self.pool)
+                inputs.append(self._look_up(body, table, step, spec.name))
             else:
                 inputs.append(self.given[spec.name])
-        look_ups = weight_nodes(self.rewritten, step, self.pool)
+        reads = {name for mode in modes for name in self.rewritten.variants[mode].reads}
+        tables = [name for name in self.rewritten.tables if name in reads]
+        look_ups = weight_nodes(self.rewritten, step, self.pool, tables)
         for node in look_ups:
             node.name = node.outputs[0].name = f"{body.prefix}/{node.name}"
         body.nodes += look_ups
-        weights = [node.outputs[0] for node in look_ups]
-        return inputs, dict(zip(self.rewritten.tables, weights, strict=True))
+        values = dict(zip(tables, (node.outputs[0] for node in look_ups), strict=True))
+        for name, stack in self.stacks.items():
+            if name in reads:
+                values[name] = self._look_up(body, stack, step, name)
+        return inputs, values
+
+    def _look_up(self, body: Body, stack: ir.Value, step: ir.Value, name: str) -> ir.Value:
+        assert stack.shape is not None
+        shape = stack.shape.numpy()[1:]
+        return body.add("Gather", [stack, step], name, stack.dtype, shape)
 
     def _table(self, name: str, values: int | Sequence[int]) -> ir.Value:
         return self.pool.shared(ir.tensor(np.array(values, np.int64)), name)

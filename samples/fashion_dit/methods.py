@@ -14,7 +14,7 @@ from torch import Tensor
 from calicache.graph_passes import StepMode, spread_schedule, uniform_schedule
 
 STEPS, GUIDANCE, NULL_CLASS = 35, 1.5, 10
-BUDGETS = {7: 5, 9: 4, 12: 3, 18: 2, 21: None}  # REFRESH steps of 35: interval, if uniform
+BUDGETS = {7: 5, 9: 4, 12: 3, 18: 2}  # REFRESH steps of 35: interval
 RANK = 28  # width / 9
 POWERS = (0.85, 0.9, 0.95, 1.0, 1.1)
 
@@ -62,13 +62,11 @@ def methods() -> list[Method]:
     return rows
 
 
-def _evenly(refreshes: int, interval: int | None, mode: StepMode) -> tuple[Schedule, ...]:
-    if interval is not None:
-        return (uniform_schedule(STEPS, interval, mode),)
-    return (spread_schedule(STEPS, refreshes, 1.0, mode),)
+def _evenly(interval: int, mode: StepMode) -> tuple[Schedule, ...]:
+    return (uniform_schedule(STEPS, interval, mode),)
 
 
-def _peers(refreshes: int, interval: int | None) -> list[Method]:
+def _peers(refreshes: int, interval: int) -> list[Method]:
     plain = {"correct": False, "rank": RANK}
     label = f"{refreshes} REFRESH of {STEPS}"
     rows = [
@@ -77,7 +75,7 @@ def _peers(refreshes: int, interval: int | None) -> list[Method]:
         Method(
             "final-output forecast",
             f"order 2, {label}",
-            schedules=_evenly(refreshes, interval, StepMode.FORECAST),
+            schedules=_evenly(interval, StepMode.FORECAST),
             options={**plain, "order": 2},
         ),
     ]
@@ -86,7 +84,7 @@ def _peers(refreshes: int, interval: int | None) -> list[Method]:
             Method(
                 f"REUSE order {order} ({peer})",
                 label,
-                schedules=_evenly(refreshes, interval, StepMode.REUSE),
+                schedules=_evenly(interval, StepMode.REUSE),
                 options={**plain, "order": order},
             )
         )
@@ -96,14 +94,14 @@ def _peers(refreshes: int, interval: int | None) -> list[Method]:
                 Method(
                     f"paper, {weighting}",
                     f"rank {RANK}, {label}",
-                    schedules=_evenly(refreshes, interval, StepMode.CALIBRATE),
+                    schedules=_evenly(interval, StepMode.CALIBRATE),
                     options={**plain, "order": 0, "weighting": weighting},
                 )
             )
     return rows
 
 
-def _ours(refreshes: int, interval: int | None) -> list[Method]:
+def _ours(refreshes: int, interval: int) -> list[Method]:
     label = f"{refreshes} REFRESH of {STEPS}"
     spread = tuple(
         dict.fromkeys(
@@ -112,7 +110,7 @@ def _ours(refreshes: int, interval: int | None) -> list[Method]:
     )
     rows = [Method("ours, FORECAST", f"fitted, {label}", schedules=spread)]
     if interval in (2, 3):
-        uniform = _evenly(refreshes, interval, StepMode.CALIBRATE)
+        uniform = _evenly(interval, StepMode.CALIBRATE)
         options = {"rank": RANK}
         rows.append(
             Method("ours, CALIBRATE", f"rank {RANK}, {label}", schedules=uniform, options=options)
