@@ -72,7 +72,7 @@ def hoist_steps(
         is to be had: the values of all steps would take more memory than the weights that they
         replace.
     """
-    steps = len(next(iter(tables.values()))) if tables else 0
+    steps = len(next(iter(tables.values()), ()))
     classes = classify_nodes(captured, dependence)
     frontier = _frontier(captured.graph, classes)
     weights = sum(
@@ -83,7 +83,7 @@ def hoist_steps(
         if source.op == "get_attr"
     )
     kept = steps * sum(node.meta["val"].nbytes for node in frontier)
-    if not frontier or kept > weights:
+    if not kept or kept > weights:
         return None, variants
     values = {_name(node.name): node.meta["val"] for node in frontier}
     hoisted = {mode: _without(variant, frontier) for mode, variant in variants.items()}
