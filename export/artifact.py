@@ -61,6 +61,14 @@ def export_onnx(
             got="none" if sampler is None else "one",
             fix="Pass sampler=read_sampler(optimized, trajectory) with layout='sampler'.",
         )
+    steps = len(optimized.plan.schedule)
+    if sampler is not None and len(sampler.updates) != steps:
+        raise ExportError(
+            "sampler",
+            expected=f"one of the plan's {steps} steps",
+            got=str(len(sampler.updates)),
+            fix="Read the sampler with this optimised model and its recording.",
+        )
     with atomic_path(Path(directory)) as folder:
         folder.mkdir()
         if layout is Layout.PAIR:

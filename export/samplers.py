@@ -127,13 +127,16 @@ def replay_scheduler(scheduler: Any, length: int) -> tuple[SamplerSteps, tuple[f
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 4, 4, generator=draw, dtype=torch.float64)
     run, outputs, scales = [], [], []
-    for now in fresh.timesteps:
-        given = fresh.scale_model_input(x, now) if hasattr(fresh, "scale_model_input") else x
-        scales.append(float((given * x).sum() / (x * x).sum()))
-        output = torch.randn(x.shape, generator=draw, dtype=torch.float64)
-        run.append({"x": x})
-        outputs.append(output)
-        x = fresh.step(output, now, x).prev_sample.double()
+    with torch.random.fork_rng(devices=[]):
+        # The scheduler's own noise, if any, must not be the numbers that stand for x and e.
+        torch.manual_seed(1)
+        for now in fresh.timesteps:
+            given = fresh.scale_model_input(x, now) if hasattr(fresh, "scale_model_input") else x
+            scales.append(float((given * x).sum() / (x * x).sum()))
+            output = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+            run.append({"x": x})
+            outputs.append(output)
+            x = fresh.step(output, now, x).prev_sample.double()
     found = find_sampler_steps("x", [run], [outputs], [x], parts=1)
     if isinstance(found, SiteRejection):
         raise _refused(f"{name}: {found.reason}")
@@ -143,7 +146,8 @@ def replay_scheduler(scheduler: Any, length: int) -> tuple[SamplerSteps, tuple[f
 def _as_before_a_run(scheduler: Any) -> Any:
     """A copy without what a finished run leaves behind."""
     fresh = copy.deepcopy(scheduler)
-    for field, value in (("_step_index", None), ("lower_order_nums", 0), ("this_order", 0)):
+    left = dict.fromkeys(("_step_index", "sample", "last_sample", "dt", "prev_derivative"))
+    for field, value in {**left, "lower_order_nums": 0, "this_order": 0}.items():
         if hasattr(fresh, field):
             setattr(fresh, field, value)
     if hasattr(fresh, "model_outputs"):
@@ -160,9 +164,10 @@ def _guidance(
     mix += [mix[-1]] * (len(recorded.runs[0]) - last)  # the last update may not be known
     if parts == 2:
         at = max((0, 1), key=lambda part: median(abs(row[part]) for row in mix))
-        scale = median(row[at] for row in mix)
+        scale = _one_scale(recorded, at)
         worst = max(_moved_by(recorded, step, mix[step][at] - scale) for step in range(last))
-        if worst <= CONSTANT_GUIDANCE:
+        rounding = torch.finfo(recorded.runs[0][0][recorded.steps.latent].dtype).eps
+        if worst <= max(CONSTANT_GUIDANCE, rounding):
             pair = (scale, 1 - scale) if at == 0 else (1 - scale, scale)
             return at, scale, (pair,) * len(mix)
     return None, None, tuple(mix)
@@ -170,7 +175,30 @@ def _guidance(
 
 def _shares(weights: Sequence[float]) -> tuple[float, ...]:
     total = sum(weights)
+    if len(weights) == 1:
+        return (1.0,)
+    if not total:
+        raise _refused("outputs of zero in the recording, which tell nothing of guidance")
     return tuple(weight / total for weight in weights)
+
+
+def _one_scale(recorded: RecordedSampler, at: int) -> float:
+    """The guidance scale that fits all steps of the first run best."""
+    steps, run, outputs = recorded.steps, recorded.runs[0], recorded.outputs[0]
+    signal = power = 0.0
+    before: list[Tensor] = []
+    for step, weights in enumerate(steps.weights):
+        x, first, second = steps.terms(run[step][steps.latent].double(), outputs[step].double())
+        towards, base = (first - second, second) if at == 0 else (second - first, first)
+        of_e = weights[1] + weights[2]
+        reached = weights[0] * x + of_e * base
+        for weight, term in zip(weights[3:], before, strict=False):
+            reached = reached + weight * term
+        wanted = recorded_next(run, recorded.ends[0], step, steps.latent, 2).double()
+        signal += float((of_e * towards * (wanted - reached)).sum())
+        power += float((of_e * towards).square().sum())
+        before = [x, first, second]
+    return signal / power if power else 1.0
 
 
 def _moved_by(recorded: RecordedSampler, step: int, change: float) -> float:
@@ -216,12 +244,13 @@ def _check_same(
 ) -> None:
     """The scheduler makes the recorded latents out of the recorded outputs."""
     latent, parts = recorded.steps.latent, recorded.steps.parts
-    run, outputs = recorded.runs[0], guided[0]
+    run, outputs, end = recorded.runs[0], guided[0], recorded.ends[0]
+    after = (*scales[1:], 1.0)  # no model scales the result
     before: list[Tensor] = []
-    for step in range(len(run) - 1):
+    for step in range(len(run) - (end is None)):
         now = [run[step][latent].chunk(parts)[0].double() / scales[step], outputs[step]]
-        reached = replayed.next_latent(step, now, before) * scales[step + 1]
-        wanted = recorded_next(run, None, step, latent, parts).double()
+        reached = replayed.next_latent(step, now, before) * after[step]
+        wanted = recorded_next(run, end, step, latent, parts).double()
         left = float((reached - wanted).norm() / wanted.norm())
         if not left <= SAME_SAMPLER:
             raise ExportError(

@@ -113,6 +113,8 @@ def find_sampler_steps(
             reason = f"a run's result has the shape {tuple(end.shape)}, its latent {tuple(x.shape)}"
             return SiteRejection("sampler", latent, reason)
     steps = len(runs[0]) - any(end is None for end in ends)
+    # Recorded in half precision, the latents themselves are rounded.
+    tolerance = max(TOLERANCE, torch.finfo(runs[0][0][latent].dtype).eps)
     weights: list[tuple[float, ...]] = []
     for step in range(steps):
         terms = [_terms(shape, run, outs, step) for run, outs in zip(runs, outputs, strict=True)]
@@ -126,7 +128,7 @@ def find_sampler_steps(
         if left > ROUNDING and step > 0:
             longer, less = _solve([now + before for now, before in terms], target)
             found, left = (longer, less) if less < left / 10 else (found, left)
-        if not left <= TOLERANCE:
+        if not left <= tolerance:
             reason = (
                 f"step {step} to {step + 1} is no fixed weighted sum of latents and outputs "
                 "(a sampler that adds noise, clips, or looks back further)"

@@ -125,7 +125,7 @@ def test_folder_holds_model_weights_and_manifest_and_no_pickle(artifact) -> None
 
 def test_manifest_repeats_the_plan(fast, manifest) -> None:
     settings = fast.plan.settings
-    assert (manifest.format, manifest.layout) == (2, "step")
+    assert (manifest.format, manifest.layout) == (3, "step")
     assert manifest.schedule == settings.schedule
     assert all(isinstance(mode, StepMode) for mode in manifest.schedule)
     assert (manifest.rank, manifest.order) == (4, 2)
@@ -323,7 +323,7 @@ def test_other_format_is_refused_with_both_numbers(without: tuple[str, ...], dam
             del content[name]
 
     edit_manifest(damaged, change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 2"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 3"):
         load_artifact(damaged)
 
 
@@ -351,6 +351,8 @@ def test_what_is_no_artifact_is_refused(name: str, tmp_path) -> None:
 
 
 def test_unknown_layout_is_refused_with_the_valid_ones(fast, tmp_path) -> None:
-    with pytest.raises(ExportError, match="layout: expected step, got 'banana'"):
+    with pytest.raises(
+        ExportError, match=r"layout: expected step \| pair \| sampler, got 'banana'"
+    ):
         export_onnx(fast, tmp_path / "d", layout="banana")
     assert names(tmp_path) == []

@@ -330,3 +330,97 @@ def test_missing_file_folder_and_foreign_files_are_refused(tmp_path: Path) -> No
     for path in (tmp_path / "none", tmp_path, tmp_path / "text", tmp_path / "weights"):
         with pytest.raises(RecordError, match="expected a trajectory written by Trajectory"):
             Trajectory.load(path)
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def finished(*runs: tuple[Sequence[float], float | None]) -> Trajectory:
+    """Calls by timestep, and where a number is given a result full of it."""
+    model = Denoiser()
+    with record(model) as trajectory:
+        for times, result in runs:
+            for t in times:
+                model(torch.randn(2, 3), torch.full((2,), float(t)))
+            if result is not None:
+                trajectory.finish(torch.full((2, 3), result))
+    return trajectory
+
+
+def results(trajectory: Trajectory) -> list[float | None]:
+    return [None if end is None else float(end[0, 0]) for end in trajectory.ends]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    runs=st.lists(
+        st.tuples(st.integers(2, 4), st.none() | st.integers(0, 9)), min_size=1, max_size=4
+    )
+)
+def test_ends_are_aligned_with_runs(runs: list[tuple[int, int | None]]) -> None:
+    trajectory = finished(*((range(count, 0, -1), result) for count, result in runs))
+    assert lengths(trajectory) == [count for count, _ in runs]
+    assert results(trajectory) == [result for _, result in runs]
+
+
+def test_run_ends_at_finish_even_where_the_timestep_goes_on() -> None:
+    trajectory = finished(([9, 8, 7], 1.0), ([6, 5], 2.0), ([4, 3], None))
+    assert (lengths(trajectory), results(trajectory)) == ([3, 2, 2], [1.0, 2.0, None])
+    assert lengths(sampled([9, 8, 7], [6, 5], [4, 3])) == [7]
+
+
+def test_run_ends_at_finish_without_any_timestep() -> None:
+    model = Denoiser()
+    with record(model) as trajectory:
+        for count in (2, 3):
+            for _ in range(count):
+                model(torch.randn(2, 3))
+            trajectory.finish(torch.full((2, 3), float(count)))
+    assert trajectory.timestep is None
+    assert (lengths(trajectory), results(trajectory)) == ([2, 3], [2.0, 3.0])
+
+
+def test_result_is_a_detached_copy_on_the_cpu() -> None:
+    trajectory = finished(([2, 1], None))
+    latents = torch.zeros(2, 3, requires_grad=True)
+    trajectory.finish(latents * 1.0)
+    (end,) = trajectory.ends
+    assert end is not None
+    assert (end.requires_grad, end.device.type) == (False, "cpu")
+    given = torch.zeros(2, 3)
+    again = finished(([2, 1], None))
+    again.finish(given)
+    given += 1
+    assert results(again) == [0.0]
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    trajectory = finished(([3, 2, 1], 7.0), ([3, 2, 1], None), ([3, 2], 9.0))
+    trajectory.save(tmp_path / "a")
+    loaded = Trajectory.load(tmp_path / "a")
+    assert lengths(loaded) == [3, 3, 2]
+    assert list(loaded.results) == [3, 8]
+    for got, expected in zip(loaded.ends, trajectory.ends, strict=True):
+        assert (got is None) == (expected is None)
+        assert expected is None or torch.equal(got, expected)
+    bare = finished(([2, 1], None))
+    bare.save(tmp_path / "b")
+    assert Trajectory.load(tmp_path / "b").ends == (None,)
+
+
+@pytest.mark.parametrize("case", ["before any call", "twice"])
+def test_finish_without_a_run_since_the_last_is_refused(case: str) -> None:
+    trajectory = Trajectory() if case == "before any call" else finished(([2, 1], 5.0))
+    before = dict(trajectory.results)
+    with pytest.raises(
+        RecordError, match="finish: expected calls of the model before it, got none"
+    ):
+        trajectory.finish(torch.zeros(2, 3))
+    assert trajectory.results == before
+
+
+@pytest.mark.parametrize("metadata", [{"results": "nonsense"}, {"results": "[1]"}])
+def test_file_with_damaged_results_is_refused(tmp_path: Path, metadata: dict[str, str]) -> None:
+    path = saved(tmp_path / "a", **metadata)  # it holds one call and no result
+    with pytest.raises(RecordError, match="expected a trajectory written by Trajectory"):
+        Trajectory.load(path)

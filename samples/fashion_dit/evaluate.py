@@ -74,7 +74,7 @@ def main() -> None:
 def record_runs(model: nn.Module) -> Trajectory:
     """One batch of the full sampler, on seeds for statistics alone."""
     with record(model) as trajectory:
-        trajectory.finish(Method("full", "recorded").sample(model, *draw(RECORD_SEED)))
+        Method("full", "recorded").sample(model, *draw(RECORD_SEED))
     return trajectory
 
 
