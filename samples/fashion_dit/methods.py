@@ -103,12 +103,10 @@ def _peers(refreshes: int, interval: int) -> list[Method]:
 
 def _ours(refreshes: int, interval: int) -> list[Method]:
     label = f"{refreshes} REFRESH of {STEPS}"
-    spread = tuple(
-        dict.fromkeys(
-            spread_schedule(STEPS, refreshes, power, StepMode.FORECAST) for power in POWERS
-        )
-    )
-    rows = [Method("ours, FORECAST", f"fitted, {label}", schedules=spread)]
+    mode = StepMode.FORECAST
+    spread = (spread_schedule(STEPS, refreshes, power, mode) for power in POWERS)
+    candidates = tuple(dict.fromkeys((*_evenly(interval, mode), *spread)))
+    rows = [Method("ours, FORECAST", f"fitted, {label}", schedules=candidates)]
     if interval in (2, 3):
         uniform = _evenly(interval, StepMode.CALIBRATE)
         options = {"rank": RANK}
