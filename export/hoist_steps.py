@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from calicache.graph_passes.branches import LINEAR
-from calicache.graph_passes.capture import CapturedGraph, finish
+from calicache.graph_passes.capture import CapturedGraph, copy_graph, finish
 from calicache.graph_passes.dependence import Dependence, classify_nodes
 from calicache.graph_passes.rewrite import Variant
 from calicache.graph_passes.schedule import StepMode
@@ -119,17 +119,11 @@ def _before_views(node: fx.Node) -> fx.Node:
 
 def _without(variant: Variant, frontier: Sequence[fx.Node]) -> Variant:
     """The variant with the frontier's values as further inputs."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(variant.module.graph, copies)
-    graph.output(output)
-    for old, new in copies.items():
-        new.meta = dict(old.meta)
-    named = {old.name: new for old, new in copies.items()}
+    graph, copies = copy_graph(variant.module.graph)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     reads = [*variant.reads]
     for source in frontier:
-        node = named.get(source.name)
+        node = copies.get(source.name)
         if node is None:  # a cheap mode does not need it
             continue
         with graph.inserting_after(last):
@@ -148,10 +142,8 @@ def _stacked(
     values: Mapping[str, Tensor],
 ) -> StepValues:
     """The frontier's values for all steps, in one graph without a loop."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(captured.graph, copies)
-    graph.output(tuple(copies[node] for node in frontier))
+    graph, copies = copy_graph(captured.graph)
+    graph.output_node().args = (tuple(copies[node.name] for node in frontier),)
     finish(graph)
     names = [spec.name for spec in captured.signature.tensors]
     arguments = dict(zip(names, [n for n in graph.nodes if n.op == "placeholder"], strict=True))

@@ -143,6 +143,26 @@ class InitializerPool:
         return self.values[key]
 
 
+def pack(
+    name: str,
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    nodes: Sequence[ir.Node],
+    pool: InitializerPool,
+    like: ir.Model,
+) -> ir.Model:
+    """The finished model of a layout, with the opsets of one of torch's exports."""
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=list(pool.values.values()),
+        opset_imports=dict(like.opset_imports),
+        name=f"calicache_{name}",
+    )
+    return ir.Model(graph, ir_version=like.ir_version, producer_name="calicache")
+
+
 def inline(
     model: ir.Model, prefix: str, inputs: Sequence[ir.Value], pool: InitializerPool
 ) -> tuple[list[ir.Node], list[ir.Value]]:

@@ -16,6 +16,7 @@ from calicache.export.onnx_graph import (
     next_name,
     output_names,
     own_outputs,
+    pack,
     weight_nodes,
 )
 from calicache.export.step_layout import STEP_INPUT
@@ -67,15 +68,8 @@ def _mode_model(optimized: OptimizedModel, mode: StepMode, names: dict[bytes, st
     outputs = own_outputs(outputs, nodes, mode.name.lower())
     for value, name in zip(outputs, results, strict=True):
         value.name = name
-    graph = ir.Graph(
-        [*arguments, *([step] if tables else []), *kept.values()],
-        outputs,
-        nodes=[*looked_up, *nodes],
-        initializers=list(pool.values.values()),
-        opset_imports=dict(model.opset_imports),
-        name=f"calicache_{mode.name.lower()}",
-    )
-    return ir.Model(graph, ir_version=model.ir_version, producer_name="calicache")
+    inputs = [*arguments, *([step] if tables else []), *kept.values()]
+    return pack(mode.name.lower(), inputs, outputs, [*looked_up, *nodes], pool, model)
 
 
 def shared_weights(models: Mapping[StepMode, ir.Model]) -> dict[str, ir.TensorProtocol]:

@@ -31,7 +31,7 @@ class Body:
         name: str,
         dtype: ir.DataType | None,
         shape: Sequence[int] | None,
-        **attributes: int | ir.Graph,
+        **attributes: int | ir.TensorProtocol,
     ) -> ir.Value:
         """Add a node; returns its output."""
         node = ir.node(op, inputs, attributes, name=f"{self.prefix}/{name}")

@@ -24,11 +24,11 @@ from calicache.export.onnx_graph import (
     argument,
     check_names,
     choose_by_mode,
-    describe,
     export_graph,
     export_variant,
     inline,
     own_outputs,
+    pack,
     take_nodes,
     weight_nodes,
 )
@@ -43,6 +43,7 @@ from calicache.graph_passes.signature import TensorSpec
 NOISE_INPUT, GUIDANCE_INPUT, LATENTS_OUTPUT = "noise", "guidance_scale", "latents"
 INT64 = ir.DataType.INT64
 Values = Mapping[str, ir.Value]
+Kept = Mapping[tuple[str, int], ir.Value]  # by cache and refreshes before the segment's own
 
 
 def noise_spec(optimized: OptimizedModel, sampler: Sampler) -> TensorSpec:
@@ -82,22 +83,14 @@ def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
     if sampler.guidance is not None:
         given[GUIDANCE_INPUT] = argument(GUIDANCE_INPUT, (), torch.float32)
     models = {mode: export_variant(variants[mode]) for mode in sorted(variants)}
-    like = models[StepMode.REFRESH]
     arithmetic = SamplerArithmetic(sampler, pool, given.get(GUIDANCE_INPUT))
     ahead, stacks = _all_steps(before, sampler, pool, given)
     schedule, specs = optimized.plan.schedule, optimized.plan.settings.signature.tensors
     run = _Run(rewritten, schedule, specs, sampler, pool, given, models, arithmetic, stacks)
     nodes, latents = run.loop_over_segments()
     latents.name = LATENTS_OUTPUT
-    graph = ir.Graph(
-        list(given.values()),
-        [latents],
-        nodes=[*ahead, *nodes],
-        initializers=list(pool.values.values()),
-        opset_imports=dict(like.opset_imports),
-        name="calicache_sampler",
-    )
-    model = ir.Model(graph, ir_version=like.ir_version, producer_name="calicache")
+    like = models[StepMode.REFRESH]
+    model = pack("sampler", list(given.values()), [latents], [*ahead, *nodes], pool, like)
     HoistInvariants()(model)
     return model
 
@@ -147,22 +140,19 @@ class _Run:
         place = body.input("place", INT64, ())
         going = body.input("going", ir.DataType.BOOL, ())
         inside = _inputs_like(body, state)
-        carried = {name: body.input(name, v.dtype, v.shape.numpy()) for name, v in kept.items()}  # type: ignore[union-attr, arg-type]
+        carried = {
+            (cache, back): body.input(f"{cache}_kept{back}", v.dtype, v.shape.numpy())  # type: ignore[union-attr, arg-type]
+            for (cache, back), v in kept.items()
+        }
         step = body.add("Gather", [self._table("refresh_steps", marks), place], "step", INT64, ())
         length = body.add("Gather", [self._table("lengths", lengths), place], "length", INT64, ())
         after, fresh = self._refresh(body, step, inside, carried)
         cheap = [mode for mode in self.models if mode is not StepMode.REFRESH]
         if cheap:
-            slots = {
-                slot_name(cache.name, back): fresh[cache.name]
-                if back == 0
-                else carried[_carried_name(cache, back - 1)]
-                for cache in self.rewritten.caches
-                for back in range(self.rewritten.history)
-                if back == 0 or _carried_name(cache, back - 1) in carried
-            }
+            older = {slot_name(cache, back + 1): v for (cache, back), v in carried.items()}
+            slots = {**fresh, **older}
             after = self._loop_over_cheap_steps(body, cheap, step, length, after, slots)
-        moved = [self._moved_back(name, fresh, carried) for name in kept]
+        moved = [carried[name, back - 1] if back else fresh[name] for name, back in kept]
         going_on = body.add("Identity", [going], "going_on", ir.DataType.BOOL, ())
         results = own_outputs([going_on, *after.values(), *moved], body.nodes, body.prefix)
         inputs = [place, going, *inside.values(), *carried.values()]
@@ -171,23 +161,18 @@ class _Run:
         outcome = _loop(top, count, [*state.values(), *kept.values()], graph)
         return top.nodes, outcome[0]
 
-    def _kept_before_the_first_segment(self, top: Body) -> dict[str, ir.Value]:
+    def _kept_before_the_first_segment(self, top: Body) -> dict[tuple[str, int], ir.Value]:
         """Zeros for every kept refresh that travels between segments; their weights are 0."""
         kept = {}
         for cache in self.rewritten.caches:
+            dtype = tensor_adapters.from_torch_dtype(cache.dtype)
+            zero = ir.tensor(np.zeros(1, dtype.numpy()), dtype=dtype)
             for back in range(self._travelling(cache)):
-                name = _carried_name(cache, back)
-                dtype = tensor_adapters.from_torch_dtype(cache.dtype)
-                zero = ir.tensor(np.zeros(1, dtype.numpy()), dtype=dtype)
-                node = ir.node(
-                    "ConstantOfShape",
-                    [self._table(f"{cache.name}_shape", list(cache.shape))],
-                    {"value": zero},
-                    name=f"{top.prefix}/{name}",
+                shape = self._table(f"{cache.name}_shape", list(cache.shape))
+                name = f"{cache.name}_kept{back}"
+                kept[cache.name, back] = top.add(
+                    "ConstantOfShape", [shape], name, dtype, cache.shape, value=zero
                 )
-                describe(node, f"{top.prefix}/{name}", dtype, ir.Shape(cache.shape))
-                top.nodes.append(node)
-                kept[name] = node.outputs[0]
         return kept
 
     def _travelling(self, cache: CacheSpec) -> int:
@@ -200,25 +185,13 @@ class _Run:
                     count = max(count, back + ahead)
         return count
 
-    def _moved_back(self, name: str, fresh: Values, carried: Values) -> ir.Value:
-        cache, _, back = name.rpartition("_kept")
-        return carried[f"{cache}_kept{int(back) - 1}"] if int(back) else fresh[cache]
-
     def _refresh(
-        self, body: Body, step: ir.Value, state: State, carried: Values
+        self, body: Body, step: ir.Value, state: State, carried: Kept
     ) -> tuple[State, dict[str, ir.Value]]:
         """The REFRESH of a segment: the state after it, and the fresh caches."""
-        slots = {
-            slot_name(cache.name, back): carried[_carried_name(cache, back)]
-            for cache in self.rewritten.caches
-            for back in range(self.rewritten.history)
-            if _carried_name(cache, back) in carried
-        }
+        slots = {slot_name(cache, back): value for (cache, back), value in carried.items()}
         inputs, values = self._step_values(body, step, state.x, [StepMode.REFRESH])
-        reads = self.rewritten.variants[StepMode.REFRESH].reads
-        known = {**slots, **values}
-        wired = [*inputs, *(known[name] for name in reads)]
-        nodes, results = inline(self.models[StepMode.REFRESH], "refresh", wired, self.pool)
+        nodes, results = self._wired(StepMode.REFRESH, inputs, {**slots, **values})
         body.nodes += nodes
         caches = zip(self.rewritten.caches, results[self.rewritten.outputs :], strict=True)
         fresh = {cache.name: value for cache, value in caches}
@@ -242,9 +215,8 @@ class _Run:
         inputs, values = self._step_values(body, step, inside.x, modes)
         branches = {}
         for mode in modes:
-            prefix, known = mode.name.lower(), {**slots, **values}
-            reads = [known[name] for name in self.rewritten.variants[mode].reads]
-            nodes, results = inline(self.models[mode], prefix, [*inputs, *reads], self.pool)
+            prefix = mode.name.lower()
+            nodes, results = self._wired(mode, inputs, {**slots, **values})
             results = own_outputs(results, nodes, prefix)
             branches[mode] = ir.Graph([], results, nodes=nodes, name=prefix)
         chosen = choose_by_mode(branches, step, self.schedule, self.pool)
@@ -258,6 +230,13 @@ class _Run:
         )
         x, *before = _loop(outer, length, state.values(), graph)
         return State(x, tuple(before))
+
+    def _wired(
+        self, mode: StepMode, inputs: Sequence[ir.Value], known: Values
+    ) -> tuple[list[ir.Node], list[ir.Value]]:
+        """The variant of a mode, fed with the model's inputs and what it reads."""
+        reads = [known[name] for name in self.rewritten.variants[mode].reads]
+        return inline(self.models[mode], mode.name.lower(), [*inputs, *reads], self.pool)
 
     def _step_values(
         self, body: Body, step: ir.Value, x: ir.Value, modes: Collection[StepMode]
@@ -291,10 +270,6 @@ class _Run:
 
     def _table(self, name: str, values: int | Sequence[int]) -> ir.Value:
         return self.pool.shared(ir.tensor(np.array(values, np.int64)), name)
-
-
-def _carried_name(cache: CacheSpec, back: int) -> str:
-    return f"{cache.name}_kept{back}"
 
 
 def _inputs_like(body: Body, state: State) -> State:

@@ -84,7 +84,8 @@ class Session:
         if record.guidance is None and guidance_scale is not None:
             raise _wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
         scale = record.guidance if guidance_scale is None else guidance_scale
-        feed[GUIDANCE_INPUT] = np.array(scale or 0.0, np.float32)
+        if scale is not None:
+            feed[GUIDANCE_INPUT] = np.array(scale, np.float32)
         session = self._sessions[StepMode.REFRESH]
         used = {value.name for value in session.get_inputs()}
         feed = {name: value for name, value in feed.items() if name in used}

@@ -21,6 +21,7 @@ from calicache.export.onnx_graph import (
     next_name,
     output_names,
     own_outputs,
+    pack,
     take_nodes,
     weight_nodes,
 )
@@ -65,15 +66,8 @@ def step_model(optimized: OptimizedModel) -> ir.Model:
     outputs = list(body.outputs)
     for value, name in zip(outputs, results, strict=True):
         value.name = name
-    graph = ir.Graph(
-        [*arguments, step, *slots.values()],
-        outputs,
-        nodes=[*weights, *take_nodes(body)],
-        initializers=list(pool.values.values()),
-        opset_imports=dict(model.opset_imports),
-        name="calicache_step",
-    )
-    return ir.Model(graph, ir_version=model.ir_version, producer_name="calicache")
+    inputs = [*arguments, step, *slots.values()]
+    return pack("step", inputs, outputs, [*weights, *take_nodes(body)], pool, model)
 
 
 def _branch(

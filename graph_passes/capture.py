@@ -115,6 +115,15 @@ def finish(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
+def copy_graph(source: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """A copy, and its nodes by the names they have in the source."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(source, copies)
+    graph.output(output)
+    return graph, {node.name: copy for node, copy in copies.items()}
+
+
 def find_node(graph: fx.Graph, name: str) -> fx.Node:
     """The node of that name; KeyError without one."""
     nodes: dict[str, fx.Node] = {node.name: node for node in graph.nodes}

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from calicache.graph_passes.assign import CalibrationTarget
 from calicache.graph_passes.branches import LINEAR
 from calicache.graph_passes.calibrate import Calibration, folded_name
-from calicache.graph_passes.capture import CapturedGraph, finish, graph_outputs
+from calicache.graph_passes.capture import CapturedGraph, copy_graph, finish, graph_outputs
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.insertion import (
@@ -208,7 +208,7 @@ class _Builder:
 
     def refresh(self, caches: tuple[CacheSpec, ...]) -> Variant:
         """The plain graph with the cached values as further outputs; A x for folded ones."""
-        graph, copies = _copy(self.captured.graph)
+        graph, copies = copy_graph(self.captured.graph)
         insert = Insertion(graph, self.history)
         values = []
         for cache in caches:
@@ -231,7 +231,7 @@ class _Builder:
         `tapped` that are no targets run over rows as in REFRESH, so that both read one weight
         layout.
         """
-        graph, copies = _copy(self.captured.graph)
+        graph, copies = copy_graph(self.captured.graph)
         insert = Insertion(graph, self.history)
         place = {node.name: number for number, node in enumerate(self.captured.graph.nodes)}
         calibrate = Calibration(insert, copies, self.factors, self.folded)
@@ -245,7 +245,7 @@ class _Builder:
 
     def reuse(self) -> Variant:
         """Every branch becomes its anchor; what is inside goes away as dead code."""
-        graph, copies = _copy(self.captured.graph)
+        graph, copies = copy_graph(self.captured.graph)
         insert = Insertion(graph, self.history)
         for branch in self.sites.branches:
             last = copies[branch.exit]
@@ -255,7 +255,7 @@ class _Builder:
 
     def forecast(self) -> Variant:
         """The model's outputs become weighted sums of the kept ones; nothing inside runs."""
-        graph, _ = _copy(self.captured.graph)
+        graph, _ = copy_graph(self.captured.graph)
         return self._finish(StepMode.FORECAST, Insertion(graph, self.history))
 
     def caches(self, variants: Collection[Variant]) -> tuple[CacheSpec, ...]:
@@ -318,14 +318,6 @@ def _mix(insert: Insertion, plain: fx.Node, own: object, keep_own: bool) -> fx.N
     if not keep_own:
         return total
     return insert.call(aten.add.Tensor, insert.weighted_sum([own], OUTPUT_WEIGHT), total)
-
-
-def _copy(source: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(source, copies)
-    graph.output(output)
-    return graph, {node.name: copy for node, copy in copies.items()}
 
 
 def _variant(mode: StepMode, captured: CapturedGraph, insert: Insertion) -> Variant:

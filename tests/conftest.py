@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import onnx
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -34,6 +37,15 @@ def sample_dit(model: nn.Module, batch: int = 2, seed: int = 1, steps: int = STE
     noise = torch.randn(batch, 1, 28, 28, generator=draw)
     labels = torch.arange(batch) % 10
     return GuidedDDIM(steps, 1.5, 10).sample(model, noise, labels)
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and all graphs inside it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from graphs(attribute.g)
 
 
 def diffusers_calls(model: nn.Module, seed: int = 1, steps: int = STEPS) -> list[torch.Tensor]:

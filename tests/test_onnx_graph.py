@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative
+from conftest import graphs, relative
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -104,15 +104,6 @@ def compiled(model: nn.Module, schedule: Sequence[StepMode], **options: Any) -> 
 
 def proto(optimized: OptimizedModel) -> onnx.ModelProto:
     return ir.to_proto(step_model(optimized))
-
-
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all graphs inside it."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from graphs(attribute.g)
 
 
 def count_ifs(model: onnx.ModelProto) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import STEPS, relative, sample_dit
+from conftest import STEPS, graphs, relative, sample_dit
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusion import GuidedDDIM
 from hypothesis import given, settings
@@ -167,15 +167,6 @@ def assert_runs_agree(
     # Far enough from the plain model for the bound to tell, where a step is cheap.
     if set(fast.plan.schedule) != {R}:
         assert relative(denoise(fast.original, noise), expected) > 10 * SAME
-
-
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all graphs inside it."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from graphs(attribute.g)
 
 
 def loops(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
