@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format train classifier card fidelity clean
+.PHONY: help demo test lint format train classifier card fidelity performance clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ card: $(INSTALLED) ## Write the sample grid of the model card
 
 fidelity: $(INSTALLED) ## Measure every method on 2,048 images; writes docs/fidelity.md (hours; goes on where it stopped)
 	$(BIN)/python samples/fashion_dit/evaluate.py
+
+performance: $(INSTALLED) ## Measure speed and memory of DiTs; writes docs/performance.md (half an hour)
+	$(BIN)/calicache bench samples/fashion_dit/bench_model.py:fashion_dit dit-s dit-b dit-xl --docs docs
 
 clean: ## Remove the virtual environment and all output
 	rm -rf $(VENV) out build dist *.egg-info

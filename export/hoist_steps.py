@@ -7,7 +7,6 @@ these weights makes the values of all of them; a step looks its own up.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,21 +19,7 @@ from calicache.graph_passes.capture import CapturedGraph, copy_graph, finish
 from calicache.graph_passes.dependence import Dependence, classify_nodes
 from calicache.graph_passes.rewrite import Variant
 from calicache.graph_passes.schedule import StepMode
-
-aten = torch.ops.aten
-VIEWS = {
-    operator.getitem,
-    aten.view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.expand.default,
-}
+from calicache.graph_passes.views import before_views
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +84,10 @@ def _frontier(graph: fx.Graph, classes: Mapping[str, Dependence]) -> list[fx.Nod
         for source in node.all_input_nodes:
             if classes[source.name] is not Dependence.STEP:
                 continue
-            source = _before_views(source)
+            source = before_views(source)
             if source.op != "placeholder":
                 found[source] = None
     return list(found)
-
-
-def _before_views(node: fx.Node) -> fx.Node:
-    """The tensor that a value is a view of: one table for it serves all its views."""
-    found = node
-    while node.target in VIEWS:
-        first = node.args[0]
-        assert isinstance(first, fx.Node)
-        node = first
-        if isinstance(node.meta["val"], Tensor):  # a split gives a list, which no table holds
-            found = node
-    return found
 
 
 def _without(variant: Variant, frontier: Sequence[fx.Node]) -> Variant:

@@ -15,14 +15,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import convenience, tensor_adapters
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import Tensor, fx
 
+from calicache.export.attention import fuse_attention
 from calicache.graph_passes.capture import device_of, shape_of
 from calicache.graph_passes.errors import ExportError, reason_of
 from calicache.graph_passes.rewrite import Rewritten, Variant
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode
 
+CONTRIB_VERSION = 1  # of com.microsoft, which not every variant uses
 LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
 
 
@@ -77,7 +80,11 @@ def export_graph(module: fx.GraphModule, name: str) -> ir.Model:
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                module.eval(), examples, dynamo=True, optimize=True, verbose=False
+                fuse_attention(module).eval(),
+                examples,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
             )
     except Exception as error:
         cause: BaseException = error
@@ -151,7 +158,7 @@ def pack(
     pool: InitializerPool,
     like: ir.Model,
 ) -> ir.Model:
-    """The finished model of a layout, with the opsets of one of torch's exports."""
+    """The finished model of a layout, with the opsets of torch's exports."""
     graph = ir.Graph(
         inputs,
         outputs,
@@ -160,6 +167,8 @@ def pack(
         opset_imports=dict(like.opset_imports),
         name=f"calicache_{name}",
     )
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        graph.opset_imports.setdefault(node.domain, CONTRIB_VERSION)
     return ir.Model(graph, ir_version=like.ir_version, producer_name="calicache")
 
 
@@ -181,6 +190,8 @@ def inline(
         assert value.const_value is not None
         outer = pool.shared(value.const_value, name)
         convenience.replace_all_uses_with(value, outer, replace_graph_outputs=True)
+    # Some checkpoints hold the same embedder once a block (DiT in diffusers).
+    CommonSubexpressionEliminationPass()(model)
     results = list(graph.outputs)
     nodes = take_nodes(graph)
     for place, node in enumerate(nodes):

@@ -55,8 +55,10 @@ class Session:
         self._device = _DEVICES[provider]
         layout, modes = self.manifest.layout, sorted(set(self.manifest.schedule))
         paths = {mode: Path(directory) / model_file(layout, mode) for mode in modes}
-        opened = {path: _open(path, provider, options) for path in sorted({*paths.values()})}
+        opened = {p: _open(p, layout, provider, options) for p in sorted({*paths.values()})}
         self._sessions = {mode: opened[path] for mode, path in paths.items()}
+        reads = (record.reads for record in self.manifest.modes)
+        self._slots = frozenset(name for names in reads for name in names)
         self._kept: list[dict[str, ort.OrtValue]] = []
 
     def sample(
@@ -119,12 +121,22 @@ class Session:
         if mode is StepMode.REFRESH:
             caches = self.manifest.caches
             fresh = {cache.name: values[next_name(cache.name)] for cache in caches}
-            self._kept = [fresh, *self._kept][: self.manifest.history]
+            older = [
+                {name: kept[name] for name in kept if slot_name(name, back) in self._slots}
+                for back, kept in enumerate(self._kept, start=1)
+            ]
+            self._kept = [fresh, *older][: self.manifest.history]
         return tuple(values[name].numpy() for name in self.manifest.outputs)
 
     def reset(self) -> None:
         """Drop the caches; the next step must be a REFRESH."""
         self._kept = []
+
+    def end_profiling(self) -> tuple[Path, ...]:
+        """Write the profiles of a session opened with `enable_profiling`; returns their files."""
+        return tuple(
+            Path(session.end_profiling()) for session in dict.fromkeys(self._sessions.values())
+        )
 
     def _mode(self, step: int) -> StepMode:
         schedule = self.manifest.schedule
@@ -193,16 +205,27 @@ class Session:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device)
 
 
-def _open(path: Path, provider: str, options: ort.SessionOptions | None) -> ort.InferenceSession:
+def _open(
+    path: Path, layout: Layout, provider: str, options: ort.SessionOptions | None
+) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(path, options, providers=[provider])
+        return ort.InferenceSession(path, options or _default_options(), providers=[provider])
     except Exception as error:  # ONNX Runtime has no common base for its errors
+        control_flow = layout is not Layout.PAIR
+        flat = ", or in the layout pair, which has no control flow" if control_flow else ""
         raise ExportError(
             f"provider {provider}",
             expected="a model that it can run",
             got=str(error),
-            fix="Use another provider, or export the model in another dtype.",
+            fix=f"Use another provider, export in another dtype{flat}.",
         ) from error
+
+
+def _default_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    # Threads that go on spinning after a run would slow down the session of the next mode.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def _checked_inputs(

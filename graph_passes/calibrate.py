@@ -9,7 +9,9 @@ from torch import fx
 
 from calicache.graph_passes.assign import CalibrationTarget
 from calicache.graph_passes.branches import LINEAR
+from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.decompose import CalibrationFactors
+from calicache.graph_passes.fold import reads_output
 from calicache.graph_passes.insertion import Insertion
 
 aten = torch.ops.aten
@@ -77,3 +79,28 @@ class Calibration:
 def folded_name(target: CalibrationTarget) -> str:
     """Name of the cache of A x."""
     return f"cache_{target.nodes[0]}_down"
+
+
+def folded_value(
+    insert: Insertion,
+    captured: CapturedGraph,
+    copies: Mapping[str, fx.Node],
+    target: CalibrationTarget,
+    factors: CalibrationFactors,
+) -> fx.Node:
+    """A x of a REFRESH step, rows (T, r); K (y - b) where y has fewer channels than x."""
+    site = target.name
+    if not reads_output(target):
+        source = copies[target.input_node]
+        with insert.graph.inserting_before(source.next):
+            rows = insert.rows(source)
+        with insert.graph.inserting_before(rows.next):
+            return insert.linear(rows, site, "down", factors.down)
+    assert factors.read is not None
+    product = insert.linear_over_rows(copies[target.nodes[0]])
+    bias = product.args[2] if len(product.args) > 2 else None
+    offset = None
+    if isinstance(bias, fx.Node):
+        offset = -(factors.read @ captured.attribute(str(bias.target)).detach())  # -K b, (r,)
+    with insert.graph.inserting_before(product.next):
+        return insert.linear(product, site, "read", factors.read, offset)

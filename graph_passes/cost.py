@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calicache.graph_passes.assign import CalibrationTarget, Granularity
 from calicache.graph_passes.capture import CapturedGraph
+from calicache.graph_passes.fold import fold_macs
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.sites import LinearSite, Sites
@@ -53,7 +54,7 @@ class TargetCost:
     Attributes:
         full_macs: of what it stands for: its layers, or the whole residual branch.
         calibrate_macs: of the calibration branch, T r (in + out).
-        fold_macs: of A x on a REFRESH step, where the target is folded.
+        fold_macs: of A x (or K y) on a REFRESH step, where the target is folded.
         full_bytes: of the layers' W and b; `factor_bytes` of A and B.
         cache_bytes: of y_ref, and of z_ref or x_ref; a shared x_ref counts at its first reader.
     """
@@ -111,12 +112,12 @@ def model_cost(
     for cache in rewritten.caches:
         name = cache.folded or by_node.get(cache.node) or readers.get(cache.node)
         if name in bytes_by_target:
-            bytes_by_target[name] += cache.nbytes * rewritten.history
+            bytes_by_target[name] += cache.nbytes * cache.history
     folded = {cache.folded for cache in rewritten.caches}
     return ModelCost(
         plain_macs=sum(macs.values()),
         modes={mode: graph_macs(v.module.graph) for mode, v in rewritten.variants.items()},
-        cache_bytes=rewritten.history * sum(cache.nbytes for cache in rewritten.caches),
+        cache_bytes=sum(cache.nbytes * cache.history for cache in rewritten.caches),
         targets={
             target.name: _target_cost(
                 captured,
@@ -176,7 +177,7 @@ def _target_cost(
     return TargetCost(
         full_macs=full_macs,
         calibrate_macs=target.calibrate_macs,
-        fold_macs=target.tokens * target.rank * target.in_features * folds,
+        fold_macs=fold_macs(target) * folds,
         full_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         factor_bytes=target.rank * (target.in_features + sum(target.out_features)) * itemsize,
         cache_bytes=cache_bytes,

@@ -10,7 +10,7 @@ M = E[dy dx^T] C^-1, and U holds the top r eigenvectors of M C M^T.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ def covariance_factors(
     else:
         assert moments.input is not None
         spectrum, up = _output_directions(stacked, moments.input.to(stacked), rank)
-    return _factors(up, up.T @ stacked, spectrum, rank, dtype)
+    factors = _factors(up, up.T @ stacked, spectrum, rank, dtype)
+    return replace(factors, read=factors.up.T)
 
 
 def branch_factors(rank: int, moments: SecondMoments, dtype: torch.dtype) -> CalibrationFactors:

@@ -53,11 +53,14 @@ class CalibrationFactors:
         down: A, (r, in).
         up: B, (out, r), with orthonormal columns.
         energy: share of the squared (weighted) singular values that W_r keeps, 0 .. 1.
+        read: K, (r, out) with A = K W, so that A x = K (y - b) can be read off an output;
+            None where there is none.
     """
 
     down: Tensor
     up: Tensor
     energy: float
+    read: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -107,7 +110,10 @@ def decompose(
     if weight.is_meta:
         meta = torch.empty(0, device="meta", dtype=weight.dtype)
         return CalibrationFactors(
-            meta.new_empty(rank, in_features), meta.new_empty(out_features, rank), 0.0
+            meta.new_empty(rank, in_features),
+            meta.new_empty(out_features, rank),
+            0.0,
+            None if out_features > in_features else meta.new_empty(rank, out_features),
         )
     exact = weight.detach().double()
     left, right = torch.ones(out_features), torch.ones(in_features)
@@ -126,14 +132,18 @@ def decompose(
     gram = scaled.T @ scaled if tall else scaled @ scaled.T
     values, vectors = torch.linalg.eigh(gram)  # ascending
     top = vectors[:, vectors.shape[1] - rank :].flip(1)
+    read = None
     if tall:
         up, down = exact @ (right[:, None] * top), (top / right[:, None]).T
     else:
-        up, down = top / left[:, None], top.T @ (left[:, None] * exact)
+        up, read = top / left[:, None], top.T * left
+        down = read @ exact
     # Orthonormal columns in `up`: the map is the same, and channels with a small scale do
     # not lose digits when the factors are rounded to the model's dtype.
     up, triangle = torch.linalg.qr(up)
     down = triangle @ down
+    if read is not None:
+        read = (triangle @ read).to(weight.dtype)
     # Running sums, so that rounding never makes the energy fall or pass 1.
     sums = torch.cat([values.new_zeros(1), values.clamp(min=0.0).flip(0).cumsum(0)])
     kept, total = float(sums[rank]), float(sums[-1])
@@ -141,4 +151,5 @@ def decompose(
         down.to(weight.dtype).contiguous(),
         up.to(weight.dtype).contiguous(),
         kept / total if total > 0 else 1.0,
+        read,
     )

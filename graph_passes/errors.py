@@ -98,3 +98,9 @@ class ArtifactError(CalicacheError):
     """An artifact directory is missing, damaged or of another version."""
 
     stage = "artifact"
+
+
+class BenchError(CalicacheError):
+    """A measurement cannot be made as asked."""
+
+    stage = "bench"

@@ -58,7 +58,9 @@ def _factors(
     if parameter.is_meta:
         meta = torch.empty(0, device="meta", dtype=value.dtype)
         down = meta.new_empty(target.rank, target.in_features)
-        return CalibrationFactors(down, meta.new_empty(sum(target.out_features), target.rank), 0.0)
+        up = meta.new_empty(sum(target.out_features), target.rank)
+        read = None if target.granularity is Granularity.BRANCH else up.T
+        return CalibrationFactors(down, up, 0.0, read)
     if target.granularity is Granularity.BRANCH:
         assert isinstance(statistics, SecondMoments)
         made = branch_factors(target.rank, statistics, value.dtype)

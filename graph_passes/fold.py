@@ -1,19 +1,20 @@
 """Cache folding: where to keep z_ref = A x_ref (rank r) instead of x_ref (in channels).
 
 Only A x_ref is ever used, so y = y* + B (A x - z*) is the same map with a smaller cache and a
-subtraction over r instead of `in` channels. It costs one thin GEMM on a REFRESH step.
+subtraction over r instead of `in` channels. It costs one thin GEMM on a REFRESH step: A x from x,
+or K (y - b) from y where y has fewer channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calicache.graph_passes.assign import CalibrationTarget
+from calicache.graph_passes.assign import CalibrationTarget, Granularity
 from calicache.graph_passes.schedule import StepMode
 
 # Floating-point operations of a float32 GEMM in the time one byte of memory moves. Measured
-# on two server cores: about 180 GFLOP/s against 18 GB/s. Only the order of magnitude matters.
-FLOPS_PER_BYTE = 10.0
+# on two server cores: 180 to 400 GFLOP/s against 18 GB/s. Only the order of magnitude matters.
+FLOPS_PER_BYTE = 20.0
 
 
 def choose_folds(
@@ -24,9 +25,9 @@ def choose_folds(
 ) -> frozenset[str]:
     """Names of the targets to fold; targets that read one x share x_ref and so fold together.
 
-    Per token and interval, folding adds 2 (sum of r) in operations on REFRESH, and saves on
-    every CALIBRATE step a subtraction that moves 3 in values, and 2 in more for every further
-    kept refresh.
+    Per token and interval, folding adds 2 (sum of r) in operations on REFRESH (r out where A x is
+    read off y), and saves on every CALIBRATE step a subtraction that moves 3 in values, and 2 in
+    more for every further kept refresh.
 
     Args:
         targets: what CALIBRATE replaces.
@@ -41,7 +42,20 @@ def choose_folds(
         readers.setdefault(target.input_node, []).append(target)
     folded: set[str] = set()
     for group in readers.values():
-        rank = sum(target.rank for target in group)
-        if 0 < 2 * rank < saved and rank <= group[0].in_features:
+        rank, channels = sum(target.rank for target in group), group[0].in_features
+        operations = 2 * sum(fold_macs(target) // target.tokens for target in group)
+        if 0 < operations < saved * channels and rank <= channels:
             folded |= {target.name for target in group if target.rank}
     return frozenset(folded)
+
+
+def reads_output(target: CalibrationTarget) -> bool:
+    """Whether A x is cheaper to read off y than to make from x."""
+    linear = target.granularity is Granularity.LINEAR and len(target.nodes) == 1
+    return linear and target.out_features[0] < target.in_features
+
+
+def fold_macs(target: CalibrationTarget) -> int:
+    """Multiply-accumulates of A x on a REFRESH step."""
+    channels = target.out_features[0] if reads_output(target) else target.in_features
+    return target.tokens * target.rank * channels

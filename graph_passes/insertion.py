@@ -47,6 +47,7 @@ class Insertion:
         self.made: list[fx.Node] = []
         self._placeholders: dict[str, fx.Node] = {}
         self._rows: dict[str, fx.Node] = {}
+        self._linears: dict[str, fx.Node] = {}
         self._anchors: dict[str, fx.Node] = {}
 
     def rows(self, source: fx.Node) -> fx.Node:
@@ -66,7 +67,9 @@ class Insertion:
         return self._finish(view, like.meta["val"], like, None)
 
     def linear_over_rows(self, node: fx.Node) -> fx.Node:
-        """Write a linear layer over rows; returns the product (T, out)."""
+        """Write a linear layer over rows, once; returns the product (T, out)."""
+        if node.name in self._linears:
+            return self._linears[node.name]
         source, *rest = node.args
         assert isinstance(source, fx.Node)
         with self.graph.inserting_before(node):
@@ -75,13 +78,18 @@ class Insertion:
             rows = value.new_empty(value.shape[:-1].numel(), value.shape[-1])
             self._finish(product, rows, node, None)
             node.replace_all_uses_with(self.shaped(product, node))
-        self._rows[node.name] = product
+        self._rows[node.name] = self._linears[node.name] = product
         return product
 
     def anchor(self, like: fx.Node) -> fx.Node:
         """The anchor of a value, in the value's own shape."""
         anchor = self.anchor_rows(like)
         return self.shaped(anchor, like) if like.target is LINEAR else anchor
+
+    def kept(self, like: fx.Node) -> fx.Node:
+        """The newest kept value of a node, in the node's own shape."""
+        slot = self.placeholder(cache_name(like.name), cached_form(like))
+        return self.shaped(slot, like) if like.target is LINEAR else slot
 
     def anchor_rows(self, like: fx.Node) -> fx.Node:
         """The anchor of a value as it is cached: rows (T, out) for a linear layer."""
@@ -123,16 +131,23 @@ class Insertion:
             self._placeholders[name].meta["val"] = value
         return self._placeholders[name]
 
-    def linear(self, source: fx.Node, site: str, part: str, weight: Tensor) -> fx.Node:
-        """Multiply rows (T, in) by a factor (out, in) of a site."""
-        target = f"calibration.{site}.{part}_factor"
-        self.attributes[target] = weight
+    def linear(
+        self, source: fx.Node, site: str, part: str, weight: Tensor, bias: Tensor | None = None
+    ) -> fx.Node:
+        """Multiply rows (T, in) by a factor (out, in) of a site, and add a bias (out,)."""
         value = source.meta["val"]
-        factor = self.graph.get_attr(target)
-        self._finish(factor, value.new_empty(weight.shape), source, site)
-        product = self.graph.create_node("call_function", LINEAR, (source, factor))
+        tensors = [self._constant(source, site, f"{part}_factor", weight)]
+        if bias is not None:
+            tensors.append(self._constant(source, site, f"{part}_bias", bias))
+        product = self.graph.create_node("call_function", LINEAR, (source, *tensors))
         shape = (*value.shape[:-1], weight.shape[0])
         return self._finish(product, value.new_empty(shape), source, site)
+
+    def _constant(self, source: fx.Node, site: str, name: str, value: Tensor) -> fx.Node:
+        target = f"calibration.{site}.{name}"
+        self.attributes[target] = value
+        node = self.graph.get_attr(target)
+        return self._finish(node, source.meta["val"].new_empty(value.shape), source, site)
 
     def call(
         self, op: Callable[..., Tensor], left: fx.Node, right: fx.Node, site: str | None = None

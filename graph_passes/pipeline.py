@@ -17,6 +17,7 @@ from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.fold import choose_folds
 from calicache.graph_passes.plan import Plan, PlanSettings, check_statistics, hash_weights
 from calicache.graph_passes.rewrite import Rewritten, rewrite
+from calicache.graph_passes.run_values import find_run_values
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode, anchor_table
 from calicache.graph_passes.sites import Sites, find_sites
@@ -103,6 +104,7 @@ def rewrite_captured(
         folded=choose_folds(targets, settings.schedule, itemsize, settings.order + 1),
         anchors=anchor_table(settings.schedule, settings.order),
         outputs=settings.outputs,
+        run_values=find_run_values(captured, classify_nodes(captured, settings.dependence)),
     )
     return factors, verify_rewritten(captured, rewritten)
 

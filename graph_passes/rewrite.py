@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from calicache.graph_passes.assign import CalibrationTarget
 from calicache.graph_passes.branches import LINEAR
-from calicache.graph_passes.calibrate import Calibration, folded_name
+from calicache.graph_passes.calibrate import Calibration, folded_name, folded_value
 from calicache.graph_passes.capture import CapturedGraph, copy_graph, finish, graph_outputs
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import PlanError
@@ -43,6 +43,7 @@ class CacheSpec:
         node: whose value it is in the plain graph; x for a folded cache, which is A x.
         folded: the target whose A is applied, or None.
         shape, dtype: of the cached value.
+        history: how many refreshes of it are kept.
     """
 
     name: str
@@ -50,6 +51,7 @@ class CacheSpec:
     folded: str | None
     shape: tuple[int, ...]
     dtype: torch.dtype
+    history: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +84,7 @@ class Rewritten:
     Attributes:
         variants: by mode; REFRESH is always there.
         caches: in the order of REFRESH's extra outputs.
-        history: how many refreshes of every cache are kept.
+        history: the most refreshes that are kept of any cache.
         tables: the weights that the variants read, by name, each one number a step.
         outputs: how many flat outputs the model itself has.
     """
@@ -99,6 +101,7 @@ class Rewritten:
             slot_name(cache.name, back): (cache, back)
             for back in range(self.history)
             for cache in self.caches
+            if back < cache.history
         }
 
     def read(
@@ -142,6 +145,7 @@ def rewrite(
     folded: frozenset[str] = frozenset(),
     anchors: Table = ((1.0,),),
     outputs: Table | None = None,
+    run_values: Collection[str] = (),
 ) -> Rewritten:
     """Make the variants for some modes.
 
@@ -155,6 +159,7 @@ def rewrite(
         anchors: weights of the kept refreshes by step (T, K).
         outputs: weights of a step's own output and the kept ones by step (T, 1 + K); None
             leaves every output as it is.
+        run_values: nodes that cheap modes read instead of making them, from `find_run_values`.
 
     Raises:
         PlanError: an output is no floating-point tensor and cannot be forecast, or FORECAST is
@@ -168,7 +173,8 @@ def rewrite(
             got="None",
             fix="Pass output_table(schedule, order).",
         )
-    build = _Builder(captured, sites, targets, factors, folded, len(anchors[0]), outputs)
+    history = len(anchors[0])
+    build = _Builder(captured, sites, targets, factors, folded, history, outputs, run_values)
     variants: dict[StepMode, Variant] = {}
     if StepMode.CALIBRATE in used:
         tapped = [branch.exit for branch in sites.branches] if StepMode.REUSE in used else []
@@ -184,7 +190,7 @@ def rewrite(
     return Rewritten(
         variants,
         caches,
-        build.history,
+        history,
         {name: table for name, table in tables.items() if name in read},
         len(graph_outputs(captured.graph)),
     )
@@ -205,6 +211,7 @@ class _Builder:
     folded: frozenset[str]
     history: int
     outputs: Table | None
+    run_values: Collection[str]
 
     def refresh(self, caches: tuple[CacheSpec, ...]) -> Variant:
         """The plain graph with the cached values as further outputs; A x for folded ones."""
@@ -214,15 +221,17 @@ class _Builder:
         for cache in caches:
             value = copies[cache.node]
             if cache.folded is not None:
-                with graph.inserting_before(value.next):
-                    rows = insert.rows(value)
-                with graph.inserting_before(rows.next):
-                    down = self.factors[cache.folded].down
-                    value = insert.linear(rows, cache.folded, "down", down)
+                target = self._target(cache.folded)
+                value = folded_value(
+                    insert, self.captured, copies, target, self.factors[target.name]
+                )
             elif value.target is LINEAR:
                 value = insert.linear_over_rows(value)
             values.append(value)
         return self._finish(StepMode.REFRESH, insert, values)
+
+    def _target(self, name: str) -> CalibrationTarget:
+        return next(target for target in self.targets if target.name == name)
 
     def calibrate(self, tapped: Collection[str] = ()) -> Variant:
         """Every target becomes y* + B A (x - x*), or y* + B (A x - z*) where folded.
@@ -241,6 +250,7 @@ class _Builder:
         for name in tapped:
             if name not in calibrate.replaced and copies[name].target is LINEAR:
                 insert.linear_over_rows(copies[name])
+        self._read_run_values(insert, copies)
         return self._finish(StepMode.CALIBRATE, insert)
 
     def reuse(self) -> Variant:
@@ -251,12 +261,19 @@ class _Builder:
             last = copies[branch.exit]
             with graph.inserting_before(last):
                 last.replace_all_uses_with(insert.anchor(last))
+        self._read_run_values(insert, copies)
         return self._finish(StepMode.REUSE, insert)
 
     def forecast(self) -> Variant:
         """The model's outputs become weighted sums of the kept ones; nothing inside runs."""
         graph, _ = copy_graph(self.captured.graph)
         return self._finish(StepMode.FORECAST, Insertion(graph, self.history))
+
+    def _read_run_values(self, insert: Insertion, copies: Mapping[str, fx.Node]) -> None:
+        for name in self.run_values:
+            node = copies[name]
+            with insert.graph.inserting_before(node):
+                node.replace_all_uses_with(insert.kept(node))
 
     def caches(self, variants: Collection[Variant]) -> tuple[CacheSpec, ...]:
         """What the variants read of a REFRESH step, in the order of the plain graph."""
@@ -276,7 +293,14 @@ class _Builder:
                 sources[folded_name(target)] = (target.input_node, target.name)
             sources[cache_name(node.name)] = (node.name, None)
         return tuple(
-            CacheSpec(name, node, folded, tuple(values[name].shape), values[name].dtype)
+            CacheSpec(
+                name,
+                node,
+                folded,
+                tuple(values[name].shape),
+                values[name].dtype,
+                1 if node in self.run_values else self.history,
+            )
             for name, (node, folded) in sources.items()
             if name in values
         )

@@ -116,7 +116,11 @@ class OptimizedModel(nn.Module):
             cache.name: value.clone() if value.untyped_storage().data_ptr() in shared else value
             for cache, value in zip(self.rewritten.caches, outputs[own:], strict=True)
         }
-        self._kept = [fresh, *self._kept][: self.rewritten.history]
+        older = [
+            {c.name: kept[c.name] for c in self.rewritten.caches if back < c.history}
+            for back, kept in enumerate(self._kept, start=1)
+        ]
+        self._kept = [fresh, *older][: self.rewritten.history]
 
     def _next_mode(self, tensors: Any) -> StepMode:
         """Mode of this call, after starting a new run where one begins."""

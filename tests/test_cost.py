@@ -85,6 +85,7 @@ def zeros(captured: CapturedGraph, target: CalibrationTarget) -> CalibrationFact
         torch.zeros(target.rank, target.in_features, dtype=dtype),
         torch.zeros(sum(target.out_features), target.rank, dtype=dtype),
         1.0,
+        torch.zeros(target.rank, sum(target.out_features), dtype=dtype),
     )
 
 

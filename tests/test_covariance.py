@@ -162,6 +162,18 @@ def test_rank_0_is_the_zero_map(shape: tuple[int, int]) -> None:
     assert factors.energy == 0.0
 
 
+@pytest.mark.parametrize("shape", [(24, 7), (7, 24), (16, 16)])
+def test_down_is_read_off_the_weight_by_up(shape: tuple[int, int]) -> None:
+    draw = np.random.default_rng(3)
+    weight, x = draw.standard_normal(shape), draw.standard_normal((50, shape[1]))
+    factors = factors_of([weight], x, 5)
+    assert factors.read is not None
+    assert factors.read.data_ptr() == factors.up.data_ptr()  # no memory of its own
+    read = factors.read.double().numpy() @ weight
+    # float64 throughout: the weights are.
+    np.testing.assert_allclose(read, factors.down.double().numpy(), rtol=1e-9, atol=1e-9)
+
+
 @settings(max_examples=60, deadline=None)
 @given(out=sizes, width=sizes, directions=st.integers(1, 4), seed=seeds, data=st.data())
 def test_up_has_orthonormal_columns_even_where_nothing_moved(

@@ -88,6 +88,22 @@ def test_up_has_orthonormal_columns(
 
 
 @settings(max_examples=60, deadline=None)
+@given(shape=shapes, seed=seeds, smallest=st.sampled_from([1.0, 1e-3]), data=st.data())
+def test_down_is_what_read_makes_of_the_weight(
+    shape: tuple[int, int], seed: int, smallest: float, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(0, min(shape)))
+    weight = torch.randn(shape, generator=draw(seed)).double()
+    factors = decompose(weight, rank, random_statistics(shape, seed, smallest))
+    if shape[0] > shape[1]:
+        assert factors.read is None
+        return
+    assert factors.read is not None
+    # float64; scales span at most three orders.
+    torch.testing.assert_close(factors.read @ weight, factors.down, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
 @given(shape=shapes, seed=seeds, true_rank=st.integers(0, 12), smallest=st.sampled_from([1, 1e-9]))
 @example(shape=(6, 7), seed=1, true_rank=2, smallest=1)  # rounding made it fall once
 def test_energy_grows_with_rank_from_0_to_1(

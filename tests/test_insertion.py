@@ -24,6 +24,7 @@ from calicache.graph_passes import (
     record,
 )
 from calicache.graph_passes.branches import LINEAR
+from calicache.graph_passes.capture import read_attribute
 from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.insertion import Insertion, cache_name
 from calicache.graph_passes.rewrite import Rewritten, rewrite
@@ -138,6 +139,28 @@ def test_refresh_applies_down_to_what_the_layer_reads() -> None:
     assert expression(folded, ["layer_norm"]) == f"linear({rows}, {down})"
     assert expression(full, ["layer_norm"]) == f"linear({rows}, first.weight, first.bias)"
     assert folded.args[0] is full.args[0]  # one reshape for both
+
+
+def test_refresh_reads_the_folded_value_off_a_narrow_output() -> None:
+    found = find_tiny(Branch())
+    rewritten = emit(found, fold=True)
+    graph = rewritten.variants[REFRESH].module.graph
+    folded = graph.output_node().args[0][1:][[c.folded for c in rewritten.caches].index("second")]
+    assert folded.target is LINEAR
+    product, read, offset = folded.args
+    assert str(product.args[1].target) == "second.weight"
+    assert str(read.target).endswith("second.read_factor")
+    x = torch.randn(10, 16, dtype=torch.float64)
+    weight, bias = (found[0].attribute(f"second.{n}").double() for n in ("weight", "bias"))
+    module = rewritten.variants[REFRESH].module
+    k, shift = (read_attribute(module, str(n.target)).double() for n in (read, offset))
+    down = read_attribute(
+        rewritten.variants[CALIBRATE].module, "calibration.second.down_factor"
+    ).double()
+    # K (W x + b) - K b = A x; the factors are float32.
+    torch.testing.assert_close(
+        (x @ weight.T + bias) @ k.T + shift, x @ down.T, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("fold", "differences"), [(False, 8), (True, 12)])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from calicache.export.step_layout import step_model
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
 from calicache.graph_passes.errors import ExportError
+from calicache.graph_passes.fold import reads_output
 from calicache.graph_passes.schedule import anchor_table
 
 R, C, U, FORECAST = StepMode
@@ -331,6 +332,11 @@ def test_initializers_weigh_as_much_as_weights_and_factors(
     fast = request.getfixturevalue(f"{name}_fast")
     weights = [*fast.original.parameters(), *fast.original.buffers()]
     factors = [part for made in fast.factors.values() for part in (made.down, made.up)]
+    folded = {cache.folded for cache in fast.rewritten.caches}
+    for target in fast.targets:
+        if target.name in folded and reads_output(target):  # K, and K b of the same rank
+            read = fast.factors[target.name].read
+            factors += [read, read[:, 0]]
     expected = sum(value.nbytes for value in [*weights, *factors])
     stored = sum(
         value.nbytes for value in arrays(request.getfixturevalue(f"{name}_model")).values()

@@ -283,7 +283,9 @@ def test_kept_refreshes_move_back_without_a_copy(forecast, calls) -> None:
         if session.manifest.schedule[step] is R:
             newest.insert(0, session._kept[0])
         assert len(session._kept) == len(newest)
-        assert all(one is other for one, other in zip(session._kept, newest, strict=True))
+        pairs = zip(session._kept, newest, strict=True)
+        assert all(one[name] is other[name] for one, other in pairs for name in one)
+        assert all(one for one in session._kept)
     assert len(newest) == session.manifest.history == 3
 
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -32,6 +30,7 @@ from weights import DIT_WEIGHTS, load_weights
 
 from calicache.export import Session, export_onnx
 from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_schedule
+from calicache.tools.environment import environment
 
 GUIDANCE = 1.5
 RECORD_SEED, SAMPLE_SEED = 1, 2
@@ -216,23 +215,6 @@ def report(rows: list[Row], path: Path) -> None:
     """The same numbers as JSON, with the machine and the versions they were measured on."""
     content = {**environment(), "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def environment() -> dict[str, dict[str, str | int]]:
-    """The machine and the versions that figures were measured on."""
-    packages = ("calicache", "torch", "onnx", "onnxruntime", "numpy")
-    return {
-        "machine": {"processor": cpu_name(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-    }
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 if __name__ == "__main__":

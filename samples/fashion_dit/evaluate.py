@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from demo import environment
 from fidelity_report import write_report
 from methods import STEPS, Method, methods
 from model import FashionDiT
@@ -29,6 +28,7 @@ from weights import DIT_WEIGHTS, load_weights, save_atomic
 
 from calicache.export import Session, export_onnx
 from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, uniform_schedule
+from calicache.tools.environment import environment
 
 BATCH = 32
 RECORD_SEED, CHOICE_SEED, REPORT_SEED = 1, 2, 1000
@@ -60,10 +60,10 @@ def main() -> None:
     trajectory = record_runs(model)
     for method in tqdm(rows, desc="plan and export"):
         prepare(method, model, trajectory, settings.out)
-    reference(settings.out, rows[0])
+    fine = reference(settings.out, rows[0])
     scores = SetScores()
     for method in tqdm(rows, desc="sample and score"):
-        measure(method, scores, settings)
+        measure(method, scores, fine, settings)
     seconds = measure_times(rows, settings)
     result = collect(rows, seconds, settings)
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def main() -> None:
 def record_runs(model: nn.Module) -> Trajectory:
     """One batch of the full sampler, on seeds for statistics alone."""
     with record(model) as trajectory:
-        Method("full", "recorded").sample(model, *draw(RECORD_SEED))
+        trajectory.finish(Method("full", "recorded").sample(model, *draw(RECORD_SEED)))
     return trajectory
 
 
@@ -139,17 +139,25 @@ def reference(out: Path, full: Method) -> Tensor:
     return load_file(path)["images"]
 
 
-def measure(method: Method, scores: SetScores, settings: Settings) -> None:
-    """Sample the method's images, score them, keep the first ones and the scores."""
-    path = settings.out / f"{method.key}.json"
+def measure(method: Method, scores: SetScores, fine: Tensor, settings: Settings) -> None:
+    """Sample the method's images and keep its scores; of the full run, the first images too."""
+    path, exact = settings.out / f"{method.key}.json", settings.out / "full.safetensors"
     if path.exists() and json.loads(path.read_text())["images"] == settings.images:
         return
     session = Session(artifact(method, settings.out))
     images = [sample(method, session, REPORT_SEED + k) for k in range(settings.images // BATCH)]
     fid, inception = scores.score(images)
     first = torch.cat(images)[:REFERENCE_IMAGES]
-    save_atomic({"images": first}, path.with_suffix(".safetensors"))
-    path.write_text(json.dumps({"images": settings.images, "fid": fid, "inception": inception}))
+    if method.family == "full":
+        save_atomic({"images": first}, exact)
+    result = {
+        "to_full": asdict(distance(first, load_file(exact)["images"])),
+        "to_reference": asdict(distance(first, fine[: len(first)])),
+        "images": settings.images,
+        "fid": fid,
+        "inception": inception,
+    }
+    path.write_text(json.dumps(result))
 
 
 def measure_times(rows: Sequence[Method], settings: Settings) -> dict[str, float]:
@@ -168,12 +176,10 @@ def measure_times(rows: Sequence[Method], settings: Settings) -> dict[str, float
 
 def collect(rows: Sequence[Method], seconds: dict[str, float], settings: Settings) -> dict:
     """Everything that the report shows, as plain data."""
-    full, fine = rows[0], reference(settings.out, rows[0])
-    exact = load_file(settings.out / f"{full.key}.safetensors")["images"]
+    full = seconds[rows[0].key]
     table = []
     for method in rows:
         manifest = Session(artifact(method, settings.out)).manifest
-        images = load_file(settings.out / f"{method.key}.safetensors")["images"]
         if method.schedules is None:
             macs = method.steps / STEPS
             marks = list(range(method.steps))
@@ -187,10 +193,8 @@ def collect(rows: Sequence[Method], seconds: dict[str, float], settings: Setting
                 "refreshes": len(marks),
                 "schedule": marks,
                 "macs_share": macs,
-                "time_share": seconds[method.key] / seconds[full.key],
+                "time_share": seconds[method.key] / full,
                 "seconds": seconds[method.key],
-                "to_full": asdict(distance(images, exact)),
-                "to_reference": asdict(distance(images, fine[: len(images)])),
                 **json.loads((settings.out / f"{method.key}.json").read_text()),
             }
         )

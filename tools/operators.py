@@ -1,0 +1,78 @@
+"""Where the time of an artifact goes, operator by operator, from ONNX Runtime's own profile."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from calicache.export import Session
+from calicache.graph_passes import StepMode
+from calicache.tools.bench_rows import BenchTask, session_runner
+
+CONTROL = {"If", "Loop"}  # their time is that of the nodes inside
+RUNS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorTime:
+    """What one operator takes in the steps of one mode.
+
+    Attributes:
+        mode: of the steps, or `run` for what stands outside of them.
+        operator: its ONNX name.
+        milliseconds, calls, result_bytes: mean of one step; of the whole run where mode is `run`.
+    """
+
+    mode: str
+    operator: str
+    milliseconds: float
+    calls: float
+    result_bytes: float
+
+
+def operator_times(task: BenchTask) -> list[OperatorTime]:
+    """Time of an artifact's operators by mode, the slowest of every mode first."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options = ort.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        session = Session(task.folder, provider=task.settings.provider, options=options)
+        runner = session_runner(session, task)
+        for _ in range(RUNS):
+            runner.measure(task.model, task.settings.steps)
+        events = [event for path in session.end_profiling() for event in _events(path)]
+    schedule = session.manifest.schedule
+    steps = {mode.name: schedule.count(mode) * RUNS for mode in set(schedule)}
+    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for event in events:
+        mode = _mode(event["name"])
+        share = 1 / steps.get(mode, RUNS)
+        entry = totals[mode, event["args"]["op_name"]]
+        entry[0] += share * event["dur"] / 1e3  # microseconds
+        entry[1] += share
+        entry[2] += share * int(event["args"].get("output_size") or 0)
+    found = [OperatorTime(mode, name, *values) for (mode, name), values in totals.items()]
+    return sorted(found, key=lambda entry: (entry.mode, -entry.milliseconds))
+
+
+def _mode(node: str) -> str:
+    """The mode whose graph a node is from; its name starts with it."""
+    name = node.partition("/")[0].upper()
+    return name if name in StepMode.__members__ else "run"
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    """Kernel runs in a profile, control flow left out."""
+    return [
+        event
+        for event in json.loads(path.read_text())
+        if event.get("cat") == "Node"
+        and event["name"].endswith("_kernel_time")
+        and event["args"]["op_name"] not in CONTROL
+    ]
