@@ -19,12 +19,14 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import Tensor, fx
 
 from calicache.export.attention import fuse_attention
+from calicache.export.einsum import lower_einsum
 from calicache.graph_passes.capture import device_of, shape_of
 from calicache.graph_passes.errors import ExportError, reason_of
 from calicache.graph_passes.rewrite import Rewritten, Variant
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode
 
+BFLOAT16_OPSET = 23
 CONTRIB_VERSION = 1  # of com.microsoft, which not every variant uses
 LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
 
@@ -80,11 +82,12 @@ def export_graph(module: fx.GraphModule, name: str) -> ir.Model:
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                fuse_attention(module).eval(),
+                lower_einsum(fuse_attention(module)).eval(),
                 examples,
                 dynamo=True,
                 optimize=True,
                 verbose=False,
+                opset_version=_opset(placeholders, module),
             )
     except Exception as error:
         cause: BaseException = error
@@ -284,6 +287,13 @@ def argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Va
     """An input of a graph."""
     onnx_type = ir.TensorType(tensor_adapters.from_torch_dtype(dtype))
     return ir.Value(name=name, type=onnx_type, shape=ir.Shape(shape))
+
+
+def _opset(placeholders: Sequence[fx.Node], module: fx.GraphModule) -> int | None:
+    """None is torch's own choice, in which Conv and others do not take bfloat16 yet."""
+    dtypes = {node.meta["val"].dtype for node in placeholders}
+    dtypes |= {value.dtype for value in (*module.parameters(), *module.buffers())}
+    return BFLOAT16_OPSET if torch.bfloat16 in dtypes else None
 
 
 def _example(node: fx.Node, module: fx.GraphModule) -> Tensor:

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import sample_dit
 
-from calicache.export import export_onnx
-from calicache.graph_passes import Plan, StepMode, optimize, uniform_schedule
+from calicache.export import Layout, export_onnx, read_sampler
+from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_schedule
 from calicache.tools.inspect_artifact import format_count, schedule_strip
 
 
@@ -52,6 +53,19 @@ def test_inspect_prints_sites_rejections_schedule_and_totals(artifact: Path) -> 
     name, in_features, out_features, rank, energy, *_ = line.split()
     assert (name, in_features, out_features, rank) == ("blocks.0.mlp.fc1", "32", "128", "4")
     assert 0.0 < float(energy) < 1.0
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_inspect_takes_every_layout(dit, dit_plan: Plan, tmp_path: Path, layout: Layout) -> None:
+    with record(dit) as trajectory:
+        trajectory.finish(sample_dit(dit))
+    fast = optimize(dit, dit_plan)
+    sampler = read_sampler(fast, trajectory) if layout is Layout.SAMPLER else None
+    export_onnx(fast, tmp_path / "d", layout, sampler)
+    done = calicache("inspect", tmp_path / "d")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"calicache artifact, layout {layout}")
+    assert ("guidance scale 1.5" in done.stdout) == (layout is Layout.SAMPLER)
 
 
 def test_inspect_prints_order_output_weights_and_all_four_modes(forecast_artifact: Path) -> None:

@@ -64,14 +64,19 @@ def format_count(value: float, unit: str = "") -> str:
 def _heading(manifest: Manifest) -> Iterator[RenderableType]:
     size = sum(record.size for record in manifest.files)
     yield Text(f"calicache artifact, layout {manifest.layout}", style="bold")
-    facts = (
+    facts = [
         ("written by", f"calicache {manifest.calicache}"),
         ("weights", manifest.weights_hash[:16]),
         ("files", f"{len(manifest.files)} files, {format_count(size, 'B')}"),
         ("inputs", ", ".join(f"{spec.name} {spec}" for spec in manifest.inputs)),
         ("plan", f"rank {manifest.rank}, order {manifest.order}, weighting {manifest.weighting}"),
         ("output weights", manifest.correction),
-    )
+    ]
+    record = manifest.sampler
+    if record is not None:
+        given = ", ".join(f"{spec.name} {spec}" for spec in (record.noise, *record.inputs))
+        scale = "" if record.guidance is None else f", guidance scale {record.guidance:g}"
+        facts.append(("sampler", f"{given}{scale}"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
