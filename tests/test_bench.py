@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from calicache.graph_passes import StepMode
 from calicache.graph_passes.errors import BenchError
-from calicache.tools import bench
+from calicache.tools import bench, bench_prepare
 from calicache.tools.bench import MEMORY_PER_ROW, Timing, run_bench
 from calicache.tools.bench_models import MODELS, BenchModel, find_model
 from calicache.tools.bench_report import efficiency, targets, write_report
@@ -32,7 +32,8 @@ STEPS, INTERVAL = 6, 3
 def settings(tmp_path_factory: pytest.TempPathFactory) -> BenchSettings:
     folder = tmp_path_factory.mktemp("bench")
     made = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, folder)
-    bench._prepare(made)
+    bench_prepare._plan(made)
+    bench_prepare._export(made)
     return made
 
 
@@ -139,6 +140,13 @@ def test_hook_computes_the_steps_that_its_schedule_says(settings: BenchSettings)
         runner.measure(watched, STEPS)
         assert row.schedule is not None
         assert calls["q"] == BLOCKS * row.schedule(settings).count(StepMode.REFRESH)
+
+
+def test_hook_is_refused_where_its_names_fit_nothing(settings: BenchSettings) -> None:
+    row = next(row for row in bench_rows() if "order 0" in row.name)
+    model = BenchModel("m", 8, lambda: torch.nn.Sequential(torch.nn.Linear(8, 8)), (1, 8))
+    with pytest.raises(BenchError, match="transformer_blocks"):
+        row.make(BenchTask(model, settings, settings.folder))
 
 
 def test_operators_are_told_apart_by_mode(settings: BenchSettings) -> None:

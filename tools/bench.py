@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import multiprocessing
-import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
-from calicache.export import Layout, Manifest, export_onnx, read_manifest, read_sampler
-from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_schedule
+from calicache.export import Manifest, read_manifest
+from calicache.graph_passes import (
+    StepMode,
+)
 from calicache.graph_passes.errors import BenchError, reason_of
 from calicache.tools.bench_models import find_model
+from calicache.tools.bench_prepare import available_memory, peak_memory, prepare
 from calicache.tools.bench_rows import (
-    SEED,
     BenchRow,
     BenchSettings,
     BenchTask,
     chosen_rows,
-    plan_folder,
 )
 from calicache.tools.operators import operator_times
 
 Tick = Callable[[str], None]
-LAYOUTS = (Layout.STEP, Layout.PAIR, Layout.SAMPLER)
 MEMORY_PER_ROW = 2.3  # of the weights: the model and its packed copy, or its caches
 
 
@@ -72,7 +68,7 @@ def run_bench(settings: BenchSettings, tick: Tick = lambda _: None) -> dict[str,
     """
     model, rows = find_model(settings.model), chosen_rows(settings)
     tick("plan, optimise and export")
-    facts = _in_process(_prepare, settings)
+    facts = prepare(settings)
     timings = _measure(settings, rows, facts["weight_bytes"], tick)
     tick("profile operators")
     profiles = {
@@ -99,45 +95,6 @@ def run_bench(settings: BenchSettings, tick: Tick = lambda _: None) -> dict[str,
         "rows": [asdict(timing) for timing in timings],
         "profiles": {name: [asdict(e) for e in entries] for name, entries in profiles.items()},
     }
-
-
-def _prepare(settings: BenchSettings) -> dict[str, Any]:
-    """Record, plan, optimise and export; returns what that cost."""
-    model = find_model(settings.model)
-    module = model.build()
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    steps, interval = settings.steps, settings.interval
-    with record(module) as trajectory:
-        trajectory.finish(model.sample(module, model.draw(SEED + 1), steps))
-    rank = settings.rank or round(model.width / 9)
-    modes = {
-        "plain": uniform_schedule(steps, 1),
-        "reuse": uniform_schedule(steps, interval, StepMode.REUSE),
-        "step": uniform_schedule(steps, interval, StepMode.CALIBRATE),
-    }
-    for name, schedule in modes.items():
-        plan = Plan.from_trajectory(
-            module,
-            trajectory,
-            schedule=schedule,
-            rank=rank,
-            order=settings.order,
-            correct=False,
-        )
-        plan.save(plan_folder(settings.folder / name))
-        gc.collect()
-        with peak_memory() as peak:
-            start = time.perf_counter()
-            fast = optimize(module, plan)
-            seconds = {"optimize": time.perf_counter() - start}
-            for layout in LAYOUTS if name == "step" else (Layout.STEP,):
-                folder = settings.folder / (layout.value if name == "step" else name)
-                sampler = read_sampler(fast, trajectory) if layout is Layout.SAMPLER else None
-                start = time.perf_counter()
-                export_onnx(fast, folder, layout, sampler)
-                seconds[layout.value] = time.perf_counter() - start
-    # Of the last, which is CALIBRATE.
-    return {"weight_bytes": weights, "export_seconds": seconds, "export_peak_bytes": peak()}
 
 
 def _measure(
@@ -264,41 +221,6 @@ def _ask(pipe: Connection) -> Any:
         raise BenchError(
             "row", expected="an answer", got="a process that died", fix="Free some memory."
         ) from error
-
-
-def _in_process(function: Callable[[BenchSettings], Any], settings: BenchSettings) -> Any:
-    """Run a function in a fresh process, so that its memory is its own and is given back."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(function, (settings,))
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], int]]:
-    """Bytes of resident memory that the block has added at its highest so far."""
-    reset = Path("/proc/self/clear_refs")
-    before = _status("VmRSS")
-    if reset.exists():
-        reset.write_text("5")  # the high-water mark starts again
-    yield lambda: _status("VmHWM") - before
-
-
-def available_memory() -> int:
-    """Bytes that processes can still take; plenty where there is no /proc to ask."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return 1 << 40
-    lines = path.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def _status(field: str) -> int:
-    """A memory field of this process in bytes; its high-water mark where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    lines = status.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def _cache_values(manifest: Manifest, width: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -186,12 +187,20 @@ def _hook(order: int) -> Callable[[BenchTask], Runner]:
         hooks: Any = importlib.import_module("diffusers.hooks")
         context: Any = importlib.import_module("diffusers.hooks.hooks")
         module = task.model.build()
+        branches = r"transformer_blocks\.\d+\.(attn\d|ff)"
+        if not any(re.fullmatch(branches, name) for name, _ in module.named_modules()):
+            raise BenchError(
+                "TaylorSeer hook",
+                expected=f"modules named {branches}, as in diffusers",
+                got="none",
+                fix="Its names have to be written for every model.",
+            )
         config = hooks.TaylorSeerCacheConfig(
             cache_interval=task.settings.interval,
             disable_cache_before_step=1,
             max_order=order,
             taylor_factors_dtype=torch.float32,
-            cache_identifiers=[r"transformer_blocks\.\d+\.(attn\d|ff)"],
+            cache_identifiers=[branches],
         )
         hooks.apply_taylorseer_cache(module, config)
         registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
