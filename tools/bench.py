@@ -28,6 +28,7 @@ from calicache.tools.bench_rows import (
 from calicache.tools.operators import operator_times
 
 Tick = Callable[[str], None]
+STOP_SECONDS = 20.0
 MEMORY_PER_ROW = 2.3  # of the weights: the model and its packed copy, or its caches
 
 
@@ -143,9 +144,10 @@ def _measure_group(settings: BenchSettings, rows: Sequence[BenchRow], tick: Tick
             workers[name][1].send("peak")
             peaks[name] = _ask(workers[name][1])
     finally:
-        for process, _ in workers.values():
+        for process, pipe in workers.values():
+            pipe.close()  # which ends the process, if nothing keeps it
+            process.join(STOP_SECONDS)
             process.terminate()
-            process.join()
     plain_seconds = _median_run(runs[rows[0].name]) if rows[0].name in loaded else 0.0
     return [
         Timing(row.name, refused=refused[row.name])

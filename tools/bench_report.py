@@ -76,7 +76,8 @@ def _table(result: Result) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for row in result["rows"]:
         if row["refused"]:
-            refusal = f"| {row['name']} | does not run: {row['refused']}"
+            reason = row["refused"].replace("|", "\\|")
+            refusal = f"| {row['name']} | does not run: {reason}"
             lines.append(refusal + " |" * (len(columns) - 1))
             continue
         steps = row["step_seconds"] or {}
