@@ -65,7 +65,8 @@ def test_inspect_takes_every_layout(dit, dit_plan: Plan, tmp_path: Path, layout:
     done = calicache("inspect", tmp_path / "d")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"calicache artifact, layout {layout}")
-    assert ("guidance scale 1.5" in done.stdout) == (layout is Layout.SAMPLER)
+    words = " ".join(done.stdout.split())  # the terminal breaks lines
+    assert ("guidance scale 1.5" in words) == (layout is Layout.SAMPLER)
 
 
 def test_inspect_prints_order_output_weights_and_all_four_modes(forecast_artifact: Path) -> None:
