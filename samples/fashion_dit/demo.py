@@ -98,7 +98,7 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
     sampler = GuidedDDIM(arguments.steps, GUIDANCE, FashionDiT().null_class)
     task = progress.add_task("record one sampler run")
     with record(model) as trajectory:
-        sampler.sample(model, *draw(arguments.images, RECORD_SEED))
+        trajectory.finish(sampler.sample(model, *draw(arguments.images, RECORD_SEED)))
     progress.update(task, completed=100)
     schedules = {"full": uniform_schedule(arguments.steps, 1)} | {
         mode.name: uniform_schedule(arguments.steps, arguments.interval, mode)
