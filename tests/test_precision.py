@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import onnx
 import pytest
 import torch
-from conftest import relative, shake
+from conftest import relative
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
@@ -39,20 +40,13 @@ def draw(seed: int) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16], ids=["half", "bfloat"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def made(
+    request: pytest.FixtureRequest,
+    diffusers_dit: DiTTransformer2DModel,
+    tmp_path_factory: pytest.TempPathFactory,
+):
     dtype: torch.dtype = request.param
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    )
-    model = shake(model).to(dtype)
+    model = copy.deepcopy(diffusers_dit).to(dtype)
     with record(model) as trajectory:
         trajectory.finish(sample(model, draw(1), dtype))
     plan = Plan.from_trajectory(model, trajectory, schedule=SCHEDULE, rank=4, order=1)

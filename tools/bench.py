@@ -229,7 +229,7 @@ def _cache_values(manifest: Manifest, width: int) -> float:
     """Kept values per token and block, in multiples of the width; a block has two branches."""
     shapes = [cache.shape for cache in manifest.caches]
     tokens = max(math.prod(shape[:-1]) for shape in shapes)
-    kept = manifest.history * sum(math.prod(shape) for shape in shapes)
+    kept = manifest.cache_bytes / manifest.caches[0].torch_dtype.itemsize
     return 2 * kept / (len(manifest.branches) * tokens * width)
 
 
