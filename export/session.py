@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from calicache.export.kept_refreshes import FixedRefreshes, KeptRefreshes, MovingRefreshes
 from calicache.export.manifest import Layout, load_artifact, model_file
 from calicache.export.onnx_graph import next_name
 from calicache.export.sampler_layout import GUIDANCE_INPUT, LATENTS_OUTPUT
+from calicache.export.session_inputs import InputBuffers, checked_inputs, wrong_input
 from calicache.export.step_layout import STEP_INPUT
 from calicache.graph_passes.errors import ExportError, RunError
 from calicache.graph_passes.insertion import slot_name
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
 
+NO_GRAPH = -1  # ONNX Runtime neither captures nor replays
 _DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
 
@@ -31,10 +34,13 @@ class Session:
         directory: an artifact written by `export_onnx`, in any layout.
         provider: an ONNX Runtime execution provider.
         options: passed to ONNX Runtime, for threads and profiling.
+        cuda_graphs: capture every mode as a CUDA graph and replay it, which takes the launches
+            of the single kernels away; for the layout `pair` on CUDAExecutionProvider.
 
     Raises:
         ArtifactError: the folder is damaged.
-        ExportError: the provider is not one that this ONNX Runtime has.
+        ExportError: the provider is not one that this ONNX Runtime has or cannot run the layout,
+            or CUDA graphs are asked for where there are none.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Session:
         directory: Path | str,
         provider: str = "CPUExecutionProvider",
         options: ort.SessionOptions | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.manifest = load_artifact(directory)
         valid = [name for name in ort.get_available_providers() if name in _DEVICES]
@@ -54,12 +61,19 @@ class Session:
             )
         self._device = _DEVICES[provider]
         layout, modes = self.manifest.layout, sorted(set(self.manifest.schedule))
+        if cuda_graphs:
+            _check_cuda_graphs(layout, provider)
+        settings = {"enable_cuda_graph": "1"} if cuda_graphs else {}
         paths = {mode: Path(directory) / model_file(layout, mode) for mode in modes}
-        opened = {p: _open(p, layout, provider, options) for p in sorted({*paths.values()})}
+        opened = {
+            path: _open(path, layout, (provider, settings), options)
+            for path in sorted({*paths.values()})
+        }
         self._sessions = {mode: opened[path] for mode, path in paths.items()}
-        reads = (record.reads for record in self.manifest.modes)
-        self._slots = frozenset(name for names in reads for name in names)
-        self._kept: list[dict[str, ort.OrtValue]] = []
+        self._inputs = InputBuffers(self._device)
+        self._kept = self._no_refreshes()
+        self._outputs: dict[StepMode, dict[str, ort.OrtValue]] = {}
+        self._graphs: dict[tuple[int, ...], int] | None = {} if cuda_graphs else None
 
     def sample(
         self, noise: Any, guidance_scale: float | None = None, **inputs: Any
@@ -82,9 +96,9 @@ class Session:
                 got=f"layout {self.manifest.layout.value}",
                 fix="Export with layout='sampler', or call step() for every step.",
             )
-        feed = _checked_inputs((record.noise, *record.inputs), {record.noise.name: noise, **inputs})
+        feed = checked_inputs((record.noise, *record.inputs), {record.noise.name: noise, **inputs})
         if record.guidance is None and guidance_scale is not None:
-            raise _wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
+            raise wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
         scale = record.guidance if guidance_scale is None else guidance_scale
         if scale is not None:
             feed[GUIDANCE_INPUT] = np.array(scale, np.float32)
@@ -112,25 +126,21 @@ class Session:
         mode = self._mode(step)
         session = self._sessions[mode]
         binding = session.io_binding()
-        self._bind_inputs(binding, session, step, inputs, mode)
-        names = [output.name for output in session.get_outputs()]
-        for name in names:
-            binding.bind_output(name, self._device)
-        session.run_with_iobinding(binding)
+        bound = self._bind_inputs(binding, session, step, inputs, mode)
+        targets = self._bind_outputs(binding, session, mode)
+        session.run_with_iobinding(binding, self._run_options([*bound, *targets]))
+        names = (output.name for output in session.get_outputs())
         values = dict(zip(names, binding.get_outputs(), strict=True))
         if mode is StepMode.REFRESH:
             caches = self.manifest.caches
-            fresh = {cache.name: values[next_name(cache.name)] for cache in caches}
-            older = [
-                {name: kept[name] for name in kept if slot_name(name, back) in self._slots}
-                for back, kept in enumerate(self._kept, start=1)
-            ]
-            self._kept = [fresh, *older][: self.manifest.history]
-        return tuple(values[name].numpy() for name in self.manifest.outputs)
+            self._kept.keep({cache.name: values[next_name(cache.name)] for cache in caches})
+        if self.manifest.layout is Layout.PAIR:
+            self._outputs[mode] = {name: values[name] for name in self.manifest.outputs}
+        return tuple(values[name].numpy().copy() for name in self.manifest.outputs)
 
     def reset(self) -> None:
         """Drop the caches; the next step must be a REFRESH."""
-        self._kept = []
+        self._kept = self._no_refreshes()
 
     def end_profiling(self) -> tuple[Path, ...]:
         """Write the profiles of a session opened with `enable_profiling`; returns their files."""
@@ -155,7 +165,7 @@ class Session:
                 fix="Export a plan with this many steps.",
             )
         mode = schedule[step]
-        if mode is not StepMode.REFRESH and self.manifest.caches and not self._kept:
+        if mode is not StepMode.REFRESH and self.manifest.caches and not self._kept.count:
             raise RunError(
                 f"step {step}",
                 expected="a REFRESH step before it",
@@ -164,6 +174,15 @@ class Session:
             )
         return mode
 
+    def _no_refreshes(self) -> KeptRefreshes:
+        """An empty store, with fixed addresses where the layout allows it."""
+        manifest = self.manifest
+        slots = frozenset(name for record in manifest.modes for name in record.reads)
+        if manifest.layout is not Layout.PAIR:
+            return MovingRefreshes(manifest.caches, manifest.history, slots, self._device)
+        reads = frozenset(manifest.mode(StepMode.REFRESH).reads)
+        return FixedRefreshes(manifest.caches, manifest.history, slots, reads, self._device)
+
     def _bind_inputs(
         self,
         binding: ort.IOBinding,
@@ -171,42 +190,74 @@ class Session:
         step: int,
         inputs: Mapping[str, Any],
         mode: StepMode,
-    ) -> None:
+    ) -> list[ort.OrtValue]:
         used = {value.name for value in session.get_inputs()}
-        feed = _checked_inputs(self.manifest.inputs, inputs)
+        feed = checked_inputs(self.manifest.inputs, inputs)
         feed[STEP_INPUT] = np.array(step, np.int64)
-        for name, value in feed.items():
-            if name in used:
-                binding.bind_ortvalue_input(name, self._ort_value(value))
+        bound = {name: self._inputs.fill(name, v) for name, v in feed.items() if name in used}
         if step == 0:  # a new run: weight 0 times a NaN of the run before would be NaN
-            self._kept = []
+            self._kept.start()
         reads = self.manifest.mode(mode).reads
         if mode is StepMode.REFRESH and not reads:
-            # The oldest values are not read again; letting them go first lowers the peak.
-            self._kept = self._kept[: self.manifest.history - 1]
+            self._kept.release()
         for back in range(self.manifest.history):
             for cache in self.manifest.caches:
                 name = slot_name(cache.name, back)
                 if name in used:
                     read = name in reads
-                    value = self._kept_value(cache, back) if read else self._empty(cache)
-                    binding.bind_ortvalue_input(name, value)
+                    bound[name] = self._kept.read(cache, back) if read else self._empty(cache)
+        for name, value in bound.items():
+            binding.bind_ortvalue_input(name, value)
+        return [*bound.values()]
 
-    def _kept_value(self, cache: TensorSpec, back: int) -> ort.OrtValue:
-        """A kept refresh; one that has not been yet has weight 0, any values will do."""
-        if not self._kept:
-            return self._ort_value(np.zeros(cache.shape, cache.dtype))
-        return self._kept[back if back < len(self._kept) else 0][cache.name]
+    def _bind_outputs(
+        self, binding: ort.IOBinding, session: ort.InferenceSession, mode: StepMode
+    ) -> list[ort.OrtValue | None]:
+        """Where the outputs go: None where ONNX Runtime allocates."""
+        buffers: dict[str, ort.OrtValue | None] = {**self._outputs.get(mode, {})}
+        if mode is StepMode.REFRESH:
+            buffers |= {next_name(c.name): self._kept.buffer(c) for c in self.manifest.caches}
+        targets = [buffers.get(output.name) for output in session.get_outputs()]
+        for output, buffer in zip(session.get_outputs(), targets, strict=True):
+            if buffer is None:
+                binding.bind_output(output.name, self._device)
+            else:
+                binding.bind_ortvalue_output(output.name, buffer)
+        return targets
+
+    def _run_options(self, values: Sequence[ort.OrtValue | None]) -> ort.RunOptions | None:
+        """Which CUDA graph to replay: one for every combination of addresses."""
+        if self._graphs is None:
+            return None
+        graph = NO_GRAPH
+        if None not in values:
+            addresses = tuple(value.data_ptr() for value in values if value is not None)
+            graph = self._graphs.setdefault(addresses, len(self._graphs) + 1)
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
 
     def _empty(self, cache: TensorSpec) -> ort.OrtValue:
-        return self._ort_value(np.zeros((0, *cache.shape[1:]), cache.dtype))
+        empty = np.zeros((0, *cache.shape[1:]), cache.dtype)
+        return ort.OrtValue.ortvalue_from_numpy(empty, self._device)
 
-    def _ort_value(self, value: np.ndarray[Any, Any]) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device)
+
+def _check_cuda_graphs(layout: Layout, provider: str) -> None:
+    if layout is Layout.PAIR and provider == "CUDAExecutionProvider":
+        return
+    raise ExportError(
+        "cuda_graphs",
+        expected="layout pair on CUDAExecutionProvider",
+        got=f"layout {layout.value} on {provider}",
+        fix="Export with layout='pair', which has no control flow, or leave cuda_graphs off.",
+    )
 
 
 def _open(
-    path: Path, layout: Layout, provider: str, options: ort.SessionOptions | None
+    path: Path,
+    layout: Layout,
+    provider: tuple[str, dict[str, str]],
+    options: ort.SessionOptions | None,
 ) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(path, options or _default_options(), providers=[provider])
@@ -214,7 +265,7 @@ def _open(
         control_flow = layout is not Layout.PAIR
         flat = ", or in the layout pair, which has no control flow" if control_flow else ""
         raise ExportError(
-            f"provider {provider}",
+            f"provider {provider[0]}",
             expected="a model that it can run",
             got=str(error),
             fix=f"Use another provider, export in another dtype{flat}.",
@@ -226,31 +277,3 @@ def _default_options() -> ort.SessionOptions:
     # Threads that go on spinning after a run would slow down the session of the next mode.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
-
-
-def _checked_inputs(
-    specs: Sequence[TensorSpec], inputs: Mapping[str, Any]
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Exactly what the specs name, with their shapes and dtypes."""
-    unknown = sorted(set(inputs) - {spec.name for spec in specs})
-    if unknown:
-        raise _wrong_input(unknown[0], " | ".join(spec.name for spec in specs), "another name")
-    missing = [spec for spec in specs if spec.name not in inputs]
-    if missing:
-        raise _wrong_input(missing[0].name, str(missing[0]), "nothing")
-    return {spec.name: _checked(spec, np.asarray(inputs[spec.name])) for spec in specs}
-
-
-def _checked(spec: TensorSpec, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    if value.shape != spec.shape or str(value.dtype) != spec.dtype:
-        raise _wrong_input(spec.name, str(spec), f"{value.dtype} {value.shape}")
-    return value
-
-
-def _wrong_input(name: str, expected: str, got: str) -> RunError:
-    return RunError(
-        f"input {name}",
-        expected=expected,
-        got=got,
-        fix="Pass what the model was recorded with, or export a plan for this call.",
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -12,6 +13,7 @@ from diffusion import GuidedDDIM
 from model import FashionDiT, FashionDiTConfig
 from torch import nn
 
+from calicache.export import Session
 from calicache.graph_passes import Plan, StepMode, Trajectory, record
 
 STEPS = 6
@@ -46,6 +48,15 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from graphs(attribute.g)
+
+
+def kept_refreshes(session: Session) -> list[dict[str, ort.OrtValue]]:
+    """What a session keeps on its device, newest refresh first."""
+    kept, caches = session._kept, session.manifest.caches
+    return [
+        {cache.name: kept.read(cache, back) for cache in caches if back < kept.depths[cache.name]}
+        for back in range(min(kept.count, session.manifest.history))
+    ]
 
 
 def diffusers_calls(model: nn.Module, seed: int = 1, steps: int = STEPS) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import kept_refreshes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -179,8 +180,8 @@ def test_cache_bytes_are_those_of_the_values_a_run_keeps(artifact, manifest, dit
     session = Session(artifact)
     for step, call in enumerate(dit_trajectory.calls):
         session.step(step, **call)
-    kept = [value for caches in session._kept for value in caches.values()]
-    held = manifest.cache_bytes // manifest.history * len(session._kept)
+    kept = [value for caches in kept_refreshes(session) for value in caches.values()]
+    held = manifest.cache_bytes // manifest.history * len(kept_refreshes(session))
     assert sum(value.numpy().nbytes for value in kept) == held > 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import kept_refreshes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -166,7 +167,7 @@ def test_sessions_agree_with_torch(fast, layout: str, tmp_path) -> None:
     # float32 in two runtimes, over 6 steps.
     torch.testing.assert_close(sample(denoise, 5), expected, rtol=1e-4, atol=1e-5)
     names = {cache.name for cache in run_caches(fast)}
-    assert all(not names & set(kept) for kept in session._kept[1:])
+    assert all(not names & set(kept) for kept in kept_refreshes(session)[1:])
 
 
 def test_sampler_agrees_with_torch(fast, trajectory, tmp_path) -> None:
