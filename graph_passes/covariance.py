@@ -98,13 +98,22 @@ def _output_directions(exact: Tensor, second: Tensor, rank: int) -> tuple[Tensor
     if out_features <= in_features:
         spectrum, vectors = _eigen(exact @ second @ exact.T)
         return spectrum, _top(vectors, rank)
-    # W is tall: with M = W C^1/2, the top eigenvectors of M M^T are M V / s from M^T M = V s^2 V^T.
-    values, basis = _eigen(second)
-    tall = exact @ (basis * values.clamp(min=0.0).sqrt())  # (out, in)
+    # W is tall: with C = L L^T and M = W L, the top eigenvectors of M M^T are M V / s from
+    # M^T M = V s^2 V^T.
+    tall = exact @ _square_root(second)  # (out, in)
     spectrum, right = _eigen(tall.T @ tall)
     # Directions that carry no energy are left to the QR's completion.
     up, _ = torch.linalg.qr(tall @ _top(right, rank))
     return spectrum, up
+
+
+def _square_root(second: Tensor) -> Tensor:
+    """L with L L^T = C: by Cholesky, or by eigenvalues where C is singular."""
+    lower, failed = torch.linalg.cholesky_ex((second + second.T) / 2)
+    if not int(failed):
+        return lower
+    values, basis = _eigen(second)
+    return basis * values.clamp(min=0.0).sqrt()
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
