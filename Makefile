@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format train classifier card fidelity performance clean
+.PHONY: help demo test lint format train classifier card fidelity performance models clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ fidelity: $(INSTALLED) ## Measure every method on 2,048 images; writes docs/fide
 
 performance: $(INSTALLED) ## Measure speed and memory of DiTs; writes docs/performance.md (half an hour)
 	$(BIN)/calicache bench samples/fashion_dit/bench_model.py:fashion_dit dit-s dit-b dit-xl --docs docs
+
+models: $(INSTALLED) ## Try every diffusion transformer of diffusers; writes docs/models.md (about an hour; goes on where it stopped)
+	PYTHONPATH=tests $(BIN)/python -m zoo.census
 
 clean: ## Remove the virtual environment and all output
 	rm -rf $(VENV) out build dist *.egg-info

@@ -105,6 +105,7 @@ def _manifest(
     sampler: Sampler | None,
 ) -> Manifest:
     settings, cost = optimized.plan.settings, optimized.cost
+    timestep = settings.timestep
     caches = optimized.rewritten.caches
     return Manifest(
         format=FORMAT,
@@ -118,6 +119,8 @@ def _manifest(
         correction=settings.correction,
         weights_hash=settings.weights_hash,
         inputs=settings.signature.tensors,
+        calls_per_step=timestep.calls if timestep else 1,
+        fixed=settings.fixed,
         outputs=output_names(optimized),
         caches=tuple(
             TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))

@@ -12,7 +12,9 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
+from calicache.export.manifest import Layout, Manifest
 from calicache.graph_passes.insertion import slot_name
+from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
 
 
@@ -139,6 +141,15 @@ class FixedRefreshes:
 
     def _at(self, name: str, refresh: int) -> ort.OrtValue:
         return self._rings[name][refresh % self._sizes[name]]
+
+
+def no_refreshes(manifest: Manifest, device: str) -> KeptRefreshes:
+    """An empty store for one call of a step, with fixed addresses where the layout allows it."""
+    slots = frozenset(name for record in manifest.modes for name in record.reads)
+    if manifest.layout is not Layout.PAIR:
+        return MovingRefreshes(manifest.caches, manifest.history, slots, device)
+    reads = frozenset(manifest.mode(StepMode.REFRESH).reads)
+    return FixedRefreshes(manifest.caches, manifest.history, slots, reads, device)
 
 
 def zeros(cache: TensorSpec, device: str) -> ort.OrtValue:

@@ -17,7 +17,7 @@ from calicache.graph_passes.files import sha256_of
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
 
-FORMAT = 3
+FORMAT = 4
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 
 
@@ -98,8 +98,10 @@ class Manifest:
         files: all other files of the folder.
         schedule, rank, order, weighting, correction, weights_hash: from the plan.
         inputs: the model's own tensors; `outputs` its outputs by name.
+        calls_per_step: how often a step calls the model, each call with caches of its own.
+        fixed: digests of the values that an input can have, for inputs that decide sizes.
         caches: what a REFRESH step keeps; `history` refreshes of each.
-        cache_bytes: of all kept refreshes.
+        cache_bytes: of all kept refreshes of one call.
         plain_macs: of one call of the model as it was.
         modes: every mode that the artifact has.
         targets, rejections: what CALIBRATE replaces, and what was left alone and why.
@@ -118,6 +120,8 @@ class Manifest:
     correction: str
     weights_hash: str
     inputs: tuple[TensorSpec, ...]
+    calls_per_step: int
+    fixed: dict[str, tuple[str, ...]]
     outputs: tuple[str, ...]
     caches: tuple[TensorSpec, ...]
     history: int

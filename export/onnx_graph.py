@@ -19,21 +19,40 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import Tensor, fx
 
 from calicache.export.attention import fuse_attention
+from calicache.export.complex import lower_complex
+from calicache.export.constants import fold_constants
 from calicache.export.einsum import lower_einsum
-from calicache.graph_passes.capture import device_of, shape_of
+from calicache.export.masks import guard_empty_rows
+from calicache.export.reshapes import views_to_reshapes
+from calicache.export.squeeze import drop_empty_squeezes
+from calicache.export.where import lower_boolean_where
+from calicache.graph_passes.capture import device_of, graph_outputs, shape_of
 from calicache.graph_passes.errors import ExportError, reason_of
 from calicache.graph_passes.rewrite import Rewritten, Variant
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode
 
+# What is done to a graph before torch.onnx sees it, in this order.
+LOWERINGS = (
+    views_to_reshapes,
+    fold_constants,
+    guard_empty_rows,
+    fuse_attention,
+    lower_einsum,
+    drop_empty_squeezes,
+    lower_complex,
+)
 BFLOAT16_OPSET = 23
 CONTRIB_VERSION = 1  # of com.microsoft, which not every variant uses
 LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
 
 
 def output_names(optimized: OptimizedModel) -> tuple[str, ...]:
-    """Names of the model's own outputs in the ONNX graph: `output`, or `output_0` ..."""
-    count = optimized.rewritten.outputs
+    """Names of the model's own outputs in the ONNX graph: `output`, or `output_0` ...
+
+    An output that is None has no name.
+    """
+    count = sum(isinstance(v, fx.Node) for v in graph_outputs(optimized.captured.graph))
     return ("output",) if count == 1 else tuple(f"output_{k}" for k in range(count))
 
 
@@ -77,12 +96,13 @@ def export_graph(module: fx.GraphModule, name: str) -> ir.Model:
     Raises:
         ExportError: with the exporter's reason.
     """
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    lowered = _lowered(module)
+    placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     examples = tuple(_example(node, module) for node in placeholders)
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                lower_einsum(fuse_attention(module)).eval(),
+                lowered.eval(),
                 examples,
                 dynamo=True,
                 optimize=True,
@@ -100,7 +120,14 @@ def export_graph(module: fx.GraphModule, name: str) -> ir.Model:
             fix="See the chained error; an op of the model has no ONNX form.",
         ) from error
     assert program is not None
-    return program.model
+    return lower_boolean_where(program.model)
+
+
+def _lowered(module: fx.GraphModule) -> fx.GraphModule:
+    """In forms that the exporter takes and ONNX Runtime runs well."""
+    for lower in LOWERINGS:
+        module = lower(module)
+    return module
 
 
 def weight_nodes(
@@ -284,7 +311,9 @@ def describe(node: ir.Node, name: str, dtype: ir.DataType | None, shape: ir.Shap
 
 
 def argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Value:
-    """An input of a graph."""
+    """An input of a graph; a complex one is taken as pairs of real values."""
+    if dtype.is_complex:
+        shape, dtype = (*shape, 2), dtype.to_real()
     onnx_type = ir.TensorType(tensor_adapters.from_torch_dtype(dtype))
     return ir.Value(name=name, type=onnx_type, shape=ir.Shape(shape))
 

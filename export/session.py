@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 
-from calicache.export.kept_refreshes import FixedRefreshes, KeptRefreshes, MovingRefreshes
+from calicache.export.kept_refreshes import KeptRefreshes, no_refreshes
 from calicache.export.manifest import Layout, load_artifact, model_file
 from calicache.export.onnx_graph import next_name
 from calicache.export.sampler_layout import GUIDANCE_INPUT, LATENTS_OUTPUT
-from calicache.export.session_inputs import InputBuffers, checked_inputs, wrong_input
+from calicache.export.session_inputs import InputBuffers, checked_inputs, in_pairs, wrong_input
 from calicache.export.step_layout import STEP_INPUT
 from calicache.graph_passes.errors import ExportError, RunError
 from calicache.graph_passes.insertion import slot_name
+from calicache.graph_passes.reads import check_fixed
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
 
@@ -71,7 +73,7 @@ class Session:
         }
         self._sessions = {mode: opened[path] for mode, path in paths.items()}
         self._inputs = InputBuffers(self._device)
-        self._kept = self._no_refreshes()
+        self.reset()
         self._outputs: dict[StepMode, dict[str, ort.OrtValue]] = {}
         self._graphs: dict[tuple[int, ...], int] | None = {} if cuda_graphs else None
 
@@ -99,48 +101,54 @@ class Session:
         feed = checked_inputs((record.noise, *record.inputs), {record.noise.name: noise, **inputs})
         if record.guidance is None and guidance_scale is not None:
             raise wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
+        self._check_fixed(feed)
         scale = record.guidance if guidance_scale is None else guidance_scale
         if scale is not None:
             feed[GUIDANCE_INPUT] = np.array(scale, np.float32)
         session = self._sessions[StepMode.REFRESH]
         used = {value.name for value in session.get_inputs()}
-        feed = {name: value for name, value in feed.items() if name in used}
+        feed = {name: in_pairs(value) for name, value in feed.items() if name in used}
         latents: np.ndarray[Any, Any] = session.run([LATENTS_OUTPUT], feed)[0]
         return latents
 
-    def step(self, step: int, **inputs: Any) -> np.ndarray[Any, Any]:
+    def step(self, step: int, call: int = 0, **inputs: Any) -> np.ndarray[Any, Any]:
         """Run one step; returns the model's first output.
 
         Args:
             step: index in the run, 0 .. len(schedule) - 1.
+            call: which of the step's calls of the model, where the recorded steps had several.
             inputs: the model's own tensors by name, NumPy arrays or CPU tensors.
 
         Raises:
             RunError: a step out of range or before any REFRESH, or another shape, dtype or
                 name than the artifact's.
         """
-        return self.step_outputs(step, **inputs)[0]
+        return self.step_outputs(step, call, **inputs)[0]
 
-    def step_outputs(self, step: int, **inputs: Any) -> tuple[np.ndarray[Any, Any], ...]:
+    def step_outputs(
+        self, step: int, call: int = 0, **inputs: Any
+    ) -> tuple[np.ndarray[Any, Any], ...]:
         """Run one step; returns all of the model's outputs. See `step`."""
-        mode = self._mode(step)
-        session = self._sessions[mode]
+        mode = self._mode(step, call)
+        session, kept = self._sessions[mode], self._kept[call]
         binding = session.io_binding()
-        bound = self._bind_inputs(binding, session, step, inputs, mode)
-        targets = self._bind_outputs(binding, session, mode)
+        bound = self._bind_inputs(binding, session, step, inputs, mode, kept)
+        targets = self._bind_outputs(binding, session, mode, kept)
         session.run_with_iobinding(binding, self._run_options([*bound, *targets]))
         names = (output.name for output in session.get_outputs())
         values = dict(zip(names, binding.get_outputs(), strict=True))
         if mode is StepMode.REFRESH:
             caches = self.manifest.caches
-            self._kept.keep({cache.name: values[next_name(cache.name)] for cache in caches})
+            kept.keep({cache.name: values[next_name(cache.name)] for cache in caches})
         if self.manifest.layout is Layout.PAIR:
             self._outputs[mode] = {name: values[name] for name in self.manifest.outputs}
         return tuple(values[name].numpy().copy() for name in self.manifest.outputs)
 
     def reset(self) -> None:
         """Drop the caches; the next step must be a REFRESH."""
-        self._kept = self._no_refreshes()
+        self._kept = [
+            no_refreshes(self.manifest, self._device) for _ in range(self.manifest.calls_per_step)
+        ]
 
     def end_profiling(self) -> tuple[Path, ...]:
         """Write the profiles of a session opened with `enable_profiling`; returns their files."""
@@ -148,7 +156,7 @@ class Session:
             Path(session.end_profiling()) for session in dict.fromkeys(self._sessions.values())
         )
 
-    def _mode(self, step: int) -> StepMode:
+    def _mode(self, step: int, call: int) -> StepMode:
         schedule = self.manifest.schedule
         if self.manifest.layout is Layout.SAMPLER:
             raise RunError(
@@ -156,6 +164,13 @@ class Session:
                 expected="an artifact in the layout step or pair",
                 got="layout sampler",
                 fix="Call sample() for the whole run, or export in another layout.",
+            )
+        if not 0 <= call < self.manifest.calls_per_step:
+            raise RunError(
+                f"call {call}",
+                expected=f"0 .. {self.manifest.calls_per_step - 1}",
+                got=str(call),
+                fix="Record and plan with as many calls in a step.",
             )
         if not 0 <= step < len(schedule):
             raise RunError(
@@ -165,7 +180,7 @@ class Session:
                 fix="Export a plan with this many steps.",
             )
         mode = schedule[step]
-        if mode is not StepMode.REFRESH and self.manifest.caches and not self._kept.count:
+        if mode is not StepMode.REFRESH and self.manifest.caches and not self._kept[call].count:
             raise RunError(
                 f"step {step}",
                 expected="a REFRESH step before it",
@@ -174,14 +189,9 @@ class Session:
             )
         return mode
 
-    def _no_refreshes(self) -> KeptRefreshes:
-        """An empty store, with fixed addresses where the layout allows it."""
-        manifest = self.manifest
-        slots = frozenset(name for record in manifest.modes for name in record.reads)
-        if manifest.layout is not Layout.PAIR:
-            return MovingRefreshes(manifest.caches, manifest.history, slots, self._device)
-        reads = frozenset(manifest.mode(StepMode.REFRESH).reads)
-        return FixedRefreshes(manifest.caches, manifest.history, slots, reads, self._device)
+    def _check_fixed(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        fixed = {name: self.manifest.fixed[name] for name in feed if name in self.manifest.fixed}
+        check_fixed(fixed, {name: torch.from_numpy(feed[name]) for name in fixed})
 
     def _bind_inputs(
         self,
@@ -190,33 +200,40 @@ class Session:
         step: int,
         inputs: Mapping[str, Any],
         mode: StepMode,
+        kept: KeptRefreshes,
     ) -> list[ort.OrtValue]:
         used = {value.name for value in session.get_inputs()}
         feed = checked_inputs(self.manifest.inputs, inputs)
+        if mode is StepMode.REFRESH:
+            self._check_fixed(feed)
         feed[STEP_INPUT] = np.array(step, np.int64)
         bound = {name: self._inputs.fill(name, v) for name, v in feed.items() if name in used}
         if step == 0:  # a new run: weight 0 times a NaN of the run before would be NaN
-            self._kept.start()
+            kept.start()
         reads = self.manifest.mode(mode).reads
         if mode is StepMode.REFRESH and not reads:
-            self._kept.release()
+            kept.release()
         for back in range(self.manifest.history):
             for cache in self.manifest.caches:
                 name = slot_name(cache.name, back)
                 if name in used:
                     read = name in reads
-                    bound[name] = self._kept.read(cache, back) if read else self._empty(cache)
+                    bound[name] = kept.read(cache, back) if read else self._empty(cache)
         for name, value in bound.items():
             binding.bind_ortvalue_input(name, value)
         return [*bound.values()]
 
     def _bind_outputs(
-        self, binding: ort.IOBinding, session: ort.InferenceSession, mode: StepMode
+        self,
+        binding: ort.IOBinding,
+        session: ort.InferenceSession,
+        mode: StepMode,
+        kept: KeptRefreshes,
     ) -> list[ort.OrtValue | None]:
         """Where the outputs go: None where ONNX Runtime allocates."""
         buffers: dict[str, ort.OrtValue | None] = {**self._outputs.get(mode, {})}
         if mode is StepMode.REFRESH:
-            buffers |= {next_name(c.name): self._kept.buffer(c) for c in self.manifest.caches}
+            buffers |= {next_name(c.name): kept.buffer(c) for c in self.manifest.caches}
         targets = [buffers.get(output.name) for output in session.get_outputs()]
         for output, buffer in zip(session.get_outputs(), targets, strict=True):
             if buffer is None:

@@ -24,6 +24,7 @@ class InputBuffers:
 
     def fill(self, name: str, value: np.ndarray[Any, Any]) -> ort.OrtValue:
         """The input's buffer with a copy of the value; a new one for another shape."""
+        value = in_pairs(value)
         buffer = self._buffers.get(name)
         if buffer is None or tuple(buffer.shape()) != value.shape:
             buffer = ort.OrtValue.ortvalue_from_shape_and_type(
@@ -32,6 +33,11 @@ class InputBuffers:
             self._buffers[name] = buffer
         buffer.update_inplace(value)
         return buffer
+
+
+def in_pairs(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Complex values as the graph takes them: real and imaginary part in a last dimension."""
+    return np.stack([value.real, value.imag], -1) if np.iscomplexobj(value) else value
 
 
 def checked_inputs(

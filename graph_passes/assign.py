@@ -97,7 +97,7 @@ def assign(
     Args:
         captured: the plain graph.
         sites: what was found in it.
-        rank: r where no rule gives one.
+        rank: r where no rule gives one; the smaller side of a layer where that is less.
         granularity: of the calibration branches where no rule says otherwise.
         rules: exceptions; the first that fits a name counts.
         joint: solve sibling sites together, at the rank that costs the same MACs.
@@ -106,7 +106,7 @@ def assign(
         The targets in graph order, and the branches that cannot be calibrated as a whole.
 
     Raises:
-        PlanError: a rank is larger than its layer allows, or a rule fits nothing.
+        PlanError: a rule's rank is larger than its layer allows, or a rule fits nothing.
     """
     _check_rules(rules, sites)
     targets: list[CalibrationTarget] = []
@@ -115,24 +115,34 @@ def assign(
         inside = [site for site in sites.linears if site.branch == branch.name]
         rule = _first(rules, branch.name)
         mode = rule.mode if rule else SiteMode.CALIBRATE
-        own = _rank(rule, rank)
+        own, asked = _rank(rule, rank), rule is not None and rule.rank is not None
         level = (rule.granularity if rule else None) or granularity
         if mode is SiteMode.FULL:
             continue
         if mode is SiteMode.REUSE or level is Granularity.BRANCH:
-            target = _branch_target(captured, branch, inside, 0 if mode is SiteMode.REUSE else own)
+            wanted = 0 if mode is SiteMode.REUSE else own
+            target = _branch_target(captured, branch, inside, wanted, capped=not asked)
             if isinstance(target, CalibrationTarget):
                 targets.append(target)
                 continue
             rejections.append(target)
-        targets.extend(_linear_targets(inside, rules, own, joint))
+        targets.extend(_linear_targets(inside, rules, own, joint, capped=not asked))
+    stream = [site for site in sites.linears if site.branch is None]
+    targets.extend(_linear_targets(stream, rules, rank, joint))
+    place = {node.name: number for number, node in enumerate(captured.graph.nodes)}
+    targets.sort(key=lambda target: place[target.nodes[0]])
     for target in targets:
         _check_rank(target)
     return tuple(targets), tuple(rejections)
 
 
 def _linear_targets(
-    linears: Sequence[LinearSite], rules: Sequence[SiteRule], rank: int, joint: bool
+    linears: Sequence[LinearSite],
+    rules: Sequence[SiteRule],
+    rank: int,
+    joint: bool,
+    *,
+    capped: bool = True,
 ) -> Iterator[CalibrationTarget]:
     chosen: list[tuple[LinearSite, int]] = []
     for site in linears:
@@ -140,7 +150,8 @@ def _linear_targets(
         if rule and rule.mode is SiteMode.FULL:
             continue
         reused = rule is not None and rule.mode is SiteMode.REUSE
-        chosen.append((site, 0 if reused else _rank(rule, rank)))
+        default = min(rank, site.in_features, site.out_features) if capped else rank
+        chosen.append((site, 0 if reused else _rank(rule, default)))
     if not joint:
         yield from (_linear_target([site], own) for site, own in chosen)
         return
@@ -174,22 +185,34 @@ def _linear_target(members: Sequence[LinearSite], rank: int) -> CalibrationTarge
 
 
 def _branch_target(
-    captured: CapturedGraph, branch: ResidualBranch, inside: Sequence[LinearSite], rank: int
+    captured: CapturedGraph,
+    branch: ResidualBranch,
+    inside: Sequence[LinearSite],
+    rank: int,
+    *,
+    capped: bool,
 ) -> CalibrationTarget | SiteRejection:
-    entry, last = shape_of(captured.node(branch.entry)), shape_of(captured.node(branch.exit))
-    if rank and (len(entry) < 3 or entry[:-1] != last[:-1]):
-        reason = f"not token-wise as a whole: from {entry} to {last}"
-        return SiteRejection(branch.name, branch.exit, reason)
+    shapes = [shape_of(captured.node(name)) for name in branch.exits]
+    entry = branch.entry or branch.exits[0]
+    if rank:
+        if branch.entry is None or len(shapes) > 1:
+            reason = "not one map as a whole: several latent values go in or come out"
+            return SiteRejection(branch.name, branch.exits[0], reason)
+        before = shape_of(captured.node(entry))
+        rank = min(rank, before[-1], shapes[0][-1]) if capped else rank
+        if len(before) < 2 or before[:-1] != shapes[0][:-1]:
+            reason = f"not token-wise as a whole: from {before} to {shapes[0]}"
+            return SiteRejection(branch.name, branch.exits[0], reason)
     return CalibrationTarget(
         name=branch.name,
         granularity=Granularity.BRANCH,
         sites=tuple(site.name for site in inside),
-        input_node=branch.entry,
-        nodes=(branch.exit,),
+        input_node=entry,
+        nodes=branch.exits,
         weights=(),
-        in_features=entry[-1],
-        out_features=(last[-1],),
-        tokens=prod(last[:-1]),
+        in_features=shape_of(captured.node(entry))[-1],
+        out_features=tuple(shape[-1] for shape in shapes),
+        tokens=prod(shapes[0][:-1]),
         rank=rank,
     )
 

@@ -1,20 +1,21 @@
 """Residual branches, found by structure alone.
 
-An `add` on the latent stream joins a branch where its one operand (the skip) comes, through
-data movement only, from a value that the other operand is computed from. Dominators give the
-branch's single entry and single exit. No class names, no registry of blocks.
+An `add` on the latent stream joins a branch where its one operand (the skip) comes, through data
+movement only, from a value that the other operand, the exit, is computed from. Exits whose inner
+parts overlap are one branch: the text and the image side of a joint attention, attention and MLP
+side by side. What only the exits need is inside. No class names, no registry of blocks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import networkx as nx
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from calicache.graph_passes.capture import module_path
 from calicache.graph_passes.dependence import Dependence
@@ -42,25 +43,24 @@ DATA_MOVEMENT = frozenset(
         aten._to_copy.default,
     }
 )
-_SOURCE, _SINK = "<source>", "<sink>"
 
 
 @dataclass(frozen=True, slots=True)
 class ResidualBranch:
-    """A part of the graph between the value it starts from and the add that joins it again.
+    """A part of the graph between the residual streams it reads and the adds that join it again.
 
     Attributes:
         name: common module path of its linear layers.
-        entry: node the branch starts from; not part of it.
-        exit: last node of the branch; REUSE replaces its value.
-        join: the add of skip and branch.
-        nodes: all nodes of the branch, `exit` included, in graph order.
+        entry: the one latent value that goes into it; None where there are several.
+        exits: the values that REUSE replaces, in graph order; one for each join.
+        joins: the adds of skip and exit.
+        nodes: all nodes that only the exits need, exits included, in graph order.
     """
 
     name: str
-    entry: str
-    exit: str
-    join: str
+    entry: str | None
+    exits: tuple[str, ...]
+    joins: tuple[str, ...]
     nodes: tuple[str, ...]
 
 
@@ -73,24 +73,20 @@ class SiteRejection:
     reason: str
 
 
-def _latent_graph(graph: fx.Graph, classes: Mapping[str, Dependence]) -> nx.DiGraph:
-    """Data flow between latent nodes, from one source (the inputs) to one sink (the output)."""
-    flow = nx.DiGraph()
-    for node in graph.nodes:
-        if classes[node.name] is not Dependence.LATENT:
-            continue
-        name = _SINK if node.op == "output" else node.name
-        sources = [n for n in node.all_input_nodes if classes[n.name] is Dependence.LATENT]
-        flow.add_edges_from((source.name, name) for source in sources)
-        if not sources:
-            flow.add_edge(_SOURCE, name)
-    return flow
+@dataclass(frozen=True, slots=True)
+class _Join:
+    """An add, the value its skip comes from, its exit, and the latent nodes between the two."""
+
+    node: fx.Node
+    root: fx.Node
+    exit: fx.Node
+    inside: frozenset[str]
 
 
 def find_branches(
     graph: fx.Graph, classes: Mapping[str, Dependence]
 ) -> tuple[list[ResidualBranch], list[SiteRejection]]:
-    """Find the residual branches that hold a linear layer and no other branch.
+    """Find the residual branches that hold a linear layer and no chain of other branches.
 
     Args:
         graph: the plain graph.
@@ -99,91 +95,151 @@ def find_branches(
     Returns:
         The branches in graph order, and what looked like one and is not, with the reason.
     """
-    latent = _latent_graph(graph, classes)
-    dominator = nx.immediate_dominators(latent, _SOURCE)
-    post_dominator = nx.immediate_dominators(latent.reverse(copy=False), _SINK)
-    order = {node.name: place for place, node in enumerate(graph.nodes)}
-    found: list[tuple[fx.Node, str, set[str], str]] = []
-    rejections: list[SiteRejection] = []
-    for join in graph.nodes:
-        if join.target is not ADD or join.name not in latent:
-            continue
-        for skip, last in _skip_candidates(join, latent):
-            nodes = _between(latent, skip, last)
-            reason = _not_single(skip, last, nodes, dominator, post_dominator)
-            if reason:
-                rejections.append(SiteRejection(_label([join]), join.name, reason))
-            else:
-                found.append((join, skip, nodes, last))
     by_name = {node.name: node for node in graph.nodes}
+    flow = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
+    joins = _find_joins(graph, classes, flow)
     # An add without a linear layer, as in an activation written by hand, hides no branch.
-    joins = {join.name for join, _, nodes, _ in found if _linears(nodes, by_name)}
+    bare = [join for join in joins if not _linears(join.inside, by_name)]
+    rejections = [
+        SiteRejection(_label([join.node]), join.node.name, "the branch has no linear layer")
+        for join in bare
+    ]
+    accepted: list[_Join] = []
+    holding = [join for join in joins if join not in bare]
+    for join in holding:
+        inner = [other for other in holding if other.node.name in join.inside]
+        if inner and not _takes_in(join, inner, by_name, flow):
+            label = _label(_linears(join.inside, by_name))
+            reason = f"contains other residual branches (joined at {inner[0].node.name})"
+            rejections.append(SiteRejection(label, join.node.name, reason))
+        else:
+            accepted.append(join)
+    all_joins = frozenset(join.node.name for join in accepted)
     branches: list[ResidualBranch] = []
     taken: Counter[str] = Counter()
-    for join, skip, nodes, last in found:
-        linears = _linears(nodes, by_name)
-        label = _label(linears or [join])
-        inner = nodes & joins
-        if inner:
-            reason = f"contains other residual branches (joined at {min(inner, key=order.get)})"  # type: ignore[arg-type]
-            rejections.append(SiteRejection(label, join.name, reason))
-        elif linears:
-            taken[label] += 1
-            name = label if taken[label] == 1 else f"{label}@{taken[label] - 1}"
-            ordered = tuple(sorted(nodes, key=order.__getitem__))
-            branches.append(ResidualBranch(name, skip, last, join.name, ordered))
-        else:
-            rejections.append(SiteRejection(label, join.name, "the branch has no linear layer"))
+    for group in _overlapping(accepted):
+        branch = _branch(group, all_joins, graph, classes)
+        linears = _linears(branch.nodes, by_name)
+        if not linears:
+            reason = "all its linear layers are also used outside it"
+            label = _label([group[0].node])
+            rejections.append(SiteRejection(label, group[0].node.name, reason))
+            continue
+        label = _label(linears)
+        taken[label] += 1
+        name = label if taken[label] == 1 else f"{label}@{taken[label] - 1}"
+        branches.append(replace(branch, name=name))
     return branches, rejections
+
+
+def _find_joins(
+    graph: fx.Graph, classes: Mapping[str, Dependence], flow: nx.DiGraph
+) -> list[_Join]:
+    found: dict[fx.Node, _Join] = {}
+    for node in graph.nodes:
+        if node.target is not ADD or classes[node.name] is not Dependence.LATENT:
+            continue
+        first, second = node.args[:2]
+        for skip, last in ((first, second), (second, first)):
+            if not (isinstance(skip, fx.Node) and isinstance(last, fx.Node)):
+                continue
+            if classes[last.name] is not Dependence.LATENT or not _same_shape(skip, last):
+                continue
+            root = _skip_root(skip, last, flow, found)
+            if root is not None:
+                between = nx.descendants(flow, root) & nx.ancestors(flow, last) | {last}
+                latent = (n.name for n in between if classes[n.name] is Dependence.LATENT)
+                found[node] = _Join(node, root, last, frozenset(latent))
+                break
+    return list(found.values())
+
+
+def _skip_root(
+    skip: fx.Node, last: fx.Node, flow: nx.DiGraph, joins: Mapping[fx.Node, _Join]
+) -> fx.Node | None:
+    """The value that the skip carries and the exit is computed from; None without one.
+
+    Data movement is looked through, and a join that the exit does not see: branches side by side,
+    x + attention(x) + mlp(x), all start at x.
+    """
+    root = skip
+    while root is not last:
+        if nx.has_path(flow, root, last):
+            return root
+        if root in joins:
+            root = joins[root].root
+        elif root.target in DATA_MOVEMENT:
+            root = root.all_input_nodes[0]
+        else:
+            return None
+    return None
+
+
+def _same_shape(first: fx.Node, second: fx.Node) -> bool:
+    values = (first.meta["val"], second.meta["val"])
+    return all(isinstance(value, Tensor) for value in values) and (
+        values[0].shape == values[1].shape
+    )
+
+
+def _takes_in(
+    outer: _Join, inner: Sequence[_Join], by_name: Mapping[str, fx.Node], flow: nx.DiGraph
+) -> bool:
+    """Whether a branch takes others in: it has layers of its own, and they are no chain."""
+    covered = frozenset[str]().union(*(join.inside for join in inner))
+    if not _linears(outer.inside - covered, by_name):
+        return False
+    return not any(nx.has_path(flow, a.node, b.exit) for a in inner for b in inner)
+
+
+def _overlapping(joins: Sequence[_Join]) -> list[list[_Join]]:
+    """Joins whose insides share nodes, together; in graph order of their last joins."""
+    shared = nx.Graph()
+    shared.add_nodes_from(range(len(joins)))
+    owner: dict[str, int] = {}
+    for number, join in enumerate(joins):
+        shared.add_edges_from((owner.setdefault(name, number), number) for name in join.inside)
+    groups = [sorted(group) for group in nx.connected_components(shared)]
+    return [[joins[number] for number in group] for group in sorted(groups)]
+
+
+def _branch(
+    group: Sequence[_Join],
+    joins: frozenset[str],
+    graph: fx.Graph,
+    classes: Mapping[str, Dependence],
+) -> ResidualBranch:
+    """The branch of some exits, still without its name: all that only they need."""
+    exits = {join.exit.name for join in group}
+    own = {join.node.name for join in group}
+    needed: set[str] = set()  # by the exits alone
+    for node in reversed(graph.nodes):
+        if node.op != "call_function" or (node.name in joins and node.name not in own):
+            continue
+        users = {user.name for user in node.users}
+        if node.name in exits or (users and users <= needed):
+            needed.add(node.name)
+    inside = {name for name in needed if classes[name] is Dependence.LATENT}
+    nodes = [node for node in graph.nodes if node.name in inside]
+    entries = {
+        source.name
+        for node in nodes
+        for source in node.all_input_nodes
+        if source.name not in inside and classes[source.name] is Dependence.LATENT
+    }
+    return ResidualBranch(
+        name="",
+        entry=entries.pop() if len(entries) == 1 else None,
+        exits=tuple(node.name for node in nodes if node.name in exits),
+        joins=tuple(join.node.name for join in group),
+        nodes=tuple(node.name for node in nodes),
+    )
 
 
 def _linears(nodes: Iterable[str], by_name: Mapping[str, fx.Node]) -> list[fx.Node]:
     return [by_name[name] for name in nodes if by_name[name].target is LINEAR]
-
-
-def _skip_candidates(join: fx.Node, latent: nx.DiGraph) -> Iterator[tuple[str, str]]:
-    """(entry, exit) of the branch joined here: the skip comes from what the exit needs."""
-    first, second = join.args[:2]
-    for skip, last in ((first, second), (second, first)):
-        if not (isinstance(skip, fx.Node) and isinstance(last, fx.Node)):
-            continue
-        if skip.name not in latent or last.name not in latent or skip is last:
-            continue
-        root = skip
-        while root.target in DATA_MOVEMENT and not nx.has_path(latent, root.name, last.name):
-            root = root.all_input_nodes[0]
-        if root is not last and nx.has_path(latent, root.name, last.name):
-            yield root.name, last.name
-
-
-def _between(latent: nx.DiGraph, entry: str, last: str) -> set[str]:
-    inside: set[str] = nx.descendants(latent, entry) & nx.ancestors(latent, last)
-    return inside | {last}
-
-
-def _not_single(
-    entry: str,
-    last: str,
-    nodes: set[str],
-    dominator: Mapping[str, str],
-    post_dominator: Mapping[str, str],
-) -> str | None:
-    """Why the branch is not one part with a single entry and a single exit; None if it is."""
-    if entry not in _chain(dominator, last):
-        return f"the branch has an entry besides {entry}"
-    for name in sorted(nodes):
-        if last not in {name, *_chain(post_dominator, name)}:
-            return f"{name} inside the branch is also used outside it"
-    return None
-
-
-def _chain(parents: Mapping[str, str], name: str) -> list[str]:
-    """The dominators of a node, nearest first."""
-    chain: list[str] = []
-    while name in parents and parents[name] != name:
-        name = parents[name]
-        chain.append(name)
-    return chain
 
 
 def _label(nodes: Sequence[fx.Node]) -> str:

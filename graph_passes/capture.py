@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,8 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.errors import CaptureError, reason_of
+from calicache.graph_passes.forms import write_out_forms
+from calicache.graph_passes.reads import answering
 from calicache.graph_passes.signature import CallSignature
 
 
@@ -24,11 +28,13 @@ class CapturedGraph:
             tuple, weights are the model's own tensors under their own names.
         signature: the form of the call the graph was captured for.
         output_tree: how the flat outputs become the model's return value.
+        fixed: tensors of the signature whose recorded values are built into the graph.
     """
 
     module: fx.GraphModule
     signature: CallSignature
     output_tree: pytree.TreeSpec
+    fixed: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -46,15 +52,18 @@ class CapturedGraph:
 
     def attribute(self, target: str) -> Tensor:
         """The weight or buffer a `get_attr` node names."""
-        return read_attribute(self.module, target)
+        value = read_attribute(self.module, target)
+        assert isinstance(value, Tensor)
+        return value
 
 
-def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
+def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> CapturedGraph:
     """Trace the model for calls of one form.
 
     Args:
         model: in eval mode; may be on the meta device.
         signature: from a recorded trajectory.
+        reads: what the model read off its tensors in every recorded call, from `find_reads`.
 
     Raises:
         CaptureError: the model is in training mode, or torch.export cannot take it; its
@@ -74,7 +83,7 @@ def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(model, (), arguments, strict=False)
+            exported = torch.export.export(_answered(model, reads), (), arguments, strict=False)
             # An empty table makes the graph functional and decomposes nothing.
             exported = exported.run_decompositions({})
             module = exported.module(check_guards=False)
@@ -83,7 +92,8 @@ def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
             type(model).__name__,
             expected="a model that torch.export captures",
             got=reason_of(error),
-            fix="Remove what torch.export cannot trace (see the chained error).",
+            fix="Remove what torch.export cannot trace (see the chained error); sizes and branches "
+            "that depend on values can be kept where all recorded calls agree in them.",
         ) from error
     changed = [
         str(spec.target or getattr(spec.arg, "name", spec.arg))
@@ -97,9 +107,26 @@ def capture(model: nn.Module, signature: CallSignature) -> CapturedGraph:
             got=f"a change of {', '.join(changed)}",
             fix="Write the new value to a new tensor in forward.",
         )
-    output_tree = exported.call_spec.out_spec
     assert isinstance(module, fx.GraphModule)
-    return CapturedGraph(_flat_module(module, signature), signature, output_tree)
+    output_tree, _ = exported.call_spec.out_spec.children()
+    flat, fixed = _flat_module(module, signature, output_tree.num_leaves)
+    _check_shapes(model, flat.graph)
+    return CapturedGraph(flat, signature, output_tree, fixed)
+
+
+def _answered(model: nn.Module, reads: str) -> nn.Module:
+    """A copy over the same weights, its reads answered; also returns the tensors it read."""
+    forward = model.forward
+    copied = copy.copy(model)
+
+    @functools.wraps(forward)
+    def answered(*args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        with answering(reads) as seen:
+            result = forward(*args, **kwargs)
+        return result, seen
+
+    copied.forward = answered
+    return copied
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -137,12 +164,12 @@ def graph_outputs(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
     return outputs
 
 
-def read_attribute(module: nn.Module, target: str) -> Tensor:
-    """Follow a dotted `get_attr` target to its tensor."""
+def read_attribute(module: nn.Module, target: str) -> Tensor | fx.GraphModule:
+    """Follow a dotted `get_attr` target to its tensor, or to the graph that an op runs inside."""
     value: Any = module
     for part in target.split("."):
         value = getattr(value, part)
-    assert isinstance(value, Tensor)
+    assert isinstance(value, Tensor | fx.GraphModule)
     return value
 
 
@@ -161,22 +188,59 @@ def module_path(node: fx.Node) -> str:
     return f"{path}@{call}" if at else str(path)
 
 
-def _flat_module(module: fx.GraphModule, signature: CallSignature) -> fx.GraphModule:
-    """Copy with plain placeholders and outputs; asserts, guards and dead code are left out."""
+def _check_shapes(model: nn.Module, graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not all(type(size) is int for size in value.shape):
+            raise CaptureError(
+                type(model).__name__,
+                expected="shapes that the shapes of the inputs give",
+                got=f"{node.name} ({module_path(node) or node.target}) of {tuple(value.shape)}, "
+                "which depends on values",
+                fix="Record calls that agree in what decides these sizes, such as masks; a size "
+                "that the latent decides cannot be kept.",
+            )
+
+
+def _flat_module(
+    module: fx.GraphModule, signature: CallSignature, outputs: int
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Copy with plain placeholders and outputs; asserts, guards and dead code are left out.
+
+    Also returns the tensors that decide what the model read; the outputs after the model's own
+    are the values it read.
+    """
     source = module.graph
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     tensors = {spec.name for spec in signature.tensors}
+    by_input: dict[str, fx.Node] = {}
     placeholders = [node for node in source.nodes if node.op == "placeholder"]
     for name, node in zip(signature.order, placeholders, strict=True):
         if name in tensors:
             copies[node] = graph.node_copy(node)
+            by_input[name] = node
     output: Any = None
     for node in source.nodes:
         if node.op == "output":
             output = node.args[0]
         elif node not in copies and (node.op != "placeholder"):
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-    flat = pytree.tree_leaves(output)
+    flat, read = pytree.tree_leaves(output)[:outputs], pytree.tree_leaves(output)[outputs:]
     graph.output(tuple(fx.node.map_arg(leaf, lambda n: copies[n]) for leaf in flat))
-    return fx.GraphModule(module, finish(graph), class_name="Captured")
+    written = write_out_forms(graph)
+    read = [copies[node] for node in read if isinstance(node, fx.Node)]
+    deciding = _inputs_of([written.get(node, node) for node in read])
+    fixed = tuple(name for name, node in by_input.items() if copies[node] in deciding)
+    return fx.GraphModule(module, finish(graph), class_name="Captured"), fixed
+
+
+def _inputs_of(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The placeholders that some nodes are computed from."""
+    seen: set[fx.Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes.extend(node.all_input_nodes)
+    return {node for node in seen if node.op == "placeholder"}

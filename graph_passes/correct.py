@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.record import Run
 from calicache.graph_passes.recover import RecordedSampler
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.sampler_step import SamplerSteps, match_channels, recorded_next
 from calicache.graph_passes.schedule import StepMode, Table, output_table
+from calicache.graph_passes.timestep import Run
 
 RIDGE = 1e-6
 

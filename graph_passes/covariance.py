@@ -109,6 +109,7 @@ def _output_directions(exact: Tensor, second: Tensor, rank: int) -> tuple[Tensor
 
 def _square_root(second: Tensor) -> Tensor:
     """L with L L^T = C: by Cholesky, or by eigenvalues where C is singular."""
+    lower: Tensor
     lower, failed = torch.linalg.cholesky_ex((second + second.T) / 2)
     if not int(failed):
         return lower

@@ -14,9 +14,11 @@ from torch import fx
 
 from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.errors import DependenceError
-from calicache.graph_passes.record import Run, Trajectory
+from calicache.graph_passes.record import Trajectory
+from calicache.graph_passes.timestep import Run
 
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
 
 
 class Dependence(IntEnum):
@@ -36,8 +38,7 @@ def classify_inputs(trajectory: Trajectory) -> dict[str, Dependence]:
     elsewhere have it the same, step by step. Otherwise it is `latent`.
 
     Raises:
-        DependenceError: no run has two steps, no input depends on the latent, or the model is
-            called twice per step.
+        DependenceError: no run has two steps, or no input depends on the latent.
     """
     runs = trajectory.runs
     if trajectory.steps < 2:
@@ -46,13 +47,6 @@ def classify_inputs(trajectory: Trajectory) -> dict[str, Dependence]:
             expected="a run of at least 2 steps",
             got=f"{trajectory.steps} step",
             fix="Record a whole sampler run.",
-        )
-    if trajectory.timestep and all(_in_pairs(run, trajectory.timestep.name) for run in runs):
-        raise DependenceError(
-            trajectory.timestep.name,
-            expected="one call of the model per step",
-            got="every timestep twice in a row, as in guidance by two calls",
-            fix="Batch the conditional and the unconditional call into one.",
         )
     names = [spec.name for spec in trajectory.signature.tensors]
     moving = [name for name in names if any(_moves(run, name) for run in runs)]
@@ -85,7 +79,7 @@ def classify_nodes(
     for node in captured.graph.nodes:
         if node.op == "placeholder":
             classes[node.name] = inputs[next(arguments).name]
-        elif _is_random(node):
+        elif is_random(node):
             classes[node.name] = Dependence.LATENT
         else:
             classes[node.name] = max(
@@ -95,12 +89,7 @@ def classify_nodes(
     return classes
 
 
-def _in_pairs(run: Run, name: str) -> bool:
-    values = [call[name] for call in run]
-    return len(run) % 2 == 0 and all(map(torch.equal, values[::2], values[1::2]))
-
-
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
     """Whether the op draws new numbers at every call; attention does so only with dropout."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags and node.target is not ATTENTION

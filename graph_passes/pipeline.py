@@ -16,10 +16,12 @@ from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.fold import choose_folds
 from calicache.graph_passes.plan import Plan, PlanSettings, check_statistics, hash_weights
+from calicache.graph_passes.pointwise import pointwise_to_linear
 from calicache.graph_passes.rewrite import Rewritten, rewrite
 from calicache.graph_passes.run_values import find_run_values
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode, anchor_table
+from calicache.graph_passes.signature import CallSignature
 from calicache.graph_passes.sites import Sites, find_sites
 from calicache.graph_passes.verify import verify_captured, verify_rewritten
 
@@ -41,18 +43,32 @@ def optimize(
         CalicacheError: whatever stage refuses names itself.
     """
     _check_weights(model, plan)
+    return _optimize(model, plan, None, on_target)
+
+
+def _optimize(
+    model: nn.Module,
+    plan: Plan,
+    factors: dict[str, CalibrationFactors] | None,
+    on_target: Callable[[int, int], None] | None = None,
+) -> OptimizedModel:
     captured, sites, targets = analyse(model, plan.settings)
-    factors, rewritten = rewrite_captured(captured, sites, targets, plan, on_target)
-    cost = model_cost(captured, sites, targets, rewritten)
+    made, rewritten = rewrite_captured(captured, sites, targets, plan, on_target, factors)
+
+    def for_signature(signature: CallSignature) -> OptimizedModel:
+        settings = replace(plan.settings, signature=signature)
+        return _optimize(model, replace(plan, settings=settings), made)
+
     return OptimizedModel(
         model,
         plan=plan,
         captured=captured,
         sites=sites,
         targets=targets,
-        factors=factors,
+        factors=made,
         rewritten=rewritten,
-        cost=cost,
+        cost=model_cost(captured, sites, targets, rewritten),
+        for_signature=for_signature,
     )
 
 
@@ -64,7 +80,8 @@ def analyse(
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
-    captured = verify_captured(capture(model, settings.signature))
+    captured = capture(model, settings.signature, settings.reads)
+    captured = verify_captured(pointwise_to_linear(captured))
     classes = classify_nodes(captured, settings.dependence)
     sites = find_sites(captured, classes, settings.include, settings.exclude)
     targets, unfit = assign(
@@ -84,8 +101,9 @@ def rewrite_captured(
     targets: Sequence[CalibrationTarget],
     plan: Plan,
     on_target: Callable[[int, int], None] | None = None,
+    factors: dict[str, CalibrationFactors] | None = None,
 ) -> tuple[dict[str, CalibrationFactors], Rewritten]:
-    """Factors and variants of a captured graph under a plan.
+    """Factors and variants of a captured graph under a plan; factors are made where none are given.
 
     Raises:
         CalicacheError: statistics do not fit, or a stage refuses.
@@ -93,7 +111,8 @@ def rewrite_captured(
     settings = plan.settings
     calibrated = targets if StepMode.CALIBRATE in settings.schedule else ()
     check_statistics(plan, calibrated)
-    factors = make_factors(captured, calibrated, plan.statistics, on_target)
+    if factors is None:
+        factors = make_factors(captured, calibrated, plan.statistics, on_target)
     itemsize = next(captured.module.parameters()).element_size()
     rewritten = rewrite(
         captured,

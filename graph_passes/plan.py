@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,8 @@ from calicache.graph_passes.dependence import Dependence, classify_inputs
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import Statistics
 from calicache.graph_passes.files import atomic_path, sha256_of
-from calicache.graph_passes.record import Timestep, Trajectory
+from calicache.graph_passes.reads import find_reads
+from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.schedule import (
     StepMode,
     Table,
@@ -33,8 +34,9 @@ from calicache.graph_passes.schedule import (
     uniform_schedule,
 )
 from calicache.graph_passes.signature import CallSignature
+from calicache.graph_passes.timestep import Timestep
 
-FORMAT = 2
+FORMAT = 3
 SETTINGS_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
 
 
@@ -57,6 +59,9 @@ class PlanSettings:
         output_weights: of a step's own output and the kept ones, by step (T, order + 2), or
             None: every output as it is.
         correction: how the output weights were made, or why there are none.
+        reads: what the model reads off its tensors in every call, from `find_reads`.
+        fixed: the tensor arguments that decide these reads, and the digests of their recorded
+            values; no others can be passed.
     """
 
     schedule: tuple[StepMode, ...]
@@ -73,6 +78,8 @@ class PlanSettings:
     weights_hash: str
     output_weights: Table | None = None
     correction: str = "not asked for"
+    reads: str = "[]"
+    fixed: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_schedule(self.schedule)
@@ -172,6 +179,7 @@ class Plan:
             dependence=classify_inputs(trajectory),
             timestep=trajectory.timestep,
             weights_hash=hash_weights(model),
+            reads=find_reads(model, trajectory),
         )
         return make_plan(model, trajectory, settings, correct=correct, on_step=on_step)
 

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from calicache.graph_passes.branches import SiteRejection
+from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.correct import fit_outputs
+from calicache.graph_passes.decompose import Weighting
+from calicache.graph_passes.dependence import Dependence
+from calicache.graph_passes.errors import CaptureError, PlanError
 from calicache.graph_passes.observe import observe
 from calicache.graph_passes.pipeline import analyse, rewrite_captured
 from calicache.graph_passes.plan import Plan, PlanSettings
+from calicache.graph_passes.reads import digest
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.recover import recover_sampler
 from calicache.graph_passes.schedule import StepMode
+
+
+def fixed_values(
+    captured: CapturedGraph, trajectory: Trajectory, dependence: Mapping[str, Dependence]
+) -> dict[str, tuple[str, ...]]:
+    """Digests of the recorded values of the inputs that are built into the graph.
+
+    Raises:
+        CaptureError: one of them changes inside a run.
+    """
+    for name in captured.fixed:
+        if dependence[name] > Dependence.RUN:
+            raise CaptureError(
+                name,
+                expected="control flow and sizes that stay the same over a run",
+                got=f"some that depend on {name}, which changes from step to step",
+                fix="A graph cannot follow such a decision; compute both sides, or mask.",
+            )
+    firsts = [run[0] for run in trajectory.runs]
+    return {
+        name: tuple(dict.fromkeys(digest(call[name]) for call in firsts)) for name in captured.fixed
+    }
 
 
 def make_plan(
@@ -26,7 +53,9 @@ def make_plan(
     on_step: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Collect what the settings need along a recorded trajectory; see `Plan.from_trajectory`."""
+    _check_weights_are_there(model, settings, correct=correct)
     captured, sites, targets = analyse(model, settings)
+    settings = replace(settings, fixed=fixed_values(captured, trajectory, settings.dependence))
     calibrated = targets if StepMode.CALIBRATE in settings.schedule else ()
     statistics = observe(
         captured,
@@ -50,3 +79,14 @@ def make_plan(
     fitted = fit_outputs(rewritten, recorded, settings.schedule, settings.order, on_step)
     corrected = replace(settings, output_weights=fitted, correction="fitted to the recorded runs")
     return replace(plan, settings=corrected)
+
+
+def _check_weights_are_there(model: nn.Module, settings: PlanSettings, *, correct: bool) -> None:
+    needed = correct or settings.weighting is not Weighting.NONE
+    if needed and any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError(
+            "model",
+            expected="weights, to run the recorded calls with",
+            got="a model on the meta device",
+            fix="Load the weights, or plan for costs alone: weighting='none', correct=False.",
+        )

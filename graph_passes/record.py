@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,7 @@ from torch import Tensor, nn
 from calicache.graph_passes.errors import RecordError
 from calicache.graph_passes.files import atomic_path
 from calicache.graph_passes.signature import CallSignature, ConstantSpec, TensorSpec, flatten_call
-
-Call = Mapping[str, Tensor]
-Run = Sequence[Call]
-
-
-@dataclass(frozen=True, slots=True)
-class Timestep:
-    """Which input counts the denoising down, and which way.
-
-    Attributes:
-        name: the input, such as `timestep`.
-        descends: True where it falls from step to step, as in DDIM.
-        repeats: True where it stayed the same from one recorded call to the next.
-    """
-
-    name: str
-    descends: bool
-    repeats: bool = field(default=False, compare=False)
-
-    def turns_back(self, before: float, now: float) -> bool:
-        """Whether a new run starts between two values."""
-        if now == before:
-            return not self.repeats
-        return now > before if self.descends else now < before
+from calicache.graph_passes.timestep import Call, Run, Timestep, cut_runs, find_timestep
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,43 +58,33 @@ class Trajectory:
 
     @property
     def timestep(self) -> Timestep | None:
-        """The input that is one number in every call and changes most often; None without one."""
-        best: Timestep | None = None
-        most = 0
-        for spec in self.signature.tensors:
-            values = [_one_number(call[spec.name]) for call in self.calls]
-            if None in values:
-                continue
-            pairs = list(pairwise(values))
-            changes = [b - a for a, b in pairs if a != b]  # type: ignore[operator]
-            if len(changes) > most:
-                most = len(changes)
-                falls = sum(change < 0 for change in changes) * 2 >= most
-                best = Timestep(spec.name, falls, repeats=most < len(pairs))
-        return best
+        """The input that counts the denoising down; None without one."""
+        names = [spec.name for spec in self.signature.tensors]
+        return find_timestep(names, self.calls, self.results)
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often a step of the sampler calls the model."""
+        timestep = self.timestep
+        return timestep.calls if timestep else 1
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """The calls, cut where the timestep turns back."""
-        timestep = self.timestep
-        runs: list[list[Call]] = [[]]
-        before: float | None = None
-        for number, call in enumerate(self.calls):
-            now = None if timestep is None else float(call[timestep.name].flatten()[0])
-            ended = number in self.results
-            if timestep is not None and before is not None and now is not None:
-                ended |= timestep.turns_back(before, now)
-            if ended:
-                runs.append([])
-            runs[-1].append(call)
-            before = now
-        return tuple(runs)
+        """The calls of every denoising; several runs side by side where a step calls several times.
+
+        With guidance by two calls a step, the conditional calls are one run and the
+        unconditional ones another.
+        """
+        beside = self.calls_per_step
+        whole = cut_runs(self.timestep, self.calls, self.results)
+        return tuple(run[k::beside] for run in whole for k in range(beside))
 
     @property
     def ends(self) -> tuple[Tensor | None, ...]:
         """What the sampler made of every run's last output, where `finish` was given it."""
-        counts = accumulate(len(run) for run in self.runs)
-        return tuple(self.results.get(count) for count in counts)
+        beside = self.calls_per_step
+        counts = accumulate(len(run) for run in cut_runs(self.timestep, self.calls, self.results))
+        return tuple(self.results.get(count) for count in counts for _ in range(beside))
 
     @property
     def steps(self) -> int:
@@ -246,13 +213,6 @@ def record(model: nn.Module) -> Iterator[Trajectory]:
 def _keep(value: Tensor, last: Tensor | None) -> Tensor:
     kept = value.detach().to("cpu", copy=True)
     return last if last is not None and torch.equal(kept, last) else kept
-
-
-def _one_number(value: Tensor) -> float | None:
-    if value.numel() == 0 or value.is_complex():
-        return None
-    first = value.flatten()[0]
-    return float(first) if bool((value == first).all()) else None
 
 
 def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:

@@ -11,13 +11,14 @@ from torch import Tensor, fx
 from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.capture import CapturedGraph, graph_outputs
 from calicache.graph_passes.dependence import Dependence
-from calicache.graph_passes.record import Run, Trajectory
+from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.sampler_step import (
     SamplerSteps,
     find_latent,
     find_sampler_steps,
     match_channels,
 )
+from calicache.graph_passes.timestep import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,9 @@ def recover_sampler(
     meta = returned[0].meta.get("val") if isinstance(returned[0], fx.Node) else None
     if len(returned) != 1 or not (isinstance(meta, Tensor) and meta.is_floating_point()):
         reason = f"the model returns {len(returned)} values, not one floating-point tensor"
+        return SiteRejection("sampler", "", reason)
+    if trajectory.calls_per_step > 1:
+        reason = f"the model is called {trajectory.calls_per_step} times a step, not once"
         return SiteRejection("sampler", "", reason)
     runs, ends = _runs_of_length(trajectory, length, captured.device)
     if not runs or length < 2:

@@ -16,7 +16,13 @@ from torch import Tensor, fx
 from calicache.graph_passes.assign import CalibrationTarget
 from calicache.graph_passes.branches import LINEAR
 from calicache.graph_passes.calibrate import Calibration, folded_name, folded_value
-from calicache.graph_passes.capture import CapturedGraph, copy_graph, finish, graph_outputs
+from calicache.graph_passes.capture import (
+    CapturedGraph,
+    copy_graph,
+    finish,
+    graph_outputs,
+    read_attribute,
+)
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.insertion import (
@@ -177,7 +183,8 @@ def rewrite(
     build = _Builder(captured, sites, targets, factors, folded, history, outputs, run_values)
     variants: dict[StepMode, Variant] = {}
     if StepMode.CALIBRATE in used:
-        tapped = [branch.exit for branch in sites.branches] if StepMode.REUSE in used else []
+        exits = [name for branch in sites.branches for name in branch.exits]
+        tapped = exits if StepMode.REUSE in used else []
         variants[StepMode.CALIBRATE] = build.calibrate(tapped)
     if StepMode.REUSE in used:
         variants[StepMode.REUSE] = build.reuse()
@@ -257,8 +264,8 @@ class _Builder:
         """Every branch becomes its anchor; what is inside goes away as dead code."""
         graph, copies = copy_graph(self.captured.graph)
         insert = Insertion(graph, self.history)
-        for branch in self.sites.branches:
-            last = copies[branch.exit]
+        for name in (name for branch in self.sites.branches for name in branch.exits):
+            last = copies[name]
             with graph.inserting_before(last):
                 last.replace_all_uses_with(insert.anchor(last))
         self._read_run_values(insert, copies)
@@ -352,7 +359,7 @@ def _variant(mode: StepMode, captured: CapturedGraph, insert: Insertion) -> Vari
     tensors = {
         target: insert.attributes[target]
         if target in insert.attributes
-        else captured.attribute(target)
+        else read_attribute(captured.module, target)
         for target in sorted(targets)
     }
     live = {node.name for node in graph.nodes}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -14,10 +15,12 @@ from calicache.graph_passes.cost import ModelCost
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import RunError
 from calicache.graph_passes.plan import Plan
+from calicache.graph_passes.reads import check_fixed
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.schedule import StepMode
-from calicache.graph_passes.signature import flatten_call
+from calicache.graph_passes.signature import CallSignature, flatten_call
 from calicache.graph_passes.sites import Sites
+from calicache.graph_passes.timestep import Timestep
 
 
 class OptimizedModel(nn.Module):
@@ -25,13 +28,16 @@ class OptimizedModel(nn.Module):
 
     Steps are counted from call to call. A new run starts by itself where the timestep turns
     back or, for a model without one, after the last planned step; `reset` starts one by hand.
-    Attributes that it does not have (config, dtype, ...) are those of the original model.
+    Where the recorded steps call the model several times, as in guidance by a conditional and an
+    unconditional call, each of the calls keeps caches of its own. A call with another batch size
+    is captured once more, with the same factors. Attributes that it does not have (config, dtype,
+    ...) are those of the original model.
 
     Attributes:
         original: the model as it was.
         plan, captured, sites, targets, factors, rewritten, cost: what each stage of `optimize`
             made.
-        step: index of the next step in the running denoising.
+        step: index of the next step in the running denoising; `call` the next call in it.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class OptimizedModel(nn.Module):
         factors: dict[str, CalibrationFactors],
         rewritten: Rewritten,
         cost: ModelCost,
+        for_signature: Callable[[CallSignature], OptimizedModel],
     ) -> None:
         super().__init__()
         self.original = original
@@ -54,35 +61,84 @@ class OptimizedModel(nn.Module):
         self.variants = nn.ModuleDict(
             {mode.name: variant.module for mode, variant in rewritten.variants.items()}
         )
-        self.step = 0
-        self._kept: list[dict[str, Tensor]] = []
-        self._timestep: float | None = None
+        timestep = plan.settings.timestep
+        self._calls = timestep.calls if timestep else 1
+        self._for_signature = for_signature
+        self._others: dict[CallSignature, OptimizedModel] = {}
+        self.step, self.call = 0, 0
+        self.reset()
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the next step; takes and returns what the original model does.
+        """Run the next call; takes and returns what the original model does.
 
         Raises:
-            RunError: other shapes or arguments than the plan's, or more steps than planned.
+            RunError: other shapes (but for the batch size) or arguments than the plan's, more
+                steps than planned, or another number of calls in a step.
         """
+        # torch.compile stops at both ends of a call and takes each variant as a whole.
+        owner, variant, tensors, values = self._begin(args, kwargs)
+        return owner._end(tensors, variant(*tensors, *values))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[OptimizedModel, nn.Module, list[Tensor], list[Tensor]]:
+        """The model of this batch size, its variant, the call's tensors, and what it reads."""
         call = flatten_call(self.original, args, kwargs)
-        tensors = self.plan.settings.signature.match(call)
+        signature = self.plan.settings.signature
+        other = signature.other_batch(call)
+        if other is not None:
+            check_fixed(self.plan.settings.fixed, call.tensors)
+            return self._for_form(other)._begin(args, kwargs)  # type: ignore[no-any-return]
+        tensors = signature.match(call)
         mode = self._next_mode(call.tensors)
-        variant = self.rewritten.variants[mode]
-        module = self.variants[mode.name]
-        values = self.rewritten.read(variant.reads, self._kept, self.step, tensors[0].device)
-        outputs = module(*tensors, *values)
         if mode is StepMode.REFRESH:
-            self._keep(outputs, tensors)
-        self.step += 1
+            check_fixed(self.plan.settings.fixed, call.tensors)
+        reads, kept = self.rewritten.variants[mode].reads, self._kept[self.call]
+        values = self.rewritten.read(reads, kept, self.step, tensors[0].device)
+        return self, self.variants[mode.name], tensors, values
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
+        """Keep what a REFRESH gave, count the call, return the model's own outputs."""
+        if self.plan.schedule[self.step] is StepMode.REFRESH:
+            self._kept[self.call] = self._keep(outputs, tensors, self._kept[self.call])
+        self.call = (self.call + 1) % self._calls
+        self.step += self.call == 0
         flat = list(outputs[: self.rewritten.outputs])
         return pytree.tree_unflatten(flat, self.captured.output_tree)
 
+    def for_call(self, *args: Any, **kwargs: Any) -> OptimizedModel:
+        """The optimised model for calls like this one, which may have another batch size.
+
+        Raises:
+            RunError: the call differs from the plan's in more than the batch size.
+        """
+        call = flatten_call(self.original, args, kwargs)
+        other = self.plan.settings.signature.other_batch(call)
+        if other is not None:
+            return self._for_form(other)
+        self.plan.settings.signature.match(call)
+        return self
+
     def reset(self) -> None:
         """Forget the running denoising: the next call is step 0."""
-        self.step = 0
-        self._kept = []
-        self._timestep = None
+        self.step, self.call = 0, 0
+        self._kept: list[list[dict[str, Tensor]]] = [[] for _ in range(self._calls)]
+        self._timestep: float | None = None
+        for other in self._others.values():
+            other.reset()
+
+    def _for_form(self, signature: CallSignature) -> OptimizedModel:
+        if signature not in self._others:
+            self._others[signature] = self._for_signature(signature)
+        return self._others[signature]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModel:
+        self._others = {}  # they are made again where the weights have gone
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def train(self, mode: bool = True) -> OptimizedModel:
         """Stay in eval mode; calibration has no training mode.
@@ -108,31 +164,34 @@ class OptimizedModel(nn.Module):
                 raise
             return getattr(self.original, name)
 
-    def _keep(self, outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    def _keep(
+        self,
+        outputs: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        kept: Sequence[dict[str, Tensor]],
+    ) -> list[dict[str, Tensor]]:
         """Take over the caches of a REFRESH step; copy what the caller may write to."""
         own = self.rewritten.outputs
-        shared = {value.untyped_storage().data_ptr() for value in (*tensors, *outputs[:own])}
+        theirs = [v for v in (*tensors, *outputs[:own]) if isinstance(v, Tensor)]
+        shared = {value.untyped_storage().data_ptr() for value in theirs}
         fresh = {
             cache.name: value.clone() if value.untyped_storage().data_ptr() in shared else value
             for cache, value in zip(self.rewritten.caches, outputs[own:], strict=True)
         }
         older = [
-            {c.name: kept[c.name] for c in self.rewritten.caches if back < c.history}
-            for back, kept in enumerate(self._kept, start=1)
+            {c.name: values[c.name] for c in self.rewritten.caches if back < c.history}
+            for back, values in enumerate(kept, start=1)
         ]
-        self._kept = [fresh, *older][: self.rewritten.history]
+        return [fresh, *older][: self.rewritten.history]
 
-    def _next_mode(self, tensors: Any) -> StepMode:
+    def _next_mode(self, tensors: Mapping[str, Tensor]) -> StepMode:
         """Mode of this call, after starting a new run where one begins."""
         schedule, timestep = self.plan.schedule, self.plan.settings.timestep
         if timestep is None:
             if self.step == len(schedule):
                 self.reset()
         else:
-            now = float(tensors[timestep.name].flatten()[0])
-            if self._timestep is not None and timestep.turns_back(self._timestep, now):
-                self.reset()
-            self._timestep = now
+            self._follow(timestep, float(tensors[timestep.name].flatten()[0]))
         if self.step >= len(schedule):
             raise RunError(
                 f"step {self.step}",
@@ -141,3 +200,23 @@ class OptimizedModel(nn.Module):
                 fix="Record and plan with this many steps, or call reset() before a new run.",
             )
         return schedule[self.step]
+
+    def _follow(self, timestep: Timestep, now: float) -> None:
+        """Start a new run where the timestep turns back; keep count of the calls of a step."""
+        before, self._timestep = self._timestep, now
+        if before is None:
+            return
+        if timestep.turns_back(before, now):
+            self.reset()
+            self._timestep = now
+        elif timestep.calls > 1 and now == before and (self.step, self.call) == (1, 0):
+            # The run before was broken off in its first step: of its calls the newest count.
+            self.step, self.call = 0, timestep.calls - 1
+            self._kept = [*self._kept[1:], []]
+        elif timestep.calls > 1 and now != before and self.call:
+            raise RunError(
+                f"step {self.step}",
+                expected=f"{timestep.calls} calls with one timestep, as recorded",
+                got=str(self.call),
+                fix="Record and plan with this guidance, or call reset() before a new run.",
+            )

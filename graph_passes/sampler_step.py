@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.dependence import Dependence
-from calicache.graph_passes.record import Call, Run
+from calicache.graph_passes.timestep import Call, Run
 
 TOLERANCE, ROUNDING = 1e-3, 1e-5
 MAX_PARTS = 4

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -97,6 +98,29 @@ class CallSignature:
                 raise _mismatch(spec.name, str(spec), str(describe(spec.name, tensor)))
             tensors.append(tensor)
         return tensors
+
+    def other_batch(self, call: FlatCall) -> CallSignature | None:
+        """The form of a call that differs from this one in the batch size alone; None otherwise.
+
+        Sizes of the first dimension may change, all by one ratio and none without the others.
+        """
+        ratios: set[Fraction] = set()
+        specs: list[TensorSpec] = []
+        for spec in self.tensors:
+            tensor = call.tensors.get(spec.name)
+            if tensor is None:
+                return None
+            shape = tuple(tensor.shape)
+            if shape != spec.shape:
+                if not shape or shape[1:] != spec.shape[1:] or not spec.shape[0]:
+                    return None
+                ratios.add(Fraction(shape[0], spec.shape[0]))
+            specs.append(replace(spec, shape=shape))
+        batches = {old.shape[0] for old, new in zip(self.tensors, specs, strict=True) if old != new}
+        left = (old for old, new in zip(self.tensors, specs, strict=True) if old == new)
+        if len(ratios) != 1 or any(spec.shape[:1] in {(b,) for b in batches} for spec in left):
+            return None
+        return replace(self, tensors=tuple(specs))
 
 
 _MISSING = "a tensor"

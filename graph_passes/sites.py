@@ -1,4 +1,4 @@
-"""Where a cache can go: linear layers on the latent stream, inside residual branches."""
+"""Where a cache can go: linear layers on the latent stream, from the first branch to the last."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class LinearSite:
         weight: `get_attr` target of W (out, in); `bias` that of b, or None.
         in_features, out_features: sizes of x and y per token.
         tokens: rows of x in one call, over batch and sequence.
-        branch: name of the residual branch that holds it.
+        branch: name of the residual branch that holds it; None for one on the stream itself,
+            between two branches.
     """
 
     name: str
@@ -37,7 +38,7 @@ class LinearSite:
     in_features: int
     out_features: int
     tokens: int
-    branch: str
+    branch: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def find_sites(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Sites:
-    """Find every latent-dependent, token-wise linear layer inside a residual branch.
+    """Find every latent-dependent, token-wise linear layer in a residual branch or between two.
 
     Args:
         captured: the graph.
@@ -77,12 +78,13 @@ def find_sites(
     """
     branches, rejections = find_branches(captured.graph, classes)
     owner = {node: branch.name for branch in branches for node in branch.nodes}
+    between = _between_branches(captured.graph, branches)
     names = _unique_names(node for node in captured.graph.nodes if node.target is LINEAR)
     linears: list[LinearSite] = []
     for node in captured.graph.nodes:
         if node.target is not LINEAR or classes[node.name] is not Dependence.LATENT:
             continue
-        site = _linear_site(node, names[node.name], owner.get(node.name))
+        site = _linear_site(node, names[node.name], owner.get(node.name), between)
         if isinstance(site, LinearSite):
             reason = _pattern_reason(site.name, include, exclude)
             site = SiteRejection(site.name, site.node, reason) if reason else site
@@ -103,7 +105,23 @@ def find_sites(
     return Sites(tuple(linears), _groups(linears), kept, tuple(rejections))
 
 
-def _linear_site(node: fx.Node, name: str, branch: str | None) -> LinearSite | SiteRejection:
+def _between_branches(graph: fx.Graph, branches: Sequence[ResidualBranch]) -> frozenset[str]:
+    """Nodes that read what some branch gave and that some later branch joins."""
+    joins = {name for branch in branches for name in branch.joins}
+    after: set[str] = set()
+    before: set[str] = set()
+    for node in graph.nodes:
+        if any(source.name in after or source.name in joins for source in node.all_input_nodes):
+            after.add(node.name)
+    for node in reversed(graph.nodes):
+        if any(user.name in before or user.name in joins for user in node.users):
+            before.add(node.name)
+    return frozenset(after & before)
+
+
+def _linear_site(
+    node: fx.Node, name: str, branch: str | None, between: frozenset[str]
+) -> LinearSite | SiteRejection:
     source, weight, bias = (*node.args, None)[:3]
     assert isinstance(source, fx.Node)
     assert isinstance(weight, fx.Node)
@@ -111,11 +129,13 @@ def _linear_site(node: fx.Node, name: str, branch: str | None) -> LinearSite | S
     if weight.op != "get_attr" or (isinstance(bias, fx.Node) and bias.op != "get_attr"):
         return SiteRejection(name, node.name, "its weight or bias is computed, not a parameter")
     shape = shape_of(source)
-    if len(shape) < 3:
+    if len(shape) < 2:
         return SiteRejection(name, node.name, f"not token-wise: its input has shape {shape}")
-    if branch is None:
-        return SiteRejection(name, node.name, "outside every residual branch")
+    if branch is None and node.name not in between:
+        return SiteRejection(name, node.name, "before the first residual branch or after the last")
     out_features, in_features = shape_of(weight)
+    if not (out_features and in_features):
+        return SiteRejection(name, node.name, "it has no channels")
     return LinearSite(
         name=name,
         node=node.name,

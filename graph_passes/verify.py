@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 
 from calicache.graph_passes.capture import CapturedGraph, graph_outputs, shape_of
 from calicache.graph_passes.errors import VerifyError
@@ -46,7 +47,7 @@ def verify_functional(graph: fx.Graph) -> None:
                 raise _broken(node.name, "an op that changes no input", str(node.target))
         elif node.op not in ("placeholder", "get_attr", "output"):
             raise _broken(node.name, "a call of a function", f"{node.op} {node.target}")
-        if node.op != "output" and "val" not in node.meta:
+        if node.op != "output" and "val" not in node.meta and not _is_inner_graph(node):
             raise _broken(node.name, "a value with a known shape", "no meta['val']")
 
 
@@ -101,8 +102,16 @@ def _verify_attributes(variant: Variant) -> None:
             value: object = variant.module
             for part in str(node.target).split("."):
                 value = getattr(value, part, None)
+            if isinstance(value, fx.GraphModule) and _is_inner_graph(node):
+                continue
             if not isinstance(value, Tensor) or tuple(value.shape) != shape_of(node):
                 raise _broken(node.name, f"a tensor {shape_of(node)}", repr(type(value).__name__))
+
+
+def _is_inner_graph(node: fx.Node) -> bool:
+    """Whether a node names a graph that the ops using it run inside, as in flex attention."""
+    inside = [isinstance(user.target, HigherOrderOperator) for user in node.users]
+    return node.op == "get_attr" and bool(inside) and all(inside)
 
 
 def _output_forms(graph: fx.Graph) -> list[tuple[tuple[int, ...], torch.dtype] | None]:

@@ -126,7 +126,7 @@ def test_folder_holds_model_weights_and_manifest_and_no_pickle(artifact) -> None
 
 def test_manifest_repeats_the_plan(fast, manifest) -> None:
     settings = fast.plan.settings
-    assert (manifest.format, manifest.layout) == (3, "step")
+    assert (manifest.format, manifest.layout) == (4, "step")
     assert manifest.schedule == settings.schedule
     assert all(isinstance(mode, StepMode) for mode in manifest.schedule)
     assert (manifest.rank, manifest.order) == (4, 2)
@@ -324,7 +324,7 @@ def test_other_format_is_refused_with_both_numbers(without: tuple[str, ...], dam
             del content[name]
 
     edit_manifest(damaged, change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 3"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 4"):
         load_artifact(damaged)
 
 

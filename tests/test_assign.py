@@ -9,6 +9,7 @@ import torch
 from conftest import shake
 from model import FashionDiT
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from calicache.graph_passes import (
     CalibrationTarget,
@@ -175,7 +176,7 @@ def test_branch_rule_reuse_returns_the_anchor_of_the_whole(found: Found) -> None
         granularity=BRANCH,
         sites=tuple(f"blocks.0.{layer}" for layer in LAYERS[:4]),
         input_node=branch.entry,
-        nodes=(branch.exit,),
+        nodes=branch.exits,
         weights=(),
         in_features=32,
         out_features=(32,),
@@ -236,12 +237,19 @@ def test_rule_that_fits_nothing_is_refused(found: Found) -> None:
     )
 
 
+@pytest.mark.parametrize("granularity", list(Granularity))
 @pytest.mark.parametrize("joint", [False, True])
-def test_rank_too_large_is_refused_with_the_name_of_the_layer(found: Found, joint: bool) -> None:
-    assert refusal(found, rank=33, joint=joint) == (
-        "plan: rank of blocks.0.attn.q: expected 0 .. 32 for 32 -> 32, got 33. "
-        "Choose a smaller rank, or exclude it."
-    )
+def test_rank_of_the_plan_is_at_most_the_smaller_side(
+    found: Found, joint: bool, granularity: Granularity
+) -> None:
+    options = {"joint": joint, "granularity": granularity}
+    assert targets_of(found, 500, **options) == targets_of(found, 32, **options)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_rank_too_large_in_a_rule_is_refused_with_the_name_of_the_layer(
+    found: Found, joint: bool
+) -> None:
     rules = [SiteRule("blocks.1.mlp.fc2", CALIBRATE, rank=40)]
     assert refusal(found, rank=4, rules=rules, joint=joint) == (
         "plan: rank of blocks.1.mlp.fc2: expected 0 .. 32 for 128 -> 32, got 40. "
@@ -250,7 +258,8 @@ def test_rank_too_large_is_refused_with_the_name_of_the_layer(found: Found, join
 
 
 def test_rank_too_large_for_a_branch_is_refused_with_its_name(found: Found) -> None:
-    message = refusal(found, rank=33, granularity=BRANCH)
+    rules = [SiteRule("blocks.0.attn", CALIBRATE, 33, BRANCH)]
+    message = refusal(found, rank=4, rules=rules)
     assert message.startswith("plan: rank of blocks.0.attn: expected 0 .. 32 for 32 -> 32, got 33.")
 
 
@@ -262,46 +271,126 @@ def test_negative_rank_is_refused(found: Found) -> None:
 # --- branches that are not token-wise -----------------------------------------------------------
 
 
-class Pooled(nn.Module):
-    """A branch from all tokens to one that is added to every token, and an ordinary one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 8)
-        self.pool = nn.Linear(8, 8)
-        self.plain = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        x = x + self.pool(x).mean(dim=1, keepdim=True)
-        return torch.tanh(x + self.plain(x))
-
-
-@pytest.fixture(scope="module")
-def pooled() -> Found:
-    model = shake(Pooled())
+def found_over_noise(model: nn.Module) -> Found:
+    shake(model)
     with record(model) as trajectory:
         for _ in range(2):
             model(torch.randn(2, 5, 8))
     return found_in(model, trajectory)
 
 
-def test_branch_that_is_not_token_wise_falls_back_to_its_layers(pooled: Found) -> None:
-    first, second = pooled[1].branches
-    targets, rejections = assign(*pooled, rank=2, granularity=BRANCH)
-    assert [(t.name, t.granularity) for t in targets] == [("pool", LINEAR), (second.name, BRANCH)]
+class Turned(nn.Module):
+    """A branch whose entry has channels first and whose exit has tokens first; a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.plain = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.embed(x).transpose(1, 2))
+        x = x.transpose(1, 2) + self.inner(x.transpose(1, 2))
+        return torch.tanh(x + self.plain(x))
+
+
+@pytest.fixture(scope="module")
+def turned() -> Found:
+    return found_over_noise(Turned())
+
+
+def test_branch_that_is_not_token_wise_falls_back_to_its_layers(turned: Found) -> None:
+    first, second = turned[1].branches
+    targets, rejections = assign(*turned, rank=2, granularity=BRANCH)
+    assert [(t.name, t.granularity) for t in targets] == [("inner", LINEAR), (second.name, BRANCH)]
     assert rejections == (
         SiteRejection(
-            first.name, first.exit, "not token-wise as a whole: from (2, 5, 8) to (2, 1, 8)"
+            first.name, first.exits[0], "not token-wise as a whole: from (2, 8, 5) to (2, 5, 8)"
         ),
     )
 
 
-def test_branch_that_is_not_token_wise_can_be_reused(pooled: Found) -> None:
-    first = pooled[1].branches[0]
-    targets, rejections = assign(*pooled, rank=2, rules=[SiteRule(first.name, REUSE)])
+def test_branch_that_is_not_token_wise_can_be_reused(turned: Found) -> None:
+    first = turned[1].branches[0]
+    targets, rejections = assign(*turned, rank=2, rules=[SiteRule(first.name, REUSE)])
     assert rejections == ()
     assert [(t.name, t.granularity, t.rank) for t in targets] == [
         (first.name, BRANCH, 0),
         ("plain", LINEAR, 2),
     ]
+
+
+# --- branches with several exits or entries -----------------------------------------------------
+
+
+class Parallel(nn.Module):
+    """Two layers side by side with a common norm, both added: one branch with two exits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.left, self.right = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        n = F.layer_norm(x, (8,))
+        return x + self.left(n) + self.right(n)
+
+
+class TwoEntries(Parallel):
+    """A branch that reads two latent values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(self.embed(x), (8,))
+        return y + self.right(y * self.left(x))
+
+
+@pytest.mark.parametrize("model", [Parallel(), TwoEntries()], ids=["two exits", "two entries"])
+def test_branch_with_several_exits_or_entries_falls_back_to_its_layers(model: nn.Module) -> None:
+    found = found_over_noise(model)
+    (branch,) = found[1].branches
+    targets, rejections = assign(*found, rank=2, granularity=BRANCH)
+    assert [(t.name, t.granularity) for t in targets] == [("left", LINEAR), ("right", LINEAR)]
+    reason = "not one map as a whole: several latent values go in or come out"
+    assert rejections == (SiteRejection(branch.name, branch.exits[0], reason),)
+
+
+@pytest.mark.parametrize("model", [Parallel(), TwoEntries()], ids=["two exits", "two entries"])
+def test_branch_with_several_exits_or_entries_can_be_reused(model: nn.Module) -> None:
+    found = found_over_noise(model)
+    (branch,) = found[1].branches
+    (target,), rejections = assign(*found, rank=2, rules=[SiteRule(branch.name, REUSE)])
+    assert rejections == ()
+    assert (target.granularity, target.rank, target.sites) == (BRANCH, 0, ("left", "right"))
+    assert target.nodes == branch.exits
+    assert target.out_features == (8,) * len(branch.exits)
+
+
+# --- layers between branches --------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """A layer on the stream itself, between two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between, self.second = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(torch.tanh(x + self.first(x)))
+        return x + self.second(x)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_layer_between_branches_is_a_target_at_its_place(joint: bool) -> None:
+    found = found_over_noise(Between())
+    targets = targets_of(found, 3, joint=joint, granularity=BRANCH)
+    assert [(t.name, t.granularity) for t in targets.values()] == [
+        ("first", BRANCH),
+        ("between", LINEAR),
+        ("second", BRANCH),
+    ]
+
+
+def test_rules_name_layers_between_branches() -> None:
+    found = found_over_noise(Between())
+    assert ranks_of(found, SiteRule("between", REUSE)) == {"first": 4, "between": 0, "second": 4}
+    assert list(ranks_of(found, SiteRule("between", FULL))) == ["first", "second"]
+    assert ranks_of(found, SiteRule("between", CALIBRATE, rank=7))["between"] == 7

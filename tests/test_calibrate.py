@@ -228,15 +228,16 @@ def test_optimized_model_keeps_order_plus_one_refreshes_newest_first(
     fast = optimize(dit, forecast_plan)  # R C R U R F
     seen = []
     for call in dit_trajectory.calls:
-        before = list(fast._kept)
+        (before,) = map(list, fast._kept)  # one call a step
         fast(**call)
+        (kept,) = fast._kept
         if fast.plan.schedule[fast.step - 1] is REFRESH:
-            moved = zip(fast._kept[1:], before, strict=False)
+            moved = zip(kept[1:], before, strict=False)
             assert all(a[name] is b[name] for a, b in moved for name in b)
-            assert fast._kept[0] is not (before or [None])[0]
+            assert kept[0] is not (before or [None])[0]
         else:
-            assert all(a is b for a, b in zip(fast._kept, before, strict=True))
-        seen.append(len(fast._kept))
+            assert all(a is b for a, b in zip(kept, before, strict=True))
+        seen.append(len(kept))
     assert seen == [1, 1, 2, 2, 3, 3]
 
 
@@ -336,7 +337,7 @@ def test_calibrated_branch_is_its_anchor_plus_one_map_of_its_entry(order: int, f
     case = make(order, granularity=Granularity.BRANCH, fold=fold)
     (target,) = case.targets
     assert (target.name, target.sites, target.rank) == ("model", ("q", "k", "v", "out"), 3)
-    assert target.nodes == (case.sites.branches[0].exit,)
+    assert target.nodes == case.sites.branches[0].exits
     model, got = case.model, case.play()
     e = [model.embed(x) for x in case.inputs]
     y = [model(x) - skip for x, skip in zip(case.inputs, e, strict=True)]
@@ -449,4 +450,5 @@ def test_weights_of_anchors_do_not_change_the_dtype(dtype: torch.dtype) -> None:
     fast = optimize(model, plan)
     for x in case.inputs:
         assert fast(x.to(dtype)).dtype is dtype
-        assert {v.dtype for kept in fast._kept for v in kept.values()} == {dtype}
+        (refreshes,) = fast._kept
+        assert {v.dtype for kept in refreshes for v in kept.values()} == {dtype}

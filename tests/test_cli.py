@@ -42,7 +42,7 @@ def test_inspect_prints_sites_rejections_schedule_and_totals(artifact: Path) -> 
         "blocks.1.mlp.fc2",
         "RCCRCC",
         "final_proj",
-        "outside every residual branch",
+        "before the first residual branch or after the last",
         "CALIBRATE",
         "whole run",
         "rank 4, order 0, weighting increment",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from conftest import diffusers_calls, sample_dit
 from torch import Tensor, fx, nn
 
+from calicache.export import Session, export_onnx, read_sampler
+from calicache.graph_passes import Plan, optimize
 from calicache.graph_passes.capture import CapturedGraph, capture, module_path
 from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
 from calicache.graph_passes.errors import DependenceError
@@ -211,6 +215,20 @@ def test_an_input_that_moves_in_one_run_only_is_not_run() -> None:
     assert classify_inputs(trajectory)["cond"] is STEP
 
 
+@pytest.mark.parametrize(
+    ("times", "calls"),
+    [
+        ([9, 9, 5, 5, 1, 1], 2),  # guidance by two calls
+        ([9, 5, 5, 1, 1], 1),  # Heun
+        ([9, 9, 5], 1),  # a warm-up step done twice
+    ],
+)
+def test_timesteps_that_come_twice_are_step(times: list[int], calls: int) -> None:
+    trajectory = recorded({"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in times)
+    assert classify_inputs(trajectory) == {"x": LATENT, "timestep": STEP}
+    assert trajectory.calls_per_step == calls
+
+
 def test_random_numbers_drawn_in_the_graph_are_not_folded() -> None:
     class Dithering(nn.Module):
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
@@ -225,6 +243,126 @@ def test_random_numbers_drawn_in_the_graph_are_not_folded() -> None:
     assert [classes[name] for name in drawn] == [LATENT]
 
 
+# --- operands that lend only their form ---------------------------------------------------------
+
+
+class Forms(nn.Module):
+    """One operation on a latent x, a step-known t and a text that stays."""
+
+    def __init__(self, op: Callable[[SimpleNamespace], Tensor]) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.op(SimpleNamespace(x=x, t=timestep, text=text)), x
+
+
+def formed(
+    op: Callable[[SimpleNamespace], Tensor],
+) -> tuple[CapturedGraph, dict[str, Dependence]]:
+    model, text = Forms(op).eval(), torch.randn(2, 3)
+    with record(model) as trajectory:
+        for t in (9.0, 5.0, 1.0):
+            model(torch.randn(2, 3), torch.full((2, 3), t), text)
+    return graph_and_classes(model, trajectory)
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        (lambda v: v.text.type_as(v.x), RUN),
+        (lambda v: v.t.type_as(v.x), STEP),
+        (lambda v: v.x.type_as(v.text), LATENT),
+        (lambda v: v.x.type_as(v.x), LATENT),
+        (lambda v: v.text.expand_as(v.x), RUN),
+        (lambda v: v.x.view_as(v.text), LATENT),
+        (lambda v: v.text.reshape_as(v.x), RUN),
+        (lambda v: torch.zeros_like(v.x), CONSTANT),
+        (lambda v: torch.ones_like(v.x), CONSTANT),
+        (lambda v: torch.full_like(v.x, 3.0), CONSTANT),
+        (lambda v: v.x.new_zeros(2, 3), CONSTANT),
+        (lambda v: v.x.new_ones(2, 3), CONSTANT),
+        (lambda v: v.x.new_full((2, 3), 3.0), CONSTANT),
+        (lambda v: torch.ones_like(v.x) * v.t, STEP),
+        (lambda v: torch.zeros_like(v.x) + v.text.type_as(v.x), RUN),
+        (lambda v: torch.zeros_like(v.x) + v.text.type_as(v.x) * v.x, LATENT),
+        (lambda v: torch.rand_like(v.text), LATENT),
+    ],
+)
+def test_an_operand_that_lends_its_form_does_not_count(
+    op: Callable[[SimpleNamespace], Tensor], expected: Dependence
+) -> None:
+    captured, classes = formed(op)
+    result = captured.graph.output_node().args[0][0]
+    assert classes[result.name] is expected
+
+
+def test_what_only_takes_the_form_of_the_latent_does_not_change_with_it() -> None:
+    captured, classes = formed(
+        lambda v: (
+            torch.zeros_like(v.x) + v.text.type_as(v.x) + v.t.type_as(v.x) + v.x.new_ones(2, 3)
+        )
+    )
+    text, t = torch.randn(2, 3), torch.ones(2, 3)
+    calls = ({"x": torch.randn(2, 3), "timestep": t, "text": text} for _ in range(2))
+    over_noise = changed(*(Watch(captured, call) for call in calls))
+    assert over_noise == {name for name, found in classes.items() if found is LATENT} - {"output"}
+
+
+class Formed(nn.Module):
+    """A residual branch whose text and timestep take the latent's form before their layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.caption, self.time, self.inner = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        now = self.time((timestep[:, None] / 1000).expand(-1, 8).type_as(x))
+        given = self.caption(text.type_as(x)) + torch.zeros_like(x)
+        return x + self.inner(torch.tanh(x + now[:, None] + given))
+
+
+@pytest.fixture(scope="module")
+def formed_run() -> tuple[nn.Module, Trajectory, Callable[[Any, int], Tensor]]:
+    torch.manual_seed(0)
+    model = Formed().eval().requires_grad_(False)
+
+    def sample(denoise: Any, seed: int) -> Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        x, text = (torch.randn(2, 5, 8, generator=draw) for _ in range(2))
+        with torch.no_grad():
+            for k in range(6):
+                timestep = torch.full((2,), 900.0 - 100 * k)
+                x = 0.9 * x - 0.1 * denoise(x=x, timestep=timestep, text=text)
+        return x
+
+    with record(model) as trajectory:
+        for seed in (1, 2):
+            trajectory.finish(sample(model, seed))
+    return model, trajectory, sample
+
+
+@pytest.mark.parametrize("layout", ["step", "pair", "sampler"])
+def test_every_layout_agrees_where_the_latent_lends_its_form(
+    layout: str, formed_run: tuple[nn.Module, Trajectory, Any], tmp_path: Path
+) -> None:
+    model, trajectory, sample = formed_run
+    plan = Plan.from_trajectory(model, trajectory, rank=8, correct=False)
+    fast = optimize(model, plan)
+    found = read_sampler(fast, trajectory) if layout == "sampler" else None
+    export_onnx(fast, tmp_path / "out", layout, found)
+    session = Session(tmp_path / "out")
+    if layout == "sampler":
+        draw = torch.Generator().manual_seed(3)
+        noise, text = (torch.randn(2, 5, 8, generator=draw) for _ in range(2))
+        got = torch.from_numpy(session.sample(noise, text=text))
+    else:
+        steps = iter(range(6))
+        got = sample(lambda **call: torch.from_numpy(session.step(next(steps), **call)), 3)
+    # float32 in two runtimes, at full rank over 6 steps.
+    torch.testing.assert_close(got, sample(model, 3), rtol=1e-3, atol=1e-4)
+
+
 # --- what cannot be classed -------------------------------------------------------------------
 
 
@@ -234,19 +372,6 @@ def test_single_steps_are_refused() -> None:
     message = str(caught.value)
     assert "dependence: trajectory: expected a run of at least 2 steps, got 1 step." in message
     assert "Record a whole sampler run." in message
-
-
-def test_guidance_by_two_calls_is_refused_and_a_two_stage_sampler_is_not() -> None:
-    def at(times: list[int]) -> Trajectory:
-        return recorded({"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in times)
-
-    with pytest.raises(DependenceError) as caught:
-        classify_inputs(at([9, 9, 5, 5, 1, 1]))
-    message = str(caught.value)
-    assert "dependence: timestep: expected one call of the model per step, got every" in message
-    assert "Batch the conditional and the unconditional call into one." in message
-    for times in ([9, 5, 5, 1, 1], [9, 9, 5]):  # Heun; a warm-up step done twice
-        assert classify_inputs(at(times)) == {"x": LATENT, "timestep": STEP}
 
 
 @pytest.mark.parametrize("moving", [True, False])

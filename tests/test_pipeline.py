@@ -66,11 +66,20 @@ def test_training_mode_is_refused(dit: FashionDiT, dit_plan: Plan) -> None:
         optimize(copy.deepcopy(dit).train(), dit_plan)
 
 
-def test_rank_too_high_names_the_layer_and_its_limit(dit: FashionDiT, dit_plan: Plan) -> None:
-    assert optimize(dit, dit_plan.with_rank(32)).plan.settings.rank == 32
+def test_rank_above_every_layer_is_the_full_rank_of_each(dit: FashionDiT, dit_plan: Plan) -> None:
+    full, above = (optimize(dit, dit_plan.with_rank(rank)) for rank in (32, 500))
+    assert above.targets == full.targets
+    assert {target.rank for target in above.targets} == {32}
+
+
+def test_rank_too_high_in_a_rule_names_the_layer_and_its_limit(
+    dit: FashionDiT, dit_plan: Plan
+) -> None:
+    rules = (SiteRule("blocks.1.attn.k", SiteMode.CALIBRATE, rank=33),)
+    settings = dataclasses.replace(dit_plan.settings, rules=rules)
     with pytest.raises(PlanError, match=r"0 \.\. 32 for 32 -> 32, got 33") as raised:
-        optimize(dit, dit_plan.with_rank(33))
-    assert raised.value.where == "rank of blocks.0.attn.q"
+        optimize(dit, dataclasses.replace(dit_plan, settings=settings))
+    assert raised.value.where == "rank of blocks.1.attn.k"
 
 
 def with_statistics(plan: Plan, name: str, value: ChannelStatistics | None) -> Plan:
@@ -254,20 +263,20 @@ def test_branch_granularity_calibrates_every_branch_as_a_whole(
     assert fast.cost.modes[CALIBRATE] < 0.5 * fast.cost.plain_macs
 
 
-class Pooled(nn.Module):
-    """A branch that gives all tokens one value: it is no map of single tokens."""
+class Turned(nn.Module):
+    """A branch whose entry has channels first and whose exit has tokens first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.inner = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        return x + torch.tanh(self.inner(x.mean(dim=1, keepdim=True)))
+        x = torch.tanh(self.embed(x).transpose(1, 2))
+        return x.transpose(1, 2) + torch.tanh(self.inner(x.transpose(1, 2)))
 
 
 def test_branch_that_is_not_token_wise_falls_back_to_its_layers() -> None:
-    model = shake(Pooled())
+    model = shake(Turned())
     with record(model) as trajectory, torch.no_grad():
         for _ in range(3):
             model(torch.randn(2, 5, 8))
@@ -275,7 +284,7 @@ def test_branch_that_is_not_token_wise_falls_back_to_its_layers() -> None:
     fast = optimize(model, plan)
     assert [(t.name, t.granularity) for t in fast.targets] == [("inner", Granularity.LINEAR)]
     (rejection,) = [r for r in fast.sites.rejections if "not token-wise" in r.reason]
-    assert rejection.reason == "not token-wise as a whole: from (2, 5, 8) to (2, 1, 8)"
+    assert rejection.reason == "not token-wise as a whole: from (2, 8, 5) to (2, 5, 8)"
 
 
 def test_statistics_of_other_steps_than_the_schedule_are_refused(

@@ -259,9 +259,10 @@ DAMAGES = {
     "truncated, hash mended": (lambda at: [truncate(at), rehash(at)], "SafetensorError"),
     "swapped": (lambda at: add_to_statistics(at, 1.0), "is not the file the plan was saved with"),
     "half a site": (lambda at: [add_to_statistics(at, 0.0, drop=Q), rehash(at)], "output"),
-    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 2"),
-    "later format": (lambda at: edit(at, format=3, settings={}), "format 3, this version reads 2"),
-    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 2"),
+    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 3"),
+    "later format": (lambda at: edit(at, format=4, settings={}), "format 4, this version reads 3"),
+    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 3"),
+    "the last format": (lambda at: edit(at, format=2), "format 2, this version reads 3"),
     "unknown order": (lambda at: edit(at, order=3), "order"),
     "unknown granularity": (lambda at: edit(at, granularity="head"), "granularity"),
     "bad output weights": (lambda at: edit(at, output_weights=[[1.0, 0.0]]), "output_weights"),
@@ -308,19 +309,19 @@ def test_rank_must_not_be_negative(dit_plan: Plan) -> None:
         dit_plan.with_rank(-1)
 
 
-def test_rank_above_a_layer_names_the_layer(
+def test_rank_above_a_layer_in_a_rule_names_the_layer(
     dit: FashionDiT, dit_trajectory: Trajectory, found: tuple[CapturedGraph, Sites]
 ) -> None:
-    assert assign(*found, rank=32)
     message = (
         "plan: rank of blocks.0.attn.q: expected 0 .. 32 for 32 -> 32, got 33. "
         "Choose a smaller rank, or exclude it."
     )
+    rules = [SiteRule("*.q", SiteMode.CALIBRATE, rank=33)]
     for joint in (False, True):
         with refuses(message):
-            assign(*found, rank=33, joint=joint)
+            assign(*found, rank=32, rules=rules, joint=joint)
     with refuses(message):
-        Plan.from_trajectory(dit, dit_trajectory, rank=33)
+        Plan.from_trajectory(dit, dit_trajectory, rank=32, rules=rules)
 
 
 def test_unknown_weighting_lists_the_valid_ones(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_quickstart_agrees_in_torch_and_onnx_runtime(tmp_path: Path) -> None:
 def test_diffusers_pipeline_runs_with_an_optimised_transformer(tmp_path: Path) -> None:
     printed = run("diffusers_dit.py", cwd=tmp_path)
     assert 0.0 < float(printed.rpartition(" ")[2]) < 1.0
+
+
+def test_text_to_image_pipeline_runs_in_torch_and_onnx_runtime(tmp_path: Path) -> None:
+    printed = run("diffusers_pipeline.py", cwd=tmp_path)
+    errors = re.findall(r"relative error (\d\.\d+), PSNR (\d+\.\d) dB", printed)
+    # Measured: 0.0009 and 67 dB, in both runtimes.
+    assert len(errors) == 2
+    assert all(0.0 < float(error) < 0.005 and float(psnr) > 50.0 for error, psnr in errors)
+    assert abs(float(errors[0][0]) - float(errors[1][0])) < 1e-5
+    picture = Image.open(tmp_path / "out/pixart.png")
+    assert picture.size == (3 * 256, 256)
 
 
 def test_weights_are_small_and_the_model_is_of_the_promised_size(trained: FashionDiT) -> None:

@@ -345,7 +345,7 @@ def test_refresh_not_yet_there_has_weight_zero(forecast, calls) -> None:
     session.step(0, **calls[0])
     expected = session.step(first_cheap, **calls[first_cheap])
     # Any values may stand for the older refreshes.
-    for kept in session._kept._kept.values():
+    for kept in session._kept[0]._kept.values():
         noise = ort.OrtValue.ortvalue_from_numpy(np.full_like(kept[0].numpy(), 3.0))
         kept.extend([noise, noise])
     assert np.array_equal(session.step(first_cheap, **calls[first_cheap]), expected)

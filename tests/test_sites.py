@@ -17,6 +17,7 @@ from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.sites import SiteRejection, Sites, find_sites
 
 Graph = tuple[CapturedGraph, dict[str, Dependence]]
+OUTSIDE = "before the first residual branch or after the last"
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,8 @@ blocks.1.attn.v: linear_13(add_9) 32 -> 32, 196 tokens, in blocks.1.attn
 blocks.1.attn.proj: linear_14(view_8) 32 -> 32, 196 tokens, in blocks.1.attn
 blocks.1.mlp.fc1: linear_15(add_12) 32 -> 128, 196 tokens, in blocks.1.mlp
 blocks.1.mlp.fc2: linear_16(gelu_1) 128 -> 32, 196 tokens, in blocks.1.mlp
-not patch_embed (linear): outside every residual branch
-not final_proj (linear_18): outside every residual branch
+not patch_embed (linear): before the first residual branch or after the last
+not final_proj (linear_18): before the first residual branch or after the last
 """
 
 
@@ -81,7 +82,7 @@ def test_sites_of_the_diffusers_dit(diffusers_graph: Graph) -> None:
     assert names(sites) == expected
     # 4 rows of 16 patches each.
     assert {site.tokens for site in sites.linears} == {64}
-    assert reasons(sites) == {"proj_out_2": "outside every residual branch"}
+    assert reasons(sites) == {"proj_out_2": OUTSIDE}
 
 
 @pytest.mark.parametrize("model", ["dit", "diffusers"])
@@ -129,7 +130,7 @@ def test_exclude_wins_over_include(dit_graph: Graph) -> None:
 
 def test_patterns_do_not_hide_a_structural_reason(dit_graph: Graph) -> None:
     sites = find_sites(*dit_graph, exclude=["patch_embed"])
-    assert reasons(sites)["patch_embed"] == "outside every residual branch"
+    assert reasons(sites)["patch_embed"] == OUTSIDE
 
 
 def test_patterns_that_leave_nothing_are_an_error_with_the_reasons(dit_graph: Graph) -> None:
@@ -193,18 +194,64 @@ def test_a_layer_on_the_text_is_neither_site_nor_rejection() -> None:
 
 
 def test_layers_of_a_rejected_branch_are_rejected_with_it() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
         x = x + m.a(x)
-        y = m.norm(x)
-        return y + m.c(y * m.b(x))
+        h = m.b(x)
+        return x + F.gelu(h), m.c(h)
 
     sites = tiny_sites(path)
     assert names(sites) == ["a"]
     assert sites.rejections == (
-        SiteRejection("model", "add_1", "the branch has an entry besides layer_norm"),
-        SiteRejection("b", "linear_1", "outside every residual branch"),
-        SiteRejection("c", "linear_2", "outside every residual branch"),
+        SiteRejection("model", "add_1", "all its linear layers are also used outside it"),
+        SiteRejection("b", "linear_1", OUTSIDE),
+        SiteRejection("c", "linear_2", OUTSIDE),
     )
+
+
+# --- on the stream itself ---------------------------------------------------------------------
+
+
+def between(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    """A layer before the first branch, one between two, one after the last."""
+    x = m.norm(m.a(x))
+    x = m.c(x + m.b(x))
+    x = x + m.d(x)
+    return m.e(x)
+
+
+def test_a_layer_between_two_branches_is_a_site_without_a_branch() -> None:
+    sites = tiny_sites(between)
+    assert [(s.name, s.branch) for s in sites.linears] == [("b", "b"), ("c", None), ("d", "d")]
+    assert [branch.name for branch in sites.branches] == ["b", "d"]
+    assert reasons(sites) == {"a": OUTSIDE, "e": OUTSIDE}
+
+
+def test_patterns_choose_among_layers_between_branches() -> None:
+    assert names(tiny_sites(between, exclude=["c"])) == ["b", "d"]
+    alone = tiny_sites(between, include=["c"])
+    assert (names(alone), alone.branches) == (["c"], ())
+
+
+def test_a_layer_that_no_later_branch_joins_is_after_the_last() -> None:
+    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+        x = x + m.a(x)
+        return x + m.b(x), m.c(x)
+
+    sites = tiny_sites(path)
+    assert names(sites) == ["a", "b"]
+    assert reasons(sites) == {"c": OUTSIDE}
+
+
+def test_what_escapes_from_one_branch_into_the_next_is_between_them() -> None:
+    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+        x = x + m.a(x)
+        h = m.b(x)
+        x = x + m.c(F.gelu(h))
+        return x + m.d(h)
+
+    sites = tiny_sites(path)
+    places = [(s.name, s.branch) for s in sites.linears]
+    assert places == [("a", "a"), ("b", "model"), ("c", "model"), ("d", "model")]
 
 
 def test_tokens_count_all_rows_of_the_input() -> None:
@@ -212,9 +259,15 @@ def test_tokens_count_all_rows_of_the_input() -> None:
     assert [site.tokens for site in find_sites(captured, classes).linears] == [30]
 
 
-def test_a_layer_on_vectors_is_not_token_wise() -> None:
+def test_a_layer_on_packed_tokens_is_token_wise() -> None:
     captured, classes = tiny_graph(lambda m, x, _: x + m.a(x), shape=(3, 4))
-    with pytest.raises(SiteError, match=r"a: not token-wise: its input has shape \(3, 4\)"):
+    (site,) = find_sites(captured, classes).linears
+    assert (site.name, site.tokens, site.branch) == ("a", 3, "a")
+
+
+def test_a_layer_on_one_vector_is_not_token_wise() -> None:
+    captured, classes = tiny_graph(lambda m, x, _: x + m.a(x), shape=(4,))
+    with pytest.raises(SiteError, match=r"a: not token-wise: its input has shape \(4,\)"):
         find_sites(captured, classes)
 
 
@@ -223,8 +276,8 @@ def test_a_layer_on_vectors_is_not_token_wise() -> None:
     [
         (lambda *values: values[1] * 2, "the graph has no linear layer on the latent stream"),
         (lambda m, x, text: x * m.a(text).mean(), "no linear layer on the latent stream"),
-        (lambda m, x, _: m.a(x), "a: outside every residual branch"),
-        (lambda m, x, _: m.norm(x) + m.b(m.norm(x) * m.a(x)), "b: outside every residual branch"),
+        (lambda m, x, _: m.a(x), f"a: {OUTSIDE}"),
+        (lambda m, x, _: m.norm(x) + m.b(m.norm(x) * m.a(x)), f"b: {OUTSIDE}"),
         (lambda m, x, _: x + F.linear(x, torch.relu(m.matrix)), "its weight or bias is computed"),
     ],
 )

@@ -156,7 +156,7 @@ def session_runner(session: Session, task: BenchTask) -> Runner:
         places = iter(range(task.settings.steps))
         session.reset()
 
-    def denoise(**tensors: Tensor) -> Tensor:
+    def denoise(**tensors: Any) -> Tensor:
         return torch.from_numpy(session.step(next(places), **tensors))
 
     return Runner(denoise, reset=reset)

@@ -1,0 +1,98 @@
+"""The input that counts a denoising down, and what it says about runs and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise
+
+from torch import Tensor
+
+Call = Mapping[str, Tensor]
+Run = Sequence[Call]
+
+
+@dataclass(frozen=True, slots=True)
+class Timestep:
+    """Which input counts the denoising down, and which way.
+
+    Attributes:
+        name: the input, such as `timestep`.
+        descends: True where it falls from step to step, as in DDIM.
+        repeats: True where it stayed the same from one recorded call to the next.
+        calls: of the model in a step; 2 for guidance by a conditional and an unconditional call.
+    """
+
+    name: str
+    descends: bool
+    repeats: bool = field(default=False, compare=False)
+    calls: int = 1
+
+    def turns_back(self, before: float, now: float) -> bool:
+        """Whether a new run starts between two values."""
+        if now == before:
+            return not self.repeats
+        return now > before if self.descends else now < before
+
+
+def find_timestep(
+    names: Sequence[str], calls: Sequence[Call], ends: Collection[int]
+) -> Timestep | None:
+    """The input that is one number in every call and changes most often; None without one.
+
+    Args:
+        names: of the tensors of every call.
+        calls: oldest first.
+        ends: numbers of calls after which a run is known to have ended.
+    """
+    best: Timestep | None = None
+    most = 0
+    for name in names:
+        values = [one_number(call[name]) for call in calls]
+        if None in values:
+            continue
+        pairs = list(pairwise(values))
+        changes = [b - a for a, b in pairs if a != b]  # type: ignore[operator]
+        if len(changes) > most:
+            most = len(changes)
+            falls = sum(change < 0 for change in changes) * 2 >= most
+            best = Timestep(name, falls, repeats=most < len(pairs))
+    if best is None:
+        return None
+    return replace(best, calls=_calls_per_step(best.name, cut_runs(best, calls, ends)))
+
+
+def cut_runs(
+    timestep: Timestep | None, calls: Sequence[Call], ends: Collection[int]
+) -> list[list[Call]]:
+    """The calls, cut where the timestep turns back and where a run is known to have ended."""
+    runs: list[list[Call]] = [[]]
+    before: float | None = None
+    for number, call in enumerate(calls):
+        now = None if timestep is None else float(call[timestep.name].flatten()[0])
+        ended = number in ends
+        if timestep is not None and before is not None and now is not None:
+            ended |= timestep.turns_back(before, now)
+        if ended:
+            runs.append([])
+        runs[-1].append(call)
+        before = now
+    return runs
+
+
+def one_number(value: Tensor) -> float | None:
+    """The number that all elements are; None where they differ."""
+    if value.numel() == 0 or value.is_complex():
+        return None
+    first = value.flatten()[0]
+    return float(first) if bool((value == first).all()) else None
+
+
+def _calls_per_step(name: str, runs: Sequence[Run]) -> int:
+    """How many calls in a row have one timestep, throughout; 1 where that varies."""
+    lengths: list[int] = []
+    for run in runs:
+        values = (float(call[name].flatten()[0]) for call in run)
+        lengths.extend(len(list(group)) for _, group in groupby(values))
+    least = min(lengths)
+    return least if all(length % least == 0 for length in lengths) else 1

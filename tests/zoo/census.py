@@ -1,0 +1,86 @@
+"""Try every diffusion transformer of the zoo; writes docs/models.md and docs/models.json.
+
+PYTHONPATH=tests python -m zoo.census [NAME...] [--again]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from zoo.finding import Finding, failed, take
+from zoo.report import ENTRIES, read_report, totals, totals_line, write_report
+
+REPORT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+SECONDS, THREADS = 300.0, 2
+
+
+def main() -> None:
+    """Go through the entries one after another, each in a fresh process."""
+    parser = argparse.ArgumentParser(description="Try every diffusion transformer of the zoo.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="entries; all without any")
+    parser.add_argument("--again", action="store_true", help="also those that the report has")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for one entry")
+    parser.add_argument("--report", type=Path, default=REPORT, help="the Markdown file")
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(ENTRIES))
+    if unknown:
+        parser.error(f"no such entry: {', '.join(unknown)}")
+    torch.set_num_threads(THREADS)  # as in the processes: the report names the number
+    found = read_report(options.report.with_suffix(".json"))
+    wanted = options.names or list(ENTRIES)
+    open_names = [name for name in wanted if options.again or name not in found]
+    for number, name in enumerate(open_names, start=1):
+        found[name] = take_apart(name, options.seconds)
+        write_report(found.values(), options.report)
+        print(f"{number}/{len(open_names)} {progress(found[name])}", flush=True)
+    print(totals_line(totals(found.values())).strip("*"))
+
+
+def take_apart(name: str, seconds: float) -> Finding:
+    """The finding of one entry, from a process that may crash or hang."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_take_and_send, args=(name, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            return failed(name, f"not done after {seconds:.0f} s", seconds)
+        finding = receiver.recv()
+        assert isinstance(finding, Finding)
+        process.join(5)  # it may put away what it holds
+        return finding
+    except EOFError:
+        process.join()
+        return failed(name, f"the process ended with exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def progress(finding: Finding) -> str:
+    """One line for the terminal."""
+    checks = {
+        "full rank": finding.full_rank,
+        "ONNX": finding.onnx,
+        "sampler": finding.sampler,
+    }
+    parts = [f"{k} {'yes' if check.passed else check.reason[:160]}" for k, check in checks.items()]
+    covered = "" if finding.coverage is None else f"{finding.coverage:.2f} covered, "
+    return f"{finding.name} ({finding.seconds:.0f} s): {covered}{'; '.join(parts)}"
+
+
+def _take_and_send(name: str, sender: Connection) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(THREADS)
+    sender.send(take(ENTRIES[name]))
+
+
+if __name__ == "__main__":
+    main()
