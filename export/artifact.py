@@ -44,7 +44,8 @@ def export_onnx(
         optimized: from `optimize`.
         directory: the folder, such as `dit.onnx.d`.
         layout: `step`, `pair` or `sampler`.
-        sampler: from `read_sampler`, for the `sampler` layout alone.
+        sampler: from `read_sampler`, for the `sampler` layout alone; all calls of a step are one
+            batch there.
 
     Raises:
         ExportError: an unknown layout, a sampler missing or too many, or torch.onnx refuses an op.
@@ -69,6 +70,8 @@ def export_onnx(
             got=str(len(sampler.updates)),
             fix="Read the sampler with this optimised model and its recording.",
         )
+    if layout is Layout.SAMPLER:
+        optimized = optimized.batched()
     with atomic_path(Path(directory)) as folder:
         folder.mkdir()
         if layout is Layout.PAIR:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from calicache.export.reshapes import views_to_reshapes
 from calicache.graph_passes.branches import LINEAR
 from calicache.graph_passes.capture import CapturedGraph, copy_graph, finish
 from calicache.graph_passes.dependence import Dependence, classify_nodes
@@ -123,7 +124,8 @@ def _stacked(
     for name, node in list(arguments.items()):
         if not node.users:
             graph.erase_node(arguments.pop(name))
-    plain = fx.GraphModule(captured.module, graph, class_name="OneStep")
+    # Values of all steps side by side have strides that a view can forbid.
+    plain = views_to_reshapes(fx.GraphModule(captured.module, graph, class_name="OneStep"))
     specs = {spec.name: spec for spec in captured.signature.tensors}
     examples = [
         tables[name].to(captured.device)

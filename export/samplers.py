@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calicache.graph_passes.batched import batch_calls, batch_size
 from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.dependence import Dependence
 from calicache.graph_passes.errors import ExportError
@@ -70,6 +71,13 @@ def read_sampler(
         ExportError: the sampler adds noise, or its update is no fixed weighted sum of latents
             and outputs; the last update is known from nowhere; the scheduler is another one.
     """
+    if trajectory.calls_per_step > 1:
+        settings = optimized.plan.settings
+        batch = batch_size(settings.signature, settings.dependence)
+        whole = batch_calls(trajectory, batch)
+        if isinstance(whole, SiteRejection):
+            raise _refused(whole.reason)
+        optimized, trajectory = optimized.batched(), whole
     settings = optimized.plan.settings
     length = len(settings.schedule)
     recorded = recover_sampler(optimized.captured, trajectory, settings.dependence, length)

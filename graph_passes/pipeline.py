@@ -21,7 +21,6 @@ from calicache.graph_passes.rewrite import Rewritten, rewrite
 from calicache.graph_passes.run_values import find_run_values
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode, anchor_table
-from calicache.graph_passes.signature import CallSignature
 from calicache.graph_passes.sites import Sites, find_sites
 from calicache.graph_passes.verify import verify_captured, verify_rewritten
 
@@ -55,8 +54,7 @@ def _optimize(
     captured, sites, targets = analyse(model, plan.settings)
     made, rewritten = rewrite_captured(captured, sites, targets, plan, on_target, factors)
 
-    def for_signature(signature: CallSignature) -> OptimizedModel:
-        settings = replace(plan.settings, signature=signature)
+    def again(settings: PlanSettings) -> OptimizedModel:
         return _optimize(model, replace(plan, settings=settings), made)
 
     return OptimizedModel(
@@ -68,7 +66,7 @@ def _optimize(
         factors=made,
         rewritten=rewritten,
         cost=model_cost(captured, sites, targets, rewritten),
-        for_signature=for_signature,
+        again=again,
     )
 
 

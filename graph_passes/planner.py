@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from calicache.graph_passes.assign import CalibrationTarget
+from calicache.graph_passes.batched import batch_calls, batch_size, one_call
 from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.correct import fit_outputs
@@ -19,7 +21,8 @@ from calicache.graph_passes.plan import Plan, PlanSettings
 from calicache.graph_passes.reads import digest
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.recover import recover_sampler
-from calicache.graph_passes.schedule import StepMode
+from calicache.graph_passes.schedule import StepMode, Table
+from calicache.graph_passes.sites import Sites
 
 
 def fixed_values(
@@ -69,16 +72,41 @@ def make_plan(
     plan = Plan(settings, statistics)
     if not correct:
         return plan
+    fitted = _fit(model, trajectory, plan, (captured, sites, targets), on_step)
+    if isinstance(fitted, SiteRejection):
+        correction = f"not fitted: {fitted.reason}"
+        return replace(plan, settings=replace(settings, correction=correction))
+    corrected = replace(settings, output_weights=fitted, correction="fitted to the recorded runs")
+    return replace(plan, settings=corrected)
+
+
+def _fit(
+    model: nn.Module,
+    trajectory: Trajectory,
+    plan: Plan,
+    analysed: tuple[CapturedGraph, Sites, tuple[CalibrationTarget, ...]],
+    on_step: Callable[[int, int], None] | None,
+) -> Table | SiteRejection:
+    """Output weights; those of several calls a step are fitted with the calls in one batch."""
+    settings, calls = plan.settings, trajectory.calls_per_step
+    if calls > 1:
+        batch = batch_size(settings.signature, settings.dependence)
+        whole = batch_calls(trajectory, batch)
+        if isinstance(whole, SiteRejection):
+            return whole
+        trajectory = whole
+        settings = replace(
+            settings, signature=whole.signature, timestep=one_call(settings.timestep)
+        )
+        analysed = analyse(model, settings)
+    captured, sites, targets = analysed
     recorded = recover_sampler(
         captured, trajectory, settings.dependence, len(settings.schedule), on_step
     )
     if isinstance(recorded, SiteRejection):
-        correction = f"not fitted: {recorded.reason}"
-        return replace(plan, settings=replace(settings, correction=correction))
-    _, rewritten = rewrite_captured(captured, sites, targets, plan)
-    fitted = fit_outputs(rewritten, recorded, settings.schedule, settings.order, on_step)
-    corrected = replace(settings, output_weights=fitted, correction="fitted to the recorded runs")
-    return replace(plan, settings=corrected)
+        return recorded
+    _, rewritten = rewrite_captured(captured, sites, targets, replace(plan, settings=settings))
+    return fit_outputs(rewritten, recorded, settings.schedule, settings.order, on_step)
 
 
 def _check_weights_are_there(model: nn.Module, settings: PlanSettings, *, correct: bool) -> None:

@@ -62,9 +62,6 @@ def recover_sampler(
     if len(returned) != 1 or not (isinstance(meta, Tensor) and meta.is_floating_point()):
         reason = f"the model returns {len(returned)} values, not one floating-point tensor"
         return SiteRejection("sampler", "", reason)
-    if trajectory.calls_per_step > 1:
-        reason = f"the model is called {trajectory.calls_per_step} times a step, not once"
-        return SiteRejection("sampler", "", reason)
     runs, ends = _runs_of_length(trajectory, length, captured.device)
     if not runs or length < 2:
         reason = f"no recorded run has the plan's {length} steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.assign import CalibrationTarget
+from calicache.graph_passes.batched import batch_signature, batch_size, one_call
 from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.cost import ModelCost
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import RunError
-from calicache.graph_passes.plan import Plan
+from calicache.graph_passes.plan import Plan, PlanSettings
 from calicache.graph_passes.reads import check_fixed
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.schedule import StepMode
@@ -51,7 +53,7 @@ class OptimizedModel(nn.Module):
         factors: dict[str, CalibrationFactors],
         rewritten: Rewritten,
         cost: ModelCost,
-        for_signature: Callable[[CallSignature], OptimizedModel],
+        again: Callable[[PlanSettings], OptimizedModel],
     ) -> None:
         super().__init__()
         self.original = original
@@ -63,8 +65,8 @@ class OptimizedModel(nn.Module):
         )
         timestep = plan.settings.timestep
         self._calls = timestep.calls if timestep else 1
-        self._for_signature = for_signature
-        self._others: dict[CallSignature, OptimizedModel] = {}
+        self._again = again
+        self._others: dict[tuple[CallSignature, Timestep | None], OptimizedModel] = {}
         self.step, self.call = 0, 0
         self.reset()
         self.eval()
@@ -90,7 +92,7 @@ class OptimizedModel(nn.Module):
         other = signature.other_batch(call)
         if other is not None:
             check_fixed(self.plan.settings.fixed, call.tensors)
-            return self._for_form(other)._begin(args, kwargs)  # type: ignore[no-any-return]
+            return self._for_form(other, self.plan.settings.timestep)._begin(args, kwargs)  # type: ignore[no-any-return]
         tensors = signature.match(call)
         mode = self._next_mode(call.tensors)
         if mode is StepMode.REFRESH:
@@ -118,7 +120,7 @@ class OptimizedModel(nn.Module):
         call = flatten_call(self.original, args, kwargs)
         other = self.plan.settings.signature.other_batch(call)
         if other is not None:
-            return self._for_form(other)
+            return self._for_form(other, self.plan.settings.timestep)
         self.plan.settings.signature.match(call)
         return self
 
@@ -130,10 +132,21 @@ class OptimizedModel(nn.Module):
         for other in self._others.values():
             other.reset()
 
-    def _for_form(self, signature: CallSignature) -> OptimizedModel:
-        if signature not in self._others:
-            self._others[signature] = self._for_signature(signature)
-        return self._others[signature]
+    def batched(self) -> OptimizedModel:
+        """The optimised model for all calls of a step in one; this one where a step has one."""
+        if self._calls == 1:
+            return self
+        settings = self.plan.settings
+        batch = batch_size(settings.signature, settings.dependence)
+        signature = batch_signature(settings.signature, self._calls, batch)
+        return self._for_form(signature, one_call(settings.timestep))
+
+    def _for_form(self, signature: CallSignature, timestep: Timestep | None) -> OptimizedModel:
+        key = (signature, timestep)
+        if key not in self._others:
+            settings = replace(self.plan.settings, signature=signature, timestep=timestep)
+            self._others[key] = self._again(settings)
+        return self._others[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModel:
         self._others = {}  # they are made again where the weights have gone

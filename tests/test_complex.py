@@ -1,0 +1,347 @@
+"""Complex values as pairs: fires, structure, what is left alone, numbers, ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils import _pytree as pytree
+from toys import as_pairs, run_onnx, targets, trace, written
+
+from calicache.export.complex import lower_complex
+from calicache.export.reshapes import views_to_reshapes
+
+aten = torch.ops.aten
+COMPLEX = torch.complex64
+SHAPE = (2, 3, 4)
+# float32: a sum of two products, each rounded, in torch's order or another.
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+
+Function = Callable[..., Any]
+
+
+def draw(*shape: int, dtype: torch.dtype = COMPLEX) -> Tensor:
+    return torch.randn(shape or SHAPE, dtype=dtype)
+
+
+def over_pairs(function: Function) -> Function:
+    """From pairs to pairs, as models around their rotary positions."""
+
+    def forward(x: Tensor) -> Any:
+        results = function(torch.view_as_complex(x))
+        several = isinstance(results, tuple | list)
+        return tuple(torch.view_as_real(z) for z in (results if several else [results]))
+
+    return forward
+
+
+def lower(module: fx.GraphModule) -> fx.GraphModule:
+    """Views are reshapes before complex values are lowered."""
+    return lower_complex(views_to_reshapes(module))
+
+
+def is_complex(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def complex_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    values = {node: pytree.tree_leaves(node.meta.get("val")) for node in module.graph.nodes}
+    return [n for n, made in values.items() if any(map(is_complex, made))]
+
+
+def check(model: nn.Module | Function, *inputs: Tensor, exact: bool = False) -> fx.GraphModule:
+    """Lowers the model, and compares what it gives with torch on the complex values."""
+    module = trace(model, *inputs)
+    before = written(module)
+    lowered = lower(module)
+    assert written(module) == before
+    assert lowered is not module
+    expected = model(*inputs)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    found = lowered(*(as_pairs(value) for value in inputs))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, **({"rtol": 0, "atol": 0} if exact else CLOSE))
+    return lowered
+
+
+# --- reorderings and cuts -----------------------------------------------------------------------
+
+REORDERINGS: dict[str, Function] = {
+    "unsqueeze": lambda z: (z.unsqueeze(0), z.unsqueeze(3), z.unsqueeze(-1), z.unsqueeze(-4)),
+    "squeeze": lambda z: (z[:1].squeeze(0), z[:, :, :1].squeeze(-1), z[:, :1].squeeze(-2)),
+    "transpose": lambda z: (z.transpose(0, 2), z.transpose(-1, -2), z.transpose(1, -1)),
+    "permute": lambda z: (z.permute(2, 0, 1), z.permute(-1, -3, -2), z.permute(0, -1, 1)),
+    "cat": lambda z: (torch.cat([z, z]), torch.cat([z, z[..., :1]], -1), torch.cat([z, z], 1)),
+    "stack": lambda z: (torch.stack([z, z * 2]), torch.stack([z, z * 2], -1)),
+    "split": lambda z: (*z.split(3, -1), *z.split([1, 2], 1), *z.split(1)),
+    "chunk": lambda z: (*z.chunk(2, -1), *z.chunk(2, 1)),
+    "unbind": lambda z: (*z.unbind(-1), *z.unbind(1), *z.unbind()),
+    "flatten": lambda z: (z.flatten(), z.flatten(1), z.flatten(0, -2), z.flatten(-2, -1)),
+    "unflatten": lambda z: (z.unflatten(-1, (2, 2)), z.unflatten(2, (-1, 2))),
+    "reshape": lambda z: (z.reshape(6, 4), z.reshape(-1), z.reshape(2, -1, 2), z.view(3, 8)),
+    "expand": lambda z: (z[:1].expand(3, -1, -1), z[:, :, :1].expand(2, 3, 5), z.expand(2, *SHAPE)),
+    "repeat": lambda z: (z.repeat(1, 2, 3), z.repeat(2, 1, 1, 1)),
+    "slice": lambda z: (z[1:], z[:, ::2], z[..., 1:3], z[..., -2:], z[:, -1:]),
+    "select": lambda z: (z[0], z[:, -1], z.select(-1, 2), z.select(-3, 1)),
+    "copies": lambda z: (z.transpose(0, 1).clone(), z.contiguous(), z.detach()),
+}
+
+
+@pytest.mark.parametrize("function", REORDERINGS.values(), ids=REORDERINGS)
+def test_reorderings_and_cuts_do_the_same_to_pairs(function: Function) -> None:
+    # Values are moved, and doubled at most.
+    check(over_pairs(function), draw(*SHAPE, 2, dtype=torch.float32), exact=True)
+
+
+@pytest.mark.parametrize("function", REORDERINGS.values(), ids=REORDERINGS)
+def test_no_complex_value_is_left(function: Function) -> None:
+    lowered = lower(trace(over_pairs(function), draw(*SHAPE, 2, dtype=torch.float32)))
+    assert not complex_nodes(lowered)
+    assert lower_complex(lowered) is lowered
+
+
+def test_reorderings_and_cuts_run_in_onnx_runtime() -> None:
+    def every(z: Tensor) -> list[Tensor]:
+        made = [function(z) for function in REORDERINGS.values()]
+        return [part * 3 for parts in made for part in parts]
+
+    x = draw(*SHAPE, 2, dtype=torch.float32)
+    found = run_onnx(trace(over_pairs(every), x), x)
+    for got, want in zip(found, over_pairs(every)(x), strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
+STEPS: Sequence[Callable[[Tensor, int, int], Tensor]] = (
+    lambda z, i, j: z.transpose(i, j),
+    lambda z, i, _: z.unsqueeze(i),
+    lambda z, i, _: z.squeeze(i),
+    lambda z, i, j: z.permute(*(d - z.dim() * (j % 2) for d in range(z.dim())[::-1])),
+    lambda z, i, j: z.flatten(*sorted((i % z.dim(), j % z.dim()))),
+    lambda z, i, _: z.narrow(i, 0, (z.shape[i] + 1) // 2),
+    lambda z, i, _: z.select(i, -1) if z.dim() > 1 else z,
+    lambda z, i, _: torch.cat([z, z], i),
+    lambda z, i, _: torch.stack([z, z], i),
+    lambda z, i, _: z.chunk(2, i)[0],
+    lambda z, i, _: z.unbind(i)[0] if z.dim() > 1 else z,
+    lambda z, _, j: z.reshape(-1, z.shape[j]),
+    lambda z, i, _: z.repeat(*(2 if d == i % z.dim() else 1 for d in range(z.dim()))),
+)
+CHAINS = st.lists(
+    st.tuples(st.sampled_from(STEPS), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(CHAINS)
+def test_any_chain_of_reorderings_is_what_torch_makes_of_it(chain: list[Any]) -> None:
+    def forward(x: Tensor) -> Tensor:
+        z = torch.view_as_complex(x)
+        for step, first, second in chain:
+            sides = 2 * z.dim()
+            z = step(z, first % sides - z.dim(), second % sides - z.dim())
+        return torch.view_as_real(z) + 1
+
+    # Values are moved and 1 is added, as in torch.
+    check(forward, torch.arange(48.0).view(*SHAPE, 2), exact=True)
+
+
+# --- arithmetic ---------------------------------------------------------------------------------
+
+
+class Rotary(nn.Module):
+    """Positions as in Lumina and Z-Image: pairs of channels turned by a complex table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.outer(torch.arange(3.0), torch.tensor([1.0, 0.1]))
+        self.register_buffer("table", torch.polar(torch.ones_like(angles), angles))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.table).flatten(-2)
+
+
+def test_rotary_positions_are_four_products() -> None:
+    model, x = Rotary(), draw(dtype=torch.float32)
+    lowered = check(model, x)
+    select, mul = aten.select.int, aten.mul.Tensor
+    assert targets(lowered) == [
+        *(aten.reshape.default, select, select, select, select),
+        *(mul, mul, aten.sub.Tensor, mul, mul, aten.add.Tensor, aten.stack.default),
+        aten.reshape.default,
+    ]
+    (table,) = [node for node in lowered.graph.nodes if node.op == "get_attr"]
+    assert table.target == "table_pairs"
+    assert torch.equal(lowered.table_pairs, torch.view_as_real(model.table))
+    torch.testing.assert_close(run_onnx(trace(model, x), x)[0], model(x), **CLOSE)
+
+
+ARITHMETIC: dict[str, Function] = {
+    "product": lambda z, x: z * z.transpose(0, 1),
+    "product of two ranks": lambda z, x: z * z[0],
+    "complex times real": lambda z, x: z * x,
+    "real times complex": lambda z, x: x * z,
+    "real of a higher rank": lambda z, x: z[0] * x,
+    "real of a lower rank": lambda z, x: z * x[0],
+    "times a number": lambda z, x: z * 2.5,
+    "a number times": lambda z, x: 3 * z,
+    "sum": lambda z, x: z + z.transpose(0, 1),
+    "sum of two ranks": lambda z, x: z + z[1],
+    "difference": lambda z, x: z[:1] - z,
+    "weighted difference": lambda z, x: torch.sub(z, z[0], alpha=2),
+    "conj": lambda z, x: z.conj() * z[0],
+    "polar": lambda z, x: torch.polar(x.abs(), x) * z,
+    "polar of two shapes": lambda z, x: torch.polar(torch.ones(1), x) * z,
+    "complex": lambda z, x: torch.complex(x, x * 2) * z,
+}
+
+
+@pytest.mark.parametrize("function", ARITHMETIC.values(), ids=ARITHMETIC)
+@pytest.mark.parametrize("form", ["pairs", "input", "buffer"])
+def test_arithmetic_is_torchs(form: str, function: Function) -> None:
+    z, x = draw(3, 3, 4), draw(3, 3, 4, dtype=torch.float32)
+    if form == "pairs":
+        check(
+            lambda pairs, x: torch.view_as_real(function(torch.view_as_complex(pairs), x)),
+            *(torch.view_as_real(z), x),
+        )
+    elif form == "input":
+        check(lambda z, x: torch.view_as_real(function(z, x).resolve_conj()), z, x)
+    else:
+        check(Held(function, z), x)
+
+
+class Held(nn.Module):
+    """A function of a complex buffer and an input."""
+
+    def __init__(self, function: Function, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(self.function(self.value, x))
+
+
+PARTS: dict[str, Function] = {
+    "plus a number": lambda z, x: z + 1.5,
+    "minus a number": lambda z, x: z - 1.5,
+    "plus i": lambda z, x: z + 2j,
+    "times i": lambda z, x: z * 2j,
+    "real times i": lambda z, x: x * 2j + z,
+    "plus real": lambda z, x: z + x,
+    "plus real that fits pairs": lambda z, x: z + x[:, :, :1],
+    "real minus": lambda z, x: x - z,
+    "real as complex": lambda z, x: x.to(COMPLEX) * 2,
+    "real part": lambda z, x: z.conj().real * z,
+    "complex of two shapes": lambda z, x: torch.complex(x, torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("function", PARTS.values(), ids=PARTS)
+def test_mixtures_of_real_and_complex_are_right_or_left_alone(function: Function) -> None:
+    def model(x: Tensor, real: Tensor) -> tuple[Tensor]:
+        return (torch.view_as_real(function(torch.view_as_complex(x), real)),)
+
+    inputs = draw(*SHAPE, 2, dtype=torch.float32), draw(dtype=torch.float32)
+    found = run_lowered(trace(model, *inputs), *inputs)
+    torch.testing.assert_close(found, model(*inputs), **CLOSE)
+
+
+def run_lowered(module: fx.GraphModule, *inputs: Tensor) -> Any:
+    """Also where the module itself was returned."""
+    return lower(module)(*inputs)
+
+
+# --- look-ups and assignments -------------------------------------------------------------------
+
+
+def padded(z: Tensor) -> Tensor:
+    return pad_sequence([z[0], z[1, :2], z[0, :1]], batch_first=True)
+
+
+def assigned(z: Tensor) -> Tensor:
+    made = torch.zeros(3, 3, 4, dtype=z.dtype)
+    made[:2] = z
+    made[:, :, 1:2] = z[:1, :, :1]
+    return made
+
+
+def put(z: Tensor) -> Tensor:
+    made = torch.zeros(4, 3, 4, dtype=z.dtype)
+    made[torch.tensor([3, 1])] = z
+    return made
+
+
+MADE: dict[str, Function] = {"pad_sequence": padded, "slice_scatter": assigned, "index_put": put}
+
+
+@pytest.mark.parametrize("function", MADE.values(), ids=MADE)
+def test_values_are_written_into_others(function: Function) -> None:
+    x = draw(*SHAPE, 2, dtype=torch.float32)
+    model = over_pairs(function)
+    check(model, x, exact=True)
+    assert torch.equal(run_onnx(trace(model, x), x)[0], model(x)[0])  # nothing is computed
+
+
+@pytest.mark.parametrize("dim", [0, 2, -1, -2])
+def test_gather_and_index_take_places_of_an_input(dim: int) -> None:
+    places = torch.tensor([1, 0, 1])
+
+    def model(x: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+        z = torch.view_as_complex(x)
+        each = places.view([3 if d == dim % 3 else 1 for d in range(3)])
+        each = each.expand([3 if d == dim % 3 else n for d, n in enumerate(SHAPE)])
+        taken = (z.gather(dim, each), z.index_select(dim, places), z[places], z[:, :, places])
+        return tuple(torch.view_as_real(part) for part in (*taken, z[places, places]))
+
+    inputs = (draw(*SHAPE, 2, dtype=torch.float32), places)
+    check(model, *inputs, exact=True)
+    for got, want in zip(run_onnx(trace(model, *inputs), *inputs), model(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_complex_inputs_are_taken_as_pairs() -> None:
+    def model(z: Tensor, x: Tensor) -> Tensor:
+        return torch.view_as_real(z[:, 1:] * torch.view_as_complex(x))
+
+    inputs = (draw(), draw(2, 2, 4, 2, dtype=torch.float32))
+    lowered = check(model, *inputs)
+    first = next(iter(lowered.graph.nodes))
+    assert (first.op, tuple(first.meta["val"].shape)) == ("placeholder", (*SHAPE, 2))
+    (found,) = run_onnx(trace(model, *inputs), *inputs)
+    torch.testing.assert_close(found, model(*inputs), **CLOSE)
+
+
+# --- what is left alone -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: x * 2,
+        lambda x: torch.view_as_real(torch.exp(torch.view_as_complex(x))),
+        lambda x: torch.view_as_real(torch.view_as_complex(x) * 2 / 3),
+        lambda x: torch.view_as_complex(x) * 2,
+    ],
+    ids=["nothing complex", "an unknown operation", "a division", "a complex result"],
+)
+def test_other_modules_are_returned_as_they_are(model: Function) -> None:
+    module = trace(model, draw(*SHAPE, 2, dtype=torch.float32))
+    before = written(module)
+    assert lower_complex(module) is module
+    assert written(module) == before
+
+
+def test_a_cast_to_double_is_not_lost() -> None:
+    def model(x: Tensor) -> tuple[Tensor]:
+        return (torch.view_as_real(torch.view_as_complex(x).to(torch.complex128) * 2),)
+
+    x = draw(*SHAPE, 2, dtype=torch.float32)
+    torch.testing.assert_close(run_lowered(trace(model, x), x), model(x), **CLOSE)
