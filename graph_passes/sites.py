@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
+import torch
 from torch import fx
 
 from calicache.graph_passes.branches import LINEAR, ResidualBranch, SiteRejection, find_branches
 from calicache.graph_passes.capture import CapturedGraph, module_path, shape_of
 from calicache.graph_passes.dependence import Dependence
 from calicache.graph_passes.errors import SiteError
+
+aten = torch.ops.aten
+EXPERTS = "a product by weights that is no linear layer, as experts have"
+PRODUCTS = frozenset({aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,12 @@ def find_sites(
     names = _unique_names(node for node in captured.graph.nodes if node.target is LINEAR)
     linears: list[LinearSite] = []
     for node in captured.graph.nodes:
-        if node.target is not LINEAR or classes[node.name] is not Dependence.LATENT:
+        if classes[node.name] is not Dependence.LATENT:
+            continue
+        if _takes_weights(node, classes):
+            label = module_path(node) or node.name
+            rejections.append(SiteRejection(label, node.name, EXPERTS))
+        if node.target is not LINEAR:
             continue
         site = _linear_site(node, names[node.name], owner.get(node.name), between)
         if isinstance(site, LinearSite):
@@ -103,6 +113,14 @@ def find_sites(
     held = {site.branch for site in linears}
     kept = tuple(branch for branch in branches if branch.name in held)
     return Sites(tuple(linears), _groups(linears), kept, tuple(rejections))
+
+
+def _takes_weights(node: fx.Node, classes: Mapping[str, Dependence]) -> bool:
+    """Whether a product that is no linear layer has a matrix of weights for an operand."""
+    return getattr(node.target, "overloadpacket", None) in PRODUCTS and any(
+        classes[source.name] is Dependence.CONSTANT and len(shape_of(source)) > 1
+        for source in node.all_input_nodes
+    )
 
 
 def _between_branches(graph: fx.Graph, branches: Sequence[ResidualBranch]) -> frozenset[str]:

@@ -14,7 +14,8 @@ from calicache.graph_passes.capture import CapturedGraph, capture
 from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
 from calicache.graph_passes.errors import SiteError
 from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.sites import SiteRejection, Sites, find_sites
+from calicache.graph_passes.signature import flatten_call
+from calicache.graph_passes.sites import EXPERTS, SiteRejection, Sites, find_sites
 
 Graph = tuple[CapturedGraph, dict[str, Dependence]]
 OUTSIDE = "before the first residual branch or after the last"
@@ -286,3 +287,23 @@ def test_a_model_without_sites_is_an_error_with_the_reasons(path: Forward, reaso
         tiny_sites(path)
     assert str(caught.value).startswith("sites: model: expected a latent-dependent linear layer")
     assert reason in caught.value.got
+
+
+def test_experts_are_left_alone_with_a_rejection() -> None:
+    class Experts(nn.Module):
+        """Two experts over one sequence, in one product by a stack of weights."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.weights = nn.Parameter(torch.randn(2, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.fc(x)
+            return x + torch.matmul(x, self.weights).sum(0, keepdim=True)
+
+    model = Experts().eval()
+    captured = capture(model, flatten_call(model, (torch.randn(2, 3, 4),), {}).signature())
+    sites = find_sites(captured, classify_nodes(captured, {"x": Dependence.LATENT}))
+    assert [site.name for site in sites.linears] == ["fc"]
+    assert EXPERTS in [rejection.reason for rejection in sites.rejections]

@@ -27,10 +27,11 @@ def choice(kind: int, *shapes: Shape, behind: Sequence[onnx.NodeProto] = ()) -> 
     """where(c, a, b) of one kind of value; what comes behind it makes the result."""
     kinds = (TensorProto.BOOL, kind, kind)
     full = np.broadcast_shapes(*map(tuple, shapes))
+    given = zip("cab", kinds, shapes, strict=True)
     graph = helper.make_graph(
         [helper.make_node("Where", ["c", "a", "b"], ["chosen"]), *behind],
         "choice",
-        [helper.make_tensor_value_info(n, k, s) for n, k, s in zip("cab", kinds, shapes)],
+        [helper.make_tensor_value_info(*argument) for argument in given],
         [helper.make_tensor_value_info("result" if behind else "chosen", kind, full)],
         value_info=[helper.make_tensor_value_info("chosen", kind, full)] if behind else [],
     )
@@ -47,7 +48,7 @@ def run(model: ir.Model, *values: np.ndarray) -> np.ndarray:
 
 def truths(*shapes: Shape) -> list[np.ndarray]:
     draw = np.random.default_rng(0)
-    return [draw.random(shape) > 0.5 for shape in shapes]
+    return [np.asarray(draw.random(shape) > 0.5) for shape in shapes]
 
 
 def test_a_choice_is_and_not_and_or() -> None:
