@@ -30,7 +30,7 @@ def tiny_pipeline() -> DiTPipeline:
         num_embeds_ada_norm=1000,
     )
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
