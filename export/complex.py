@@ -53,6 +53,7 @@ SHAPING = frozenset(
         operator.getitem,
     }
 )
+SCATTERS = frozenset({aten.copy.default, aten.slice_scatter.default, aten.select_scatter.default})
 SAME = frozenset(
     {
         aten.clone.default,
@@ -79,14 +80,14 @@ def lower_complex(module: fx.GraphModule) -> fx.GraphModule:
     pairs: dict[fx.Node, fx.Node] = {}
     tables: dict[str, Tensor] = {}
     for node in list(graph.nodes):
-        reads = any(source in pairs for source in node.all_input_nodes)
-        if not (reads or _is_complex(node)):
+        complex_ = _is_complex(node)
+        if not (complex_ or any(source in pairs for source in node.all_input_nodes)):
             continue
         with graph.inserting_before(node):
             made = _in_pairs(node, pairs, module, tables)
         if made is None:
             return module
-        if _is_complex(node):
+        if complex_:
             pairs[node] = made
         else:
             node.replace_all_uses_with(made)
@@ -111,7 +112,7 @@ def _in_pairs(
         return _described(graph.get_attr(name), node)
     if node.op == "placeholder":
         return _described(node, node)
-    if node.op != "call_function":
+    if node.op != "call_function" or not _is_known(node, pairs):
         return None
     sources = [pairs.get(n, n) if isinstance(n, fx.Node) else n for n in node.args]
     if target in SAME:
@@ -132,6 +133,22 @@ def _in_pairs(
     if target is aten.mul.Tensor and not all(n in pairs for n in node.args):
         return _described(_scaled(node, pairs), node)
     return _described(known[target](*sources), node)
+
+
+def _is_known(node: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether a node mixes complex values with nothing that would need another form."""
+    if any(isinstance(argument, complex) for argument in node.args):
+        return False
+    values = [n for n in node.args if isinstance(n, fx.Node)]
+    if node.target in (aten.add.Tensor, aten.sub.Tensor):
+        return len(values) == 2 and all(n in pairs for n in values)
+    if node.target is aten.complex.default:
+        return bool(values[0].meta["val"].shape == values[1].meta["val"].shape)
+    if node.target in SAME - {aten.view_as_complex.default, aten.view_as_real.default}:
+        return values[0] in pairs and _real(values[0]) == _real(node)
+    if node.target in SCATTERS:
+        return all(n in pairs for n in values[:2])
+    return True
 
 
 def _shaped(node: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -210,12 +227,21 @@ def _scaled(node: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node:
 
 def _described(made: fx.Node, like: fx.Node) -> fx.Node:
     """With a value of the shape that the pairs have."""
-    value = like.meta["val"]
-    if isinstance(value, Tensor) and value.is_complex():
-        made.meta["val"] = value.new_empty((*value.shape, 2), dtype=value.dtype.to_real())
-    else:
-        made.meta["val"] = value
+
+    def real(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [real(part) for part in value]
+        if isinstance(value, Tensor) and value.is_complex():
+            return value.new_empty((*value.shape, 2), dtype=value.dtype.to_real())
+        return value
+
+    made.meta["val"] = real(like.meta["val"])
     return made
+
+
+def _real(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def _is_complex(node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from calicache.export.constants import fold_constants
 from calicache.export.einsum import lower_einsum
 from calicache.export.masks import guard_empty_rows
 from calicache.export.reshapes import views_to_reshapes
+from calicache.export.small_terms import scale_small_terms
 from calicache.export.squeeze import drop_empty_squeezes
 from calicache.export.where import lower_boolean_where
 from calicache.graph_passes.capture import device_of, graph_outputs, shape_of
@@ -41,6 +42,7 @@ LOWERINGS = (
     lower_einsum,
     drop_empty_squeezes,
     lower_complex,
+    scale_small_terms,
 )
 BFLOAT16_OPSET = 23
 CONTRIB_VERSION = 1  # of com.microsoft, which not every variant uses

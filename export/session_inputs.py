@@ -20,17 +20,18 @@ class InputBuffers:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._buffers: dict[str, ort.OrtValue] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...], str], ort.OrtValue] = {}
 
     def fill(self, name: str, value: np.ndarray[Any, Any]) -> ort.OrtValue:
-        """The input's buffer with a copy of the value; a new one for another shape."""
+        """The input's buffer with a copy of the value; a new one for another form."""
         value = in_pairs(value)
-        buffer = self._buffers.get(name)
-        if buffer is None or tuple(buffer.shape()) != value.shape:
+        key = (name, value.shape, str(value.dtype))
+        buffer = self._buffers.get(key)
+        if buffer is None:
             buffer = ort.OrtValue.ortvalue_from_shape_and_type(
                 value.shape, value.dtype.type, self._device
             )
-            self._buffers[name] = buffer
+            self._buffers = {k: b for k, b in self._buffers.items() if k[0] != name} | {key: buffer}
         buffer.update_inplace(value)
         return buffer
 

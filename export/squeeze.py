@@ -20,7 +20,7 @@ def drop_empty_squeezes(module: fx.GraphModule) -> fx.GraphModule:
         assert isinstance(source, fx.Node)
         shape = shape_of(source)
         wanted = given if isinstance(given, list | tuple) else [given]
-        ones = [int(dim) for dim in wanted if shape[int(dim)] == 1]
+        ones = [int(dim) for dim in wanted if shape and shape[int(dim)] == 1]
         if len(ones) == len(wanted):
             continue
         if ones:

@@ -8,10 +8,12 @@ from onnx_ir import convenience
 
 def lower_boolean_where(model: ir.Model) -> ir.Model:
     """Write where(c, a, b) of truth values as (c and a) or (not c and b), in place."""
-    for node in list(model.graph):
+    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         value = node.outputs[0]
         if node.op_type != "Where" or value.dtype != ir.DataType.BOOL:
             continue
+        graph = node.graph
+        assert graph is not None
         condition, yes, no = node.inputs
         first = ir.node("And", [condition, yes])
         negated = ir.node("Not", [condition])
@@ -20,6 +22,6 @@ def lower_boolean_where(model: ir.Model) -> ir.Model:
         either.outputs[0].type, either.outputs[0].shape = value.type, value.shape
         made = [first, negated, second, either]
         convenience.replace_nodes_and_values(
-            model.graph, node, [node], made, [value], [either.outputs[0]]
+            graph, node, [node], made, [value], [either.outputs[0]]
         )
     return model

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.errors import CaptureError, reason_of
 from calicache.graph_passes.forms import write_out_forms
-from calicache.graph_passes.reads import answering
+from calicache.graph_passes.reads import DIFFERENT, answering
 from calicache.graph_passes.signature import CallSignature
 
 
@@ -92,8 +92,10 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
             type(model).__name__,
             expected="a model that torch.export captures",
             got=reason_of(error),
-            fix="Remove what torch.export cannot trace (see the chained error); sizes and branches "
-            "that depend on values can be kept where all recorded calls agree in them.",
+            fix="A graph cannot follow sizes and branches that differ from call to call, and this "
+            "model reads such values (see the chained error)."
+            if reads == DIFFERENT
+            else "Remove what torch.export cannot trace (see the chained error).",
         ) from error
     changed = [
         str(spec.target or getattr(spec.arg, "name", spec.arg))

@@ -32,6 +32,10 @@ def write_out_forms(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             node.replace_all_uses_with(explicit)
             graph.erase_node(node)
             written[node] = explicit
+    if written:  # made anew they are contiguous, which a view of them may not be ready for
+        for node in graph.nodes:
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
     return written
 
 
@@ -76,6 +80,7 @@ _EXPLICIT: Mapping[Any, Callable[[fx.Node], _Call]] = {
     aten.ones_like: _filled(aten.ones.default),
     aten.new_ones: _filled(aten.ones.default),
     # What is empty is written before it is read; zeros are the same at every call.
+    aten.empty: _filled(aten.zeros.default),
     aten.empty_like: _filled(aten.zeros.default),
     aten.new_empty: _filled(aten.zeros.default),
     aten.full_like: _full,

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from calicache.graph_passes.errors import CaptureError, RunError
 from calicache.graph_passes.record import Trajectory
 
-NOTHING = "[]"
+NOTHING, DIFFERENT = "[]", "null"
 Answer = Any  # numbers, booleans and lists of them
 _SCALARS: Mapping[Callable[..., Any], Callable[[Any], Any]] = {
     Tensor.item: lambda value: value,
@@ -48,8 +48,8 @@ def find_reads(model: nn.Module, trajectory: Trajectory) -> str:
     runs = trajectory.runs
     first = _answers(model, trajectory, runs[0][0])
     calls = [runs[0][-1], *(run[0] for run in runs[1:])]
-    if first == NOTHING or any(_answers(model, trajectory, call) != first for call in calls):
-        return NOTHING
+    if first != NOTHING and any(_answers(model, trajectory, call) != first for call in calls):
+        return DIFFERENT
     return first
 
 
@@ -63,7 +63,7 @@ def answering(answers: str) -> Iterator[list[Tensor]]:
         CaptureError: the model reads more than was recorded.
     """
     seen: list[Tensor] = []
-    if answers == NOTHING:
+    if answers in (NOTHING, DIFFERENT):
         yield seen
         return
     # A fake tensor's own tolist would go round the mode.
