@@ -6,45 +6,21 @@ Weights become initializers of the outermost graph, found equal by content and s
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import convenience, tensor_adapters
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
-from torch import Tensor, fx
+from torch import fx
 
-from calicache.export.attention import fuse_attention
-from calicache.export.complex import lower_complex
-from calicache.export.constants import fold_constants
-from calicache.export.einsum import lower_einsum
-from calicache.export.masks import guard_empty_rows
-from calicache.export.reshapes import views_to_reshapes
-from calicache.export.small_terms import scale_small_terms
-from calicache.export.squeeze import drop_empty_squeezes
-from calicache.export.where import lower_boolean_where
-from calicache.graph_passes.capture import device_of, graph_outputs, shape_of
-from calicache.graph_passes.errors import ExportError, reason_of
-from calicache.graph_passes.rewrite import Rewritten, Variant
+from calicache.graph_passes.capture import graph_outputs
+from calicache.graph_passes.errors import ExportError
+from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode
 
-# What is done to a graph before torch.onnx sees it, in this order.
-LOWERINGS = (
-    views_to_reshapes,
-    fold_constants,
-    guard_empty_rows,
-    fuse_attention,
-    lower_einsum,
-    drop_empty_squeezes,
-    lower_complex,
-    scale_small_terms,
-)
-BFLOAT16_OPSET = 23
 CONTRIB_VERSION = 1  # of com.microsoft, which not every variant uses
 LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
 
@@ -81,55 +57,6 @@ def check_names(optimized: OptimizedModel, added: Mapping[str, str]) -> None:
                 got=f"the name of {added[spec.name]}",
                 fix="Rename the argument of the model's forward.",
             )
-
-
-def export_variant(variant: Variant) -> ir.Model:
-    """One variant, translated by torch.onnx.
-
-    Raises:
-        ExportError: with the exporter's reason.
-    """
-    return export_graph(variant.module, f"variant {variant.mode.name}")
-
-
-def export_graph(module: fx.GraphModule, name: str) -> ir.Model:
-    """A graph whose placeholders describe their values, translated by torch.onnx.
-
-    Raises:
-        ExportError: with the exporter's reason.
-    """
-    lowered = _lowered(module)
-    placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
-    examples = tuple(_example(node, module) for node in placeholders)
-    try:
-        with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                lowered.eval(),
-                examples,
-                dynamo=True,
-                optimize=True,
-                verbose=False,
-                opset_version=_opset(placeholders, module),
-            )
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the exporter wraps the op's own error
-            cause = cause.__cause__
-        raise ExportError(
-            name,
-            expected="a graph that torch.onnx translates",
-            got=reason_of(cause),
-            fix="See the chained error; an op of the model has no ONNX form.",
-        ) from error
-    assert program is not None
-    return lower_boolean_where(program.model)
-
-
-def _lowered(module: fx.GraphModule) -> fx.GraphModule:
-    """In forms that the exporter takes and ONNX Runtime runs well."""
-    for lower in LOWERINGS:
-        module = lower(module)
-    return module
 
 
 def weight_nodes(
@@ -318,28 +245,3 @@ def argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Va
         shape, dtype = (*shape, 2), dtype.to_real()
     onnx_type = ir.TensorType(tensor_adapters.from_torch_dtype(dtype))
     return ir.Value(name=name, type=onnx_type, shape=ir.Shape(shape))
-
-
-def _opset(placeholders: Sequence[fx.Node], module: fx.GraphModule) -> int | None:
-    """None is torch's own choice, in which Conv and others do not take bfloat16 yet."""
-    dtypes = {node.meta["val"].dtype for node in placeholders}
-    dtypes |= {value.dtype for value in (*module.parameters(), *module.buffers())}
-    return BFLOAT16_OPSET if torch.bfloat16 in dtypes else None
-
-
-def _example(node: fx.Node, module: fx.GraphModule) -> Tensor:
-    return torch.zeros(shape_of(node), dtype=node.meta["val"].dtype, device=device_of(module))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on packages that are not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

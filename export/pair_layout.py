@@ -11,7 +11,6 @@ from calicache.export.onnx_graph import (
     InitializerPool,
     argument,
     check_names,
-    export_variant,
     inline,
     next_name,
     output_names,
@@ -20,6 +19,7 @@ from calicache.export.onnx_graph import (
     weight_nodes,
 )
 from calicache.export.step_layout import STEP_INPUT
+from calicache.export.translate import export_variant
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode
 

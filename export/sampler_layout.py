@@ -24,8 +24,6 @@ from calicache.export.onnx_graph import (
     argument,
     check_names,
     choose_by_mode,
-    export_graph,
-    export_variant,
     inline,
     own_outputs,
     pack,
@@ -34,6 +32,7 @@ from calicache.export.onnx_graph import (
 )
 from calicache.export.sampler_arithmetic import FLOAT, Body, SamplerArithmetic, State
 from calicache.export.samplers import Sampler
+from calicache.export.translate import export_graph, export_variant
 from calicache.graph_passes.insertion import slot_name
 from calicache.graph_passes.rewrite import CacheSpec, Rewritten
 from calicache.graph_passes.runtime import OptimizedModel

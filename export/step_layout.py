@@ -16,7 +16,6 @@ from calicache.export.onnx_graph import (
     check_names,
     choose_by_mode,
     describe,
-    export_variant,
     inline,
     next_name,
     output_names,
@@ -25,6 +24,7 @@ from calicache.export.onnx_graph import (
     take_nodes,
     weight_nodes,
 )
+from calicache.export.translate import export_variant
 from calicache.graph_passes.rewrite import CacheSpec
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from calicache.export.attention import ATTENTION, fuse_attention
-from calicache.export.onnx_graph import export_graph
+from calicache.export.translate import export_graph
 
 aten = torch.ops.aten
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 5, 8

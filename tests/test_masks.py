@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from toys import op_types, run_onnx, targets, trace, written
 
-from calicache.export import onnx_graph
+from calicache.export import translate
 from calicache.export.masks import guard_empty_rows
-from calicache.export.onnx_graph import export_graph
+from calicache.export.translate import export_graph
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -100,8 +100,8 @@ def test_empty_rows_are_zero_in_torch_and_in_onnx_runtime(shape: tuple[int, ...]
 
 
 def test_without_the_guard_they_are_something_else(monkeypatch) -> None:
-    kept = tuple(pass_ for pass_ in onnx_graph.LOWERINGS if pass_ is not guard_empty_rows)
-    monkeypatch.setattr(onnx_graph, "LOWERINGS", kept)
+    kept = tuple(pass_ for pass_ in translate.LOWERINGS if pass_ is not guard_empty_rows)
+    monkeypatch.setattr(translate, "LOWERINGS", kept)
     for shape, fused in (("every head", True), ("keys", False)):
         mask, x = draw(*SHAPES[shape])
         module = trace(Attend(), mask, x)

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 from toys import op_types, run_onnx, trace
 
-from calicache.export.onnx_graph import export_graph
+from calicache.export.translate import export_graph
 from calicache.export.where import lower_boolean_where
 
 LOGIC = ["And", "Not", "And", "Or"]

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, fx, nn
 
-from calicache.export.onnx_graph import export_graph
+from calicache.export.translate import export_graph
 from calicache.graph_passes.capture import CapturedGraph, capture
 from calicache.graph_passes.signature import flatten_call
 
