@@ -41,7 +41,7 @@ def find_reads(model: nn.Module, trajectory: Trajectory) -> str:
     model on the meta device.
 
     Returns:
-        The answers, or `[]` where they differ from call to call: tracing then has to do without.
+        The answers, or `null` where they differ from call to call: tracing then has to do without.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return NOTHING
