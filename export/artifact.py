@@ -30,6 +30,7 @@ from calicache.graph_passes.files import atomic_path, sha256_of
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
+from calicache.graph_passes.timestep import calls_of
 
 
 def export_onnx(
@@ -108,7 +109,6 @@ def _manifest(
     sampler: Sampler | None,
 ) -> Manifest:
     settings, cost = optimized.plan.settings, optimized.cost
-    timestep = settings.timestep
     caches = optimized.rewritten.caches
     return Manifest(
         format=FORMAT,
@@ -122,7 +122,7 @@ def _manifest(
         correction=settings.correction,
         weights_hash=settings.weights_hash,
         inputs=settings.signature.tensors,
-        calls_per_step=timestep.calls if timestep else 1,
+        calls_per_step=calls_of(settings.timestep),
         fixed=settings.fixed,
         outputs=output_names(optimized),
         caches=tuple(

@@ -168,8 +168,6 @@ def _shaped(node: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node:
             given[name] = [*(d % len(value) for d in value), len(value)]
         elif name == "dtype" and isinstance(value, torch.dtype) and value.is_complex:
             given[name] = value.to_real()
-    if node.target is aten.unflatten.int:
-        given["sizes"] = args[2]
     positional = tuple(given[a.name] for a in schema if not a.kwarg_only)
     named = {a.name: given[a.name] for a in schema if a.kwarg_only and a.name in node.kwargs}
     return node.graph.call_function(node.target, positional, named)  # type: ignore[arg-type]

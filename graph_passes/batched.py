@@ -16,7 +16,7 @@ from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.dependence import Dependence
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.signature import CallSignature
-from calicache.graph_passes.timestep import Call, Timestep, cut_runs
+from calicache.graph_passes.timestep import Call, Timestep, calls_of, cut_runs
 
 
 def batch_size(signature: CallSignature, dependence: Mapping[str, Dependence]) -> int:
@@ -51,9 +51,10 @@ def batch_calls(trajectory: Trajectory, batch: int) -> Trajectory | SiteRejectio
     Returns:
         The recording, or why the calls cannot be one: they differ in what has no batch dimension.
     """
-    beside = trajectory.calls_per_step
+    timestep = trajectory.timestep
+    beside = calls_of(timestep)
     made: list[Call] = []
-    for run in cut_runs(trajectory.timestep, trajectory.calls, trajectory.results):
+    for run in cut_runs(timestep, trajectory.calls, trajectory.results):
         for first in range(0, len(run), beside):
             call = _one_call(run[first : first + beside], batch)
             if isinstance(call, SiteRejection):

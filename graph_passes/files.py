@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -41,3 +44,9 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_bytes(value: Tensor) -> memoryview:
+    """The values of a tensor as they lie in memory, on the CPU and in order."""
+    flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return memoryview(flat.numpy().data)

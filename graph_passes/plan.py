@@ -23,7 +23,7 @@ from calicache.graph_passes.decompose import ChannelStatistics, Weighting
 from calicache.graph_passes.dependence import Dependence, classify_inputs
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import Statistics
-from calicache.graph_passes.files import atomic_path, sha256_of
+from calicache.graph_passes.files import atomic_path, sha256_of, tensor_bytes
 from calicache.graph_passes.reads import find_reads
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.schedule import (
@@ -273,8 +273,7 @@ def hash_weights(model: nn.Module) -> str:
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         if not value.is_meta:
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(flat.numpy().data)
+            digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from calicache.graph_passes.errors import CaptureError, RunError
+from calicache.graph_passes.files import tensor_bytes
 from calicache.graph_passes.record import Trajectory
 
 NOTHING, DIFFERENT = "[]", "null"
@@ -74,8 +75,7 @@ def answering(answers: str) -> Iterator[list[Tensor]]:
 def digest(value: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values."""
     found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)};".encode())
-    flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-    found.update(flat.numpy().tobytes())
+    found.update(tensor_bytes(value))
     return found.hexdigest()
 
 

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from calicache.graph_passes.errors import RecordError
 from calicache.graph_passes.files import atomic_path
 from calicache.graph_passes.signature import CallSignature, ConstantSpec, TensorSpec, flatten_call
-from calicache.graph_passes.timestep import Call, Run, Timestep, cut_runs, find_timestep
+from calicache.graph_passes.timestep import (
+    Call,
+    Run,
+    Timestep,
+    calls_of,
+    cut_runs,
+    find_timestep,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +72,7 @@ class Trajectory:
     @property
     def calls_per_step(self) -> int:
         """How often a step of the sampler calls the model."""
-        timestep = self.timestep
-        return timestep.calls if timestep else 1
+        return calls_of(self.timestep)
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -75,16 +81,18 @@ class Trajectory:
         With guidance by two calls a step, the conditional calls are one run and the
         unconditional ones another.
         """
-        beside = self.calls_per_step
-        whole = cut_runs(self.timestep, self.calls, self.results)
+        timestep = self.timestep
+        beside = calls_of(timestep)
+        whole = cut_runs(timestep, self.calls, self.results)
         return tuple(run[k::beside] for run in whole for k in range(beside))
 
     @property
     def ends(self) -> tuple[Tensor | None, ...]:
         """What the sampler made of every run's last output, where `finish` was given it."""
-        beside = self.calls_per_step
-        counts = accumulate(len(run) for run in cut_runs(self.timestep, self.calls, self.results))
-        return tuple(self.results.get(count) for count in counts for _ in range(beside))
+        timestep = self.timestep
+        counts = accumulate(len(run) for run in cut_runs(timestep, self.calls, self.results))
+        beside = range(calls_of(timestep))
+        return tuple(self.results.get(count) for count in counts for _ in beside)
 
     @property
     def steps(self) -> int:

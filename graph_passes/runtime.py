@@ -22,7 +22,7 @@ from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import CallSignature, flatten_call
 from calicache.graph_passes.sites import Sites
-from calicache.graph_passes.timestep import Timestep
+from calicache.graph_passes.timestep import Timestep, calls_of
 
 
 class OptimizedModel(nn.Module):
@@ -63,8 +63,7 @@ class OptimizedModel(nn.Module):
         self.variants = nn.ModuleDict(
             {mode.name: variant.module for mode, variant in rewritten.variants.items()}
         )
-        timestep = plan.settings.timestep
-        self._calls = timestep.calls if timestep else 1
+        self._calls = calls_of(plan.settings.timestep)
         self._again = again
         self._others: dict[tuple[CallSignature, Timestep | None], OptimizedModel] = {}
         self.step, self.call = 0, 0

@@ -35,6 +35,11 @@ class Timestep:
         return now > before if self.descends else now < before
 
 
+def calls_of(timestep: Timestep | None) -> int:
+    """Calls of the model in a step; one where nothing counts the steps."""
+    return timestep.calls if timestep else 1
+
+
 def find_timestep(
     names: Sequence[str], calls: Sequence[Call], ends: Collection[int]
 ) -> Timestep | None:

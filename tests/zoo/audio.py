@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import diffusers
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.entry import ZooEntry
-
-Inputs = Mapping[str, Any]
-TEXT = 6
-
-
-def _text(batch: int, width: int = 16) -> Tensor:
-    return torch.randn(batch, TEXT, width)
-
-
-def _mask(batch: int, dtype: torch.dtype, length: int = TEXT) -> Tensor:
-    """A prompt mask: two tokens of padding in every other prompt, from the first on."""
-    kept = torch.tensor([length - 2 if row % 2 == 0 else length for row in range(batch)])
-    return (torch.arange(length) < kept[:, None]).to(dtype)
+from zoo.prompts import TEXT, Inputs, prompt, prompt_mask
 
 
 def _stable_audio() -> nn.Module:
@@ -47,7 +32,7 @@ def _stable_audio_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 4, 8),
         "timestep": torch.full((1,), 0.998),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "global_hidden_states": torch.randn(batch, 1, 8),
         "rotary_embedding": get_1d_rotary_pos_embed(
             4, 9, use_real=True, repeat_interleave_real=False
@@ -75,9 +60,9 @@ def _stable_audio_3_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 8, 12),
         "timestep": torch.ones(batch),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "global_hidden_states": torch.randn(batch, 8),
-        "encoder_attention_mask": _mask(batch, torch.long),
+        "encoder_attention_mask": prompt_mask(batch, torch.long),
         "return_dict": False,
     }
 
@@ -103,7 +88,7 @@ def _ace_step_inputs(batch: int) -> Inputs:
         "hidden_states": torch.randn(batch, 16, 8),
         "timestep": torch.ones(batch),
         "timestep_r": torch.ones(batch),
-        "encoder_hidden_states": _text(batch, 32),
+        "encoder_hidden_states": prompt(batch, 32),
         "context_latents": torch.randn(batch, 16, 16),
         "attention_kwargs": None,
         "return_dict": False,
@@ -119,8 +104,8 @@ def _longcat() -> nn.Module:
 def _longcat_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 12, 8),
-        "encoder_hidden_states": _text(batch),
-        "encoder_attention_mask": _mask(batch, torch.bool),
+        "encoder_hidden_states": prompt(batch),
+        "encoder_attention_mask": prompt_mask(batch, torch.bool),
         "timestep": torch.ones(batch),
         "attention_mask": torch.ones(batch, 12, dtype=torch.bool),
         "latent_cond": torch.zeros(batch, 12, 8),
@@ -160,7 +145,7 @@ def _t5_film_inputs(batch: int) -> Inputs:
     """Notes of different counts, and the spectrogram before, which the first segment lacks."""
     return {
         "encodings_and_masks": [
-            (torch.randn(batch, TEXT, 16), _mask(batch, torch.bool)),
+            (torch.randn(batch, TEXT, 16), prompt_mask(batch, torch.bool)),
             (torch.randn(batch, 4, 16), torch.ones(batch, 4)),
         ],
         "decoder_input_tokens": torch.randn(batch, 12, 8),
@@ -185,8 +170,8 @@ def _prior_inputs(batch: int) -> Inputs:
         "hidden_states": torch.randn(batch, 12),
         "timestep": torch.tensor(999),
         "proj_embedding": torch.randn(batch, 12),
-        "encoder_hidden_states": _text(batch, 12),
-        "attention_mask": _mask(batch, torch.bool),
+        "encoder_hidden_states": prompt(batch, 12),
+        "attention_mask": prompt_mask(batch, torch.bool),
     }
 
 
@@ -219,7 +204,7 @@ def _rfd4_inputs(batch: int) -> Inputs:
         "local_latents": torch.randn(batch, tokens, 8),
         "bb_ca_time": torch.zeros(batch),
         "local_latents_time": torch.zeros(batch),
-        "padding_mask": _mask(batch, torch.bool, tokens),
+        "padding_mask": prompt_mask(batch, torch.bool, tokens),
         "token_type": torch.randint(7, (batch, tokens)),
         "atom37_mask": torch.ones(batch, tokens, 37, dtype=torch.bool),
         "conditioning": {

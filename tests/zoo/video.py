@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -15,20 +14,9 @@ from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2K
 from torch import Tensor, nn
 
 from zoo.entry import ZooEntry
+from zoo.prompts import TEXT, Inputs, prompt, prompt_mask
 
-Inputs = Mapping[str, Any]
 FLOAT_STEPS = (1000.0, 20.0)
-TEXT = 6
-
-
-def _text(batch: int, width: int = 16) -> Tensor:
-    return torch.randn(batch, TEXT, width)
-
-
-def _mask(batch: int, dtype: torch.dtype, length: int = TEXT) -> Tensor:
-    """A prompt mask: two tokens of padding in every other prompt, from the first on."""
-    kept = torch.tensor([length - 2 if row % 2 == 0 else length for row in range(batch)])
-    return (torch.arange(length) < kept[:, None]).to(dtype)
 
 
 def _float_step(batch: int) -> Tensor:
@@ -61,7 +49,7 @@ def _wan_inputs(batch: int, channels: int = 4, frames: int = 2) -> dict[str, Any
     return {
         "hidden_states": torch.randn(batch, channels, frames, 8, 8),
         "timestep": _long_step(batch),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "attention_kwargs": None,
         "return_dict": False,
     }
@@ -196,7 +184,7 @@ def _anyflow_inputs(batch: int) -> Inputs:
         "hidden_states": torch.randn(batch, 2, 4, 8, 8),
         "timestep": torch.full((batch, 2), 1000.0),
         "r_timestep": torch.full((batch, 2), 750.0),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "attention_kwargs": None,
         "return_dict": False,
     }
@@ -277,8 +265,8 @@ def _hunyuan_inputs(batch: int) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(batch, 4, 2, 8, 8),
         "timestep": _float_step(batch),
-        "encoder_hidden_states": _text(batch),
-        "encoder_attention_mask": _mask(batch, torch.float32),
+        "encoder_hidden_states": prompt(batch),
+        "encoder_attention_mask": prompt_mask(batch, torch.float32),
         "pooled_projections": torch.randn(batch, 8),
         "guidance": torch.full((batch,), 6000.0),
         "attention_kwargs": None,
@@ -313,8 +301,8 @@ def _hunyuan_15_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 9, 2, 4, 4),
         "timestep": _float_step(batch),
-        "encoder_hidden_states": _text(batch),
-        "encoder_attention_mask": _mask(batch, torch.float32),
+        "encoder_hidden_states": prompt(batch),
+        "encoder_attention_mask": prompt_mask(batch, torch.float32),
         "encoder_hidden_states_2": torch.zeros(batch, 4, 8),
         "encoder_attention_mask_2": torch.zeros(batch, 4),
         "image_embeds": torch.zeros(batch, 3, 12),
@@ -366,8 +354,8 @@ def _motif_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 9, 2, 8, 8),
         "timestep": _float_step(batch),
-        "encoder_hidden_states": _text(batch),
-        "encoder_attention_mask": _mask(batch, torch.long),
+        "encoder_hidden_states": prompt(batch),
+        "encoder_attention_mask": prompt_mask(batch, torch.long),
         "attention_kwargs": None,
         "return_dict": False,
     }
@@ -396,7 +384,7 @@ def _cogvideox_config(**changes: Any) -> dict[str, Any]:
 def _cogvideox_inputs(batch: int) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(batch, 2, 4, 8, 8),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "timestep": _long_step(batch),
         "image_rotary_emb": None,
         "attention_kwargs": None,
@@ -484,7 +472,7 @@ def _easyanimate_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 4, 2, 8, 8),
         "timestep": _float_step(batch),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "return_dict": False,
     }
 
@@ -507,9 +495,9 @@ def _ltx() -> nn.Module:
 def _ltx_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 2 * 4 * 4, 8),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "timestep": _float_step(batch),
-        "encoder_attention_mask": _mask(batch, torch.bool),
+        "encoder_attention_mask": prompt_mask(batch, torch.bool),
         "num_frames": 2,
         "height": 4,
         "width": 4,
@@ -545,12 +533,12 @@ def _ltx_2_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 2 * 4 * 4, 4),
         "audio_hidden_states": torch.randn(batch, 5, 4),
-        "encoder_hidden_states": _text(batch),
-        "audio_encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
+        "audio_encoder_hidden_states": prompt(batch),
         "timestep": _float_step(batch),
         "sigma": _float_step(batch),
-        "encoder_attention_mask": _mask(batch, torch.long),
-        "audio_encoder_attention_mask": _mask(batch, torch.long),
+        "encoder_attention_mask": prompt_mask(batch, torch.long),
+        "audio_encoder_attention_mask": prompt_mask(batch, torch.long),
         "num_frames": 2,
         "height": 4,
         "width": 4,
@@ -585,10 +573,10 @@ def _sana_wm_refiner_inputs(batch: int) -> Inputs:
     coordinates = rope.prepare_video_coords(batch, 2, 4, 4, device=cpu, fps=24.0)
     return {
         "hidden_states": torch.randn(batch, 2 * 4 * 4, 4),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "timestep": torch.full((batch, 2 * 4 * 4), 900.0),
         "video_rotary_emb": rope(coordinates, device=cpu),
-        "encoder_attention_mask": _mask(batch, torch.long),
+        "encoder_attention_mask": prompt_mask(batch, torch.long),
         "return_dict": False,
     }
 
@@ -624,7 +612,7 @@ def _minimax_h3_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 8, 16),
         "audio_hidden_states": torch.randn(batch, 6, 6),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "timestep": torch.zeros(1),
         "timestep_indices": torch.zeros(length, dtype=torch.long),
         "token_tags": tags,
@@ -656,9 +644,9 @@ def _mochi() -> nn.Module:
 def _mochi_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 4, 2, 8, 8),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "timestep": torch.zeros(batch),
-        "encoder_attention_mask": _mask(batch, torch.bool),
+        "encoder_attention_mask": prompt_mask(batch, torch.bool),
         "attention_kwargs": None,
         "return_dict": False,
     }
@@ -688,7 +676,7 @@ def _latte() -> nn.Module:
 def _latte_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 4, 3, 8, 8),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "timestep": _long_step(batch),
         "enable_temporal_attentions": True,
         "return_dict": False,
@@ -720,8 +708,8 @@ def _allegro_inputs(batch: int) -> Inputs:
     grids = positions.T[:, None].contiguous().unbind()
     return {
         "hidden_states": torch.randn(batch, 4, 2, 8, 8),
-        "encoder_hidden_states": _text(batch),
-        "encoder_attention_mask": _mask(batch, torch.long),
+        "encoder_hidden_states": prompt(batch),
+        "encoder_attention_mask": prompt_mask(batch, torch.long),
         "timestep": _long_step(batch),
         "image_rotary_emb": ((freqs_t, freqs_h, freqs_w), grids),
         "return_dict": False,
@@ -754,7 +742,7 @@ def _cosmos_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 4, 2, 8, 8),
         "timestep": torch.full((batch,), 1.0955),
-        "encoder_hidden_states": _text(batch, 32),
+        "encoder_hidden_states": prompt(batch, 32),
         "fps": 30,
         "padding_mask": torch.zeros(1, 1, 64, 64),
         "return_dict": False,
@@ -781,7 +769,7 @@ def _cosmos_25_inputs(batch: int) -> Inputs:
         "hidden_states": torch.randn(batch, 4, 3, 8, 8),
         "condition_mask": given,
         "timestep": torch.full((batch, 1, 3, 1, 1), 1.0),
-        "encoder_hidden_states": _text(batch, 24),
+        "encoder_hidden_states": prompt(batch, 24),
         "padding_mask": torch.zeros(1, 1, 64, 64),
         "return_dict": False,
     }
@@ -848,8 +836,8 @@ def _sana_video() -> nn.Module:
 def _sana_video_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 4, 2, 8, 8),
-        "encoder_hidden_states": _text(batch),
-        "encoder_attention_mask": _mask(batch, torch.long),
+        "encoder_hidden_states": prompt(batch),
+        "encoder_attention_mask": prompt_mask(batch, torch.long),
         "timestep": _float_step(batch),
         "attention_kwargs": None,
         "return_dict": False,
@@ -879,8 +867,8 @@ def _sana_wm_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 4, 3, 4, 4),
         "timestep": torch.full((batch, 1, 3), 1000.0),
-        "encoder_hidden_states": _text(batch)[:, None],
-        "mask": _mask(batch, torch.long),
+        "encoder_hidden_states": prompt(batch)[:, None],
+        "mask": prompt_mask(batch, torch.long),
         "data_info": {"img_hw": torch.tensor([[128.0, 128.0]])},
         "camera_conditions": torch.cat([pose.flatten(-2), lens], dim=-1),
         "chunk_plucker": torch.randn(batch, 8, 3, 4, 4),
@@ -907,7 +895,7 @@ def _kandinsky_5() -> nn.Module:
 def _kandinsky_5_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 2, 8, 8, 9),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "pooled_projections": torch.randn(batch, 8),
         "timestep": _float_step(batch),
         "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
@@ -939,11 +927,11 @@ def _kandinsky_6_inputs(batch: int) -> Inputs:
     return {
         "hidden_states": torch.randn(batch, 2, 8, 8, 9),
         "audio_hidden_states": torch.randn(batch, 5, 4),
-        "encoder_hidden_states": _text(batch),
+        "encoder_hidden_states": prompt(batch),
         "pooled_projections": torch.randn(batch, 8),
         "timestep": _float_step(batch),
         "visual_rope_pos": (torch.arange(2), torch.arange(4), torch.arange(4)),
-        "encoder_attention_mask": _mask(batch, torch.bool),
+        "encoder_attention_mask": prompt_mask(batch, torch.bool),
         "visual_token_type_ids": None,
         "return_dict": False,
     }
