@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format train classifier card fidelity performance models clean
+.PHONY: help demo test lint format train classifier card plan fidelity performance models clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ classifier: $(INSTALLED) ## Train the sample classifier (minutes)
 
 card: $(INSTALLED) ## Write the sample grid of the model card
 	$(BIN)/python samples/fashion_dit/card.py
+
+plan: $(INSTALLED) ## Search the plan that ships with the sample DiT (a minute)
+	$(BIN)/python samples/fashion_dit/search_plan.py
 
 fidelity: $(INSTALLED) ## Measure every method on 2,048 images; writes docs/fidelity.md (hours; goes on where it stopped)
 	$(BIN)/python samples/fashion_dit/evaluate.py

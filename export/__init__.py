@@ -4,12 +4,14 @@ if __name__ == "export":
     raise ImportError("import calicache.export: the bare name makes a second copy of every class")
 
 from calicache.export.artifact import export_onnx
+from calicache.export.latency import measure_latency
 from calicache.export.manifest import Layout, Manifest, load_artifact, read_manifest
 from calicache.export.samplers import Sampler, read_sampler
 from calicache.export.session import Session
 
 __all__ = [
     "export_onnx",
+    "measure_latency",
     "Layout",
     "Sampler",
     "read_sampler",

@@ -17,6 +17,8 @@ from calicache.graph_passes.cost import ModelCost, TargetCost, model_cost
 from calicache.graph_passes.decompose import Weighting
 from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
 from calicache.graph_passes.errors import CalicacheError
+from calicache.graph_passes.front import ErrorSummary, Front, FrontPoint
+from calicache.graph_passes.latency import LatencyTable
 from calicache.graph_passes.observe import observe
 from calicache.graph_passes.pipeline import optimize
 from calicache.graph_passes.plan import Plan
@@ -29,6 +31,10 @@ __all__ = [
     "record",
     "Trajectory",
     "Plan",
+    "Front",
+    "FrontPoint",
+    "ErrorSummary",
+    "LatencyTable",
     "StepMode",
     "Weighting",
     "Granularity",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from math import prod
+from types import MappingProxyType
 
 from calicache.graph_passes.branches import ResidualBranch, SiteRejection
 from calicache.graph_passes.capture import CapturedGraph, shape_of
@@ -91,6 +92,7 @@ def assign(
     granularity: Granularity = Granularity.LINEAR,
     rules: Sequence[SiteRule] = (),
     joint: bool = False,
+    ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[tuple[CalibrationTarget, ...], tuple[SiteRejection, ...]]:
     """Choose what every CALIBRATE step corrects.
 
@@ -101,12 +103,13 @@ def assign(
         granularity: of the calibration branches where no rule says otherwise.
         rules: exceptions; the first that fits a name counts.
         joint: solve sibling sites together, at the rank that costs the same MACs.
+        ranks: r of some targets, by name; before all else.
 
     Returns:
         The targets in graph order, and the branches that cannot be calibrated as a whole.
 
     Raises:
-        PlanError: a rule's rank is larger than its layer allows, or a rule fits nothing.
+        PlanError: a rank is larger than its layer allows, or a rule or a rank fits nothing.
     """
     _check_rules(rules, sites)
     targets: list[CalibrationTarget] = []
@@ -130,10 +133,26 @@ def assign(
     stream = [site for site in sites.linears if site.branch is None]
     targets.extend(_linear_targets(stream, rules, rank, joint))
     place = {node.name: number for number, node in enumerate(captured.graph.nodes)}
+    targets = _with_ranks(targets, ranks)
     targets.sort(key=lambda target: place[target.nodes[0]])
     for target in targets:
         _check_rank(target)
     return tuple(targets), tuple(rejections)
+
+
+def _with_ranks(
+    targets: Sequence[CalibrationTarget], ranks: Mapping[str, int]
+) -> list[CalibrationTarget]:
+    names = [target.name for target in targets]
+    for name in ranks:
+        if name not in names:
+            raise PlanError(
+                f"rank of {name}",
+                expected="a calibration target",
+                got=f"none of that name among {', '.join(names[:4])} and others",
+                fix="Take the names from `optimize(model, plan).targets`.",
+            )
+    return [replace(target, rank=ranks.get(target.name, target.rank)) for target in targets]
 
 
 def _linear_targets(

@@ -10,7 +10,7 @@ M = E[dy dx^T] C^-1, and U holds the top r eigenvectors of M C M^T.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -29,16 +29,18 @@ class SecondMoments:
         input: float32 E[dx dx^T] (in, in), or None.
         output: float32 E[dy dy^T] (out, out), where `out` is the smaller side, or None.
         cross: float32 E[dx dy^T] (in, out), for a residual branch alone, or None.
+        energy: float32 E|dy|^2 (), for a residual branch alone, or None.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
     cross: Tensor | None = None
+    energy: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments that are there, by name."""
-        named = {"input": self.input, "output": self.output, "cross": self.cross}
-        return {name: value for name, value in named.items() if value is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def covariance_factors(
@@ -136,6 +138,7 @@ def _factors(
         down.to(dtype).contiguous(),
         up.to(dtype).contiguous(),
         kept / total if total > 0 else 1.0,
+        spectrum=sums.diff().float().cpu(),
     )
 
 

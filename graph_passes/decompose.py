@@ -55,12 +55,15 @@ class CalibrationFactors:
         energy: share of the squared (weighted) singular values that W_r keeps, 0 .. 1.
         read: K, (r, out) with A = K W, so that A x = K (y - b) can be read off an output;
             None where there is none.
+        spectrum: float32, the energy of every direction that there is, largest first; the map
+            keeps the first r. None for a model on the meta device.
     """
 
     down: Tensor
     up: Tensor
     energy: float
     read: Tensor | None = None
+    spectrum: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -152,4 +155,5 @@ def decompose(
         up.to(weight.dtype).contiguous(),
         kept / total if total > 0 else 1.0,
         read,
+        sums.diff().float().cpu(),
     )

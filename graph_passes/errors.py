@@ -100,6 +100,12 @@ class ArtifactError(CalicacheError):
     stage = "artifact"
 
 
+class ModelError(CalicacheError):
+    """The model that a command was given cannot be loaded."""
+
+    stage = "model"
+
+
 class BenchError(CalicacheError):
     """A measurement cannot be made as asked."""
 

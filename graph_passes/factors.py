@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -64,9 +65,8 @@ def _factors(
     if target.granularity is Granularity.BRANCH:
         assert isinstance(statistics, SecondMoments)
         made = branch_factors(target.rank, statistics, value.dtype)
-        return CalibrationFactors(
-            made.down.to(parameter.device), made.up.to(parameter.device), made.energy
-        )
+        device = parameter.device
+        return replace(made, down=made.down.to(device), up=made.up.to(device))
     if isinstance(statistics, SecondMoments):
         return covariance_factors(weights, target.rank, statistics)
     (weight,) = weights

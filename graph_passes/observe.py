@@ -126,15 +126,17 @@ class _Moments:
             self.kept = {k: self.kept[k] for k in recent if k in self.kept}
         elif self.schedule[step] is StepMode.CALIBRATE:
             kept = kept_refreshes(self.schedule, step, order + 1)
-            dx = self._increment(step, kept, x, 0)
-            dy = self._increment(step, kept, y, 1)
-            if not self.by_output:
-                self._accumulate("input", dx, dx)
             if self.by_output:
-                self._accumulate("output", dy, dy)
+                dy = self._increment(step, kept, y, 1)
+                self._accumulate("output", dy.T @ dy)
+            else:
+                dx = self._increment(step, kept, x, 0)
+                self._accumulate("input", dx.T @ dx)
             if self.whole:
-                self._accumulate("cross", dx, dy)
-            self.rows += dx.shape[0]
+                dy = self._increment(step, kept, y, 1)
+                self._accumulate("cross", dx.T @ dy)
+                self._accumulate("energy", dy.square().sum())
+            self.rows += x.shape[:-1].numel()
 
     def result(self) -> SecondMoments:
         """Means over tokens, float32 on the CPU."""
@@ -148,9 +150,9 @@ class _Moments:
             increment = increment - weight * self.kept[place][part].float()
         return increment.flatten(0, -2)  # (T, C)
 
-    def _accumulate(self, name: str, left: Tensor, right: Tensor) -> None:
-        product = (left.T @ right).double()  # one step in float32, the sum over steps in float64
-        self.sums[name] = self.sums[name] + product if name in self.sums else product
+    def _accumulate(self, name: str, product: Tensor) -> None:
+        # One step in float32, the sum over steps in float64.
+        self.sums[name] = self.sums[name] + product if name in self.sums else product.double()
 
 
 def _stream(
@@ -207,7 +209,9 @@ def _tap(captured: CapturedGraph, tapped: set[str], tensors: list[Tensor]) -> di
 
 def _check_finite(values: Mapping[str, Tensor], step: int) -> None:
     for name, value in values.items():  # in graph order: the first bad one is the cause
-        if not bool(torch.isfinite(value).all()):
+        # A sum is NaN or Inf where a term is, and far cheaper than a look at every term.
+        suspect = not bool(torch.isfinite(value.sum(dtype=torch.float32)))
+        if suspect and not bool(torch.isfinite(value).all()):
             raise ObserveError(
                 f"node {name}, recorded step {step}",
                 expected="finite activations",

@@ -15,12 +15,13 @@ from calicache.graph_passes.dependence import classify_nodes
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.fold import choose_folds
-from calicache.graph_passes.plan import Plan, PlanSettings, check_statistics, hash_weights
+from calicache.graph_passes.plan import Plan, check_statistics, hash_weights
 from calicache.graph_passes.pointwise import pointwise_to_linear
 from calicache.graph_passes.rewrite import Rewritten, rewrite
 from calicache.graph_passes.run_values import find_run_values
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode, anchor_table
+from calicache.graph_passes.settings import PlanSettings
 from calicache.graph_passes.sites import Sites, find_sites
 from calicache.graph_passes.verify import verify_captured, verify_rewritten
 
@@ -89,6 +90,7 @@ def analyse(
         granularity=settings.granularity,
         rules=settings.rules,
         joint=settings.weighting is Weighting.COVARIANCE,
+        ranks=settings.ranks,
     )
     return captured, replace(sites, rejections=(*sites.rejections, *unfit)), targets
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter
@@ -20,80 +18,23 @@ from torch import Tensor, nn
 from calicache.graph_passes.assign import CalibrationTarget, Granularity, SiteRule
 from calicache.graph_passes.covariance import SecondMoments
 from calicache.graph_passes.decompose import ChannelStatistics, Weighting
-from calicache.graph_passes.dependence import Dependence, classify_inputs
+from calicache.graph_passes.dependence import classify_inputs
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import Statistics
 from calicache.graph_passes.files import atomic_path, sha256_of, tensor_bytes
+from calicache.graph_passes.front import Front
+from calicache.graph_passes.latency import LatencyTable
 from calicache.graph_passes.reads import find_reads
 from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.schedule import (
-    StepMode,
-    Table,
-    anchor_table,
-    output_table,
-    uniform_schedule,
-)
-from calicache.graph_passes.signature import CallSignature
-from calicache.graph_passes.timestep import Timestep
+from calicache.graph_passes.schedule import StepMode, uniform_schedule
+from calicache.graph_passes.settings import PlanSettings, member
 
-FORMAT = 3
+if TYPE_CHECKING:
+    from calicache.graph_passes.search import SearchProgress
+
+FORMAT = 4
 SETTINGS_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class PlanSettings:
-    """The part of a plan that is written as JSON.
-
-    Attributes:
-        schedule: mode of every step; the first is REFRESH.
-        rank: r of every calibration branch that no rule gives another.
-        order: of the anchors; order + 1 refreshes are kept.
-        weighting: what the factors of linear layers are made from.
-        granularity: where calibration branches sit.
-        rules: exceptions for some sites and branches.
-        include, exclude: shell patterns over site names.
-        signature: form of the model's calls.
-        dependence: class of every tensor argument.
-        timestep: the argument that shows the start of a new run, or None.
-        weights_hash: of the checkpoint that the plan was made from.
-        output_weights: of a step's own output and the kept ones, by step (T, order + 2), or
-            None: every output as it is.
-        correction: how the output weights were made, or why there are none.
-        reads: what the model reads off its tensors in every call, from `find_reads`.
-        fixed: the tensor arguments that decide these reads, and the digests of their recorded
-            values; no others can be passed.
-    """
-
-    schedule: tuple[StepMode, ...]
-    rank: int
-    order: int
-    weighting: Weighting
-    granularity: Granularity
-    rules: tuple[SiteRule, ...]
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    signature: CallSignature
-    dependence: dict[str, Dependence]
-    timestep: Timestep | None
-    weights_hash: str
-    output_weights: Table | None = None
-    correction: str = "not asked for"
-    reads: str = "[]"
-    fixed: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_schedule(self.schedule)
-        if self.rank < 0:
-            raise PlanError("rank", expected="0 or more", got=str(self.rank), fix="Raise the rank.")
-        anchor_table(self.schedule, self.order)  # refuses an unknown order
-        _check_output_weights(self)
-
-    @property
-    def outputs(self) -> Table | None:
-        """Output weights by step; None where every output is the step's own."""
-        if self.output_weights is None and StepMode.FORECAST in self.schedule:
-            return output_table(self.schedule, self.order)
-        return self.output_weights
+SEARCHED = "fitted to the recorded runs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +44,12 @@ class Plan:
     Attributes:
         settings: see `PlanSettings`.
         statistics: by name of the calibration target; empty where none are needed.
+        front: what a search found beside this plan; None for a plan that was not searched.
     """
 
     settings: PlanSettings
     statistics: Mapping[str, Statistics]
+    front: Front | None = None
 
     @property
     def schedule(self) -> tuple[StepMode, ...]:
@@ -170,8 +113,8 @@ class Plan:
             schedule=tuple(schedule),
             rank=rank,
             order=order,
-            weighting=_member(Weighting, weighting),
-            granularity=_member(Granularity, granularity),
+            weighting=member(Weighting, weighting),
+            granularity=member(Granularity, granularity),
             rules=tuple(rules),
             include=tuple(include),
             exclude=tuple(exclude),
@@ -182,6 +125,75 @@ class Plan:
             reads=find_reads(model, trajectory),
         )
         return make_plan(model, trajectory, settings, correct=correct, on_step=on_step)
+
+    @staticmethod
+    def search(
+        model: nn.Module,
+        trajectory: Trajectory,
+        *,
+        budget: float | None = None,
+        max_error: float | None = None,
+        latency: LatencyTable | None = None,
+        effort: int = 1,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        folder: Path | str | None = None,
+        on_progress: Callable[[SearchProgress], None] | None = None,
+    ) -> Plan:
+        """The best plan under a budget, or the cheapest one under an error.
+
+        Errors are the relative L2 error of a sample's final latents against the full run's.
+        The recorded runs are shared out: some to fit and search, some to choose, some to report.
+
+        Args:
+            model: in eval mode; the one that was recorded.
+            trajectory: three whole runs or more, each ended by `finish`.
+            budget: share of the full run's cost, above 0 and below 1.
+            max_error: that 95 % of new samples stay below.
+            latency: measured seconds, which the cost is then counted in; MACs without.
+            effort: 1 or more; how many candidates are run for every one at effort 1.
+            include: shell patterns; sites that may be calibrated.
+            exclude: shell patterns; sites to leave alone.
+            folder: for what is done already; a search that was interrupted goes on from there.
+            on_progress: called with what is done and what is still to do.
+
+        Returns:
+            A plan with the search's front, whose other points `take` gives.
+
+        Raises:
+            CalicacheError: the request cannot be met, or a stage refuses; it names itself.
+        """
+        # Here, not above: the search runs the compiler, which takes plans.
+        from calicache.graph_passes.search import SearchRequest, search_plan
+
+        request = SearchRequest(budget, max_error, latency, effort, tuple(include), tuple(exclude))
+        return search_plan(model, trajectory, request, folder, on_progress)
+
+    def take(self, place: int) -> Plan:
+        """The plan of another point of the front, numbered from 0.
+
+        Raises:
+            PlanError: the plan has no front, or no such point.
+        """
+        points = self.front.points if self.front else ()
+        if self.front is None or not 0 <= place < len(points):
+            raise PlanError(
+                f"point {place}",
+                expected=f"0 .. {len(points) - 1}" if points else "a plan from Plan.search",
+                got=str(place) if points else "a plan without a front",
+                fix="Choose one of these." if points else "Search for a plan first.",
+            )
+        point = points[place]
+        settings = replace(
+            self.settings,
+            schedule=point.schedule,
+            order=point.order,
+            rules=point.rules,
+            ranks=dict(point.ranks),
+            output_weights=point.output_weights,
+            correction=SEARCHED,
+        )
+        return Plan(settings, self.statistics, replace(self.front, taken=place))
 
     def with_schedule(self, schedule: Sequence[StepMode]) -> Plan:
         """The same plan with other step modes, and without what was fitted to the old ones.
@@ -205,7 +217,7 @@ class Plan:
         unfitted = replace(
             self.settings, output_weights=None, correction="not fitted: the plan was changed"
         )
-        return replace(self, settings=replace(unfitted, **changes))
+        return Plan(replace(unfitted, **changes), self.statistics)
 
     def save(self, directory: Path | str) -> None:
         """Write `plan.json` and `statistics.safetensors` into a new or replaced folder."""
@@ -216,7 +228,9 @@ class Plan:
                 for part, value in _tensors(statistics).items():
                     tensors[f"{name}.{part}"] = value.contiguous()
             save_file(tensors, folder / STATISTICS_FILE)
-            written = PlanFile(FORMAT, sha256_of(folder / STATISTICS_FILE), self.settings)
+            written = PlanFile(
+                FORMAT, sha256_of(folder / STATISTICS_FILE), self.settings, self.front
+            )
             (folder / SETTINGS_FILE).write_text(
                 json.dumps(_PLAN_FILE.dump_python(written, mode="json"), indent=2) + "\n"
             )
@@ -250,7 +264,7 @@ class Plan:
                 got=f"{type(error).__name__}: {error}",
                 fix="Make the plan again from the trajectory.",
             ) from error
-        return Plan(written.settings, statistics)
+        return Plan(written.settings, statistics, written.front)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +274,7 @@ class PlanFile:
     format: int
     statistics_sha256: str
     settings: PlanSettings
+    front: Front | None = None
 
 
 _PLAN_FILE = TypeAdapter(PlanFile)
@@ -308,7 +323,7 @@ def _statistics_shapes(
 ) -> dict[str, tuple[int, ...]]:
     inputs, outputs = target.in_features, sum(target.out_features)
     if target.granularity is Granularity.BRANCH:
-        return {"input": (inputs, inputs), "cross": (inputs, outputs)}
+        return {"input": (inputs, inputs), "cross": (inputs, outputs), "energy": ()}
     if weighting is Weighting.NONE:
         return {}
     if weighting is not Weighting.COVARIANCE:
@@ -328,43 +343,3 @@ def _statistics(tensors: Mapping[str, Tensor]) -> Statistics:
     if all(value.ndim == 1 for value in tensors.values()):
         return ChannelStatistics(tensors["input"], tensors["output"])
     return SecondMoments(**tensors)
-
-
-def _check_schedule(schedule: Sequence[StepMode]) -> None:
-    if not schedule or schedule[0] is not StepMode.REFRESH:
-        raise PlanError(
-            "schedule",
-            expected="a first step that is REFRESH",
-            got=StepMode(schedule[0]).name if schedule else "no steps",
-            fix="Start with StepMode.REFRESH: the caches are empty before it.",
-        )
-
-
-def _check_output_weights(settings: PlanSettings) -> None:
-    table = settings.output_weights
-    if table is None:
-        return
-    width = settings.order + 2
-    fits = len(table) == len(settings.schedule) and all(len(row) == width for row in table)
-    if not fits or not all(math.isfinite(value) for row in table for value in row):
-        raise PlanError(
-            "output_weights",
-            expected=f"{len(settings.schedule)} rows of {width} finite numbers",
-            got=f"{len(table)} rows of {sorted({len(row) for row in table})}",
-            fix="Make the plan again from the trajectory.",
-        )
-
-
-_Member = TypeVar("_Member", bound=StrEnum)
-
-
-def _member(kind: type[_Member], value: _Member | str) -> _Member:
-    try:
-        return kind(value)
-    except ValueError:
-        raise PlanError(
-            kind.__name__.lower(),
-            expected=" | ".join(kind),
-            got=repr(value),
-            fix="Choose one of these.",
-        ) from None

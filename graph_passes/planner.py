@@ -11,17 +11,18 @@ from calicache.graph_passes.assign import CalibrationTarget
 from calicache.graph_passes.batched import batch_calls, batch_size, one_call
 from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.capture import CapturedGraph
-from calicache.graph_passes.correct import fit_outputs
 from calicache.graph_passes.decompose import Weighting
 from calicache.graph_passes.dependence import Dependence
 from calicache.graph_passes.errors import CaptureError, PlanError
 from calicache.graph_passes.observe import observe
 from calicache.graph_passes.pipeline import analyse, rewrite_captured
-from calicache.graph_passes.plan import Plan, PlanSettings
+from calicache.graph_passes.plan import Plan
 from calicache.graph_passes.reads import digest
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.recover import recover_sampler
+from calicache.graph_passes.replay import replay
 from calicache.graph_passes.schedule import StepMode, Table
+from calicache.graph_passes.settings import PlanSettings
 from calicache.graph_passes.sites import Sites
 
 
@@ -106,7 +107,8 @@ def _fit(
     if isinstance(recorded, SiteRejection):
         return recorded
     _, rewritten = rewrite_captured(captured, sites, targets, replace(plan, settings=settings))
-    return fit_outputs(rewritten, recorded, settings.schedule, settings.order, on_step)
+    made = replay(rewritten, recorded, settings.schedule, settings.order, on_step=on_step)
+    return made.weights
 
 
 def _check_weights_are_there(model: nn.Module, settings: PlanSettings, *, correct: bool) -> None:

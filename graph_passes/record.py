@@ -99,6 +99,21 @@ class Trajectory:
         """Steps of the longest run."""
         return max(len(run) for run in self.runs)
 
+    def take_runs(self, places: Sequence[int]) -> Trajectory:
+        """A trajectory of some runs, for a recording with one call a step.
+
+        Args:
+            places: in `runs`.
+        """
+        runs, ends = self.runs, self.ends
+        taken = Trajectory(signatures=self.signatures[:1])
+        for place in places:
+            taken.calls.extend(runs[place])
+            end = ends[place]
+            if end is not None:
+                taken.results[len(taken.calls)] = end
+        return taken
+
     def finish(self, latents: Tensor) -> None:
         """Keep the result of the run that just ended: the latents after the sampler's last step.
 

@@ -8,7 +8,7 @@ value taken after the reshape that follows the GEMM would be copied.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -109,6 +109,14 @@ class Rewritten:
             for cache in self.caches
             if back < cache.history
         }
+
+    def scheduled(self, anchors: Table) -> Rewritten:
+        """The same variants with the anchor weights of another schedule (T, K or fewer)."""
+        missing = (0.0,) * (self.history - len(anchors[0]))
+        padded = tuple((*row, *missing) for row in anchors)
+        fresh = _columns(ANCHOR_WEIGHT, padded)
+        tables = {name: fresh.get(name, table) for name, table in self.tables.items()}
+        return replace(self, tables=tables)
 
     def read(
         self,

@@ -16,10 +16,11 @@ from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.cost import ModelCost
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import RunError
-from calicache.graph_passes.plan import Plan, PlanSettings
+from calicache.graph_passes.plan import Plan
 from calicache.graph_passes.reads import check_fixed
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.schedule import StepMode
+from calicache.graph_passes.settings import PlanSettings
 from calicache.graph_passes.signature import CallSignature, flatten_call
 from calicache.graph_passes.sites import Sites
 from calicache.graph_passes.timestep import Timestep, calls_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,6 +225,81 @@ def test_targets_are_in_graph_order(found: Found) -> None:
         targets = targets_of(found, rules=rules, joint=joint).values()
         order = [place[target.nodes[0]] for target in targets]
         assert order == sorted(order)
+
+
+# --- ranks by name ------------------------------------------------------------------------------
+
+
+def test_ranks_are_those_of_the_targets_they_name_and_of_no_others(found: Found) -> None:
+    asked = {"blocks.0.attn.k": 11, "blocks.1.mlp.fc2": 0}
+    before, after = targets_of(found), targets_of(found, ranks=asked)
+    expected = {name: replace(t, rank=asked.get(name, t.rank)) for name, t in before.items()}
+    assert after == expected
+    assert list(after) == list(before)
+    assert targets_of(found, ranks={}) == before
+
+
+def test_ranks_come_before_the_plans_and_before_rules(found: Found) -> None:
+    rules = (
+        SiteRule("blocks.0.attn.q", CALIBRATE, rank=9),
+        SiteRule("blocks.0.attn.k", REUSE),
+        SiteRule("blocks.1.attn", CALIBRATE, 6, BRANCH),
+    )
+    asked = {"blocks.0.attn.q": 1, "blocks.0.attn.k": 2, "blocks.1.attn": 3, "blocks.1.mlp.fc1": 5}
+    ranks = ranks_of(found, *rules, ranks=asked)
+    assert {name: ranks[name] for name in asked} == asked
+    assert (ranks["blocks.0.attn.v"], ranks["blocks.0.mlp.fc1"]) == (4, 4)
+
+
+@pytest.mark.parametrize("rank", [0, 5, 32])
+def test_rank_of_a_group_is_taken_as_it_is(found: Found, rank: int) -> None:
+    name = "blocks.1.attn.q+k+v"
+    targets = targets_of(found, joint=True, ranks={name: rank})
+    assert targets[name].rank == rank  # and not 1.5 times that, as for its members' rank
+    assert targets[name].calibrate_macs == 4 * 49 * rank * (32 + 96)
+    assert targets["blocks.0.attn.q+k+v"].rank == 6
+    assert list(targets) == [f"blocks.{n}.{layer}" for n in (0, 1) for layer in JOINT_LAYERS]
+
+
+UNKNOWN = {
+    "no such layer": ("blocks.7.attn.q", {}),
+    "a pattern": ("blocks.*.attn.q", {}),
+    "a member of a group": ("blocks.0.attn.q", {"joint": True}),
+    "a group of layers that are apart": ("blocks.0.attn.q+k+v", {}),
+    "a layer of a whole branch": ("blocks.0.mlp.fc1", {"granularity": BRANCH}),
+    "a branch whose layers are targets": ("blocks.0.mlp", {}),
+    "a layer left alone": ("blocks.0.mlp.fc1", {"rules": [SiteRule("*.fc1", FULL)]}),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_rank_of_no_target_is_refused_with_the_name(found: Found, case: str) -> None:
+    name, options = UNKNOWN[case]
+    targets, _ = assign(*found, rank=4, **options)
+    some = ", ".join(target.name for target in targets[:4])
+    message = refusal(found, rank=4, ranks={targets[0].name: 1, name: 2}, **options)
+    start = f"plan: rank of {name}: expected a calibration target, got none of that name among "
+    assert message.startswith(start)
+    assert all(shown in message for shown in some.split(", "))
+    assert message.endswith("Take the names from `optimize(model, plan).targets`.")
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "form", "options"),
+    [
+        ("blocks.1.mlp.fc2", 33, "128 -> 32", {}),
+        ("blocks.0.mlp.fc1", -1, "32 -> 128", {}),
+        ("blocks.0.attn.q+k+v", 33, "32 -> 96", {"joint": True}),
+        ("blocks.1.attn", 40, "32 -> 32", {"granularity": BRANCH}),
+    ],
+)
+def test_rank_too_large_is_refused_with_the_name_of_the_target(
+    found: Found, name: str, rank: int, form: str, options: dict[str, Any]
+) -> None:
+    assert refusal(found, rank=4, ranks={name: rank}, **options) == (
+        f"plan: rank of {name}: expected 0 .. 32 for {form}, got {rank}. "
+        "Choose a smaller rank, or exclude it."
+    )
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import STEPS, relative, sample_dit
 from diffusion import GuidedDDIM
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from calicache.graph_passes import (
     record,
     uniform_schedule,
 )
-from calicache.graph_passes.correct import fit_outputs
+from calicache.graph_passes.correct import RIDGE, fit_step, mix
 from calicache.graph_passes.recover import recover_sampler
+from calicache.graph_passes.replay import replay
+from calicache.graph_passes.sampler_step import SamplerSteps
 from calicache.graph_passes.schedule import Table, output_table
 
 R, C, U, FORECAST = StepMode
@@ -172,7 +175,7 @@ def fit(
     recorded = recover_sampler(captured, trajectory, classes, len(schedule), on_step)
     if isinstance(recorded, SiteRejection):
         return recorded
-    return fit_outputs(fast.rewritten, recorded, schedule, 2, on_step)
+    return replay(fast.rewritten, recorded, schedule, 2, on_step=on_step).weights
 
 
 @pytest.mark.parametrize("steps", [1, STEPS - 1, STEPS + 1])
@@ -243,3 +246,80 @@ def test_fit_leaves_model_and_trajectory_as_they_were(dit, dit_trajectory: Traje
 
 def test_uniform_schedule_is_what_the_trained_plan_runs(trained_plan: Plan) -> None:
     assert trained_plan.schedule == uniform_schedule(LONG, 3, FORECAST)
+
+
+# --- one fit, and the sum of outputs ------------------------------------------------------------
+
+
+def drawn(seed: int, rows: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 2, 3, 3, generator=draw, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("there", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("back", [False, True])
+def test_fit_of_a_step_is_ridge_regression_around_the_plain_weights(
+    back: bool, parts: int, there: tuple[int, ...]
+) -> None:
+    of_parts, of_parts_before = (0.4, -0.7)[:parts], (0.3, 0.2)[:parts]
+    row = (0.9, *of_parts, *((0.1, *of_parts_before) if back else ()))
+    sampler = SamplerSteps("x", parts, ((1.0,) * (1 + parts), row))
+    plain = tuple(0.5 + 0.1 * k if k in there else 0.0 for k in range(4))
+    features, before, wanted, columns, left = [], [], [], [], []
+    for run in (0, 1):
+        x, target, last = (drawn(10 * run + k, 2) for k in (5, 6, 7))
+        old = [last, *drawn(10 * run + 8, 2 * parts).split(2)]
+        outputs = [drawn(10 * run + k, 2 * parts) if k in there else None for k in range(4)]
+        features.append(([x], outputs))
+        before.append(old)
+        wanted.append(target)
+        rest = 0.9 * x + sum(w * term for w, term in zip(row[1 + parts :], old, strict=False))
+        moves = [
+            sum(w * part for w, part in zip(of_parts, value.split(2), strict=True))
+            for value in outputs
+            if value is not None
+        ]
+        columns.append(np.stack([move.numpy().ravel() for move in moves], 1))
+        left.append((target - rest).numpy().ravel())
+    got = fit_step(sampler, 1, features, before, wanted, plain)
+    assert len(got) == 4
+    assert [got[k] for k in range(4) if k not in there] == [0.0] * (4 - len(there))
+    # Two float64 solutions of a well-conditioned problem (36 random rows for each of 4 columns).
+    expected = ridge(np.concatenate(columns), np.concatenate(left), [plain[k] for k in there])
+    np.testing.assert_allclose([got[k] for k in there], expected, rtol=1e-9, atol=1e-12)
+
+
+def ridge(matrix: np.ndarray, target: np.ndarray, around: list[float]) -> np.ndarray:
+    """min |target - M w|^2 + RIDGE sum_j |M_j|^2 (w_j - around_j)^2, by least squares."""
+    penalty = np.diag(np.sqrt(RIDGE) * np.linalg.norm(matrix, axis=0))
+    rows, wanted = np.concatenate([matrix, penalty]), np.concatenate([target, penalty @ around])
+    solution: np.ndarray = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    return solution
+
+
+def test_fit_reaches_a_latent_that_its_outputs_can_make() -> None:
+    sampler = SamplerSteps("x", 1, ((1.0, -0.5),))
+    x, own, old = (drawn(k, 2) for k in range(3))
+    wanted = x - 0.5 * (0.8 * own + 0.3 * old)
+    got = fit_step(sampler, 0, [([x], [own, old])], [()], [wanted], (1.0, 0.0, 0.0))
+    # The ridge pulls back by its own size.
+    assert got == pytest.approx((0.8, 0.3, 0.0), abs=2e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=4), st.sets(st.integers(0, 3), min_size=1))
+def test_mix_is_the_weighted_sum_of_the_outputs_that_are_there(
+    weights: list[float], there: set[int]
+) -> None:
+    outputs = [drawn(k, 1) if k in there else None for k in range(4)]
+    pairs = [(w, e) for w, e in zip(weights, outputs, strict=False) if e is not None and w]
+    assume(pairs)  # every step mixes something
+    expected = np.tensordot([w for w, _ in pairs], np.stack([e.numpy() for _, e in pairs]), 1)
+    # A sum of four float64 products.
+    np.testing.assert_allclose(mix(weights, outputs).numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_mix_leaves_out_what_has_no_weight_even_if_it_is_not_finite() -> None:
+    bad = torch.full((1, 2), float("nan"))
+    assert mix((2.0, 0.0), [torch.ones(1, 2), bad]).tolist() == [[2.0, 2.0]]

@@ -58,6 +58,11 @@ def product(factors: CalibrationFactors) -> np.ndarray:
     return factors.up.double().numpy() @ factors.down.double().numpy()
 
 
+def spectrum_of(factors: CalibrationFactors) -> np.ndarray:
+    assert factors.spectrum is not None
+    return factors.spectrum.double().numpy()
+
+
 def squared_error(y: np.ndarray, x: np.ndarray, low_rank: np.ndarray) -> float:
     return float(((y - x @ low_rank.T) ** 2).sum())
 
@@ -212,6 +217,50 @@ def test_energy_is_the_share_of_the_increment_that_is_kept(
     assert math.isclose(energy, expected, rel_tol=0, abs_tol=ROUNDING)
 
 
+@settings(max_examples=60, deadline=None)
+@given(outs=st.lists(sizes, min_size=1, max_size=3), width=sizes, seed=seeds, data=st.data())
+def test_spectrum_is_the_energy_of_every_direction(
+    outs: list[int], width: int, seed: int, data: st.DataObject
+) -> None:
+    weights, x = increments(outs, width, seed)
+    y = x @ np.concatenate(weights).astype(np.float64).T
+    rank = data.draw(st.integers(0, min(width, sum(outs))))
+    factors = factors_of(weights, x, rank)
+    spectrum = spectrum_of(factors)
+    # All directions, whatever the rank; moments and spectrum are rounded to float32.
+    slack = ROUNDING * float((y**2).mean(axis=0).sum())
+    expected = np.linalg.svd(y, compute_uv=False) ** 2 / len(y)
+    np.testing.assert_allclose(spectrum, expected[: len(spectrum)], rtol=0, atol=slack)
+    assert len(spectrum) == min(width, sum(outs))
+    assert math.isclose(spectrum.sum(), (y**2).sum() / len(y), rel_tol=0, abs_tol=slack)
+    # What the map keeps is the first r of them.
+    left = squared_error(y, x, product(factors)) / len(y)
+    assert math.isclose(left, spectrum[rank:].sum(), rel_tol=0, abs_tol=slack)
+    assert math.isclose(factors.energy * spectrum.sum(), spectrum[:rank].sum(), abs_tol=slack)
+
+
+@settings(max_examples=40, deadline=None)
+@given(out=sizes, width=sizes, seed=seeds, directions=st.integers(1, 3))
+def test_spectrum_falls_and_is_never_negative(
+    out: int, width: int, seed: int, directions: int
+) -> None:
+    weights, x = increments([out], width, seed, directions=directions)
+    spectrum = spectrum_of(factors_of(weights, x, 1))
+    assert (spectrum >= 0).all()
+    # Differences of running sums in float64, which rounding moves by 1e-16 of the whole.
+    assert (np.diff(spectrum) <= 1e-14 * spectrum.sum()).all()
+    # Moments in float32: 1e-7 of the largest entry lies beside the directions that were seen.
+    assert spectrum[directions:].sum() <= ROUNDING * spectrum.sum()
+
+
+def test_spectrum_of_increments_of_zero_is_zero() -> None:
+    weights, _ = increments([5], 9, 4)
+    spectrum = factors_of(weights, np.zeros((6, 9)), 1).spectrum
+    assert spectrum is not None
+    assert torch.equal(spectrum, torch.zeros(5))
+    assert (spectrum.dtype, spectrum.device.type) == (torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_increments_in_few_directions_are_met_exactly(shape: tuple[int, int]) -> None:
     weights, x = increments([shape[0]], shape[1], 4, directions=min(3, *shape))
@@ -329,6 +378,28 @@ def test_branch_up_is_orthonormal_and_energy_grows(width: int, out: int, seed: i
         torch.testing.assert_close(up.T @ up, torch.eye(rank).double(), rtol=0, atol=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(width=sizes, out=sizes, seed=seeds, data=st.data())
+def test_branch_spectrum_is_the_energy_that_a_linear_map_explains(
+    width: int, out: int, seed: int, data: st.DataObject
+) -> None:
+    x, y = branch_increments(width, out, seed)
+    rank = data.draw(st.integers(0, min(width, out)))
+    factors = branch_factors(rank, branch_moments(x, y), torch.float32)
+    spectrum, energy = spectrum_of(factors), float((y**2).sum()) / len(y)
+    fitted = x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    expected = np.linalg.svd(fitted, compute_uv=False) ** 2 / len(y)
+    # The ridge takes RIDGE of the mean variance off every direction, twice; the smallest
+    # variance is a thirtieth of the mean: below 1e-3 of the energy.
+    np.testing.assert_allclose(spectrum, expected[: len(spectrum)], rtol=0, atol=1e-3 * energy)
+    assert len(spectrum) == min(width, out)
+    assert spectrum.sum() <= energy * (1 + ROUNDING)
+    # What a map of rank r leaves is what no map explains, and the directions it does without.
+    left = squared_error(y, x, product(factors)) / len(y)
+    unexplained = energy - spectrum.sum()
+    assert math.isclose(left, unexplained + spectrum[rank:].sum(), abs_tol=1e-3 * energy)
+
+
 def test_branch_that_is_linear_is_found() -> None:
     weights, x = increments([9], 6, 8, rows=200)
     y = x @ weights[0].T.astype(np.float64)
@@ -377,3 +448,9 @@ def test_moments_name_what_is_there() -> None:
     assert list(SecondMoments(input=one).tensors()) == ["input"]
     assert SecondMoments(input=one, cross=two).tensors() == {"input": one, "cross": two}
     assert SecondMoments().tensors() == {}
+    energy = torch.tensor(3.0)
+    assert list(SecondMoments(input=one, cross=two, energy=energy).tensors()) == [
+        "input",
+        "cross",
+        "energy",
+    ]

@@ -136,6 +136,26 @@ def test_energy_is_the_share_of_squared_singular_values(
     )
 
 
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, seed=seeds, data=st.data())
+def test_spectrum_is_the_squared_singular_values(
+    shape: tuple[int, int], seed: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(0, min(shape)))
+    weight = torch.randn(shape, generator=draw(seed))
+    statistics = random_statistics(shape, seed, 1e-3)
+    left, right = channel_scales(statistics.output), channel_scales(statistics.input)
+    scaled = left[:, None] * weight.double() * right
+    spectrum = decompose(weight, rank, statistics).spectrum
+    assert spectrum is not None
+    assert (spectrum.dtype, tuple(spectrum.shape)) == (torch.float32, (min(shape),))
+    # All of them, whatever the rank; float64, then rounded to float32.
+    whole = float(scaled.square().sum())
+    expected = torch.linalg.svdvals(scaled) ** 2
+    torch.testing.assert_close(spectrum.double(), expected, rtol=1e-6, atol=1e-12 * whole)
+    assert math.isclose(float(spectrum.sum()), whole, rel_tol=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=shapes,
@@ -235,6 +255,7 @@ def test_meta_weight_gives_meta_factors_of_the_right_shape() -> None:
     assert (tuple(factors.down.shape), tuple(factors.up.shape)) == ((6, 16), (24, 6))
     assert {factors.down.device.type, factors.up.device.type} == {"meta"}
     assert {factors.down.dtype, factors.up.dtype} == {torch.bfloat16}
+    assert factors.spectrum is None
 
 
 def test_weight_is_left_alone_and_factors_need_no_gradient() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from data import DEBIAN_FOLDER, load_split
 from diffusion import alpha_bar_table
 from fidelity_report import write_report
-from methods import BUDGETS, STEPS, methods, sample_dpm
+from methods import BUDGETS, ERRORS, SHARES, STEPS, methods, sample_dpm
 from PIL import Image
 from scores import SetScores, distance
 
@@ -30,7 +31,23 @@ def test_schedules_have_the_refreshes_that_their_rows_name() -> None:
     for row in methods():
         for schedule in row.schedules or ():
             assert len(schedule) == STEPS
-            assert f"{schedule.count(StepMode.REFRESH)} REFRESH" in row.name
+            count = schedule.count(StepMode.REFRESH)
+            named = re.search(r"(up to )?(\d+) REFRESH", row.name)
+            assert named
+            assert count <= int(named[2]) if named[1] else count == int(named[2])
+
+
+def test_searched_plans_stand_beside_even_schedules_at_the_same_budget() -> None:
+    rows = {row.family: row for row in methods()}
+    searched = [row for row in methods() if row.searched]
+    assert [row.budget for row in searched if row.budget] == list(SHARES)
+    assert [row.max_error for row in searched if row.max_error] == list(ERRORS)
+    even = [row for row in methods() if row.family == "uniform, FORECAST"]
+    for row, share in zip(even, SHARES, strict=True):
+        most = max(s.count(StepMode.REFRESH) for s in row.schedules or ())
+        assert most == int(share * STEPS)  # a step that forecasts costs nothing
+    assert not rows["searched"].plain
+    assert rows["full"].plain
 
 
 def test_dpm_solver_finds_the_image_of_a_perfect_denoiser() -> None:

@@ -332,7 +332,7 @@ def expected_moments(
     schedule: tuple[StepMode, ...],
     order: int,
 ) -> dict[str, Tensor]:
-    """Mean outer products over all tokens of all CALIBRATE steps."""
+    """Mean outer products, and squared lengths, over all tokens of all CALIBRATE steps."""
     xs, ys = [], []
     for trajectory in runs:
         values = values_of(captured, trajectory, {target.input_node, *target.nodes})
@@ -344,7 +344,8 @@ def expected_moments(
                 ys.append(increment(y, schedule, step, order))
     dx, dy = torch.cat(xs), torch.cat(ys)
     if target.granularity is Granularity.BRANCH:
-        return {"input": dx.T @ dx / len(dx), "cross": dx.T @ dy / len(dx)}
+        energy = dy.square().sum(dim=1).mean()
+        return {"input": dx.T @ dx / len(dx), "cross": dx.T @ dy / len(dx), "energy": energy}
     if sum(target.out_features) < target.in_features:
         return {"output": dy.T @ dy / len(dx)}
     return {"input": dx.T @ dx / len(dx)}
@@ -437,7 +438,7 @@ def test_whole_branches_always_need_moments(
 ) -> None:
     targets, _ = assign(*dit_found, rank=2, granularity=Granularity.BRANCH)
     got = observe(dit_found[0], targets, dit_trajectory, weighting, PAPER)
-    assert [list(found.tensors()) for found in got.values()] == [["input", "cross"]] * 4
+    assert [list(found.tensors()) for found in got.values()] == [["input", "cross", "energy"]] * 4
 
 
 @pytest.mark.parametrize("weighting", list(Weighting))

@@ -259,10 +259,10 @@ DAMAGES = {
     "truncated, hash mended": (lambda at: [truncate(at), rehash(at)], "SafetensorError"),
     "swapped": (lambda at: add_to_statistics(at, 1.0), "is not the file the plan was saved with"),
     "half a site": (lambda at: [add_to_statistics(at, 0.0, drop=Q), rehash(at)], "output"),
-    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 3"),
-    "later format": (lambda at: edit(at, format=4, settings={}), "format 4, this version reads 3"),
-    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 3"),
-    "the last format": (lambda at: edit(at, format=2), "format 2, this version reads 3"),
+    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 4"),
+    "later format": (lambda at: edit(at, format=5, settings={}), "format 5, this version reads 4"),
+    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 4"),
+    "the last format": (lambda at: edit(at, format=3), "format 3, this version reads 4"),
     "unknown order": (lambda at: edit(at, order=3), "order"),
     "unknown granularity": (lambda at: edit(at, granularity="head"), "granularity"),
     "bad output weights": (lambda at: edit(at, output_weights=[[1.0, 0.0]]), "output_weights"),
@@ -459,7 +459,7 @@ def test_rules_output_weights_and_second_moments_survive_saving(
     }
     moments = ruled_plan.statistics["blocks.0.mlp"]
     assert isinstance(moments, SecondMoments)
-    assert set(moments.tensors()) == {"input", "cross"}
+    assert set(moments.tensors()) == {"input", "cross", "energy"}
     assert ruled_plan.settings.output_weights is not None
     ruled_plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")

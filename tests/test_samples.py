@@ -51,6 +51,16 @@ def test_demo_writes_pictures_and_a_table(tmp_path: Path) -> None:
     assert picture.size == (3 * 32 * 4, 4 * 32 * 4)
 
 
+def test_demo_runs_the_plan_that_ships_with_the_sample(tmp_path: Path) -> None:
+    arguments = ("--out", "out dir", "--images", "2", "--repeats", "1")
+    run("fashion_dit/demo.py", *arguments, cwd=tmp_path)
+    rows = {r["name"]: r for r in json.loads((tmp_path / "out dir/demo.json").read_text())["rows"]}
+    searched, even = rows["searched"], rows["FORECAST"]
+    assert searched["macs_share"] <= 0.35
+    # The same number of REFRESH steps; measured: 0.5 of the even schedule's error.
+    assert searched["relative_error"] < 0.9 * even["relative_error"]
+
+
 def test_quickstart_agrees_in_torch_and_onnx_runtime(tmp_path: Path) -> None:
     printed = run("quickstart.py", cwd=tmp_path)
     torch_error, ort_error = (float(line.rpartition(" ")[2]) for line in printed.splitlines())

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calicache.graph_passes.errors import BenchError
+from calicache.graph_passes.errors import BenchError, ModelError
+from calicache.tools.model_file import call_in_file
 
 Denoiser = Callable[..., Any]
 
@@ -78,21 +77,17 @@ def find_model(name: str) -> BenchModel:
     """
     if name in MODELS:
         return MODELS[name]()
-    path, separator, function = name.rpartition(":")
-    if separator and Path(path).is_file():
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found = getattr(module, function, None)
-        result = found() if callable(found) else None
-        if isinstance(result, BenchModel):
-            return result
+    try:
+        result = call_in_file(name)
+        got = f"{name!r}, which returns {type(result).__name__}"
+    except ModelError as error:
+        result, got = None, f"{name!r}: {error.got}"
+    if isinstance(result, BenchModel):
+        return result
     raise BenchError(
         "model",
         expected=f"{' | '.join(MODELS)}, or FILE.py:FUNCTION that returns a BenchModel",
-        got=repr(name),
+        got=got,
         fix="Choose one of these.",
     )
 

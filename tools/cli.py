@@ -19,10 +19,12 @@ from calicache.tools.bench_report import write_report
 from calicache.tools.bench_rows import BenchSettings
 from calicache.tools.environment import environment
 from calicache.tools.inspect_artifact import describe_artifact
+from calicache.tools.latency_command import LatencyArguments, run_latency
+from calicache.tools.plan_command import PlanArguments, run_plan
 
 app = typer.Typer(
     name="calicache",
-    help="Look at what calicache did to a diffusion transformer, and measure it.",
+    help="Plan what calicache does to a diffusion transformer, look at it, and measure it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,7 +33,7 @@ app = typer.Typer(
 
 @app.callback()
 def _main() -> None:
-    """Look at what calicache did to a diffusion transformer."""
+    """Plan what calicache does to a diffusion transformer, look at it, and measure it."""
 
 
 @app.command()
@@ -99,6 +101,86 @@ def bench(
             results.append(run_bench(settings, tick))
     write_report({**environment(), "models": results}, docs)
     console.print(f"Written: {docs / 'performance.md'}")
+
+
+@app.command()
+def plan(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|PLAN",
+            help="FILE.py:FUNCTION that returns the model, or a folder that diffusers' "
+            "save_pretrained wrote; with --show and --take the folder of a plan.",
+        ),
+    ],
+    trajectory: Annotated[
+        Path | None, typer.Argument(help="Three recorded runs or more, from Trajectory.save.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Of the new plan.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the full run's cost, above 0 and below 1.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Relative L2 error that new samples stay below.")
+    ] = None,
+    latency: Annotated[
+        Path | None, typer.Option(help="Count the cost in these seconds, from calicache latency.")
+    ] = None,
+    effort: Annotated[
+        int | None, typer.Option(help="Candidates run for every one at effort 1, which is usual.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the front of a plan.")] = False,
+    take: Annotated[
+        int | None, typer.Option(help="Number of the point on a plan's front to save.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="With --show: print it as JSON.")] = False,
+) -> None:
+    """Search for the best plan under a budget, or the cheapest one under an error.
+
+    Ctrl-C stops it; the same command goes on later.
+
+    Example: calicache plan dit.py:build runs.safetensors -o out/plan --budget 0.5
+
+    All points of cost and error that no other beats: calicache plan out/plan --show
+
+    Take another of them: calicache plan out/plan --take 3 -o out/other
+    """
+    arguments = PlanArguments(
+        target, trajectory, output, budget, max_error, latency, effort, show, take, json
+    )
+    with _errors_shown():
+        code = run_plan(arguments, *_consoles())
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def latency(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="FILE.py:FUNCTION that returns the model, or a folder that diffusers' "
+            "save_pretrained wrote."
+        ),
+    ],
+    trajectory: Annotated[Path, typer.Argument(help="A recorded run, from Trajectory.save.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Of the table, a JSON file.")],
+    order: Annotated[int, typer.Option(help="Of the anchors, 0 to 2.")] = 2,
+    provider: Annotated[str, typer.Option(help="Of ONNX Runtime.")] = "CPUExecutionProvider",
+    repeats: Annotated[int, typer.Option(help="Timed steps of every kind.")] = 7,
+) -> None:
+    """Time the steps of a model on this machine, so that a plan search counts in seconds.
+
+    Example: calicache latency dit.py:build runs.safetensors -o out/latency.json
+    """
+    arguments = LatencyArguments(model, trajectory, output, order, provider, repeats)
+    with _errors_shown():
+        run_latency(arguments, *_consoles())
+
+
+def _consoles() -> tuple[Console, Console]:
+    """For results and for everything else."""
+    return Console(highlight=False), Console(stderr=True, highlight=False)
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
     python samples/fashion_dit/demo.py
 
-Writes `out/demo.png` (rows: full, REUSE, FORECAST, CALIBRATE; same seeds, same labels),
-`out/demo.json` and the ONNX artifacts, and prints a table. Statistics come from other
-seeds than the images.
+Writes `out/demo.png` (rows: full, REUSE, FORECAST, CALIBRATE, searched; same seeds, same labels),
+`out/demo.json` and the ONNX artifacts, and prints a table. The searched plan is the one that ships
+with the sample (`search_plan.py`); statistics of the others come from other seeds than the images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from model import FashionDiT
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
+from search_plan import PLAN_FOLDER
+from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
 from calicache.export import Session, export_onnx
@@ -34,7 +35,8 @@ from calicache.tools.environment import environment
 
 GUIDANCE = 1.5
 RECORD_SEED, SAMPLE_SEED = 1, 2
-PICTURED = ("full", "REUSE", "FORECAST", "CALIBRATE")
+SEARCHED = "searched"
+PICTURED = ("full", "REUSE", "FORECAST", "CALIBRATE", SEARCHED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def main() -> None:
         methods = prepare(arguments, progress)
         rows, images = compare(methods, arguments.images, arguments.repeats, progress)
     console.print(table(rows), highlight=False)
-    save_grid([images[name] for name in PICTURED], arguments.out / "demo.png")
+    save_grid([images[name] for name in PICTURED if name in images], arguments.out / "demo.png")
     report(rows, arguments.out / "demo.json")
     labels = ", ".join(CLASS_NAMES[k % 10] for k in range(arguments.images))
     console.print(f"Columns: {labels}", highlight=False)
@@ -122,6 +124,9 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
         export_onnx(fast, folder)
         sessions[name] = Session(folder)
         progress.advance(export)
+    searched = export_searched(model, arguments)
+    if searched is not None:
+        sessions[SEARCHED] = searched
     steps = arguments.steps
     methods = {name: Method(name, session, steps) for name, session in sessions.items()}
     fewer = max(2, round(steps * methods["CALIBRATE"].macs_share))
@@ -131,7 +136,24 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
         methods["REUSE"],
         methods["FORECAST"],
         methods["CALIBRATE"],
+        *([methods[SEARCHED]] if SEARCHED in methods else []),
     ]
+
+
+def export_searched(model: nn.Module, arguments: argparse.Namespace) -> Session | None:
+    """The plan that ships with the sample, exported; None for another number of steps."""
+    plan = Plan.load(PLAN_FOLDER)
+    if len(plan.schedule) != arguments.steps:
+        return None
+    noise, labels = draw(arguments.images, RECORD_SEED)
+    fast = optimize(model, plan).for_call(
+        hidden_states=torch.cat([noise, noise]),
+        timestep=torch.full((2 * arguments.images,), 999),
+        class_labels=torch.cat([labels, labels]),
+    )
+    folder = arguments.out / f"{SEARCHED}.onnx.d"
+    export_onnx(fast, folder)
+    return Session(folder)
 
 
 def compare(

@@ -21,7 +21,7 @@ from fidelity_report import write_report
 from methods import STEPS, Method, methods
 from model import FashionDiT
 from safetensors.torch import load_file
-from scores import SetScores, distance
+from scores import SetScores, distance, sample_errors
 from torch import Tensor, nn
 from tqdm import tqdm
 from weights import DIT_WEIGHTS, load_weights, save_atomic
@@ -32,6 +32,7 @@ from calicache.tools.environment import environment
 
 BATCH = 32
 RECORD_SEED, CHOICE_SEED, REPORT_SEED = 1, 2, 1000
+SEARCH_SEEDS = (11, 12, 13)
 REFERENCE_STEPS, REFERENCE_IMAGES = 500, 256
 
 
@@ -57,9 +58,10 @@ def main() -> None:
     settings = Settings(arguments.images, arguments.repeats, arguments.out)
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
     rows = methods()
-    trajectory = record_runs(model)
+    trajectory = record_runs(model, [RECORD_SEED])
+    searched = record_runs(model, SEARCH_SEEDS)
     for method in tqdm(rows, desc="plan and export"):
-        prepare(method, model, trajectory, settings.out)
+        prepare(method, model, searched if method.searched else trajectory, settings.out)
     fine = reference(settings.out, rows[0])
     scores = SetScores()
     for method in tqdm(rows, desc="sample and score"):
@@ -71,10 +73,11 @@ def main() -> None:
     write_report(result, arguments.docs)
 
 
-def record_runs(model: nn.Module) -> Trajectory:
-    """One batch of the full sampler, on seeds for statistics alone."""
+def record_runs(model: nn.Module, seeds: Sequence[int]) -> Trajectory:
+    """One batch of the full sampler for every seed."""
     with record(model) as trajectory:
-        trajectory.finish(Method("full", "recorded").sample(model, *draw(RECORD_SEED)))
+        for seed in seeds:
+            trajectory.finish(Method("full", "recorded").sample(model, *draw(seed)))
     return trajectory
 
 
@@ -88,7 +91,9 @@ def prepare(method: Method, model: nn.Module, trajectory: Trajectory, out: Path)
     """Choose the schedule, optimise, export; plain methods share one artifact."""
     if artifact(method, out).exists():
         return
-    if method.schedules is None:
+    if method.searched:
+        plan = search(method, model, trajectory, out)
+    elif method.schedules is None:
         plan = Plan.from_trajectory(
             model, trajectory, schedule=uniform_schedule(STEPS, 1), rank=1, correct=False
         )
@@ -103,6 +108,19 @@ def prepare(method: Method, model: nn.Module, trajectory: Trajectory, out: Path)
     export_onnx(optimize(model, plan), artifact(method, out))
 
 
+def search(method: Method, model: nn.Module, trajectory: Trajectory, out: Path) -> Plan:
+    """A plan for the method's budget or error, and beside it how long the search took."""
+    start = time.perf_counter()
+    Method("full", "timed").sample(model, *draw(RECORD_SEED))
+    full = time.perf_counter() - start
+    plan = Plan.search(model, trajectory, budget=method.budget, max_error=method.max_error)
+    seconds = time.perf_counter() - start - full
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {"search_runs": seconds / full, "held_out": asdict(plan.front.held_out)}
+    (out / f"{method.key}.search.json").write_text(json.dumps(facts))
+    return plan
+
+
 def choose(method: Method, model: nn.Module, plans: Sequence[Plan]) -> Plan:
     """The plan with the smallest error on the seeds for choosing."""
     seeds = draw(CHOICE_SEED)
@@ -113,7 +131,7 @@ def choose(method: Method, model: nn.Module, plans: Sequence[Plan]) -> Plan:
 
 def artifact(method: Method, out: Path) -> Path:
     """Where the method's artifact is."""
-    return out / f"{'plain' if method.schedules is None else method.key}.onnx.d"
+    return out / f"{'plain' if method.plain else method.key}.onnx.d"
 
 
 def sample(method: Method, session: Session, seed: int) -> Tensor:
@@ -157,6 +175,9 @@ def measure(method: Method, scores: SetScores, fine: Tensor, settings: Settings)
         "fid": fid,
         "inception": inception,
     }
+    if method.max_error is not None:
+        off = sample_errors(first, load_file(exact)["images"])
+        result["kept"] = float((off <= method.max_error).double().mean())
     path.write_text(json.dumps(result))
 
 
@@ -180,7 +201,7 @@ def collect(rows: Sequence[Method], seconds: dict[str, float], settings: Setting
     table = []
     for method in rows:
         manifest = Session(artifact(method, settings.out)).manifest
-        if method.schedules is None:
+        if method.plain:
             macs = method.steps / STEPS
             marks = list(range(method.steps))
         else:
@@ -189,6 +210,7 @@ def collect(rows: Sequence[Method], seconds: dict[str, float], settings: Setting
         table.append(
             {
                 "family": method.family,
+                "budget": method.budget,
                 "name": method.name,
                 "refreshes": len(marks),
                 "schedule": marks,
@@ -196,9 +218,14 @@ def collect(rows: Sequence[Method], seconds: dict[str, float], settings: Setting
                 "time_share": seconds[method.key] / full,
                 "seconds": seconds[method.key],
                 **json.loads((settings.out / f"{method.key}.json").read_text()),
+                **_search_facts(settings.out / f"{method.key}.search.json"),
             }
         )
     return {**environment(), "rows": table}
+
+
+def _search_facts(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

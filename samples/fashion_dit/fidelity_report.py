@@ -53,7 +53,8 @@ of {machine["processor"]}.
   500" is against a 500-step DDIM run of the same seeds.
 - FID and IS: {images} images, features of the sample classifier, FID against the 10,000 test
   images. They compare rows of this table and nothing else.
-- Statistics, the choice of a schedule, and this table use different seeds.
+- Statistics, the choice of a schedule, searches, and this table use different seeds. Rows
+  "searched" are plans of `Plan.search`, from three recorded batches of 32.
 
 ![relative error against time, every method](fidelity.png)"""
 
@@ -108,7 +109,8 @@ def _checks(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
         ratio = _error(ours) / paper
         wanted = f"interval {round(35 / refreshes)}, equal MACs: at most 0.35 of the paper's best"
         checks.append((wanted, f"{_error(ours):.4f} / {paper:.4f} = {ratio:.2f}", ratio <= 0.35))
-    peers = [row for row in rows[1:] if not row["family"].startswith("ours")]
+    own = ("ours", "uniform", "searched")
+    peers = [row for row in rows[1:] if not row["family"].startswith(own)]
     for ours in (row for row in rows if row["family"] == "ours, FORECAST"):
         rivals = [row for row in peers if row["time_share"] <= ours["time_share"] * 1.02]
         best = min(rivals, key=_error)
@@ -119,6 +121,7 @@ def _checks(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
         best_fid = min(row["fid"] for row in rivals)
         wanted = f"time {ours['time_share']:.2f}: FID no worse than the best of them"
         checks.append((wanted, f"{ours['fid']:.3f}, {best_fid:.3f}", ours["fid"] <= best_fid))
+    checks += _search_checks(rows)
     for refreshes, allowed in ((18, 1.02), (12, 1.05)):
         ours = next(
             r for r in rows if r["refreshes"] == refreshes and r["family"] == "ours, FORECAST"
@@ -128,6 +131,33 @@ def _checks(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
         checks.append(
             (wanted, f"{ours['fid']:.3f} / {full['fid']:.3f} = {ratio:.3f}", ratio <= allowed)
         )
+    return checks
+
+
+def _search_checks(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
+    """What searches are asked for: against even schedules, and in time."""
+    checks = []
+    even = ("REUSE", "paper", "ours, CALIBRATE", "uniform", "final-output")
+    searched = [row for row in rows if row["family"] == "searched"]
+    for row in searched:
+        if row.get("budget") is not None:
+            budget = row["budget"]
+            rivals = [r for r in rows if r["family"].startswith(even) and r["time_share"] <= budget]
+            best = min(rivals, key=_error)
+            ratio = _error(row) / _error(best)
+            wanted = f"budget {budget:g} of the time: error at most 0.6 of the best even schedule"
+            measured = (
+                f"{_error(row):.4f} at {row['time_share']:.3f}, {best['family']} "
+                f"{_error(best):.4f} at {best['time_share']:.3f} (ratio {ratio:.2f})"
+            )
+            checks.append((wanted, measured, ratio <= 0.6 and row["time_share"] <= budget))
+        else:
+            wanted = f"{row['name']}: kept by 0.95 of the images"
+            checks.append((wanted, f"{row['kept']:.3f}", row["kept"] >= 0.95))
+    longest = max((row["search_runs"] for row in searched), default=0.0)
+    if searched:
+        wanted = "a search takes less than 10 full runs"
+        checks.append((wanted, f"{longest:.1f}, the longest", longest < 10))
     return checks
 
 
@@ -143,7 +173,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         points = sorted(
             (row["time_share"], _error(row)) for row in rows[1:] if row["family"] == family
         )
-        ours = family.startswith("ours")
+        ours = family.startswith(("ours", "searched"))
         axes.plot(
             *zip(*points, strict=True),
             label=family,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ STEPS, GUIDANCE, NULL_CLASS = 35, 1.5, 10
 BUDGETS = {7: 5, 9: 4, 12: 3, 18: 2}  # REFRESH steps of 35: interval
 RANK = 28  # width / 9
 POWERS = (0.85, 0.9, 0.95, 1.0, 1.1)
+SHARES = (0.2, 0.3, 0.4, 0.5)  # of the full run, for plans that are searched
+ERRORS = (0.02, 0.01)
 
 Denoiser = Callable[..., Tensor]
 Schedule = tuple[StepMode, ...]
@@ -32,6 +35,8 @@ class Method:
         steps: calls of the model.
         schedules: candidates; the best on seeds of their own is taken. None is the plain model.
         options: of `Plan.from_trajectory`.
+        budget: of a plan that is searched, a share of the full run's MACs.
+        max_error: of a plan that is searched, in the place of a budget.
     """
 
     family: str
@@ -40,6 +45,18 @@ class Method:
     steps: int = STEPS
     schedules: tuple[Schedule, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    budget: float | None = None
+    max_error: float | None = None
+
+    @property
+    def searched(self) -> bool:
+        """Whether its plan comes from a search."""
+        return self.budget is not None or self.max_error is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it runs the model as it is."""
+        return self.schedules is None and not self.searched
 
     @property
     def key(self) -> str:
@@ -59,6 +76,10 @@ def methods() -> list[Method]:
     rows = [Method("full", f"DDIM, {STEPS} steps")]
     for refreshes, interval in BUDGETS.items():
         rows += _peers(refreshes, interval) + _ours(refreshes, interval)
+    for share in SHARES:
+        rows += _searched(share)
+    for limit in ERRORS:
+        rows.append(Method("searched", f"error at most {limit:g}", max_error=limit))
     return rows
 
 
@@ -114,6 +135,20 @@ def _ours(refreshes: int, interval: int) -> list[Method]:
             Method("ours, CALIBRATE", f"rank {RANK}, {label}", schedules=uniform, options=options)
         )
     return rows
+
+
+def _searched(share: float) -> list[Method]:
+    """A plan from a search, and the best that even schedules do at the same MACs."""
+    refreshes = int(share * STEPS)
+    label = f"fitted, even, up to {refreshes} REFRESH of {STEPS}"
+    even = (
+        spread_schedule(STEPS, refreshes, 1.0, StepMode.FORECAST),
+        *_evenly(math.ceil(STEPS / refreshes), StepMode.FORECAST),
+    )
+    return [
+        Method("uniform, FORECAST", label, schedules=even),
+        Method("searched", f"budget {share:g}", budget=share),
+    ]
 
 
 def sample_dpm(model: Denoiser, noise: Tensor, labels: Tensor, steps: int) -> Tensor:

@@ -29,8 +29,7 @@ class Distance:
 
 def distance(images: Tensor, reference: Tensor) -> Distance:
     """Compare images (M, 1, H, W) in -1 .. 1 with a reference of the same seeds."""
-    difference = (images - reference).flatten(1).norm(dim=1)
-    relative = difference / reference.flatten(1).norm(dim=1)  # (M,)
+    relative = sample_errors(images, reference)
     psnr = peak_signal_noise_ratio(
         images.clamp(-1, 1),
         reference.clamp(-1, 1),
@@ -40,6 +39,11 @@ def distance(images: Tensor, reference: Tensor) -> Distance:
     )
     spread = float(relative.std()) / len(relative) ** 0.5
     return Distance(float(relative.mean()), spread, float(psnr))
+
+
+def sample_errors(images: Tensor, reference: Tensor) -> Tensor:
+    """Relative L2 error of every image (M, 1, H, W): (M,)."""
+    return (images - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
 
 
 class _Signed(nn.Module):

@@ -1,0 +1,202 @@
+"""Candidate plans: proposed by rehearsal, fitted and measured by replay."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from pydantic import TypeAdapter
+
+from calicache.graph_passes.cheap_errors import spread_over
+from calicache.graph_passes.front import ErrorSummary, FrontPoint
+from calicache.graph_passes.placement import Schedule, best_starts, improve, neighbours
+from calicache.graph_passes.recover import RecordedSampler
+from calicache.graph_passes.rehearse import Rehearsal, Span
+from calicache.graph_passes.replay import Answer, Replay, replay
+from calicache.graph_passes.schedule import MAX_ORDER, StepMode, uniform_schedule
+from calicache.graph_passes.search_families import Family
+from calicache.graph_passes.search_ground import Ground
+
+ANSWER_INTERVAL = 3
+
+_REPLAY, _ERRORS = TypeAdapter(Replay), TypeAdapter(list[float])
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A candidate that was fitted and run on the recorded runs.
+
+    Attributes:
+        family: what its CALIBRATE steps do.
+        order: of the anchors.
+        schedule: mode of every step.
+        cost: share of the full run.
+        fit: weights, errors and answers of the runs for searching.
+    """
+
+    family: Family
+    order: int
+    schedule: Schedule
+    cost: float
+    fit: Replay
+
+    @property
+    def error(self) -> float:
+        """Mean over the samples that it was fitted to."""
+        return fmean(self.fit.errors)
+
+    def point(self, summary: ErrorSummary) -> FrontPoint:
+        """As a point of the front."""
+        allocation = self.family.allocation
+        calibrates = allocation is not None and StepMode.CALIBRATE in self.schedule
+        return FrontPoint(
+            cost=self.cost,
+            error=summary,
+            schedule=self.schedule,
+            order=self.order,
+            rules=allocation.rules if allocation and calibrates else (),
+            ranks=dict(allocation.ranks) if allocation and calibrates else {},
+            output_weights=self.fit.weights,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A candidate to measure, with its rehearsed error."""
+
+    family: Family
+    order: int
+    schedule: Schedule
+    error: float
+
+
+class Explorer:
+    """Finds candidates at a budget.
+
+    Attributes:
+        answers: of the model, measured once.
+        trust: measured over rehearsed error by family, as last seen.
+        summaries: of candidates that were run on the runs for choosing.
+    """
+
+    def __init__(self, ground: Ground, families: Sequence[Family]) -> None:
+        self.ground, self.families = ground, families
+        self.span = Span.of(ground.recorded)
+        self.trust: dict[str, float] = {}
+        self.summaries: dict[str, ErrorSummary] = {}
+        start = uniform_schedule(ground.steps, ANSWER_INTERVAL, StepMode.FORECAST)
+        ground.meter.stage("measure the model's answers")
+        self.answers = step_answers(self.measure(families[0], MAX_ORDER, start).fit, ground.steps)
+
+    def candidates(self, budget: float, count: int) -> list[Measured]:
+        """Up to `count` candidates within the budget, the least error first.
+
+        One of every family first, then what the best of them becomes under its own answers.
+        """
+        measured: dict[Schedule, Measured] = {}
+        proposals = self._proposals(budget)
+        while proposals and len(measured) < count:
+            proposal = proposals.pop(0)
+            if proposal.schedule not in measured:
+                found = self.measure(proposal.family, proposal.order, proposal.schedule)
+                measured[found.schedule] = found
+                if proposal.error > 0:
+                    self.trust[proposal.family.name] = found.error / proposal.error
+            if not proposals:
+                best = min(measured.values(), key=lambda m: m.error)
+                proposals = self._near(best, budget, measured)
+        return sorted(measured.values(), key=lambda m: m.error)
+
+    def measure(self, family: Family, order: int, schedule: Schedule) -> Measured:
+        """Fit a candidate on the runs for searching."""
+        ground, name = self.ground, _name("fit", family, order, schedule)
+        cost = family.shares.run_share(schedule)
+
+        def run() -> object:
+            made = replay(family.rewritten, ground.recorded, schedule, order)
+            return _REPLAY.dump_python(made, mode="json")
+
+        fit = _REPLAY.validate_python(ground.journal.numbers(name, run))
+        ground.meter.add(cost * ground.steps * len(ground.recorded.runs))
+        return Measured(family, order, schedule, cost, fit)
+
+    def errors(self, measured: Measured, recorded: RecordedSampler, name: str) -> list[float]:
+        """Errors of samples that the weights were not fitted to."""
+        family, order, schedule = measured.family, measured.order, measured.schedule
+
+        def run() -> list[float]:
+            weights = measured.fit.weights
+            return list(replay(family.rewritten, recorded, schedule, order, weights).errors)
+
+        found = self.ground.journal.numbers(_name(name, family, order, schedule), run)
+        self.ground.meter.add(measured.cost * self.ground.steps * len(recorded.runs))
+        return _ERRORS.validate_python(found)
+
+    def summary(self, measured: Measured) -> ErrorSummary:
+        """Errors on the runs for choosing."""
+        name = _name("choice", measured.family, measured.order, measured.schedule)
+        if name not in self.summaries:
+            errors = self.errors(measured, self.ground.choice, "choice")
+            self.summaries[name] = ErrorSummary.of(errors)
+        return self.summaries[name]
+
+    def _proposals(self, budget: float) -> list[Proposal]:
+        """The improved schedule of every family, the most promising first."""
+        found = []
+        for family in self.families:
+            rehearsal = Rehearsal(self.span, self.answers, family.scales)
+            share = family.shares.run_share
+            starts = [
+                (error, order, start)
+                for order in family.orders
+                for start, error in best_starts(rehearsal, order, family.modes, share, budget)
+            ]
+            if starts:
+                _, order, start = min(starts, key=lambda entry: entry[0])
+                schedule, error = improve(rehearsal, start, order, family.modes, share, budget)
+                found.append(self._simplest(Proposal(family, order, schedule, error)))
+        return sorted(found, key=lambda p: p.error * self.trust.get(p.family.name, 1.0))
+
+    def _near(
+        self, best: Measured, budget: float, done: Mapping[Schedule, Measured]
+    ) -> list[Proposal]:
+        """The improved best candidate under its own answers, or its best neighbour."""
+        family, order = best.family, best.order
+        answers = step_answers(best.fit, self.ground.steps)
+        rehearsal = Rehearsal(self.span, answers, family.scales)
+        share = family.shares.run_share
+        better, error = improve(rehearsal, best.schedule, order, family.modes, share, budget)
+        ranked = [(better, error)]
+        if better in done:
+            ranked = neighbours(rehearsal, best.schedule, order, family.modes, share, budget)
+        fresh = [Proposal(family, order, s, error) for s, error in ranked if s not in done]
+        return fresh[:1]
+
+    def _simplest(self, proposal: Proposal) -> Proposal:
+        """The same in the first family that has all its modes: fewer caches to write.
+
+        CALIBRATE steps stay those of their own family: others cost and do something else.
+        """
+        used = set(proposal.schedule)
+        if StepMode.CALIBRATE in used:
+            return proposal
+        family = next(f for f in self.families if used <= set(f.modes))
+        order = proposal.order if proposal.order in family.orders else max(family.orders)
+        return replace(proposal, family=family, order=order)
+
+
+def step_answers(fit: Replay, steps: int) -> tuple[Answer, ...]:
+    """How the model answers at every step, from the steps where it was measured."""
+    if not fit.answers:
+        return (Answer(1.0, 0.0),) * steps
+    gains = spread_over({k: answer.gain for k, answer in fit.answers.items()}, steps)
+    spreads = spread_over({k: answer.spread for k, answer in fit.answers.items()}, steps)
+    return tuple(Answer(*pair) for pair in zip(gains, spreads, strict=True))
+
+
+def _name(kind: str, family: Family, order: int, schedule: Schedule) -> str:
+    letters = "".join(mode.name[0] if mode is not StepMode.REUSE else "U" for mode in schedule)
+    digest = hashlib.sha256(f"{family.name} {order} {letters}".encode()).hexdigest()
+    return f"{kind}-{digest[:16]}"

@@ -1,0 +1,185 @@
+"""The front of a plan search as text for a terminal: table, schedules, chart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import plotext
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from calicache.graph_passes.front import CONFIDENCE, ErrorSummary, Front, FrontPoint
+from calicache.graph_passes.schedule import StepMode
+from calicache.tools.inspect_artifact import schedule_strip
+
+_POINT, _TAKEN = "*", "O"
+_PERCENT = f"{100 * CONFIDENCE:g} %"
+_LETTERS = next(schedule_strip(tuple(StepMode))).plain.split()[1]
+_CHART_HEIGHT = 18
+_MOST_TICKS = 8
+# For terminals and files that cannot take the box characters of the chart.
+_PLAIN = str.maketrans("┌┐└┘├┤┬┴┼─│", "+++++++++-|")
+
+
+def describe_front(front: Front) -> RenderableType:
+    """Everything `calicache plan PLAN --show` prints, top to bottom."""
+    return Group(
+        Text("Front of a plan search", style="bold"),
+        _facts(
+            ("asked for", front.request),
+            ("cost", f"share of the full run, {_unit(front)}"),
+            ("error", "relative L2 of the final latents against the full run's"),
+            ("taken", f"point {front.taken}"),
+            *_held_out(front, " at the point that the search took"),
+        ),
+        Text("\nPoints", style="bold"),
+        _table(front),
+        Text("\nSchedules", style="bold"),
+        *_schedules(front.points),
+        Text("\nError against cost", style="bold"),
+        FrontChart(front),
+    )
+
+
+def describe_point(front: Front, *, searched: bool) -> RenderableType:
+    """The point that a plan has taken: its schedule, cost and errors.
+
+    Args:
+        front: with the point.
+        searched: the search itself took it, so that the held-out error is its own.
+    """
+    point = front.points[front.taken]
+    return Group(
+        Text("Schedule", style="bold"),
+        *schedule_strip(point.schedule),
+        Text(""),
+        _facts(
+            ("asked for", front.request),
+            ("steps", f"{point.label}, order {point.order}"),
+            ("cost", f"{point.cost:.3f} of the full run, {_unit(front)}"),
+            ("error", _in_words(point.error)),
+            *(_held_out(front) if searched else ()),
+            ("point", f"{front.taken} of 0 .. {len(front.points) - 1} on the front"),
+        ),
+    )
+
+
+def _facts(*facts: tuple[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, value)
+    return grid
+
+
+def _held_out(front: Front, where: str = "") -> Iterator[tuple[str, str]]:
+    if front.held_out is not None:
+        yield "held-out error", _in_words(front.held_out) + where
+
+
+def _unit(front: Front) -> str:
+    return "in MACs" if front.unit == "MACs" else f"in seconds of {front.unit}"
+
+
+def _in_words(error: ErrorSummary) -> str:
+    return (
+        f"{error.mean:.3g} ± {error.deviation:.2g}, {_PERCENT} of new samples below "
+        f"{error.bound:.3g} ({error.samples} samples, worst {error.worst:.3g})"
+    )
+
+
+def _table(front: Front) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for column in ("point", "cost", "error ± deviation", f"{_PERCENT} bound", "order", *_LETTERS):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for place, point in enumerate(front.points):
+        error, taken = point.error, place == front.taken
+        table.add_row(
+            str(place),
+            f"{point.cost:.3f}",
+            f"{error.mean:.3g} ± {error.deviation:.2g}",
+            f"{error.bound:.3g}",
+            str(point.order),
+            *(str(point.schedule.count(mode) or "-") for mode in StepMode),
+            "< taken" if taken else "",
+            style="bold" if taken else None,
+        )
+    return table
+
+
+def _schedules(points: Sequence[FrontPoint]) -> Iterator[RenderableType]:
+    legend = Text()
+    for place, point in enumerate(points):
+        *lines, legend = schedule_strip(point.schedule)
+        yield Text(f"point {place}, cost {point.cost:.3f}, error {point.error.mean:.3g}")
+        yield from lines
+    yield legend
+
+
+class FrontChart:
+    """Error on a logarithmic axis against cost, as wide as the console, without its colours.
+
+    Args:
+        front: points without any error have no place on the axis and are left out.
+    """
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it for the width and encoding that the console has."""
+        points = [(p.cost, p.error.mean) for p in self.front.points if p.error.mean > 0]
+        if not points:
+            yield Text("no point has an error")
+            return
+        taken = self.front.points[self.front.taken]
+        chart = _chart(points, (taken.cost, taken.error.mean), options.max_width)
+        chart += f"\n{_TAKEN} taken, {_POINT} the others"
+        if len(points) < len(self.front.points):
+            chart += "; points without error are left out"
+        yield Text(chart.translate(_PLAIN) if options.ascii_only else chart, no_wrap=True)
+
+
+def axis_ticks(smallest: float, largest: float) -> list[float]:
+    """1, 2 and 5 times powers of ten around a range above 0; powers alone where it is wide."""
+    decades = range(math.floor(math.log10(smallest)) - 1, math.ceil(math.log10(largest)) + 2)
+    for mantissas in ((1, 2, 5), (1,)):
+        marks = [float(f"{mantissa}e{decade}") for decade in decades for mantissa in mantissas]
+        below = max(place for place, mark in enumerate(marks) if mark <= smallest)
+        above = min(place for place, mark in enumerate(marks) if mark >= largest)
+        above = max(above, below + 1)
+        if above - below < _MOST_TICKS:
+            break
+    return marks[below : above + 1]
+
+
+def _chart(points: Sequence[tuple[float, float]], taken: tuple[float, float], width: int) -> str:
+    # The logarithms are taken here: plotext's own scale drops points where limits are given, and
+    # fails on a single point where they are not.
+    figure = plotext.figure
+    figure.clear()  # the package has one figure for the whole process
+    plotext.terminal.limit(False, False)
+    figure.plot_size(width, _CHART_HEIGHT)
+    for marker, drawn in ((_POINT, points), (_TAKEN, [taken])):
+        shown = [(cost, math.log10(error)) for cost, error in drawn if error > 0]
+        if shown:
+            figure.draw(figure.signal(*map(list, zip(*shown, strict=True)), marker=marker))
+    costs, errors = zip(*points, strict=True)
+    left = math.floor(round(10 * min(costs), 6))
+    right = math.ceil(round(10 * max(costs), 6))
+    tenths = [place / 10 for place in range(left, max(right, left + 1) + 1)]
+    _ruler("x", tenths, tenths)
+    ticks = axis_ticks(min(errors), max(errors))
+    _ruler("y", [math.log10(tick) for tick in ticks], ticks)
+    lines = plotext.uncolorize(str(figure.build())).splitlines()
+    return "\n".join(line.rstrip() for line in lines).rstrip()
+
+
+def _ruler(axis: str, places: Sequence[float], values: Sequence[float]) -> None:
+    ruler = plotext.figure.ruler(axis)
+    ruler.lim(places[0], places[-1])
+    ruler.ticks(list(places), [f"{value:g}" for value in values])

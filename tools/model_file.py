@@ -1,0 +1,201 @@
+"""The user's own model, from a function in a Python file or from a folder that diffusers wrote."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from calicache.graph_passes.errors import ModelError, reason_of
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def load_model(spec: str) -> nn.Module:
+    """The model that an argument names, in eval mode.
+
+    Args:
+        spec: `FILE.py:FUNCTION`, a function without arguments that returns the model, or a folder
+            that `save_pretrained` of a diffusers model wrote; that one is loaded in the dtype it
+            was saved in, since a plan is bound to the exact values.
+
+    Raises:
+        ModelError: it is neither of them, or cannot be loaded.
+    """
+    if Path(spec).is_dir():
+        return _load_folder(Path(spec))
+    model = call_in_file(spec)
+    training = isinstance(model, nn.Module) and any(part.training for part in model.modules())
+    if not isinstance(model, nn.Module) or training:
+        raise ModelError(
+            spec,
+            expected="a function that returns an nn.Module in eval mode",
+            got="a module in training mode" if training else _kind_of(model),
+            fix="Let it `return model.eval()`.",
+        )
+    return model
+
+
+def call_in_file(spec: str) -> Any:
+    """What a function without arguments returns; it is named as `FILE.py:FUNCTION`.
+
+    The file can import its neighbours, as if Python were started with it.
+
+    Raises:
+        ModelError: there is no such file or function, or it fails.
+    """
+    file, separator, name = spec.rpartition(":")
+    path = Path(file)
+    if not separator or path.suffix != ".py" or not path.is_file():
+        raise ModelError(
+            spec,
+            expected="FILE.py:FUNCTION, or the folder of a model that diffusers saved",
+            got=f"no Python file {file!r}" if separator else "neither of them",
+            fix="Name a file that is there and the function in it that makes the model.",
+        )
+    with _neighbours(path), _failures_told(spec, path):
+        module = _import_file(path)
+        function = getattr(module, name, None)
+        if not callable(function):
+            names = [key for key, value in vars(module).items() if _is_own(module, key, value)]
+            raise ModelError(
+                spec,
+                expected=f"a function of {path.name}: {', '.join(names) or 'it has none'}",
+                got=repr(name),
+                fix="Choose one that takes no arguments and returns the model.",
+            )
+        return function()
+
+
+def _import_file(path: Path) -> Any:
+    # A name of its own: a file called model.py must not replace another module of that name.
+    name = "calicache_file_" + re.sub(r"\W", "_", path.stem)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up here
+    spec.loader.exec_module(module)
+    return module
+
+
+def _is_own(module: Any, name: str, value: Any) -> bool:
+    here = getattr(value, "__module__", None) == module.__name__
+    return here and callable(value) and not name.startswith("_")
+
+
+@contextmanager
+def _neighbours(path: Path) -> Iterator[None]:
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the file may have changed the path itself
+            sys.path.remove(folder)
+
+
+@contextmanager
+def _failures_told(spec: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        lines = [
+            str(frame.lineno)
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename) == path.absolute()
+        ]
+        place = f" (line {lines[-1]} of {path.name})" if lines else ""
+        raise ModelError(
+            spec,
+            expected="a function that returns the model",
+            got=reason_of(error) + place,
+            fix="Mend the file, or run it by itself to see all of the traceback.",
+        ) from error
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    name = _class_name(folder)
+    try:
+        diffusers: Any = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise ModelError(
+            str(folder),
+            expected=f"diffusers, which has its class {name}",
+            got=reason_of(error),
+            fix="Install calicache[evaluate].",
+        ) from error
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ModelError(
+            str(folder),
+            expected="a model class of diffusers",
+            got=f"{name}, which diffusers {diffusers.__version__} does not have",
+            fix="Give FILE.py:FUNCTION with a function that loads it.",
+        )
+    try:
+        model: Any = kind
+        loaded = model.from_pretrained(
+            folder, torch_dtype=_saved_dtype(folder), local_files_only=True
+        )
+    except Exception as error:  # whatever the loader of this class raises
+        raise ModelError(
+            str(folder),
+            expected=f"the weights of a {name}",
+            got=reason_of(error),
+            fix="Save it again with save_pretrained.",
+        ) from error
+    assert isinstance(loaded, nn.Module)
+    return loaded.eval()
+
+
+def _class_name(folder: Path) -> str:
+    try:
+        name = json.loads((folder / "config.json").read_bytes())["_class_name"]
+        if isinstance(name, str):
+            return name
+        got = f"_class_name {name!r} in its config.json"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__} for its config.json with _class_name"
+    pipeline = (folder / "model_index.json").is_file()
+    raise ModelError(
+        str(folder),
+        expected="the folder of a model that diffusers saved",
+        got="the folder of a whole pipeline" if pipeline else got,
+        fix=f"Name the denoiser in it, such as {folder / 'transformer'}."
+        if pipeline
+        else "Save the model with save_pretrained, or give FILE.py:FUNCTION.",
+    )
+
+
+def _saved_dtype(folder: Path) -> torch.dtype | None:
+    # diffusers makes float32 of everything when it is not told the dtype.
+    found: Counter[torch.dtype] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
+            found.update(_DTYPES[name] for name in names if name in _DTYPES)
+    return found.most_common(1)[0][0] if found else None
+
+
+def _kind_of(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.60}"
