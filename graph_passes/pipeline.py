@@ -15,7 +15,8 @@ from calicache.graph_passes.dependence import classify_nodes
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.fold import choose_folds
-from calicache.graph_passes.plan import Plan, check_statistics, hash_weights
+from calicache.graph_passes.plan import Plan, hash_weights
+from calicache.graph_passes.plan_statistics import check_statistics
 from calicache.graph_passes.pointwise import pointwise_to_linear
 from calicache.graph_passes.rewrite import Rewritten, rewrite
 from calicache.graph_passes.run_values import find_run_values
@@ -110,7 +111,7 @@ def rewrite_captured(
     """
     settings = plan.settings
     calibrated = targets if StepMode.CALIBRATE in settings.schedule else ()
-    check_statistics(plan, calibrated)
+    check_statistics(plan.statistics, settings.weighting, calibrated)
     if factors is None:
         factors = make_factors(captured, calibrated, plan.statistics, on_target)
     itemsize = next(captured.module.parameters()).element_size()

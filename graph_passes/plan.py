@@ -9,21 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calicache.graph_passes.assign import CalibrationTarget, Granularity, SiteRule
-from calicache.graph_passes.covariance import SecondMoments
-from calicache.graph_passes.decompose import ChannelStatistics, Weighting
+from calicache.graph_passes.assign import Granularity, SiteRule
+from calicache.graph_passes.decompose import Weighting
 from calicache.graph_passes.dependence import classify_inputs
 from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import Statistics
 from calicache.graph_passes.files import atomic_path, sha256_of, tensor_bytes
 from calicache.graph_passes.front import Front
 from calicache.graph_passes.latency import LatencyTable
+from calicache.graph_passes.plan_statistics import statistics_of, statistics_tensors
 from calicache.graph_passes.reads import find_reads
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.schedule import StepMode, uniform_schedule
@@ -225,7 +224,7 @@ class Plan:
             folder.mkdir()
             tensors: dict[str, Tensor] = {}
             for name, statistics in self.statistics.items():
-                for part, value in _tensors(statistics).items():
+                for part, value in statistics_tensors(statistics).items():
                     tensors[f"{name}.{part}"] = value.contiguous()
             save_file(tensors, folder / STATISTICS_FILE)
             written = PlanFile(
@@ -256,7 +255,7 @@ class Plan:
             for name, value in tensors.items():
                 owner, _, part = name.rpartition(".")
                 parts.setdefault(owner, {})[part] = value
-            statistics = {name: _statistics(found) for name, found in parts.items()}
+            statistics = {name: statistics_of(found) for name, found in parts.items()}
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, PlanError) as error:
             raise PlanError(
                 str(directory),
@@ -290,56 +289,3 @@ def hash_weights(model: nn.Module) -> str:
         if not value.is_meta:
             digest.update(tensor_bytes(value))
     return digest.hexdigest()
-
-
-def check_statistics(plan: Plan, targets: Sequence[CalibrationTarget]) -> None:
-    """Refuse statistics that do not fit the targets or are not finite.
-
-    Raises:
-        PlanError: a target has none, of another width, or with NaN or Inf.
-    """
-    for target in targets:
-        expected = _statistics_shapes(plan.settings.weighting, target)
-        if not target.rank or not expected:
-            continue
-        tensors = _tensors(plan.statistics.get(target.name))
-        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        finite = all(bool(torch.isfinite(value).all()) for value in tensors.values())
-        if shapes != expected or not finite:
-            raise PlanError(
-                f"statistics of {target.name}",
-                expected=f"finite values of shapes {expected}",
-                got="NaN or Inf"
-                if shapes == expected
-                else f"shapes {shapes}"
-                if shapes
-                else "none",
-                fix="Make the plan again from the trajectory, with the steps it will run.",
-            )
-
-
-def _statistics_shapes(
-    weighting: Weighting, target: CalibrationTarget
-) -> dict[str, tuple[int, ...]]:
-    inputs, outputs = target.in_features, sum(target.out_features)
-    if target.granularity is Granularity.BRANCH:
-        return {"input": (inputs, inputs), "cross": (inputs, outputs), "energy": ()}
-    if weighting is Weighting.NONE:
-        return {}
-    if weighting is not Weighting.COVARIANCE:
-        return {"input": (inputs,), "output": (outputs,)}
-    return {"output": (outputs,) * 2} if outputs < inputs else {"input": (inputs,) * 2}
-
-
-def _tensors(statistics: Statistics | None) -> dict[str, Tensor]:
-    if statistics is None:
-        return {}
-    if isinstance(statistics, SecondMoments):
-        return statistics.tensors()
-    return {"input": statistics.input, "output": statistics.output}
-
-
-def _statistics(tensors: Mapping[str, Tensor]) -> Statistics:
-    if all(value.ndim == 1 for value in tensors.values()):
-        return ChannelStatistics(tensors["input"], tensors["output"])
-    return SecondMoments(**tensors)

@@ -286,7 +286,7 @@ def test_curve_ends_at_the_largest_multiple_of_8(
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, directions=st.integers(1, 60), gain=st.floats(0.0, 1e6), left=st.floats(0, 10))
+@given(seed=seeds, directions=st.integers(1, 60), gain=st.floats(1e-9, 1e6), left=st.floats(0, 10))
 def test_curve_falls_to_what_nothing_explains(
     seed: int, directions: int, gain: float, left: float
 ) -> None:

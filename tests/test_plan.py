@@ -44,9 +44,9 @@ from calicache.graph_passes.files import sha256_of
 from calicache.graph_passes.plan import (
     SETTINGS_FILE,
     STATISTICS_FILE,
-    check_statistics,
     hash_weights,
 )
+from calicache.graph_passes.plan_statistics import check_statistics
 from calicache.graph_passes.record import Timestep
 from calicache.graph_passes.schedule import Table, output_table
 from calicache.graph_passes.signature import ConstantSpec
@@ -80,6 +80,11 @@ def found(dit: FashionDiT, dit_trajectory: Trajectory) -> tuple[CapturedGraph, S
 @pytest.fixture(scope="module")
 def targets(found: tuple[CapturedGraph, Sites]) -> tuple[CalibrationTarget, ...]:
     return assign(*found, rank=4)[0]
+
+
+def check(plan: Plan, targets: Sequence[CalibrationTarget]) -> None:
+    """The statistics of a plan against targets."""
+    check_statistics(plan.statistics, plan.settings.weighting, targets)
 
 
 def test_plan_holds_what_the_trajectory_showed(
@@ -386,7 +391,7 @@ def test_statistics_that_do_not_fit_are_refused(
     got: str,
 ) -> None:
     name = "blocks.1.mlp.fc1"
-    check_statistics(dit_plan, targets)  # fits
+    check(dit_plan, targets)  # fits
     changed = {**dit_plan.statistics, name: statistics}
     bad = Plan(dit_plan.settings, {k: v for k, v in changed.items() if v is not None})
     message = (
@@ -395,16 +400,16 @@ def test_statistics_that_do_not_fit_are_refused(
         "Make the plan again from the trajectory, with the steps it will run."
     )
     with refuses(message):
-        check_statistics(bad, targets)
+        check(bad, targets)
 
 
 def test_weighting_none_needs_no_statistics(
     dit_plan: Plan, targets: tuple[CalibrationTarget, ...]
 ) -> None:
     plain = replace(dit_plan.settings, weighting=Weighting.NONE)
-    assert check_statistics(Plan(plain, {}), targets) is None
+    check(Plan(plain, {}), targets)
     with pytest.raises(PlanError, match=r"statistics of blocks\.0\.attn\.q"):
-        check_statistics(Plan(dit_plan.settings, {}), targets)
+        check(Plan(dit_plan.settings, {}), targets)
 
 
 # --- forecasts, rules, output weights ---------------------------------------------------------
@@ -580,7 +585,7 @@ def test_second_moments_of_another_width_are_refused(
     ruled_plan: Plan, found: tuple[CapturedGraph, Sites]
 ) -> None:
     targets, _ = assign(*found, rank=4, rules=RULES, joint=True)
-    check_statistics(ruled_plan, targets)  # fits
+    check(ruled_plan, targets)  # fits
     bad = {**ruled_plan.statistics, "blocks.0.mlp": SecondMoments(input=torch.eye(32))}
     with pytest.raises(PlanError, match=r"statistics of blocks\.0\.mlp: .*'cross': \(32, 32\)"):
-        check_statistics(Plan(ruled_plan.settings, bad), targets)
+        check(Plan(ruled_plan.settings, bad), targets)

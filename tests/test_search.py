@@ -81,9 +81,9 @@ def multistep() -> Case:
 
 @cache
 def trained() -> Case:
-    """The sample model: 8 images, 15 steps."""
+    """The sample model: 6 images, 15 steps."""
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
-    return Case.of(model, lambda m, seed: sample_dit(m, batch=8, seed=seed, steps=15))
+    return Case.of(model, lambda m, seed: sample_dit(m, batch=6, seed=seed, steps=15))
 
 
 @cache

@@ -1,0 +1,73 @@
+"""The statistics of a plan: checked against its targets, and as tensors of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from calicache.graph_passes.assign import CalibrationTarget, Granularity
+from calicache.graph_passes.covariance import SecondMoments
+from calicache.graph_passes.decompose import ChannelStatistics, Weighting
+from calicache.graph_passes.errors import PlanError
+from calicache.graph_passes.factors import Statistics
+
+
+def check_statistics(
+    statistics: Mapping[str, Statistics],
+    weighting: Weighting,
+    targets: Sequence[CalibrationTarget],
+) -> None:
+    """Refuse statistics that do not fit the targets or are not finite.
+
+    Raises:
+        PlanError: a target has none, of another width, or with NaN or Inf.
+    """
+    for target in targets:
+        expected = _statistics_shapes(weighting, target)
+        if not target.rank or not expected:
+            continue
+        tensors = statistics_tensors(statistics.get(target.name))
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        finite = all(bool(torch.isfinite(value).all()) for value in tensors.values())
+        if shapes != expected or not finite:
+            raise PlanError(
+                f"statistics of {target.name}",
+                expected=f"finite values of shapes {expected}",
+                got="NaN or Inf"
+                if shapes == expected
+                else f"shapes {shapes}"
+                if shapes
+                else "none",
+                fix="Make the plan again from the trajectory, with the steps it will run.",
+            )
+
+
+def _statistics_shapes(
+    weighting: Weighting, target: CalibrationTarget
+) -> dict[str, tuple[int, ...]]:
+    inputs, outputs = target.in_features, sum(target.out_features)
+    if target.granularity is Granularity.BRANCH:
+        return {"input": (inputs, inputs), "cross": (inputs, outputs), "energy": ()}
+    if weighting is Weighting.NONE:
+        return {}
+    if weighting is not Weighting.COVARIANCE:
+        return {"input": (inputs,), "output": (outputs,)}
+    return {"output": (outputs,) * 2} if outputs < inputs else {"input": (inputs,) * 2}
+
+
+def statistics_tensors(statistics: Statistics | None) -> dict[str, Tensor]:
+    """The tensors that are written, by name."""
+    if statistics is None:
+        return {}
+    if isinstance(statistics, SecondMoments):
+        return statistics.tensors()
+    return {"input": statistics.input, "output": statistics.output}
+
+
+def statistics_of(tensors: Mapping[str, Tensor]) -> Statistics:
+    """What `statistics_tensors` took apart."""
+    if all(value.ndim == 1 for value in tensors.values()):
+        return ChannelStatistics(tensors["input"], tensors["output"])
+    return SecondMoments(**tensors)
