@@ -14,6 +14,7 @@ from calicache.graph_passes.branches import ResidualBranch
 from calicache.graph_passes.capture import CapturedGraph
 from calicache.graph_passes.cost import graph_macs, node_macs
 from calicache.graph_passes.covariance import SecondMoments
+from calicache.graph_passes.fold import fold_groups, fold_macs, reads_per_refresh
 from calicache.graph_passes.latency import BranchChoice, LatencyTable, group_of
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.schedule import StepMode
@@ -29,16 +30,20 @@ class StepShares:
     Attributes:
         steps: of the cheap modes that there are.
         caches: what a REFRESH costs more where the schedule has steps of that mode.
+        folds: what a REFRESH costs more from so many `reads_per_refresh` on: pairs of both.
     """
 
     steps: Mapping[StepMode, float]
     caches: Mapping[StepMode, float]
+    folds: tuple[tuple[float, float], ...] = ()
 
-    def run_share(self, schedule: Sequence[StepMode]) -> float:
+    def run_share(self, schedule: Sequence[StepMode], order: int) -> float:
         """Cost of a run against the plain model's."""
         counts = Counter(schedule)
+        reads = reads_per_refresh(schedule, order + 1) if self.folds else 0.0
         refreshes = counts.pop(StepMode.REFRESH, 0)
         refresh = 1.0 + sum(self.caches[mode] for mode in counts)
+        refresh += sum(share for threshold, share in self.folds if threshold < reads)
         cheap = sum(self.steps[mode] * count for mode, count in counts.items())
         return (refresh * refreshes + cheap) / len(schedule)
 
@@ -106,7 +111,9 @@ def branch_options(
     return options
 
 
-def macs_shares(rewritten: Rewritten, captured: CapturedGraph) -> StepShares:
+def macs_shares(
+    rewritten: Rewritten, captured: CapturedGraph, targets: Sequence[CalibrationTarget]
+) -> StepShares:
     """Costs in MACs, counted on the variants; caches cost the products that fold them."""
     plain = graph_macs(captured.graph)
     steps: dict[StepMode, float] = {
@@ -114,10 +121,12 @@ def macs_shares(rewritten: Rewritten, captured: CapturedGraph) -> StepShares:
         for mode, variant in rewritten.variants.items()
         if mode is not StepMode.REFRESH
     }
-    refresh = graph_macs(rewritten.variants[StepMode.REFRESH].module.graph) / plain
-    folds = {StepMode.CALIBRATE: refresh - 1.0}
-    caches = {mode: folds.get(mode, 0.0) for mode in StepMode}
-    return StepShares({**steps, StepMode.FORECAST: 0.0}, caches)
+    itemsize = next(captured.module.parameters()).element_size()
+    folds = tuple(
+        (group.threshold, sum(fold_macs(target) for target in group.targets) / plain)
+        for group in fold_groups(targets, itemsize)
+    )
+    return StepShares({**steps, StepMode.FORECAST: 0.0}, dict.fromkeys(StepMode, 0.0), folds)
 
 
 def latency_shares(

@@ -48,5 +48,7 @@ def sha256_of(path: Path) -> str:
 
 def tensor_bytes(value: Tensor) -> memoryview:
     """The values of a tensor as they lie in memory, on the CPU and in order."""
-    flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    # A view of one element may have a stride of 0 and still count as contiguous.
+    flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+    flat = flat.view(torch.uint8)
     return memoryview(flat.numpy().data)

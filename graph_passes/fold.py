@@ -7,7 +7,9 @@ or K (y - b) from y where y has fewer channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from calicache.graph_passes.assign import CalibrationTarget, Granularity
 from calicache.graph_passes.schedule import StepMode
@@ -35,18 +37,44 @@ def choose_folds(
         itemsize: bytes of one cached value.
         history: how many refreshes are kept.
     """
+    reads = reads_per_refresh(schedule, history)
+    folded = (g.targets for g in fold_groups(targets, itemsize) if g.threshold < reads)
+    return frozenset(target.name for group in folded for target in group if target.rank)
+
+
+def reads_per_refresh(schedule: Sequence[StepMode], history: int) -> float:
+    """How often a CALIBRATE step reads or writes `in` values between two REFRESH steps."""
     cheap = schedule.count(StepMode.CALIBRATE) / schedule.count(StepMode.REFRESH)
-    saved = cheap * (1 + 2 * history) * itemsize * FLOPS_PER_BYTE
+    return cheap * (1 + 2 * history)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldGroup:
+    """Targets that read one x, and so fold together.
+
+    Attributes:
+        targets: of the group.
+        threshold: the `reads_per_refresh` from which on folding pays; infinite where it never does.
+    """
+
+    targets: tuple[CalibrationTarget, ...]
+    threshold: float
+
+
+def fold_groups(targets: Sequence[CalibrationTarget], itemsize: int) -> list[FoldGroup]:
+    """Targets by the x that they read, with what folding them needs."""
     readers: dict[str, list[CalibrationTarget]] = {}
     for target in targets:
         readers.setdefault(target.input_node, []).append(target)
-    folded: set[str] = set()
+    groups = []
     for group in readers.values():
         rank, channels = sum(target.rank for target in group), group[0].in_features
         operations = 2 * sum(fold_macs(target) // target.tokens for target in group)
-        if 0 < operations < saved * channels and rank <= channels:
-            folded |= {target.name for target in group if target.rank}
-    return frozenset(folded)
+        threshold = math.inf
+        if operations > 0 and rank <= channels:
+            threshold = operations / (itemsize * FLOPS_PER_BYTE * channels)
+        groups.append(FoldGroup(tuple(group), threshold))
+    return groups
 
 
 def reads_output(target: CalibrationTarget) -> bool:

@@ -83,7 +83,8 @@ def analyse(
     captured = capture(model, settings.signature, settings.reads)
     captured = verify_captured(pointwise_to_linear(captured))
     classes = classify_nodes(captured, settings.dependence)
-    sites = find_sites(captured, classes, settings.include, settings.exclude)
+    needed = not {StepMode.CALIBRATE, StepMode.REUSE}.isdisjoint(settings.schedule)
+    sites = find_sites(captured, classes, settings.include, settings.exclude, some=needed)
     targets, unfit = assign(
         captured,
         sites,

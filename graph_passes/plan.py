@@ -210,7 +210,7 @@ class Plan:
         Raises:
             PlanError: the rank is negative.
         """
-        return self._with(rank=rank)
+        return self._with(rank=rank, ranks={})
 
     def _with(self, **changes: Any) -> Plan:
         unfitted = replace(

@@ -66,14 +66,14 @@ def recover_sampler(
     if not runs or length < 2:
         reason = f"no recorded run has the plan's {length} steps"
         return SiteRejection("sampler", "", reason)
-    latent = find_latent(runs[0][0], _run_plain(captured, runs[0][0]), dependence)
+    latent = find_latent(runs[0][0], run_plain(captured, runs[0][0]), dependence)
     if isinstance(latent, SiteRejection):
         return latent
     outputs: list[list[Tensor]] = []
     for run in runs:
         outputs.append([])
         for call in run:
-            own = match_channels(_run_plain(captured, call), call[latent])
+            own = match_channels(run_plain(captured, call), call[latent])
             assert own is not None
             outputs[-1].append(own)
             if on_step:
@@ -96,7 +96,8 @@ def _runs_of_length(
     return runs, [None if end is None else end.to(device) for _, end in chosen]
 
 
-def _run_plain(captured: CapturedGraph, call: Mapping[str, Tensor]) -> Tensor:
+def run_plain(captured: CapturedGraph, call: Mapping[str, Tensor]) -> Tensor:
+    """The first output of the plain model in one recorded call."""
     arguments: Sequence[Tensor] = list(call.values())
     with torch.no_grad():
         first = captured.module(*arguments)[0]

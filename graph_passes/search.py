@@ -47,6 +47,7 @@ CHOSEN_FROM, LEAST_TRIES = 2, 3
 TRIED_RUNS = 1.2  # what candidates at the requested budget may take, in full runs
 MOST_TRIES = 4
 RUNS = 9.0  # what a search takes for every run to search with, in full runs, for a progress bar
+LEAST_SAMPLES = 5  # Student's t: fewer keep less than 95 % below the bound
 INSIDE = 0.97  # of max_error, to aim at
 DIVERGED = 1e6  # bounds above it count as this
 
@@ -85,6 +86,7 @@ def search_plan(
     _check_request(request)
     settings = _settings(model, trajectory, request)
     check_runs(trajectory, settings)
+    _check_latency(request.latency, settings)
     journal = Journal.open(folder, search_key(trajectory, settings, request))
     searched, _, _ = share_out(len(trajectory.runs) // trajectory.calls_per_step)
     calls = RUNS * len(searched) * len(settings.schedule)
@@ -93,6 +95,7 @@ def search_plan(
     families, known = find_families(ground, request.latency, request.budget, request.effort)
     least = min(family.least_share(ground.steps) for family in families)
     _check_least(request, least)
+    _check_samples(request, ground.choice_samples)
     explorer = Explorer(ground, families)
     if request.budget is not None:
         chosen, others = _under_budget(explorer, request.budget, request.effort)
@@ -138,7 +141,11 @@ def _under_error(
         if between is None:
             break
         explorer.ground.meter.stage(f"candidates at {between:.3g}")
-        points += explorer.candidates(between, 1)
+        done = {p.schedule for p in points}
+        fresh = [p for p in explorer.candidates(between, 1) if p.schedule not in done]
+        if not fresh:
+            break
+        points += fresh
     within = [p for p in points if explorer.summary(p).bound <= max_error]
     if not within:
         best = min(explorer.summary(p).bound for p in points)
@@ -240,6 +247,27 @@ def _check_request(request: SearchRequest) -> None:
     if request.effort < 1:
         raise PlanError(
             "effort", expected="1 or more", got=str(request.effort), fix="Raise the effort."
+        )
+
+
+def _check_latency(latency: LatencyTable | None, settings: PlanSettings) -> None:
+    if latency is not None and latency.weights_hash != settings.weights_hash:
+        raise PlanError(
+            "latency",
+            expected=f"a table of this checkpoint ({settings.weights_hash[:12]})",
+            got=f"of another ({latency.weights_hash[:12]})",
+            fix="Measure this model.",
+        )
+
+
+def _check_samples(request: SearchRequest, samples: int) -> None:
+    """Refuse an error that is to be kept by samples, where too few tell how they spread."""
+    if request.max_error is not None and samples < LEAST_SAMPLES:
+        raise PlanError(
+            "trajectory",
+            expected=f"{LEAST_SAMPLES} samples or more to choose with, for a max_error",
+            got=str(samples),
+            fix="Record more runs: a third of them is for choosing.",
         )
 
 

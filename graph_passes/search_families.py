@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -14,7 +15,6 @@ from calicache.graph_passes.cheap_errors import cheap_errors
 from calicache.graph_passes.covariance import SecondMoments
 from calicache.graph_passes.decompose import CalibrationFactors, Weighting
 from calicache.graph_passes.dependence import classify_nodes
-from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.factors import make_factors
 from calicache.graph_passes.families import (
     Candidates,
@@ -66,10 +66,14 @@ class Family:
         """That a step may have."""
         return (StepMode.REFRESH, *self.shares.steps)
 
+    def cost(self, order: int) -> Callable[[Sequence[StepMode]], float]:
+        """Cost of a schedule at an order of the anchors."""
+        return partial(self.shares.run_share, order=order)
+
     def least_share(self, steps: int) -> float:
         """Cost of one REFRESH step and the cheapest steps after it."""
         schedules = ((StepMode.REFRESH, *(steps - 1) * (mode,)) for mode in self.shares.steps)
-        return min(self.shares.run_share(schedule) for schedule in schedules)
+        return min(self.shares.run_share(schedule, max(self.orders)) for schedule in schedules)
 
 
 def find_families(
@@ -86,7 +90,6 @@ def find_families(
     Returns:
         The families, and what is known of the calibration targets, if there are any.
     """
-    _check_latency(ground, latency)
     orders = tuple(range(MAX_ORDER + 1)) if latency is None else (latency.order,)
     highest = (max(orders),)
     families = [_family(ground, latency, "forecast", frozenset(), highest)]
@@ -176,7 +179,7 @@ def _family(
     )
     scales = _SCALES.validate_python(found)
     if latency is None:
-        shares = macs_shares(rewritten, ground.captured)
+        shares = macs_shares(rewritten, ground.captured, targets)
     else:
         shares = latency_shares(ground.sites, latency, modes, allocation)
     return Family(name, allocation, rewritten, shares, scales, orders)
@@ -243,13 +246,3 @@ def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, 
         owner, _, part = name.rpartition(".")
         parts.setdefault(owner, {})[part] = value
     return {name: SecondMoments(**found) for name, found in parts.items()}
-
-
-def _check_latency(ground: Ground, latency: LatencyTable | None) -> None:
-    if latency is not None and latency.weights_hash != ground.settings.weights_hash:
-        raise PlanError(
-            "latency",
-            expected=f"a table of this checkpoint ({ground.settings.weights_hash[:12]})",
-            got=f"of another ({latency.weights_hash[:12]})",
-            fix="Measure this model.",
-        )

@@ -18,11 +18,14 @@ from calicache.graph_passes.journal import Journal
 from calicache.graph_passes.pipeline import analyse
 from calicache.graph_passes.planner import fixed_values
 from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.recover import RecordedSampler, recover_sampler
+from calicache.graph_passes.recover import RecordedSampler, recover_sampler, run_plain
+from calicache.graph_passes.sampler_step import SamplerSteps, match_channels
 from calicache.graph_passes.settings import PlanSettings
 from calicache.graph_passes.sites import Sites
+from calicache.graph_passes.timestep import Run
 
 LEAST_RUNS, LEAST_STEPS = 3, 5
+MOST_OFF = 2e-3  # of a latent made by the recovered update: above rounding in half precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,12 @@ class Ground:
     def steps(self) -> int:
         """Steps of a run."""
         return len(self.settings.schedule)
+
+    @property
+    def choice_samples(self) -> int:
+        """Samples to choose with."""
+        latent, parts = self.recorded.steps.latent, self.recorded.steps.parts
+        return sum(run[0][latent].shape[0] // parts for run in self.choice.runs)
 
     @property
     def dependence(self) -> Mapping[str, Dependence]:
@@ -209,7 +218,30 @@ def _without_outputs(
 
     runs = [[{n: there(v) for n, v in call.items()} for call in run] for run in part.runs]
     ends: Sequence[Tensor | None] = [None if e is None else there(e) for e in part.ends]
+    for run in runs:
+        _check_update(captured, run, like.steps)
     return RecordedSampler(tuple(runs), (), tuple(ends), like.steps)
+
+
+def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> None:
+    """Refuse a run whose latents are made in another way, as with another guidance scale."""
+    step = len(run) // 2
+    terms: list[Tensor] = []
+    for place in (step, step - 1):
+        call = run[place]
+        own = match_channels(run_plain(captured, call), call[sampler.latent])
+        assert own is not None
+        terms += sampler.terms(call[sampler.latent], own)
+    made = sampler.next_latent(step, terms, ()).double()
+    found = run[step + 1][sampler.latent].double()
+    off = float((made - found).norm() / found.norm())
+    if off > MOST_OFF:
+        raise PlanError(
+            "trajectory",
+            expected="runs of one sampler, with the same settings",
+            got=f"a run whose step {step} is off by {off:.2g} of the latent",
+            fix="Record all runs with the sampler and the guidance that you are going to use.",
+        )
 
 
 def _no_sampler(rejection: SiteRejection) -> PlanError:

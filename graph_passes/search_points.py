@@ -112,7 +112,7 @@ class Explorer:
     def measure(self, family: Family, order: int, schedule: Schedule) -> Measured:
         """Fit a candidate on the runs for searching."""
         ground, name = self.ground, _name("fit", family, order, schedule)
-        cost = family.shares.run_share(schedule)
+        cost = family.shares.run_share(schedule, order)
 
         def run() -> object:
             made = replay(family.rewritten, ground.recorded, schedule, order)
@@ -147,15 +147,16 @@ class Explorer:
         found = []
         for family in self.families:
             rehearsal = Rehearsal(self.span, self.answers, family.scales)
-            share = family.shares.run_share
+            modes = family.modes
             starts = [
                 (error, order, start)
                 for order in family.orders
-                for start, error in best_starts(rehearsal, order, family.modes, share, budget)
+                for start, error in best_starts(rehearsal, order, modes, family.cost(order), budget)
             ]
             if starts:
                 _, order, start = min(starts, key=lambda entry: entry[0])
-                schedule, error = improve(rehearsal, start, order, family.modes, share, budget)
+                cost = family.cost(order)
+                schedule, error = improve(rehearsal, start, order, modes, cost, budget)
                 found.append(self._simplest(Proposal(family, order, schedule, error)))
         return sorted(found, key=lambda p: p.error * self.trust.get(p.family.name, 1.0))
 
@@ -166,11 +167,11 @@ class Explorer:
         family, order = best.family, best.order
         answers = step_answers(best.fit, self.ground.steps)
         rehearsal = Rehearsal(self.span, answers, family.scales)
-        share = family.shares.run_share
-        better, error = improve(rehearsal, best.schedule, order, family.modes, share, budget)
+        cost = family.cost(order)
+        better, error = improve(rehearsal, best.schedule, order, family.modes, cost, budget)
         ranked = [(better, error)]
         if better in done:
-            ranked = neighbours(rehearsal, best.schedule, order, family.modes, share, budget)
+            ranked = neighbours(rehearsal, best.schedule, order, family.modes, cost, budget)
         fresh = [Proposal(family, order, s, error) for s, error in ranked if s not in done]
         return fresh[:1]
 

@@ -69,6 +69,8 @@ def find_sites(
     classes: Mapping[str, Dependence],
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    *,
+    some: bool = True,
 ) -> Sites:
     """Find every latent-dependent, token-wise linear layer in a residual branch or between two.
 
@@ -77,6 +79,7 @@ def find_sites(
         classes: class of every node, from `classify_nodes`.
         include: shell patterns; a site needs to match one.
         exclude: shell patterns; a site may match none.
+        some: refuse where there is none; without sites the model's output can still be forecast.
 
     Raises:
         SiteError: nothing is left to calibrate; the reasons are in the message.
@@ -102,7 +105,7 @@ def find_sites(
             linears.append(site)
         else:
             rejections.append(site)
-    if not linears:
+    if some and not linears:
         reasons = "; ".join(f"{r.name}: {r.reason}" for r in rejections[:5])
         raise SiteError(
             "model",

@@ -57,8 +57,10 @@ def random_options(seed: int) -> Options:
     for number in range(draw.integers(1, 4)):
         name = f"blocks.{number}"
         places = draw.integers(1, 5)
-        layers = [10.0 ** draw.uniform(-4, 2, places) for _ in range(draw.integers(1, 3))]
-        whole = curve_of(name, 10.0 ** draw.uniform(-4, 2, places))
+        layers = [
+            (10.0 ** draw.uniform(-4, 2, places)).tolist() for _ in range(draw.integers(1, 3))
+        ]
+        whole = curve_of(name, (10.0 ** draw.uniform(-4, 2, places)).tolist())
         saved, per_mac = draw.uniform(0.05, 0.3), draw.uniform(1e-6, 2e-5)
         curves = tuple(curve_of(f"{name}.{k}", errors) for k, errors in enumerate(layers))
         extra = [
@@ -308,7 +310,7 @@ def test_curve_falls_to_what_nothing_explains(
 def test_cheapest_place_is_the_least_of_error_and_price(
     seed: int, places: int, price: float
 ) -> None:
-    errors = 10.0 ** np.random.default_rng(seed).uniform(-6, 6, places)
+    errors = (10.0 ** np.random.default_rng(seed).uniform(-6, 6, places)).tolist()
     curve, per_mac = curve_of("a", errors), 1e-4
     totals = [e + price * per_mac * 8 * 10 * 48 * k for k, e in enumerate(errors)]
     assert math.isclose(totals[curve.cheapest(price, per_mac)], min(totals), **EXACT)

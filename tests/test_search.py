@@ -250,18 +250,9 @@ def build(case: PipelineCase) -> Any:
     return pipe
 
 
-EXPANDED = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="tensor_bytes refuses a timestep made by expand"
-)
-
-
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name, marks=[EXPANDED] if case.name == "wan" else [])
-        for case in CASES
-        if case.calls == 2
-    ],
+    [pytest.param(case, id=case.name) for case in CASES if case.calls == 2],
 )
 def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
     pipe = build(case)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -138,6 +138,7 @@ def assert_same_plan(one: Plan, other: Plan, *, held_out: bool = True) -> None:
         assert means[0] == pytest.approx(means[1], rel=1e-2, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(runs=st.integers(LEAST_RUNS, 500))
 def test_runs_are_shared_out_once_each_in_thirds(runs: int) -> None:
     parts = share_out(runs)
