@@ -501,3 +501,34 @@ def test_half_precision_increments_are_taken_in_float32(dit: FashionDiT) -> None
         assert_moments(
             got[target.name], expected_moments(captured, target, [trajectory], schedule, 1)
         )
+
+
+class Loud(nn.Module):
+    """A residual branch on a stream so large that its sum is no float32 number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        with torch.no_grad():
+            self.first.weight *= 1e-38
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = 1e38 * (1 + x.abs().clamp(max=1.0))
+        return stream + self.second(torch.tanh(self.first(stream)))
+
+
+def test_large_values_are_no_bad_ones() -> None:
+    model = Loud().eval()
+    with record(model) as trajectory, torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(2, 5, 8)
+            model(x)
+    stream = 1e38 * (1 + x.abs().clamp(max=1.0))
+    assert stream.isfinite().all()
+    assert stream.sum().isinf()
+    found = seen_by(find(model, trajectory), trajectory, Weighting.ACTIVATION, modes("RC"))
+    for name in ("first", "second"):
+        statistics = found[name]
+        assert isinstance(statistics, ChannelStatistics)
+        assert statistics.input.isfinite().all()
+        assert float(statistics.input.max()) > 0

@@ -16,7 +16,7 @@ from conftest import relative, sample_dit, shake
 from diffusers import FlowMatchEulerDiscreteScheduler
 from methods import sample_dpm
 from model import FashionDiT, FashionDiTConfig
-from test_search_ground import assert_same_plan, euler, flicker, record_runs, sample_errors
+from test_search_ground import assert_same_plan, each, euler, flicker, record_runs, sample_errors
 from tiny_pipelines import CASES, PipelineCase
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
@@ -186,14 +186,14 @@ def test_new_samples_keep_the_error() -> None:
 def test_error_that_no_plan_keeps_is_refused_with_one_that_is_kept() -> None:
     case = toy()
     with pytest.raises(PlanError) as caught:
-        Plan.search(case.model, case.trajectory, max_error=1e-9)
+        Plan.search(case.model, each(case.trajectory), max_error=1e-9)
     told = float(caught.value.expected.split()[0])
     assert str(caught.value) == (
         f"plan: max_error: expected {told:.2g} or more, which the most accurate plan that was "
         "found keeps, got 1e-09. Allow a larger error, search with more effort, or run the model "
         "as it is."
     )
-    plan = Plan.search(case.model, case.trajectory, max_error=told)
+    plan = Plan.search(case.model, each(case.trajectory), max_error=told)
     assert taken(plan).error.bound <= told
 
 
@@ -216,15 +216,13 @@ def test_same_inputs_give_the_same_plan() -> None:
 def test_runs_to_report_with_have_no_part_in_the_plan() -> None:
     model, _ = flicker()
     trajectory = record_runs(model, seeds=(0, 1, 2, 3))
-    plans = [
-        Plan.search(model, trajectory.take_runs([0, 1, last]), max_error=0.5) for last in (2, 3)
-    ]
+    plans = [Plan.search(model, each(trajectory, (0, 1, last)), max_error=0.5) for last in (2, 3)]
     assert_same_plan(*plans, held_out=False)
     reported = [plan.front.held_out for plan in plans if plan.front]
     assert reported[0] != reported[1]
     for last, plan, summary in zip((2, 3), plans, reported, strict=True):
         errors = sample_errors(euler(optimize(model, plan), last), euler(model, last))
-        assert_summary(summary, errors)
+        assert_summary(summary, list(errors) * 5)
 
 
 def test_calibration_is_found_where_forecasts_fail() -> None:

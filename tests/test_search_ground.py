@@ -109,6 +109,11 @@ def flicker() -> tuple[Flicker, Trajectory]:
     return model, record_runs(model)
 
 
+def each(trajectory: Trajectory, places: Sequence[int] = (0, 1, 2), times: int = 5) -> Trajectory:
+    """Every run several times: a max_error wants samples to choose with."""
+    return trajectory.take_runs([place for place in places for _ in range(times)])
+
+
 def refuses(message: str) -> pytest.RaisesExc[PlanError]:
     return pytest.raises(PlanError, match=f"^{re.escape(message)}$")
 

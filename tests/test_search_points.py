@@ -18,6 +18,7 @@ from test_search_ground import (
     STEPS,
     Flicker,
     assert_same_plan,
+    each,
     euler,
     flicker,
     record_runs,
@@ -213,11 +214,12 @@ def test_time_that_no_mode_saves_is_refused() -> None:
 
 def test_error_is_kept_where_every_plan_is_dear() -> None:
     latency = table({}, forecast=0.95 * PLAIN)  # above 0.95 of the full run in any case
-    plan = Plan.search(*flicker(), max_error=10.0, latency=latency)
+    model, trajectory = flicker()
+    plan = Plan.search(model, each(trajectory), max_error=10.0, latency=latency)
     assert plan.front is not None
     assert all(0.95 < point.cost < 1 for point in plan.front.points)
     with pytest.raises(PlanError, match=r"^plan: max_error: expected [\d.e-]+ or more, which"):
-        Plan.search(*flicker(), max_error=1e-9, latency=latency)
+        Plan.search(model, each(trajectory), max_error=1e-9, latency=latency)
 
 
 class Single(nn.Module):
@@ -255,7 +257,7 @@ def test_outputs_that_any_plan_gives_exactly_take_the_cheapest() -> None:
     (point,) = plan.front.points  # no other is better
     assert point.error.worst < 1e-6
     assert point.cost == pytest.approx(1 / len(plan.schedule))
-    assert_same_plan(Plan.search(model, trajectory, max_error=0.1), plan)
+    assert_same_plan(Plan.search(model, each(trajectory), max_error=0.1), plan)
 
 
 class Plain(nn.Module):
