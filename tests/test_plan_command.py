@@ -19,7 +19,7 @@ from fronts import front_of
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from calicache.graph_passes import Plan, optimize, record
+from calicache.graph_passes import Plan, Trajectory, optimize, record
 from calicache.tools.cli import app
 from calicache.tools.model_file import load_model
 from calicache.tools.plan_command import PlanArguments, run_plan
@@ -288,7 +288,12 @@ def test_search_under_an_error_shows_a_bar_on_a_terminal(
     given: tuple[str, Path], tmp_path: Path
 ) -> None:
     result, bar = io.StringIO(), io.StringIO()
-    arguments = PlanArguments(given[0], given[1], tmp_path / "plan", max_error=0.05)
+    three = Trajectory.load(given[1])
+    more = three.take_runs([0] * 5 + [1] * 5 + [2] * 5)  # samples enough to choose with
+    more.save(tmp_path / "runs.safetensors")
+    arguments = PlanArguments(
+        given[0], tmp_path / "runs.safetensors", tmp_path / "plan", max_error=0.05
+    )
     console = Console(file=bar, force_terminal=True, width=80)
     assert run_plan(arguments, Console(file=result), console) == 0
     front = Plan.load(tmp_path / "plan").front

@@ -110,10 +110,10 @@ def test_rank_of_no_target_is_refused_when_the_plan_is_used(
         optimize(dit, replace(searched, settings=wrong))
 
 
-def test_changed_plans_keep_their_ranks_and_lose_their_front(searched: Plan) -> None:
-    for changed in (searched.with_schedule((R, C)), searched.with_rank(4)):
+def test_changed_plans_lose_their_front_and_with_another_rank_their_ranks(searched: Plan) -> None:
+    for changed, ranks in ((searched.with_schedule((R, C)), RANKS), (searched.with_rank(4), {})):
         assert changed.front is None
-        assert changed.settings.ranks == RANKS
+        assert changed.settings.ranks == ranks
         assert changed.settings.output_weights is None
         assert changed.settings.correction == "not fitted: the plan was changed"
     assert searched.front is not None
