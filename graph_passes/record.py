@@ -111,7 +111,7 @@ class Trajectory:
             taken.calls.extend(runs[place])
             end = ends[place]
             if end is not None:
-                taken.results[len(taken.calls)] = end
+                taken.results[len(taken.calls)] = end.clone()  # a run may be taken twice
         return taken
 
     def finish(self, latents: Tensor) -> None:
