@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
-import torch
-from torch import Tensor
-
 from calicache.graph_passes.recover import RecordedSampler
 from calicache.graph_passes.rehearse import Scales
+from calicache.graph_passes.replay import Kept, run_step
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.sampler_step import match_channels
 from calicache.graph_passes.schedule import StepMode, anchor_table, kept_refreshes
@@ -36,23 +34,19 @@ def cheap_errors(
         (K, T), the root mean square over the parts of e and the sum over the runs. Steps where
         an order was not tried take their neighbours' values.
     """
-    views = [
-        rewritten.scheduled(anchor_table(schedule, order)) for order in range(rewritten.history)
-    ]
+    history = rewritten.history
+    views = [rewritten.scheduled(anchor_table(schedule, order)) for order in range(history)]
     squares: dict[StepMode, list[dict[int, float]]] = {m: [{} for _ in views] for m in modes}
     for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
-        kept: tuple[dict[str, Tensor], ...] = ()
+        kept: Kept = ()
         for step, call in enumerate(run):
             tensors, latent = list(call.values()), call[recorded.steps.latent]
             if schedule[step] is StepMode.REFRESH:
-                results = _run(rewritten, StepMode.REFRESH, kept, step, tensors)
-                names = [cache.name for cache in rewritten.caches]
-                fresh = dict(zip(names, results[rewritten.outputs :], strict=True))
-                kept = (fresh, *kept)[: rewritten.history]
+                _, kept = run_step(rewritten, StepMode.REFRESH, kept, step, tensors, history)
             else:
                 order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
                 for mode in modes:
-                    own = _run(views[order], mode, kept, step, tensors)[0]
+                    own, _ = run_step(views[order], mode, kept, step, tensors, history)
                     shown = match_channels(own, latent)
                     assert shown is not None
                     off = float((shown - outputs[step]).double().square().sum())
@@ -61,19 +55,6 @@ def cheap_errors(
             if on_step:
                 on_step()
     return {mode: _scales(found, schedule) for mode, found in squares.items()}
-
-
-def _run(
-    rewritten: Rewritten,
-    mode: StepMode,
-    kept: Sequence[Mapping[str, Tensor]],
-    step: int,
-    tensors: Sequence[Tensor],
-) -> list[Tensor]:
-    variant = rewritten.variants[mode]
-    values = rewritten.read(variant.reads, kept, step, tensors[0].device)
-    with torch.no_grad():
-        return list(variant.module(*tensors, *values))
 
 
 def _scales(squares: Sequence[Mapping[int, float]], schedule: Sequence[StepMode]) -> Scales:

@@ -65,14 +65,12 @@ def starts(
     for first in cheap:
         for second in cheap:
             for power in POWERS:
-                fits = None
-                for refreshes in range(1, steps + 1):
+                for refreshes in range(steps, 0, -1):
                     spread = spread_schedule(steps, refreshes, power, first)
                     schedule = _in_turn(spread, first, second)
                     if cost(schedule) <= budget:
-                        fits = schedule
-                if fits:
-                    yield fits
+                        yield schedule
+                        break
 
 
 def best_starts(

@@ -22,7 +22,7 @@ from calicache.graph_passes.factors import Statistics
 from calicache.graph_passes.files import atomic_path, sha256_of, tensor_bytes
 from calicache.graph_passes.front import Front
 from calicache.graph_passes.latency import LatencyTable
-from calicache.graph_passes.plan_statistics import statistics_of, statistics_tensors
+from calicache.graph_passes.plan_statistics import named_statistics, named_tensors
 from calicache.graph_passes.reads import find_reads
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.schedule import StepMode, uniform_schedule
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 4
 SETTINGS_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
-SEARCHED = "fitted to the recorded runs"
+FITTED = "fitted to the recorded runs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ class Plan:
             rules=point.rules,
             ranks=dict(point.ranks),
             output_weights=point.output_weights,
-            correction=SEARCHED,
+            correction=FITTED,
         )
         return Plan(settings, self.statistics, replace(self.front, taken=place))
 
@@ -222,10 +222,7 @@ class Plan:
         """Write `plan.json` and `statistics.safetensors` into a new or replaced folder."""
         with atomic_path(Path(directory)) as folder:
             folder.mkdir()
-            tensors: dict[str, Tensor] = {}
-            for name, statistics in self.statistics.items():
-                for part, value in statistics_tensors(statistics).items():
-                    tensors[f"{name}.{part}"] = value.contiguous()
+            tensors = {n: v.contiguous() for n, v in named_tensors(self.statistics).items()}
             save_file(tensors, folder / STATISTICS_FILE)
             written = PlanFile(
                 FORMAT, sha256_of(folder / STATISTICS_FILE), self.settings, self.front
@@ -250,12 +247,7 @@ class Plan:
             written = _PLAN_FILE.validate_json(text)
             if sha256_of(folder / STATISTICS_FILE) != written.statistics_sha256:
                 raise ValueError(f"{STATISTICS_FILE} is not the file the plan was saved with")
-            tensors = load_file(folder / STATISTICS_FILE)
-            parts: dict[str, dict[str, Tensor]] = {}
-            for name, value in tensors.items():
-                owner, _, part = name.rpartition(".")
-                parts.setdefault(owner, {})[part] = value
-            statistics = {name: statistics_of(found) for name, found in parts.items()}
+            statistics = named_statistics(load_file(folder / STATISTICS_FILE))
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, PlanError) as error:
             raise PlanError(
                 str(directory),

@@ -66,6 +66,24 @@ def statistics_tensors(statistics: Statistics | None) -> dict[str, Tensor]:
     return {"input": statistics.input, "output": statistics.output}
 
 
+def named_tensors(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+    """All tensors by name of the target and of the part, `blocks.0.attn.q.output`."""
+    return {
+        f"{name}.{part}": value
+        for name, found in statistics.items()
+        for part, value in statistics_tensors(found).items()
+    }
+
+
+def named_statistics(tensors: Mapping[str, Tensor]) -> dict[str, Statistics]:
+    """What `named_tensors` took apart, by name of the target."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        owner, _, part = name.rpartition(".")
+        parts.setdefault(owner, {})[part] = value
+    return {name: statistics_of(found) for name, found in parts.items()}
+
+
 def statistics_of(tensors: Mapping[str, Tensor]) -> Statistics:
     """What `statistics_tensors` took apart."""
     if all(value.ndim == 1 for value in tensors.values()):

@@ -16,7 +16,7 @@ from calicache.graph_passes.dependence import Dependence
 from calicache.graph_passes.errors import CaptureError, PlanError
 from calicache.graph_passes.observe import observe
 from calicache.graph_passes.pipeline import analyse, rewrite_captured
-from calicache.graph_passes.plan import Plan
+from calicache.graph_passes.plan import FITTED, Plan
 from calicache.graph_passes.reads import digest
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.recover import recover_sampler
@@ -77,7 +77,7 @@ def make_plan(
     if isinstance(fitted, SiteRejection):
         correction = f"not fitted: {fitted.reason}"
         return replace(plan, settings=replace(settings, correction=correction))
-    corrected = replace(settings, output_weights=fitted, correction="fitted to the recorded runs")
+    corrected = replace(settings, output_weights=fitted, correction=FITTED)
     return replace(plan, settings=corrected)
 
 

@@ -15,6 +15,8 @@ from calicache.graph_passes.sampler_step import SamplerSteps, match_channels, re
 from calicache.graph_passes.schedule import StepMode, Table, anchor_table, output_table
 from calicache.graph_passes.timestep import Run
 
+Kept = tuple[dict[str, Tensor], ...]
+
 ROUNDING = 3e-5  # how far a latent must be off, to tell the model's answer from rounding
 
 
@@ -97,7 +99,7 @@ class _CachedRun:
     exact: Sequence[Tensor] | None
     x: Tensor | None = None
     before: Sequence[Tensor] = ()
-    kept: tuple[dict[str, Tensor], ...] = ()
+    kept: Kept = ()
     outputs: tuple[Tensor, ...] = ()
 
 
@@ -154,17 +156,39 @@ class _Sweep:
     def _run_variant(
         self, run: _CachedRun, mode: StepMode, step: int, tensors: Sequence[Tensor]
     ) -> Tensor:
-        variant = self.rewritten.variants[mode]
-        values = self.rewritten.read(variant.reads, run.kept, step, tensors[0].device)
-        with torch.no_grad():
-            results = variant.module(*tensors, *values)
-        if mode is StepMode.REFRESH:
-            names = [cache.name for cache in self.rewritten.caches]
-            fresh = dict(zip(names, results[self.rewritten.outputs :], strict=True))
-            run.kept = (fresh, *run.kept)[: self.history]
-        first = results[0]
-        assert isinstance(first, Tensor)
+        first, run.kept = run_step(self.rewritten, mode, run.kept, step, tensors, self.history)
         return first
+
+
+def run_step(
+    rewritten: Rewritten,
+    mode: StepMode,
+    kept: Kept,
+    step: int,
+    tensors: Sequence[Tensor],
+    history: int,
+) -> tuple[Tensor, Kept]:
+    """Run one variant: its first output, and the kept refreshes after it, `history` at most.
+
+    Args:
+        rewritten: the variants, with the anchor weights to use.
+        mode: any but FORECAST.
+        kept: cache values of the refreshes before, newest first.
+        step: index in the run.
+        tensors: of the recorded call.
+        history: how many refreshes are kept.
+    """
+    variant = rewritten.variants[mode]
+    values = rewritten.read(variant.reads, kept, step, tensors[0].device)
+    with torch.no_grad():
+        results = variant.module(*tensors, *values)
+    if mode is StepMode.REFRESH:
+        names = [cache.name for cache in rewritten.caches]
+        fresh = dict(zip(names, results[rewritten.outputs :], strict=True))
+        kept = (fresh, *kept)[:history]
+    first = results[0]
+    assert isinstance(first, Tensor)
+    return first, kept
 
 
 def _answer(runs: Sequence[_CachedRun], step: int, latent: str) -> Answer | None:

@@ -26,6 +26,7 @@ from calicache.graph_passes.families import (
 from calicache.graph_passes.fold import choose_folds
 from calicache.graph_passes.latency import LatencyTable
 from calicache.graph_passes.observe import observe
+from calicache.graph_passes.plan_statistics import named_statistics, named_tensors
 from calicache.graph_passes.rehearse import Scales
 from calicache.graph_passes.rewrite import Rewritten, rewrite
 from calicache.graph_passes.run_values import find_run_values
@@ -234,15 +235,7 @@ def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, 
             MAX_ORDER,
             lambda *_: ground.meter.add(1.3),
         )
-        return {
-            f"{name}.{part}": value
-            for name, moments in found.items()
-            if isinstance(moments, SecondMoments)
-            for part, value in moments.tensors().items()
-        }
+        return named_tensors(found)
 
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in ground.journal.tensors("moments", collect).items():
-        owner, _, part = name.rpartition(".")
-        parts.setdefault(owner, {})[part] = value
-    return {name: SecondMoments(**found) for name, found in parts.items()}
+    found = named_statistics(ground.journal.tensors("moments", collect))
+    return {name: m for name, m in found.items() if isinstance(m, SecondMoments)}
