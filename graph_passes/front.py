@@ -82,6 +82,7 @@ class Front:
     Attributes:
         unit: of the costs: `MACs`, or the runtime whose seconds were measured.
         request: what was asked for, such as `budget 0.5`.
+        latent: the input that the last of every point's output weights is for.
         points: by rising cost and falling error.
         taken: place of the plan's own point.
         held_out: error of the point that the search itself took, on samples that had no part in
@@ -90,6 +91,7 @@ class Front:
 
     unit: str
     request: str
+    latent: str
     points: tuple[FrontPoint, ...]
     taken: int
     held_out: ErrorSummary | None = field(default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -156,6 +157,13 @@ class Insertion:
         node = self.graph.call_function(op, (left, right))
         source = left if left.meta.get("nn_module_stack") else right
         return self._finish(node, left.meta["val"], source, site)
+
+    def unary(
+        self, op: Callable[..., Tensor], source: fx.Node, *args: Any, **kwargs: Any
+    ) -> fx.Node:
+        """An operation on one value; other arguments are constants."""
+        node = self.graph.call_function(op, (source, *args), kwargs)
+        return self._finish(node, op(source.meta["val"], *args, **kwargs), source, None)
 
     def _finish(self, node: fx.Node, value: Tensor, source: fx.Node, site: str | None) -> fx.Node:
         node.meta = {"val": value, "nn_module_stack": source.meta.get("nn_module_stack")}

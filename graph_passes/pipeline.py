@@ -125,6 +125,7 @@ def rewrite_captured(
         folded=choose_folds(targets, settings.schedule, itemsize, settings.order + 1),
         anchors=anchor_table(settings.schedule, settings.order),
         outputs=settings.outputs,
+        latent=settings.latent,
         run_values=find_run_values(captured, classify_nodes(captured, settings.dependence)),
     )
     return factors, verify_rewritten(captured, rewritten)

@@ -22,6 +22,7 @@ from calicache.graph_passes.factors import Statistics
 from calicache.graph_passes.files import atomic_path, sha256_of, tensor_bytes
 from calicache.graph_passes.front import Front
 from calicache.graph_passes.latency import LatencyTable
+from calicache.graph_passes.plan_html import plan_html
 from calicache.graph_passes.plan_statistics import named_statistics, named_tensors
 from calicache.graph_passes.reads import find_reads
 from calicache.graph_passes.record import Trajectory
@@ -31,7 +32,7 @@ from calicache.graph_passes.settings import PlanSettings, member
 if TYPE_CHECKING:
     from calicache.graph_passes.search import SearchProgress
 
-FORMAT = 4
+FORMAT = 5
 SETTINGS_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
 FITTED = "fitted to the recorded runs"
 
@@ -148,7 +149,7 @@ class Plan:
             model: in eval mode; the one that was recorded.
             trajectory: three whole runs or more, each ended by `finish`.
             budget: share of the full run's cost, above 0 and below 1.
-            max_error: that 95 % of new samples stay below.
+            max_error: that 99 % of new samples stay below.
             latency: measured seconds, which the cost is then counted in; MACs without.
             effort: 1 or more; how many candidates are run for every one at effort 1.
             include: shell patterns; sites that may be calibrated.
@@ -190,6 +191,7 @@ class Plan:
             rules=point.rules,
             ranks=dict(point.ranks),
             output_weights=point.output_weights,
+            latent=self.front.latent,
             correction=FITTED,
         )
         return Plan(settings, self.statistics, replace(self.front, taken=place))
@@ -214,9 +216,16 @@ class Plan:
 
     def _with(self, **changes: Any) -> Plan:
         unfitted = replace(
-            self.settings, output_weights=None, correction="not fitted: the plan was changed"
+            self.settings,
+            output_weights=None,
+            latent=None,
+            correction="not fitted: the plan was changed",
         )
         return Plan(replace(unfitted, **changes), self.statistics)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of the plan."""
+        return plan_html(self)
 
     def save(self, directory: Path | str) -> None:
         """Write `plan.json` and `statistics.safetensors` into a new or replaced folder."""

@@ -77,7 +77,8 @@ def make_plan(
     if isinstance(fitted, SiteRejection):
         correction = f"not fitted: {fitted.reason}"
         return replace(plan, settings=replace(settings, correction=correction))
-    corrected = replace(settings, output_weights=fitted, correction=FITTED)
+    weights, latent = fitted
+    corrected = replace(settings, output_weights=weights, latent=latent, correction=FITTED)
     return replace(plan, settings=corrected)
 
 
@@ -87,8 +88,8 @@ def _fit(
     plan: Plan,
     analysed: tuple[CapturedGraph, Sites, tuple[CalibrationTarget, ...]],
     on_step: Callable[[int, int], None] | None,
-) -> Table | SiteRejection:
-    """Output weights; those of several calls a step are fitted with the calls in one batch."""
+) -> tuple[Table, str] | SiteRejection:
+    """Output weights and the latent's name, fitted with the calls of a step in one batch."""
     settings, calls = plan.settings, trajectory.calls_per_step
     if calls > 1:
         batch = batch_size(settings.signature, settings.dependence)
@@ -108,7 +109,7 @@ def _fit(
         return recorded
     _, rewritten = rewrite_captured(captured, sites, targets, replace(plan, settings=settings))
     made = replay(rewritten, recorded, settings.schedule, settings.order, on_step=on_step)
-    return made.weights
+    return made.weights, recorded.steps.latent
 
 
 def _check_weights_are_there(model: nn.Module, settings: PlanSettings, *, correct: bool) -> None:

@@ -217,7 +217,7 @@ def record(model: nn.Module) -> Iterator[Trajectory]:
     Yields:
         A Trajectory that grows with every call.
 
-    Example:
+    Examples:
         >>> with record(pipe.transformer) as trajectory:
         ...     pipe(class_labels=[1, 2], num_inference_steps=50)
     """

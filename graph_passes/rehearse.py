@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.correct import RIDGE
+from calicache.graph_passes.correct import FAINT, RIDGE
 from calicache.graph_passes.recover import RecordedSampler
 from calicache.graph_passes.replay import Answer
 from calicache.graph_passes.schedule import StepMode
 
 ROWS = 1 << 16
-FAINT = 1e-12  # share of the energy below which a direction does not count
+LEAST_ENERGY = 1e-12  # share of it below which a direction does not count
 Scales = tuple[tuple[float, ...], ...]
 
 
@@ -58,7 +58,7 @@ class Span:
             gram += _gram([first, *shares])
         # v in the span has the coordinates root v, with root^T root = gram.
         values, vectors = torch.linalg.eigh(gram)
-        seen = values > FAINT * values[-1]
+        seen = values > LEAST_ENERGY * values[-1]
         root = (vectors * values.clamp(min=0.0).sqrt())[:, seen].T  # (D, 1 + T P)
         outputs_ = root.T[1:].reshape(steps, parts, len(root))
         return Span(_latents(root[:, 0], outputs_, weights), outputs_, weights)
@@ -120,11 +120,12 @@ class _Walk:
         mode = self.modes[:, step]
         anchors = self._anchors(step)
         own = self._own(step, mode)  # (S, P, D)
-        features = torch.cat([own[:, None], self.kept], 1)  # (S, 1 + K, P, D)
+        latent = self.x[:, None, None].expand_as(own[:, None])
+        features = torch.cat([own[:, None], self.kept, latent], 1)  # (S, 2 + K, P, D)
         usable = torch.arange(self.history)[None] < self.there[:, None]
         speaks = (mode != StepMode.FORECAST)[:, None]
-        mask = torch.cat([speaks, usable], 1)
-        plain = torch.cat([speaks.double(), anchors * ~speaks], 1)
+        mask = torch.cat([speaks, usable, torch.ones_like(speaks)], 1)
+        plain = torch.cat([speaks.double(), anchors * ~speaks, torch.zeros_like(speaks)], 1)
         weights = self._fit(step, features * mask[..., None, None], mask, plain)
         mixed = torch.einsum("sk,skpd->spd", weights, features)
         self.x, self.before = self._next(step, mixed)
@@ -173,7 +174,7 @@ class _Walk:
         return torch.stack(columns, 1)
 
     def _fit(self, step: int, features: Tensor, mask: Tensor, plain: Tensor) -> Tensor:
-        """The same least squares as `correct.fit_step`, (S, 1 + K)."""
+        """The same least squares as `correct.fit_step`, (S, 2 + K)."""
         scales = self.rehearsal.span.weights[step][1 : 1 + features.shape[2]]
         moves = torch.einsum("skpd,p->skd", features, torch.tensor(scales, dtype=torch.float64))
         reached, _ = self._next(step, torch.einsum("sk,skpd->spd", plain, features))
@@ -181,7 +182,8 @@ class _Walk:
         missed[:, : self.inner] += self.rehearsal.span.latents[step + 1]
         gram = moves @ moves.transpose(1, 2)
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        gram = gram + torch.diag_embed(RIDGE * diagonal + (diagonal == 0).double())
+        faint = diagonal <= FAINT * self.rehearsal.span.latents[step + 1].square().sum()
+        gram = gram + torch.diag_embed(RIDGE * diagonal + faint.double())
         change = torch.linalg.solve(gram, torch.einsum("skd,sd->sk", moves, missed))
         weights: Tensor = (plain + change) * mask
         return weights

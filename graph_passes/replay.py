@@ -38,7 +38,8 @@ class Replay:
     """What came of one replay.
 
     Attributes:
-        weights: of own and kept outputs by step (T, order + 2), the given ones or the fitted.
+        weights: of own and kept outputs, then of the latent, by step (T, order + 3), the given
+            ones or the fitted.
         errors: relative L2 error of every sample's last known latent.
         answers: by REFRESH step whose latent was off; none where the recorded outputs are not
             known.
@@ -65,11 +66,11 @@ def replay(
         recorded: runs as long as the schedule, and the sampler's update.
         schedule: mode of every step.
         order: of the anchors; order + 1 refreshes are used.
-        weights: of own and kept outputs by step (T, order + 2); None fits them on the way, so
-            that every next latent comes as near as it can to the recorded one.
+        weights: as in `Replay`; None fits them on the way, so that every next latent comes as
+            near as it can to the recorded one.
         on_step: called as on_step(done, total), for a progress bar.
     """
-    plain = output_table(schedule, order)
+    plain = tuple((*row, 0.0) for row in output_table(schedule, order))
     anchors = anchor_table(schedule, order)
     sweep = _Sweep(rewritten.scheduled(anchors), recorded, schedule, weights or plain, order + 1)
     runs = [
@@ -119,21 +120,21 @@ class _Sweep:
         return self.recorded.steps
 
     def features(self, run: _CachedRun, step: int) -> Features:
-        """Terms of x, and the outputs to mix: own (None on FORECAST), then the kept ones."""
+        """Terms of x, and what is mixed: own output (None on FORECAST), kept ones, the latent."""
         call = dict(run.recorded[step])
         latent = self.sampler.latent
         run.x = call[latent] if run.x is None else run.x.to(call[latent].dtype)
         call[latent] = run.x
         mode = self.schedule[step]
         own: Tensor | None = None
-        kept: list[Tensor | None] = [*run.outputs]
+        kept: list[Tensor | None] = [*run.outputs, *(self.history - len(run.outputs)) * [None]]
         if mode is not StepMode.FORECAST:
             raw = self._run_variant(run, mode, step, list(call.values()))
             own = match_channels(raw, run.x)
             assert own is not None
             if mode is StepMode.REFRESH:
                 run.outputs = (own, *run.outputs)[: self.history]
-        return [run.x.chunk(self.sampler.parts)[0]], [own, *kept]
+        return [run.x.chunk(self.sampler.parts)[0]], [own, *kept, run.x]
 
     def advance(
         self, runs: Sequence[_CachedRun], features: Sequence[Features], step: int, *, fits: bool

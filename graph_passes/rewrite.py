@@ -34,10 +34,9 @@ from calicache.graph_passes.insertion import (
     slot_name,
     weight_name,
 )
+from calicache.graph_passes.output_mix import mix_outputs, output_nodes
 from calicache.graph_passes.schedule import StepMode, Table
 from calicache.graph_passes.sites import Sites
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +158,7 @@ def rewrite(
     folded: frozenset[str] = frozenset(),
     anchors: Table = ((1.0,),),
     outputs: Table | None = None,
+    latent: str | None = None,
     run_values: Collection[str] = (),
 ) -> Rewritten:
     """Make the variants for some modes.
@@ -171,8 +171,9 @@ def rewrite(
         modes: which variants a schedule uses; REFRESH is made in any case.
         folded: targets that cache A x instead of x, from `choose_folds`.
         anchors: weights of the kept refreshes by step (T, K).
-        outputs: weights of a step's own output and the kept ones by step (T, 1 + K); None
-            leaves every output as it is.
+        outputs: weights of a step's own output and the kept ones by step (T, 1 + K), and of
+            the latent (T, 2 + K) where it is named; None leaves every output as it is.
+        latent: the input that the last of these weights is for.
         run_values: nodes that cheap modes read instead of making them, from `find_run_values`.
 
     Raises:
@@ -188,7 +189,9 @@ def rewrite(
             fix="Pass output_table(schedule, order).",
         )
     history = len(anchors[0])
-    build = _Builder(captured, sites, targets, factors, folded, history, outputs, run_values)
+    build = _Builder(
+        captured, sites, targets, factors, folded, history, outputs, latent, run_values
+    )
     variants: dict[StepMode, Variant] = {}
     if StepMode.CALIBRATE in used:
         exits = [name for branch in sites.branches for name in branch.exits]
@@ -226,6 +229,7 @@ class _Builder:
     folded: frozenset[str]
     history: int
     outputs: Table | None
+    latent: str | None
     run_values: Collection[str]
 
     def refresh(self, caches: tuple[CacheSpec, ...]) -> Variant:
@@ -299,7 +303,7 @@ class _Builder:
             if node.op == "placeholder" and str(node.target) in variant.reads
         }
         if self.outputs is not None:
-            values |= {cache_name(n.name): cached_form(n) for n in self._output_nodes()}
+            values |= {cache_name(n.name): cached_form(n) for n in output_nodes(self.captured)}
         first = {target.nodes[0]: target for target in self.targets}
         sources: dict[str, tuple[str, str | None]] = {}
         for node in self.captured.graph.nodes:
@@ -321,42 +325,12 @@ class _Builder:
         )
 
     def _finish(self, mode: StepMode, insert: Insertion, caches: Sequence[fx.Node] = ()) -> Variant:
-        output = insert.graph.output_node()
-        own = graph_outputs(insert.graph)
-        mixed = own
+        values = graph_outputs(insert.graph)
         if self.outputs is not None:
-            plain = {node.name: node for node in self._output_nodes()}
             keep_own = mode is not StepMode.FORECAST
-            with insert.graph.inserting_before(output):
-                named = zip(graph_outputs(self.captured.graph), own, strict=True)
-                mixed = tuple(_mix(insert, plain[str(a)], b, keep_own) for a, b in named)
-        output.args = ((*mixed, *caches),)
+            values = mix_outputs(insert, self.captured, self.latent, keep_own=keep_own)
+        insert.graph.output_node().args = ((*values, *caches),)
         return _variant(mode, self.captured, insert)
-
-    def _output_nodes(self) -> list[fx.Node]:
-        """The outputs, all of which can be forecast."""
-        for value in graph_outputs(self.captured.graph):
-            meta = value.meta["val"] if isinstance(value, fx.Node) else None
-            if not (isinstance(meta, Tensor) and meta.is_floating_point()):
-                raise PlanError(
-                    f"output {value}",
-                    expected="a floating-point tensor, which can be forecast",
-                    got=str(None if meta is None else meta.dtype),
-                    fix="Use CALIBRATE or REUSE steps, without a correction.",
-                )
-        return [value for value in graph_outputs(self.captured.graph) if isinstance(value, fx.Node)]
-
-
-def _mix(insert: Insertion, plain: fx.Node, own: object, keep_own: bool) -> fx.Node:
-    """w_0 own + sum_k w_k kept_k, in the shape of the output."""
-    assert isinstance(own, fx.Node)
-    kept = insert.slots(cache_name(plain.name), cached_form(plain))
-    total = insert.weighted_sum(kept, OUTPUT_WEIGHT, first=1)
-    if plain.target is LINEAR:
-        total = insert.shaped(total, plain)
-    if not keep_own:
-        return total
-    return insert.call(aten.add.Tensor, insert.weighted_sum([own], OUTPUT_WEIGHT), total)
 
 
 def _variant(mode: StepMode, captured: CapturedGraph, insert: Insertion) -> Variant:

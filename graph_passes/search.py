@@ -43,11 +43,12 @@ __all__ = ["SearchProgress", "SearchRequest", "search_plan"]
 
 FRONT_BUDGETS = (0.35, 0.2, 0.5)
 APART = 0.05  # budgets nearer than this to the request are not measured beside it
-CHOSEN_FROM, LEAST_TRIES = 2, 3
+CHOSEN_FROM, LEAST_TRIES = 3, 4
+ALIKE = 1.05  # errors that differ less than by this factor
 TRIED_RUNS = 1.2  # what candidates at the requested budget may take, in full runs
 MOST_TRIES = 4
 RUNS = 9.0  # what a search takes for every run to search with, in full runs, for a progress bar
-LEAST_SAMPLES = 5  # Student's t: fewer keep less than 95 % below the bound
+LEAST_SAMPLES = 5  # fewer keep less than 95 % of new ones below the bound
 INSIDE = 0.97  # of max_error, to aim at
 DIVERGED = 1e6  # bounds above it count as this
 
@@ -122,10 +123,17 @@ def _under_budget(
     for other in FRONT_BUDGETS:
         if abs(other - budget) > APART:
             explorer.ground.meter.stage(f"candidates at {other:g}")
-            found += explorer.candidates(other, 1)
+            found += explorer.candidates(other, 2 if other < budget else 1)[:1]
     within = [measured for measured in found if measured.cost <= budget]
-    chosen = min(within, key=lambda m: (explorer.summary(m).mean, m.cost))
+    chosen = _simplest(explorer, within)
     return chosen, [measured for measured in found if measured is not chosen]
+
+
+def _simplest(explorer: Explorer, there: Sequence[Measured]) -> Measured:
+    """The one with the fewest modes of those that err alike: every mode keeps caches of its own."""
+    least = min(explorer.summary(measured).mean for measured in there)
+    alike = [m for m in there if explorer.summary(m).mean <= ALIKE * least]
+    return min(alike, key=lambda m: (len(set(m.schedule)), explorer.summary(m).mean, m.cost))
 
 
 def _under_error(
@@ -203,6 +211,7 @@ def _plan(
         Front(
             unit="MACs" if request.latency is None else request.latency.runtime,
             request=request.text,
+            latent=ground.recorded.steps.latent,
             points=front,
             taken=front.index(chosen),
             held_out=held_out,

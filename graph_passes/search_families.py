@@ -199,8 +199,6 @@ def _candidates(ground: Ground) -> Candidates | None:
                 seen.add(target.name)
     if not targets:
         return None
-    ground.meter.stage("observe increments")
-    moments = _moments(ground, targets)
     ground.meter.stage("measure sensitivities")
     layers = [t for t in targets if t.granularity is Granularity.LINEAR]
     steps = sorted({max(BACK, round(share * (ground.steps - 1))) for share in PROBES})
@@ -215,6 +213,9 @@ def _candidates(ground: Ground) -> Candidates | None:
             lambda: ground.meter.add(2 + len(sites.branches) / 2),
         ),
     )
+    # After the probes: the moments of a large model take half as much memory as its weights.
+    ground.meter.stage("observe increments")
+    moments = _moments(ground, targets)
     spectra: dict[str, Tensor] = {}
     for target in targets:  # one at a time: factors of full rank are as large as the weights
         made = make_factors(captured, [replace(target, rank=1)], moments)[target.name]

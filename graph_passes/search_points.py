@@ -20,6 +20,7 @@ from calicache.graph_passes.search_families import Family
 from calicache.graph_passes.search_ground import Ground
 
 ANSWER_INTERVAL = 3
+IMPROVED = 3  # starts of a family that are improved
 
 _REPLAY, _ERRORS = TypeAdapter(Replay), TypeAdapter(list[float])
 
@@ -151,12 +152,16 @@ class Explorer:
             starts = [
                 (error, order, start)
                 for order in family.orders
-                for start, error in best_starts(rehearsal, order, modes, family.cost(order), budget)
+                for start, error in best_starts(
+                    rehearsal, order, modes, family.cost(order), budget, IMPROVED
+                )
             ]
-            if starts:
-                _, order, start = min(starts, key=lambda entry: entry[0])
-                cost = family.cost(order)
-                schedule, error = improve(rehearsal, start, order, modes, cost, budget)
+            improved = [
+                (order, *improve(rehearsal, start, order, modes, family.cost(order), budget))
+                for _, order, start in sorted(starts, key=lambda entry: entry[0])[:IMPROVED]
+            ]
+            if improved:
+                order, schedule, error = min(improved, key=lambda entry: entry[2])
                 found.append(self._simplest(Proposal(family, order, schedule, error)))
         return sorted(found, key=lambda p: p.error * self.trust.get(p.family.name, 1.0))
 

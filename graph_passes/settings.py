@@ -33,8 +33,9 @@ class PlanSettings:
         dependence: class of every tensor argument.
         timestep: the argument that shows the start of a new run, or None.
         weights_hash: of the checkpoint that the plan was made from.
-        output_weights: of a step's own output and the kept ones, by step (T, order + 2), or
-            None: every output as it is.
+        output_weights: of a step's own output, the kept ones and the latent, by step
+            (T, order + 3), or None: every output as it is.
+        latent: the input that the latent's weights are for; None where they are not fitted.
         correction: how the output weights were made, or why there are none.
         reads: what the model reads off its tensors in every call, from `find_reads`.
         fixed: the tensor arguments that decide these reads, and the digests of their recorded
@@ -55,6 +56,7 @@ class PlanSettings:
     timestep: Timestep | None
     weights_hash: str
     output_weights: Table | None = None
+    latent: str | None = None
     correction: str = "not asked for"
     reads: str = "[]"
     fixed: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -87,9 +89,16 @@ def _check_schedule(schedule: Sequence[StepMode]) -> None:
 
 def _check_output_weights(settings: PlanSettings) -> None:
     table = settings.output_weights
+    if (table is None) != (settings.latent is None):
+        raise PlanError(
+            "latent",
+            expected="a name beside output weights, and none without",
+            got=str(settings.latent),
+            fix="Make the plan again from the trajectory.",
+        )
     if table is None:
         return
-    width = settings.order + 2
+    width = settings.order + 3
     fits = len(table) == len(settings.schedule) and all(len(row) == width for row in table)
     if not fits or not all(math.isfinite(value) for row in table for value in row):
         raise PlanError(

@@ -16,7 +16,7 @@ def front_of(costs: Sequence[float], errors: Sequence[float], taken: int, steps:
         schedule = spread_schedule(steps, min(place + 2, steps), mode=mode)
         order = place % 3
         summary = ErrorSummary.of([0.9 * error, error, 1.2 * error])
-        table = output_table(schedule, order)
+        table = tuple((*row, 0.0) for row in output_table(schedule, order))
         points.append(FrontPoint(cost, summary, schedule, order, (), {}, table))
     held_out = ErrorSummary.of([0.02, 0.03])
-    return Front("MACs", "budget 0.5", tuple(points), taken, held_out)
+    return Front("MACs", "budget 0.5", "hidden_states", tuple(points), taken, held_out)

@@ -52,7 +52,7 @@ def fitted(model: nn.Module, trajectory: Trajectory, letters: str, order: int = 
 
 def without_weights(plan: Plan) -> Plan:
     """The same plan with the plain output table."""
-    return replace(plan, settings=replace(plan.settings, output_weights=None))
+    return replace(plan, settings=replace(plan.settings, output_weights=None, latent=None))
 
 
 def last_latents(model: nn.Module, steps: int, seed: int, batch: int = 2) -> list[Tensor]:
@@ -129,13 +129,13 @@ def test_rows_of_any_schedule_have_the_form_of_their_mode(
 ) -> None:
     letters = "R" + tail
     table = weights_of(fitted(dit, dit_trajectory, letters, order))
-    assert [len(row) for row in table] == [order + 2] * STEPS
+    assert [len(row) for row in table] == [order + 3] * STEPS
     for step, row in enumerate(table):
         if letters[step] == "F":
             assert row[0] == 0.0
         kept = min(letters[:step].count("R"), order + 1)
-        assert row[1 + kept :] == (0.0,) * (order + 1 - kept)  # not there yet
-    assert table[-1] == output_table(modes(letters), order)[-1]
+        assert row[1 + kept : -1] == (0.0,) * (order + 1 - kept)  # not there yet
+    assert table[-1] == (*output_table(modes(letters), order)[-1], 0.0)
 
 
 def test_forecast_rows_have_no_own_output(trained_plan: Plan) -> None:
@@ -145,16 +145,16 @@ def test_forecast_rows_have_no_own_output(trained_plan: Plan) -> None:
 
 def test_last_row_is_the_plain_one(trained_plan: Plan) -> None:
     # What the last output becomes was not recorded.
-    plain = output_table(trained_plan.schedule, trained_plan.settings.order)
-    assert weights_of(trained_plan)[-1] == plain[-1]
-    assert weights_of(trained_plan)[1:-1] != plain[1:-1]
+    *_, plain = output_table(trained_plan.schedule, trained_plan.settings.order)
+    assert weights_of(trained_plan)[-1] == (*plain, 0.0)
+    assert all(row[-1] != 0.0 for row in weights_of(trained_plan)[:-1])
 
 
 def test_first_step_is_exact_and_keeps_its_own_output(forecast_plan: Plan) -> None:
-    own, *others = weights_of(forecast_plan)[0]
+    own, *kept, latent = weights_of(forecast_plan)[0]
     # Nothing to correct: what is fitted is the rounding of a float32 sampler step.
-    assert own == pytest.approx(1.0, rel=1e-4)
-    assert others == [0.0] * 3
+    assert (own, latent) == pytest.approx((1.0, 0.0), abs=1e-4)
+    assert kept == [0.0] * 3
 
 
 def test_runs_that_refresh_always_keep_their_own_outputs(dit, dit_trajectory: Trajectory) -> None:
@@ -162,7 +162,7 @@ def test_runs_that_refresh_always_keep_their_own_outputs(dit, dit_trajectory: Tr
         # What is fitted is rounding (1e-7), divided by how little outputs of neighbouring
         # steps differ (1e-3 of their size on this model).
         assert own == pytest.approx(1.0, abs=1e-3)
-        assert others == pytest.approx([0.0] * 3, abs=1e-3)
+        assert others == pytest.approx([0.0] * 4, abs=1e-3)
 
 
 def fit(

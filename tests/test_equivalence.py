@@ -366,25 +366,28 @@ def test_forecast_is_linear_in_the_kept_outputs(subject: Subject) -> None:
     assert relative(got[3], 3 * newest - 3 * middle + oldest) < EXTRAPOLATED
 
 
-def test_output_weights_mix_own_and_kept_outputs(subject: Subject) -> None:
+def test_output_weights_mix_own_and_kept_outputs_and_the_latent(subject: Subject) -> None:
     schedule = (REFRESH, REUSE, REFRESH, REUSE, FORECAST, REUSE)
     order, draw = 1, torch.Generator().manual_seed(5)
-    table = [list(row) for row in output_table(schedule, order)]
+    table = [[*row, 0.0] for row in output_table(schedule, order)]
     for step in range(1, STEPS):
         seen = min(order + 1, len(kept_refreshes(schedule, step, order + 1)))
         table[step][1 : 1 + seen] = torch.randn(seen, generator=draw).tolist()
+        table[step][-1] = float(torch.randn((), generator=draw))
         if schedule[step] is not FORECAST:
             table[step][0] = 0.7
     plan = subject.plan.with_schedule(schedule)
     weights = tuple(map(tuple, table))
-    settings_ = replace(plan.settings, order=order, output_weights=weights)
+    settings_ = replace(plan.settings, order=order, output_weights=weights, latent="hidden_states")
     got = subject.outputs(optimize(subject.model, replace(plan, settings=settings_)))
     own = subject.outputs(subject.build(schedule, MIDDLE, fold=False, order=order))
     for step in range(STEPS):
         kept = kept_refreshes(schedule, step, order + 1)
-        expected = sum(w * own[k] for w, k in zip(table[step][1:], kept, strict=False))
+        expected = sum(w * own[k] for w, k in zip(table[step][1:-1], kept, strict=False))
         expected = expected + table[step][0] * own[step]
-        # Weights of size 1 in float32, and one sum of three terms.
+        x = subject.trajectory.calls[step]["hidden_states"]
+        expected[:, : x.shape[1]] += table[step][-1] * x  # diffusers' has a learned variance
+        # Weights of size 1 in float32, and one sum of four terms.
         assert relative(got[step], expected) < EXTRAPOLATED, step
 
 

@@ -247,10 +247,10 @@ def test_weights_of_every_step_are_tables_in_the_graph_with_the_plans_values(
     forecast_fast, forecast_model
 ) -> None:
     tables = forecast_fast.rewritten.tables
-    # Own output and three kept ones; anchors of three kept refreshes.
+    # Own output, three kept ones and the latent; anchors of three kept refreshes.
     assert sorted(tables) == [
         *(f"anchor_weight_{k}" for k in range(3)),
-        *(f"output_weight_{k}" for k in range(4)),
+        *(f"output_weight_{k}" for k in range(5)),
     ]
     look_ups = {node.output[0]: node for node in forecast_model.graph.node}
     settings = forecast_fast.plan.settings

@@ -212,9 +212,9 @@ def test_plan_with_everything_makes_all_modes(dit: FashionDiT, forecast_plan: Pl
     assert fast.cost.modes[FORECAST] == 0
     assert set(fast.rewritten.tables) == {
         *(f"anchor_weight_{k}" for k in range(3)),
-        *(f"output_weight_{k}" for k in range(4)),
+        *(f"output_weight_{k}" for k in range(5)),
     }
-    for place in range(4):
+    for place in range(5):
         column = tuple(row[place] for row in forecast_plan.settings.output_weights)
         assert fast.rewritten.tables[f"output_weight_{place}"] == column
 

@@ -108,7 +108,8 @@ def test_plan_holds_what_the_trajectory_showed(
     assert kept.timestep == Timestep("timestep", descends=True)
     assert kept.weights_hash == hash_weights(dit)
     assert (kept.order, kept.granularity, kept.rules) == (0, Granularity.LINEAR, ())
-    assert (kept.output_weights, kept.correction) == (None, "not asked for")
+    assert (kept.output_weights, kept.latent) == (None, None)
+    assert kept.correction == "not asked for"
     assert list(dit_plan.statistics) == [site.name for site in found[1].linears]
     expected = observe(found[0], targets, dit_trajectory, Weighting.INCREMENT, kept.schedule)
     assert_equal(dit_plan, Plan(kept, expected))
@@ -254,6 +255,7 @@ def rehash(folder: Path) -> None:
     edit(folder, statistics_sha256=sha256_of(folder / STATISTICS_FILE))
 
 
+GOOD_ROWS = ((1.0, 0.0, 0.0),) * STEPS  # at order 0: own, kept, latent
 Q = "blocks.0.attn.q.output"
 DAMAGES = {
     "no settings": (lambda at: (at / SETTINGS_FILE).unlink(), "No such file"),
@@ -265,13 +267,14 @@ DAMAGES = {
     "truncated, hash mended": (lambda at: [truncate(at), rehash(at)], "SafetensorError"),
     "swapped": (lambda at: add_to_statistics(at, 1.0), "is not the file the plan was saved with"),
     "half a site": (lambda at: [add_to_statistics(at, 0.0, drop=Q), rehash(at)], "output"),
-    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 4"),
-    "later format": (lambda at: edit(at, format=5, settings={}), "format 5, this version reads 4"),
-    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 4"),
-    "the last format": (lambda at: edit(at, format=3), "format 3, this version reads 4"),
+    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 5"),
+    "later format": (lambda at: edit(at, format=6, settings={}), "format 6, this version reads 5"),
+    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 5"),
+    "the last format": (lambda at: edit(at, format=4), "format 4, this version reads 5"),
     "unknown order": (lambda at: edit(at, order=3), "order"),
     "unknown granularity": (lambda at: edit(at, granularity="head"), "granularity"),
-    "bad output weights": (lambda at: edit(at, output_weights=[[1.0, 0.0]]), "output_weights"),
+    "bad output weights": (lambda at: edit(at, output_weights=[[1.0]], latent="x"), "6 rows of 3"),
+    "weights of no latent": (lambda at: edit(at, output_weights=GOOD_ROWS), "latent: expected"),
     "bad rule": (lambda at: edit(at, rules=[{"pattern": "*", "mode": "skip"}]), "rules"),
     "unknown mode": (lambda at: edit(at, schedule=[0, 7]), "schedule"),
     "bad schedule": (lambda at: edit(at, schedule=[1, 0]), "REFRESH"),
@@ -423,11 +426,13 @@ def test_defaults_are_forecasts_covariance_and_fitted_outputs(
     assert (kept.order, kept.weighting) == (2, Weighting.COVARIANCE)
     assert kept.correction == "fitted to the recorded runs"
     assert kept.outputs is kept.output_weights
-    assert [len(row) for row in kept.output_weights] == [4] * STEPS
+    assert kept.latent == "hidden_states"
+    assert [len(row) for row in kept.output_weights] == [5] * STEPS
     # A forecast has no output of its own, and what was not kept yet has no weight.
     assert kept.output_weights[5][0] == 0.0
-    assert kept.output_weights[0][1:] == (0.0, 0.0, 0.0)
-    assert kept.output_weights[1][2:] == (0.0, 0.0)
+    assert kept.output_weights[0][1:4] == (0.0, 0.0, 0.0)
+    assert kept.output_weights[1][2:4] == (0.0, 0.0)
+    assert kept.output_weights[1][4] != 0.0
     assert len(dit_trajectory.runs) == 1
 
 
@@ -472,6 +477,7 @@ def test_rules_output_weights_and_second_moments_survive_saving(
     assert_equal(loaded, ruled_plan)
     assert loaded.settings.rules == RULES
     assert loaded.settings.output_weights == ruled_plan.settings.output_weights
+    assert loaded.settings.latent == "hidden_states"
     assert type(loaded.settings.rules[1].granularity) is Granularity
     assert loaded.settings.rules[0].rank is None
 
@@ -502,7 +508,7 @@ def test_what_was_fitted_is_dropped_with_what_it_was_fitted_to(
     changed = (
         forecast_plan.with_rank(2) if change == "rank" else forecast_plan.with_schedule(schedule)
     )
-    assert changed.settings.output_weights is None
+    assert (changed.settings.output_weights, changed.settings.latent) == (None, None)
     assert changed.settings.correction == "not fitted: the plan was changed"
     assert forecast_plan.settings.output_weights is not None
     if change == "schedule":
@@ -529,26 +535,37 @@ def test_unknown_granularity_lists_the_valid_ones(
         Plan.from_trajectory(dit, dit_trajectory, rank=4, granularity="head")
 
 
-GOOD_ROWS = ((1.0, 0.0),) * STEPS
-
-
 @pytest.mark.parametrize(
     "rows",
     [
         GOOD_ROWS[:-1],
-        (*GOOD_ROWS, (1.0, 0.0)),
-        (*GOOD_ROWS[:-1], (1.0,)),
-        (*GOOD_ROWS[:-1], (1.0, 0.0, 0.0)),
-        (*GOOD_ROWS[:-1], (1.0, math.nan)),
-        (*GOOD_ROWS[:-1], (math.inf, 0.0)),
+        (*GOOD_ROWS, (1.0, 0.0, 0.0)),
+        (*GOOD_ROWS[:-1], (1.0, 0.0)),
+        (*GOOD_ROWS[:-1], (1.0, 0.0, 0.0, 0.0)),
+        (*GOOD_ROWS[:-1], (1.0, 0.0, math.nan)),
+        (*GOOD_ROWS[:-1], (math.inf, 0.0, 0.0)),
         (),
     ],
     ids=["too few", "too many", "short row", "long row", "nan", "inf", "none"],
 )
 def test_output_weights_of_another_form_are_refused(dit_plan: Plan, rows: Table) -> None:
-    assert replace(dit_plan.settings, output_weights=GOOD_ROWS).outputs == GOOD_ROWS
-    with pytest.raises(PlanError, match=r"output_weights: expected 6 rows of 2 finite numbers"):
-        replace(dit_plan.settings, output_weights=rows)
+    good = replace(dit_plan.settings, output_weights=GOOD_ROWS, latent="hidden_states")
+    assert good.outputs == GOOD_ROWS
+    with pytest.raises(PlanError, match=r"output_weights: expected 6 rows of 3 finite numbers"):
+        replace(good, output_weights=rows)
+
+
+@pytest.mark.parametrize(
+    ("weights", "latent"), [(GOOD_ROWS, None), (None, "hidden_states")], ids=["missing", "too many"]
+)
+def test_latent_is_named_where_there_are_output_weights_and_only_there(
+    dit_plan: Plan, weights: Table | None, latent: str | None
+) -> None:
+    with refuses(
+        "plan: latent: expected a name beside output weights, and none without, "
+        f"got {latent}. Make the plan again from the trajectory."
+    ):
+        replace(dit_plan.settings, output_weights=weights, latent=latent)
 
 
 def test_outputs_are_mixed_only_where_something_is_forecast(dit_plan: Plan) -> None:

@@ -134,7 +134,7 @@ def assert_same_geometry(recorded: RecordedSampler, atol: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_coordinates_keep_all_norms_and_inner_products(shape: Shape, seeds: Sequence[int]) -> None:
     recorded = recording(Affine([0.4] * STEPS, (2, 3, 3)), sampler_of(shape), (2, 2, 3, 3), seeds)
-    # float64 throughout; directions below FAINT = 1e-12 of the energy may be left out.
+    # float64 throughout; directions below LEAST_ENERGY = 1e-12 of the energy may be left out.
     assert_same_geometry(recorded, atol=1e-11)
 
 
@@ -287,9 +287,10 @@ def walk(rehearsal: Rehearsal, schedule: Sequence[StepMode], order: int) -> floa
             lags = math.prod(step - place for place in places)
             scale = rehearsal.scales[mode][len(places) - 1][step]
             own = own + scale * lags * z[steps + places[0]]
-        old = [kept[place] for place in places]
+        old = [*[kept[place] for place in places], np.broadcast_to(x, own.shape)]
         features = old if mode is F else [own, *old]
-        plain = lagrange_weights(places, step) if mode is F else (1.0, *[0.0] * len(old))
+        forecast = lagrange_weights(places, step) if mode is F else (1.0, *[0.0] * len(places))
+        plain = [*forecast, 0.0]  # of the latent
         row = np.array(span.weights[step])
         rest = np.concatenate([x[None], np.zeros_like(own), before])[: len(row)]
         scales = row[1 : 1 + len(own)]
@@ -435,7 +436,7 @@ def test_larger_scales_never_lower_the_error_of_a_last_cheap_step(
 def test_spread_adds_to_the_error() -> None:
     span = toy_span(6)
     found = [
-        Rehearsal(span, (Answer(0.3, spread),) * 6, {}).errors([modes("RFRFRF")], 0)[0]
+        Rehearsal(span, (Answer(0.3, spread),) * 6, {}).errors([modes("RFRFRR")], 0)[0]
         for spread in (0.0, 0.2, 0.5, 1.0)
     ]
     assert found == sorted(found)

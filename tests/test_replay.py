@@ -69,7 +69,7 @@ class Sweep:
 
     Attributes:
         paths: the latents x_0 .. x_k of every run, the whole batch.
-        table: weights by step, those of features that are not there left out at the end.
+        table: weights by step: own output, kept ones, latent; 0 where a feature is not there.
     """
 
     def __init__(
@@ -93,17 +93,16 @@ class Sweep:
         made = [parts_of(o(step, p[-1]), parts) for o, p in zip(self.owns, self.paths, strict=True)]
         places = sorted(self.kept[0], reverse=True)[: self.order + 1]
         features = [
-            np.stack(([] if mode is F else [e]) + [old[k] for k in places])
-            for e, old in zip(made, self.kept, strict=True)
+            np.stack([e, *[old[k] for k in places], parts_of(path[-1], parts)])[mode is F :]
+            for e, old, path in zip(made, self.kept, self.paths, strict=True)
         ]  # by run (K, P, n)
-        hidden = [0.0] if mode is F else []
-        plain = lagrange_weights(places, step) if mode is F else (1.0, *[0.0] * len(places))
-        weights = np.array(given[step][len(hidden) :][: len(plain)] if given else plain)
+        there = [0, *range(1, 1 + len(places)), self.order + 2][mode is F :]
+        weights = np.array(given[step] if given else plain_row(mode, places, step, self.order))
         if step < len(self.recorded.steps.weights):
             if given is None:
-                weights = self.fit(step, features, weights)
-            self.apply(step, features, weights)
-        self.table.append(np.concatenate([hidden, weights]))
+                weights[there] = self.fit(step, features, weights[there])
+            self.apply(step, features, weights[there])
+        self.table.append(weights)
         if mode is R:
             for old, e in zip(self.kept, made, strict=True):
                 old[step] = e
@@ -147,6 +146,16 @@ class Sweep:
         return errors
 
 
+def plain_row(mode: StepMode, places: Sequence[int], step: int, order: int) -> list[float]:
+    """A forecast of the kept outputs or the own one, and nothing of the latent."""
+    row = [0.0, *lagrange_weights(places, step)] if mode is F else [1.0]
+    return row + [0.0] * (order + 3 - len(row))
+
+
+def plain_table(schedule: Sequence[StepMode], order: int) -> Table:
+    return tuple((*row, 0.0) for row in output_table(schedule, order))
+
+
 def following(recorded: RecordedSampler, run: int, step: int) -> np.ndarray:
     """The recorded x_{k+1}, one copy."""
     calls, parts = recorded.runs[run], recorded.steps.parts
@@ -159,9 +168,8 @@ def following(recorded: RecordedSampler, run: int, step: int) -> np.ndarray:
 
 def assert_same_table(got: Table, expected: Sweep, atol: float) -> None:
     for row, other in zip(got, expected.table, strict=True):
-        assert len(row) == expected.order + 2
-        padded = np.pad(other, (0, len(row) - len(other)))
-        np.testing.assert_allclose(row, padded, rtol=0, atol=atol)
+        assert len(row) == len(other) == expected.order + 3
+        np.testing.assert_allclose(row, other, rtol=0, atol=atol)
 
 
 # --- a toy in float64 ---------------------------------------------------------------------------
@@ -229,7 +237,7 @@ def assert_same_answers(made: Replay, sweep: Sweep) -> None:
 def given_table(order: int) -> Table:
     """Some weights near the plain ones."""
     draw = np.random.default_rng(2)
-    rows = [[0.9, *[0.1 / (order + 1)] * (order + 1)] for _ in range(LONG)]
+    rows = [[0.9, *[0.1 / (order + 1)] * (order + 1), 0.0] for _ in range(LONG)]
     return tuple(tuple(row) for row in (np.array(rows) + draw.uniform(-0.1, 0.1)).tolist())
 
 
@@ -256,7 +264,7 @@ def test_fitted_weights_given_back_lead_to_the_same_errors() -> None:
     assert again.weights == fitted.weights
     # The same program on the same numbers, but for the alignment of sums.
     assert again.errors == pytest.approx(fitted.errors, rel=1e-9)
-    plain = replay(variants, recorded, schedule, 2, output_table(schedule, 2))
+    plain = replay(variants, recorded, schedule, 2, plain_table(schedule, 2))
     assert sum(again.errors) < 0.9 * sum(plain.errors)
 
 
@@ -411,8 +419,9 @@ def test_errors_are_those_of_sampling_with_the_optimised_model(
     variants, recorded = ground
     schedule = modes(letters)
     fitted = plan_of(blocks, ended, letters, order)
-    for plan in (fitted, replace(fitted, settings=replace(fitted.settings, output_weights=None))):
-        table = plan.settings.output_weights or output_table(schedule, order)
+    without = replace(fitted.settings, output_weights=None, latent=None)
+    for plan in (fitted, replace(fitted, settings=without)):
+        table = plan.settings.output_weights or plain_table(schedule, order)
         made = replay(variants, recorded, schedule, order, table)
         fast, expected = optimize(blocks, plan), list[float]()
         for seed, end in zip((1, 2), recorded.ends, strict=True):
@@ -466,7 +475,7 @@ def test_without_results_the_last_recorded_latent_counts(
     )
     made = replay(variants, recorded, modes("RFFRFF"), 2)
     assert len(recorded.steps.weights) == STEPS - 1
-    assert made.weights[-1] == output_table(modes("RFFRFF"), 2)[-1]
+    assert made.weights[-1] == plain_table(modes("RFFRFF"), 2)[-1]
     plan = plan_of(dit, dit_trajectory, "RFFRFF", 2)
     fast, full = (last_latent(model) for model in (optimize(dit, plan), dit))
     expected = [relative(one, other) for one, other in zip(fast, full, strict=True)]

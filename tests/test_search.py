@@ -109,9 +109,10 @@ def assert_kept(case: Case, plan: Plan, budget: float) -> None:
     point, fast = taken(plan), optimize(case.model, plan)
     assert plan.schedule == point.schedule
     assert plan.settings.output_weights == point.output_weights
+    assert plan.front is not None
+    assert plan.settings.latent == plan.front.latent == "hidden_states"
     assert fast.cost.run_share(plan.schedule) <= budget + 1e-9
     assert fast.cost.run_share(plan.schedule) == pytest.approx(point.cost, rel=1e-9)
-    assert plan.front is not None
     assert_summary(plan.front.held_out, case.errors(fast, REPORT))
     assert_summary(point.error, case.errors(fast, CHOICE))
 
@@ -227,7 +228,9 @@ def test_runs_to_report_with_have_no_part_in_the_plan() -> None:
 
 def test_calibration_is_found_where_forecasts_fail() -> None:
     model, trajectory = flicker()
-    plan = Plan.search(model, trajectory, budget=0.5)
+    # CALIBRATE steps at 0.3 of a step: the model's own rank of 8 everywhere. What a larger
+    # budget leaves over goes to directions of rounding.
+    plan = Plan.search(model, trajectory, budget=0.37)
     assert plan.front is not None
     assert C in plan.schedule
     assert taken(plan).error.mean < 1e-4

@@ -131,8 +131,10 @@ def assert_same_plan(one: Plan, other: Plan, *, held_out: bool = True) -> None:
         weights = [torch.tensor(point.output_weights) for point in (mine, its)]
         torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
         assert mine.error.mean == pytest.approx(its.error.mean, rel=1e-2, abs=1e-6)
+    assert one.settings.latent == other.settings.latent
     settings = [
-        replace(plan.settings, output_weights=None, fixed={}, reads="[]") for plan in (one, other)
+        replace(plan.settings, output_weights=None, latent=None, fixed={}, reads="[]")
+        for plan in (one, other)
     ]
     assert settings[0] == settings[1]
     assert set(one.statistics) == set(other.statistics)

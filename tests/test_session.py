@@ -357,10 +357,11 @@ def test_first_refresh_needs_no_kept_values_even_with_output_weights(forecast, c
     assert kept_refreshes(session) == []
     got = session.step(0, **calls[0])
     expected = fast.original(**{name: torch.from_numpy(v) for name, v in calls[0].items()})
-    # The first row of the table: own output times w_0, the kept ones have weight 0.
-    own, *others = fast.plan.settings.output_weights[0]
-    assert others == [0.0] * 3
-    assert relative(torch.from_numpy(got), own * expected) < SAME
+    # The first row of the table: own output and latent, the kept ones have weight 0.
+    own, *kept, latent = fast.plan.settings.output_weights[0]
+    assert kept == [0.0] * 3
+    x = torch.from_numpy(calls[0]["hidden_states"])
+    assert relative(torch.from_numpy(got), own * expected + latent * x) < SAME
 
 
 def test_runs_of_the_forecast_plan_one_after_another_are_equal(forecast, calls) -> None:

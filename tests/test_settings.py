@@ -114,7 +114,7 @@ def test_changed_plans_lose_their_front_and_with_another_rank_their_ranks(search
     for changed, ranks in ((searched.with_schedule((R, C)), RANKS), (searched.with_rank(4), {})):
         assert changed.front is None
         assert changed.settings.ranks == ranks
-        assert changed.settings.output_weights is None
+        assert (changed.settings.output_weights, changed.settings.latent) == (None, None)
         assert changed.settings.correction == "not fitted: the plan was changed"
     assert searched.front is not None
 
@@ -150,6 +150,7 @@ def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place:
     for name in others:
         assert getattr(taken.settings, name) == getattr(searched.settings, name), name
     assert taken.settings.correction == "fitted to the recorded runs"
+    assert taken.settings.latent == searched.front.latent == "hidden_states"
     assert taken.statistics is searched.statistics
     assert taken.front == replace(searched.front, taken=place)
     assert searched.front.taken == 2
@@ -162,7 +163,8 @@ def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place:
 def test_every_point_runs(dit: FashionDiT, searched: Plan, place: int) -> None:
     plan = searched.take(place)
     fast = optimize(dit, plan)
-    assert fast.plan.settings.output_weights == output_table(plan.schedule, plan.settings.order)
+    plain = output_table(plan.schedule, plan.settings.order)
+    assert fast.plan.settings.output_weights == tuple((*row, 0.0) for row in plain)
     exact = sample_dit(dit)
     off = float((sample_dit(fast) - exact).norm() / exact.norm())
     # All weights are random: what counts is that every mode of the point runs, and counts.
@@ -193,6 +195,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown rule": (change_point(rules=[{"pattern": "*", "mode": "skip"}]), "rules"),
     "rank that is no number": (change_point(ranks={"blocks.0.mlp": "many"}), "ranks"),
     "half an error": (change_point(error={"mean": 0.1}), "deviation"),
+    "no latent": (lambda written: written["front"].pop("latent"), "latent"),
     "no points": (lambda written: written["front"].pop("points"), "points"),
     "ranks that are no numbers": (lambda w: w["settings"].update(ranks={"a": 0.5}), "ranks"),
     "ranks without names": (lambda w: w["settings"].update(ranks=[8]), "ranks"),
