@@ -1,4 +1,4 @@
-"""An artifact: one folder with the ONNX model, its weights and a manifest that explains both."""
+"""An artifact: a folder with the ONNX model, its weights, its graphs and a manifest of all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from calicache.export.graph_file import write_graphs
 from calicache.export.manifest import (
     FORMAT,
     MODEL_FILE,
@@ -27,6 +28,7 @@ from calicache.export.samplers import Sampler
 from calicache.export.step_layout import step_model
 from calicache.graph_passes.errors import ExportError
 from calicache.graph_passes.files import atomic_path, sha256_of
+from calicache.graph_passes.graph_view import view_graphs
 from calicache.graph_passes.runtime import OptimizedModel
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
@@ -80,6 +82,7 @@ def export_onnx(
         else:
             model = step_model(optimized) if sampler is None else sampler_model(optimized, sampler)
             ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
+        write_graphs(view_graphs(optimized.captured, optimized.rewritten), folder)
         names = sorted(path.name for path in folder.iterdir())
         files = tuple(
             FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))

@@ -19,6 +19,7 @@ from calicache.graph_passes.signature import TensorSpec
 
 FORMAT = 4
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
+GRAPHS_FILE = "graphs.json"  # nothing that runs the model needs it
 
 
 class Layout(StrEnum):
@@ -193,16 +194,25 @@ def load_artifact(directory: Path | str) -> Manifest:
         if name not in {record.name for record in manifest.files}:
             raise _damaged(folder / MANIFEST_FILE, f"an entry for {name}", "none")
     for record in manifest.files:
-        path = folder / record.name
-        if PurePosixPath(record.name).name != record.name:
-            raise _damaged(path, "a file name inside the folder", record.name)
-        if not path.is_file():
-            raise _damaged(path, f"a file of {record.size} bytes", "no file")
-        if path.stat().st_size != record.size:
-            raise _damaged(path, f"{record.size} bytes", f"{path.stat().st_size} bytes")
-        if sha256_of(path) != record.sha256:
-            raise _damaged(path, f"SHA-256 {record.sha256[:12]}", "another content")
+        check_file(folder, record)
     return manifest
+
+
+def check_file(folder: Path, record: FileRecord) -> None:
+    """Check one file of an artifact against its record.
+
+    Raises:
+        ArtifactError: it is missing, cut short, changed, or outside the folder.
+    """
+    path = folder / record.name
+    if PurePosixPath(record.name).name != record.name:
+        raise _damaged(path, "a file name inside the folder", record.name)
+    if not path.is_file():
+        raise _damaged(path, f"a file of {record.size} bytes", "no file")
+    if path.stat().st_size != record.size:
+        raise _damaged(path, f"{record.size} bytes", f"{path.stat().st_size} bytes")
+    if sha256_of(path) != record.sha256:
+        raise _damaged(path, f"SHA-256 {record.sha256[:12]}", "another content")
 
 
 def _damaged(path: Path, expected: str, got: str) -> ArtifactError:

@@ -11,6 +11,7 @@ if __name__ == "graph_passes":
     raise ImportError("import calicache.graph_passes: the bare name makes a second copy")
 
 from calicache.graph_passes.assign import CalibrationTarget, Granularity, SiteMode, SiteRule, assign
+from calicache.graph_passes.block_view import BlockView, FoldedView, fold_blocks, view_block
 from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.capture import CapturedGraph, capture
 from calicache.graph_passes.cost import ModelCost, TargetCost, model_cost
@@ -18,6 +19,7 @@ from calicache.graph_passes.decompose import Weighting
 from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
 from calicache.graph_passes.errors import CalicacheError
 from calicache.graph_passes.front import ErrorSummary, Front, FrontPoint
+from calicache.graph_passes.graph_view import ModelGraphs, view_graphs
 from calicache.graph_passes.latency import LatencyTable
 from calicache.graph_passes.observe import observe
 from calicache.graph_passes.pipeline import optimize
@@ -58,5 +60,11 @@ __all__ = [
     "model_cost",
     "ModelCost",
     "TargetCost",
+    "view_graphs",
+    "ModelGraphs",
+    "view_block",
+    "BlockView",
+    "fold_blocks",
+    "FoldedView",
     "CalicacheError",
 ]

@@ -110,3 +110,15 @@ class BenchError(CalicacheError):
     """A measurement cannot be made as asked."""
 
     stage = "bench"
+
+
+class TargetError(CalicacheError):
+    """What a tool was pointed at is none of the things that it can look at."""
+
+    stage = "target"
+
+
+class CompareError(CalicacheError):
+    """A recording and an artifact cannot be run side by side."""
+
+    stage = "compare"

@@ -17,6 +17,7 @@ from calicache.graph_passes.cost import ModelCost
 from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import RunError
 from calicache.graph_passes.plan import Plan
+from calicache.graph_passes.plan_html import model_html
 from calicache.graph_passes.reads import check_fixed
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.schedule import StepMode
@@ -168,6 +169,10 @@ class OptimizedModel(nn.Module):
             )
         super().train(False)
         return self
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of the optimised model."""
+        return model_html(self)
 
     def __getattr__(self, name: str) -> Any:
         try:

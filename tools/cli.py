@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter
 from rich.console import Console
 
-from calicache.export.manifest import Manifest, load_artifact
 from calicache.graph_passes.errors import CalicacheError
 from calicache.tools.bench import run_bench
 from calicache.tools.bench_models import MODELS
 from calicache.tools.bench_report import write_report
 from calicache.tools.bench_rows import BenchSettings
+from calicache.tools.compare_command import CompareArguments, run_compare
+from calicache.tools.diff import diff_targets
+from calicache.tools.diff_view import describe_difference
+from calicache.tools.difference import difference_json
 from calicache.tools.environment import environment
-from calicache.tools.inspect_artifact import describe_artifact
+from calicache.tools.graph_command import GraphArguments, GraphFormat, run_graph
+from calicache.tools.inspect_target import facts_json, inspect_target
+from calicache.tools.inspect_view import describe_facts
 from calicache.tools.latency_command import LatencyArguments, run_latency
 from calicache.tools.plan_command import PlanArguments, run_plan
+from calicache.tools.report_command import ReportArguments, run_report
+
+WARNINGS, DIFFERENT = 2, 3  # exit codes; 1 is for what is refused
 
 app = typer.Typer(
     name="calicache",
@@ -38,19 +45,55 @@ def _main() -> None:
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="An artifact written by export_onnx.")],
-    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    target: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of a plan or an artifact, the file of a trajectory or an ONNX model."
+        ),
+    ],
+    json: Annotated[
+        bool, typer.Option("--json", help="Print all of it as JSON; `kind` says what it is.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with code 2 where there are warnings.")
+    ] = False,
 ) -> None:
-    """Print the sites, rejections, schedule and costs of an artifact.
+    """Print what a plan, an artifact, a trajectory or an ONNX file is, and what is odd about it.
 
     Example: calicache inspect out/dit.onnx.d
+
+    Exit codes: 1 for what is refused; with --strict 2 where there are warnings.
     """
     with _errors_shown():
-        manifest = load_artifact(directory)
+        facts = inspect_target(target)
     if json:
-        typer.echo(TypeAdapter(Manifest).dump_json(manifest, indent=2).decode())
+        typer.echo(facts_json(facts))
     else:
-        Console(highlight=False).print(describe_artifact(manifest))
+        Console(highlight=False).print(describe_facts(facts))
+    if strict and facts.warnings:
+        raise typer.Exit(WARNINGS)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The folder of a plan or an artifact.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another of the same kind.")],
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Print what differs between two plans, or between two artifacts, in cost and structure.
+
+    Example: calicache diff out/plan out/other-plan
+
+    Exit codes: 0 where they are equal, 3 where they differ, 1 for what cannot be compared.
+    """
+    with _errors_shown():
+        difference = diff_targets(a, b)
+    if json:
+        typer.echo(difference_json(difference))
+    else:
+        Console(highlight=False).print(describe_difference(difference))
+    if not difference.equal:
+        raise typer.Exit(DIFFERENT)
 
 
 @app.command()
@@ -176,6 +219,102 @@ def latency(
     arguments = LatencyArguments(model, trajectory, output, order, provider, repeats)
     with _errors_shown():
         run_latency(arguments, *_consoles())
+
+
+@app.command()
+def compare(
+    artifact: Annotated[Path, typer.Argument(help="An artifact written by export_onnx.")],
+    trajectory: Annotated[
+        Path, typer.Option(help="Recorded runs with their results, from Trajectory.save.")
+    ],
+    runs: Annotated[
+        int | None, typer.Option(help="Recorded runs to compare; all if left out.")
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG to draw: full, optimised, difference.")
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE.py:FUNCTION that returns a function from latents to images "
+            "(B, C, H, W) in -1 .. 1."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Time this torch model too: FILE.py:FUNCTION or a diffusers folder."),
+    ] = None,
+    provider: Annotated[str, typer.Option(help="Of ONNX Runtime.")] = "CPUExecutionProvider",
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Run an artifact beside the full model along recorded runs: error and time of every step.
+
+    Example: calicache compare out/dit.onnx.d --trajectory runs.safetensors --grid compare.png
+    """
+    arguments = CompareArguments(artifact, trajectory, runs, grid, decoder, model, provider, json)
+    with _errors_shown():
+        run_compare(arguments, *_consoles())
+
+
+@app.command()
+def graph(
+    target: Annotated[Path, typer.Argument(help="An artifact written by export_onnx.")],
+    block: Annotated[
+        str | None,
+        typer.Option(help="Name or number of a block; left out, the model is folded by block."),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="plain, or a mode of the schedule; if left out its first one that is not refresh."
+        ),
+    ] = None,
+    form: Annotated[
+        GraphFormat, typer.Option("--format", help="How the graph is written.")
+    ] = GraphFormat.TEXT,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write; printed if left out.")
+    ] = None,
+) -> None:
+    """Show a rewritten graph beside the plain one: what was inserted, removed, read and kept.
+
+    Example: calicache graph out/dit.onnx.d --block 3 --mode calibrate
+
+    As a drawing: calicache graph out/dit.onnx.d --block 3 --format svg -o block.svg
+    """
+    with _errors_shown():
+        text = run_graph(GraphArguments(target, block, mode, form, output))
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def report(
+    target: Annotated[Path, typer.Argument(help="An artifact, or a plan.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
+    trajectory: Annotated[
+        Path | None, typer.Option(help="Recorded runs: adds errors by step, times, pictures.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="That the artifact was made from: adds the search's front.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE.py:FUNCTION or a diffusers folder; with a plan: adds energies by rank, and "
+            "with recorded runs the error by branch and step."
+        ),
+    ] = None,
+    runs: Annotated[
+        int | None, typer.Option(help="Recorded runs to compare; all if left out.")
+    ] = None,
+) -> None:
+    """Write one HTML file that works offline: schedule, errors, costs, graphs, pictures.
+
+    Example: calicache report out/dit.onnx.d -o report.html --trajectory runs.safetensors
+    """
+    arguments = ReportArguments(target, output, trajectory, plan, model, runs)
+    with _errors_shown():
+        run_report(arguments, *_consoles())
 
 
 def _consoles() -> tuple[Console, Console]:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from calicache.graph_passes.front import CONFIDENCE, ErrorSummary, Front, FrontPoint
 from calicache.graph_passes.schedule import StepMode
-from calicache.tools.inspect_artifact import schedule_strip
+from calicache.tools.terminal_text import fact_grid, schedule_strip
 
 _POINT, _TAKEN = "*", "O"
 _PERCENT = f"{100 * CONFIDENCE:g} %"
@@ -27,15 +27,17 @@ def describe_front(front: Front) -> RenderableType:
     """Everything `calicache plan PLAN --show` prints, top to bottom."""
     return Group(
         Text("Front of a plan search", style="bold"),
-        _facts(
-            ("asked for", front.request),
-            ("cost", f"share of the full run, {_unit(front)}"),
-            ("error", "relative L2 of the final latents against the full run's"),
-            ("taken", f"point {front.taken}"),
-            *_held_out(front, " at the point that the search took"),
+        fact_grid(
+            [
+                ("asked for", front.request),
+                ("cost", f"share of the full run, {_unit(front)}"),
+                ("error", "relative L2 of the final latents against the full run's"),
+                ("taken", f"point {front.taken}"),
+                *held_out_fact(front, " at the point that the search took"),
+            ]
         ),
         Text("\nPoints", style="bold"),
-        _table(front),
+        front_table(front),
         Text("\nSchedules", style="bold"),
         *_schedules(front.points),
         Text("\nError against cost", style="bold"),
@@ -55,27 +57,21 @@ def describe_point(front: Front, *, searched: bool) -> RenderableType:
         Text("Schedule", style="bold"),
         *schedule_strip(point.schedule),
         Text(""),
-        _facts(
-            ("asked for", front.request),
-            ("steps", f"{point.label}, order {point.order}"),
-            ("cost", f"{point.cost:.3f} of the full run, {_unit(front)}"),
-            ("error", _in_words(point.error)),
-            *(_held_out(front) if searched else ()),
-            ("point", f"{front.taken} of 0 .. {len(front.points) - 1} on the front"),
+        fact_grid(
+            [
+                ("asked for", front.request),
+                ("steps", f"{point.label}, order {point.order}"),
+                ("cost", f"{point.cost:.3f} of the full run, {_unit(front)}"),
+                ("error", _in_words(point.error)),
+                *(held_out_fact(front) if searched else ()),
+                ("point", f"{front.taken} of 0 .. {len(front.points) - 1} on the front"),
+            ]
         ),
     )
 
 
-def _facts(*facts: tuple[str, str]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in facts:
-        grid.add_row(name, value)
-    return grid
-
-
-def _held_out(front: Front, where: str = "") -> Iterator[tuple[str, str]]:
+def held_out_fact(front: Front, where: str = "") -> Iterator[tuple[str, str]]:
+    """Name and value of the held-out error, where there is one."""
     if front.held_out is not None:
         yield "held-out error", _in_words(front.held_out) + where
 
@@ -91,7 +87,8 @@ def _in_words(error: ErrorSummary) -> str:
     )
 
 
-def _table(front: Front) -> Table:
+def front_table(front: Front) -> Table:
+    """Cost, error, order and steps by mode of every point; the one that is taken is marked."""
     table = Table(box=None, padding=(0, 1), header_style="dim")
     for column in ("point", "cost", "error ± deviation", f"{_PERCENT} bound", "order", *_LETTERS):
         table.add_column(column, justify="right", no_wrap=True)

@@ -16,9 +16,9 @@ from calicache.graph_passes.errors import PlanError
 from calicache.graph_passes.latency import LatencyTable
 from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.search import SearchProgress
-from calicache.tools.inspect_artifact import format_count
 from calicache.tools.model_file import load_model
 from calicache.tools.progress import progress_shown
+from calicache.tools.terminal_text import format_count
 
 STEADY = 0.1  # share that the plain step may move by while others are measured
 

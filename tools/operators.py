@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,43 @@ class OperatorTime:
 
 
 def operator_times(task: BenchTask) -> list[OperatorTime]:
-    """Time of an artifact's operators by mode, the slowest of every mode first."""
+    """Time of a benchmarked artifact's operators by mode, the slowest of every mode first."""
+
+    def run_once(session: Session) -> None:
+        session_runner(session, task).measure(task.model, task.settings.steps)
+
+    return profile(task.folder, run_once, runs=RUNS, provider=task.settings.provider)
+
+
+def profile(
+    artifact: Path | str,
+    run_once: Callable[[Session], None],
+    *,
+    runs: int = RUNS,
+    provider: str = "CPUExecutionProvider",
+) -> list[OperatorTime]:
+    """Time of an artifact's operators by mode, the slowest of every mode first.
+
+    Args:
+        artifact: its folder.
+        run_once: makes the session do all steps of a run.
+        runs: how often.
+        provider: of ONNX Runtime.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         options = ort.SessionOptions()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(scratch) / "profile")
-        session = Session(task.folder, provider=task.settings.provider, options=options)
-        runner = session_runner(session, task)
-        for _ in range(RUNS):
-            runner.measure(task.model, task.settings.steps)
+        session = Session(artifact, provider=provider, options=options)
+        for _ in range(runs):
+            run_once(session)
         events = [event for path in session.end_profiling() for event in _events(path)]
     schedule = session.manifest.schedule
-    steps = {mode.name: schedule.count(mode) * RUNS for mode in set(schedule)}
+    steps = {mode.name: schedule.count(mode) * runs for mode in set(schedule)}
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for event in events:
         mode = _mode(event["name"])
-        share = 1 / steps.get(mode, RUNS)
+        share = 1 / steps.get(mode, runs)
         entry = totals[mode, event["args"]["op_name"]]
         entry[0] += share * event["dur"] / 1e3  # microseconds
         entry[1] += share

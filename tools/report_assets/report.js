@@ -1,0 +1,100 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const charts = JSON.parse(document.getElementById("charts").textContent);
+  const settings = { responsive: true, displaylogo: false, scrollZoom: false };
+
+  const colours = () => {
+    const style = getComputedStyle(root);
+    const line = style.getPropertyValue("--line").trim();
+    return {
+      "font.color": style.getPropertyValue("--ink").trim(),
+      "xaxis.gridcolor": line, "yaxis.gridcolor": line,
+      "xaxis.zerolinecolor": line, "yaxis.zerolinecolor": line,
+    };
+  };
+
+  const theme = document.getElementById("theme");
+  const paint = (dark) => {
+    root.dataset.theme = dark ? "dark" : "light";
+    theme.setAttribute("aria-pressed", String(dark));
+    for (const name of Object.keys(charts)) {
+      const place = document.getElementById(name);
+      if (place.data) Plotly.relayout(place, colours());
+    }
+  };
+  root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  for (const [name, chart] of Object.entries(charts)) {
+    Plotly.newPlot(name, chart.data, chart.layout, settings).then((place) =>
+      Plotly.relayout(place, colours()));
+  }
+  theme.setAttribute("aria-pressed", String(root.dataset.theme === "dark"));
+  theme.addEventListener("click", () => paint(root.dataset.theme !== "dark"));
+
+  const part = document.getElementById("part");
+  if (!part) return;
+  const mode = document.getElementById("mode");
+  const search = document.getElementById("node");
+  const found = document.getElementById("found");
+  const drawn = [...document.querySelectorAll("template.drawn")];
+  const views = {};
+
+  const show = (place, wanted) => {
+    const holder = document.getElementById(place);
+    if (views[place]) views[place].destroy();
+    const source = drawn.find((d) => d.dataset.part === part.value && d.dataset.mode === wanted);
+    holder.replaceChildren(source.content.cloneNode(true));
+    views[place] = svgPanZoom(holder.querySelector("svg"), {
+      controlIconsEnabled: true, zoomScaleSensitivity: 0.3, minZoom: 0.2, maxZoom: 40,
+    });
+  };
+  const redraw = () => {
+    show("before", "plain");
+    show("after", mode.value);
+    document.getElementById("after-caption").textContent = `Rewritten: ${mode.value}`;
+  };
+
+  const steps = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] };
+  for (const place of ["before", "after"]) {
+    document.getElementById(place).addEventListener("keydown", (event) => {
+      const view = views[place];
+      if (steps[event.key]) view.panBy({ x: steps[event.key][0], y: steps[event.key][1] });
+      else if (event.key === "+" || event.key === "=") view.zoomIn();
+      else if (event.key === "-") view.zoomOut();
+      else if (event.key === "0") { view.resetZoom(); view.center(); }
+      else return;
+      event.preventDefault();
+    });
+  }
+
+  const about = (group) => `${group.dataset.node}\n${group.querySelector("title")?.textContent ?? ""}`;
+  const groups = (holder) => [...holder.querySelectorAll("g[data-node]:not(.legend)")];
+
+  // A layer is looked for in all drawings: the part that holds it is opened by itself.
+  const look = () => {
+    const wanted = search.value.trim();
+    if (!wanted) { found.textContent = ""; redraw(); return; }
+    const hit = (group) => about(group).includes(wanted);
+    const whole = drawn.filter((d) => d.dataset.mode === mode.value && d.dataset.part !== part.options[0].value);
+    const ranked = whole
+      .map((d) => ({ part: d.dataset.part, hits: groups(d.content).filter(hit).length }))
+      .filter((entry) => entry.hits);
+    if (!ranked.length) { found.textContent = "nothing of that name in this mode"; return; }
+    const best = ranked.find((entry) => wanted.startsWith(entry.part)) ?? ranked[0];
+    part.value = best.part;
+    redraw();
+    let inserted = 0;
+    for (const place of ["before", "after"]) {
+      for (const group of groups(document.getElementById(place)).filter(hit)) {
+        group.classList.add("looked-for");
+        if (place === "after" && group.dataset.mark === "inserted") inserted += 1;
+      }
+    }
+    found.textContent = `${best.hits} nodes in ${best.part}, ${inserted} of them inserted`;
+  };
+
+  part.addEventListener("change", () => { search.value = ""; found.textContent = ""; redraw(); });
+  mode.addEventListener("change", () => (search.value ? look() : redraw()));
+  search.addEventListener("change", look);
+  redraw();
+})();

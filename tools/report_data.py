@@ -1,0 +1,205 @@
+"""Everything that a report shows, gathered before anything is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from calicache.export.graph_file import read_graphs
+from calicache.export.manifest import GRAPHS_FILE, Layout
+from calicache.export.session import Session
+from calicache.graph_passes.decompose import CalibrationFactors
+from calicache.graph_passes.errors import TargetError
+from calicache.graph_passes.front import Front
+from calicache.graph_passes.graph_view import ModelGraphs, view_graphs
+from calicache.graph_passes.pipeline import optimize
+from calicache.graph_passes.plan import Plan
+from calicache.graph_passes.record import Trajectory
+from calicache.graph_passes.runtime import OptimizedModel
+from calicache.tools.artifact_facts import ArtifactFacts
+from calicache.tools.compare import Comparison, compare
+from calicache.tools.inspect_target import inspect_target
+from calicache.tools.operators import OperatorTime, profile
+from calicache.tools.plan_facts import PlanFacts
+from calicache.tools.site_errors import SiteErrors, site_errors
+
+NO_TRAJECTORY = "No recording was given: --trajectory T."
+NO_MODEL = "No plan and model were given: --plan PLAN --model FILE.py:FUNCTION."
+PROFILED = 1  # recorded runs
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyCurve:
+    """What every rank of one calibration target keeps.
+
+    Attributes:
+        target: its name.
+        rank: that the plan gives it.
+        kept: share of the energy of the increments by rank, from 0 to full.
+    """
+
+    target: str
+    rank: int
+    kept: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """What a report shows; None where `missing` says why, by the name of the attribute.
+
+    Attributes:
+        facts: of the artifact or plan.
+        graphs: of the model.
+        comparison: full and optimised runs side by side.
+        errors: by residual branch and step.
+        operators: time of an artifact's operators.
+        curves: of the calibration targets.
+        front: of the search that the plan is from.
+        missing: reasons.
+    """
+
+    facts: ArtifactFacts | PlanFacts
+    graphs: ModelGraphs | None
+    comparison: Comparison | None
+    errors: SiteErrors | None
+    operators: tuple[OperatorTime, ...] | None
+    curves: tuple[EnergyCurve, ...] | None
+    front: Front | None
+    missing: Mapping[str, str]
+
+
+def gather_report(
+    target: Path | str,
+    *,
+    trajectory: Trajectory | None = None,
+    plan: Plan | None = None,
+    model: nn.Module | None = None,
+    runs: int | None = None,
+    on_stage: Callable[[str], None] | None = None,
+) -> ReportData:
+    """Look at an artifact or a plan, and measure what the rest allows.
+
+    Args:
+        target: an artifact's folder or a plan's.
+        trajectory: recorded runs of the full model.
+        plan: that the artifact was made from; the target itself, where that is a plan.
+        model: that was planned for.
+        runs: how many of the recorded ones are compared; None takes all.
+        on_stage: called with what is being done.
+
+    Raises:
+        TargetError: the target is neither, or a plan goes with another checkpoint.
+        CalicacheError: a stage refuses; it names itself.
+    """
+    say = on_stage or (lambda _: None)
+    say("look at the target")
+    facts = inspect_target(target)
+    if not isinstance(facts, ArtifactFacts | PlanFacts):
+        raise TargetError(
+            str(target),
+            expected="an artifact or a plan, which a report can be made of",
+            got=f"a file of the kind {facts.kind}",
+            fix=f"Look at it with calicache inspect {target}.",
+        )
+    if isinstance(facts, PlanFacts):
+        plan = Plan.load(target)
+    _check_plan(plan, facts)
+    say("optimise the model")
+    optimized = optimize(model, plan) if model is not None and plan is not None else None
+    missing: dict[str, str] = {}
+    graphs = _graphs(facts, optimized)
+    if graphs is None:
+        missing["graphs"] = NO_MODEL if isinstance(facts, PlanFacts) else _NO_GRAPHS
+    comparison, operators = _measured(facts, trajectory, runs, missing, say)
+    errors = None
+    if optimized is None or trajectory is None:
+        missing["errors"] = NO_MODEL if optimized is None else NO_TRAJECTORY
+    else:
+        say("compare branch by branch")
+        errors = site_errors(optimized, trajectory)
+    if optimized is None:
+        missing["curves"] = NO_MODEL
+    if plan is None or plan.front is None:
+        missing["front"] = (
+            "No plan was given: --plan PLAN."
+            if plan is None
+            else "The plan was not searched for: Plan.search, or calicache plan, gives a front."
+        )
+    return ReportData(
+        facts=facts,
+        graphs=graphs,
+        comparison=comparison,
+        errors=errors,
+        operators=operators,
+        curves=energy_curves(optimized.factors) if optimized else None,
+        front=plan.front if plan else None,
+        missing=missing,
+    )
+
+
+_NO_GRAPHS = "The artifact holds no graphs: export the model again."
+
+
+def energy_curves(factors: Mapping[str, CalibrationFactors]) -> tuple[EnergyCurve, ...]:
+    """Energy by rank of every target whose statistics have a spectrum."""
+    curves = []
+    for name, made in factors.items():
+        if made.spectrum is None or not float(made.spectrum.sum()):
+            continue
+        sums = made.spectrum.double().cumsum(0) / made.spectrum.double().sum()
+        curves.append(EnergyCurve(name, made.up.shape[1], (0.0, *sums.tolist())))
+    return tuple(curves)
+
+
+def _check_plan(plan: Plan | None, facts: ArtifactFacts | PlanFacts) -> None:
+    if plan is None or plan.settings.weights_hash == facts.weights_hash:
+        return
+    raise TargetError(
+        "plan",
+        expected=f"the plan of the artifact's checkpoint ({facts.weights_hash[:12]})",
+        got=f"one of another ({plan.settings.weights_hash[:12]})",
+        fix="Give the plan that the artifact was exported from.",
+    )
+
+
+def _graphs(
+    facts: ArtifactFacts | PlanFacts, optimized: OptimizedModel | None
+) -> ModelGraphs | None:
+    if optimized is not None:
+        return view_graphs(optimized.captured, optimized.rewritten)
+    if isinstance(facts, ArtifactFacts) and any(f.name == GRAPHS_FILE for f in facts.files):
+        return read_graphs(facts.path)
+    return None
+
+
+def _measured(
+    facts: ArtifactFacts | PlanFacts,
+    trajectory: Trajectory | None,
+    runs: int | None,
+    missing: dict[str, str],
+    say: Callable[[str], None],
+) -> tuple[Comparison | None, tuple[OperatorTime, ...] | None]:
+    if not isinstance(facts, ArtifactFacts):
+        missing["comparison"] = missing["operators"] = (
+            "A plan runs nowhere by itself: export it, and report on the artifact."
+        )
+        return None, None
+    if trajectory is None:
+        missing["comparison"] = missing["operators"] = NO_TRAJECTORY
+        return None, None
+    say("run full and optimised side by side")
+    comparison = compare(facts.path, trajectory, runs=runs)
+    if facts.layout == Layout.SAMPLER.value:
+        missing["operators"] = "The layout sampler makes its steps out of sight."
+        return comparison, None
+    say("time the operators")
+    calls = facts.calls_per_step
+
+    def run_once(session: Session) -> None:
+        for k, call in enumerate(trajectory.runs[0]):
+            session.step(k // calls, k % calls, **call)
+
+    return comparison, tuple(profile(facts.path, run_once, runs=PROFILED))
