@@ -45,7 +45,7 @@ def _heading(result: Mapping[str, Any]) -> str:
     return f"""# Fidelity
 
 Written by `make fidelity`; do not edit. The sample DiT (5.0 M parameters, Fashion-MNIST, 28 x 28),
-35 DDIM steps, guidance 1.5, ONNX Runtime {versions["onnxruntime"]} on {machine["threads"]} threads
+35 DDIM steps, guidance 1.5, ONNX Runtime {versions["onnxruntime"]} on {_threads(machine)}
 of {machine["processor"]}.
 
 - MACs and time: share of the full run; time is the median of interleaved runs of 32 images.
@@ -57,6 +57,10 @@ of {machine["processor"]}.
   "searched" are plans of `Plan.search`, from three recorded batches of 32.
 
 ![relative error against time, every method](fidelity.png)"""
+
+
+def _threads(machine: Mapping[str, Any]) -> str:
+    return "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
 
 
 def _tables(rows: Sequence[Row]) -> str:
