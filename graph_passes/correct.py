@@ -1,9 +1,9 @@
 """Output weights fitted along the corrected trajectory.
 
-Every step's output becomes w_0 e + sum_j w_j E_j, with e the step's own output and E_j those of
-the kept REFRESH steps. The weights are chosen so that the sampler's next latent comes as near
-as it can to the recorded one: that takes back what earlier steps did wrong, where a fit to
-the step's true output would only keep its own error small.
+Every step's output becomes w_0 e + sum_j w_j E_j + w_x x, with e the step's own output, E_j those
+of the kept REFRESH steps, and x the latent. The weights are chosen so that the sampler's next
+latent comes as near as it can to the recorded one: that takes back what earlier steps did wrong,
+where a fit to the step's true output would only keep its own error small.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def fit_step(
     Args:
         sampler: how the next latent is made.
         step: k.
-        features: of every run: the terms of x, and the outputs to mix, None where there is none.
+        features: of every run: the terms of x, and what is mixed, None where there is none.
         before: of every run: the terms of the step before.
         wanted: of every run: the recorded x_{k+1}, one copy (B, ...).
-        plain: weights to start from (order + 2).
+        plain: weights to start from (order + 3).
     """
     there = [k for k, value in enumerate(features[0][1]) if value is not None]
     gram = torch.zeros(len(there), len(there), dtype=torch.float64)
