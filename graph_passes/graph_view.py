@@ -147,15 +147,15 @@ def view_graphs(captured: CapturedGraph, rewritten: Rewritten) -> ModelGraphs:
     """
     calls = [node for node in captured.graph.nodes if node.op == "call_function"]
     lists = find_block_lists(module_path(node).split("@")[0] for node in calls)
-    parts = find_parts(captured.graph, lists)
+    parts, counted = find_parts(captured.graph, lists), dict[str, int]()
     nodes = tuple(
-        _node_view(node, parts[node.name], node_macs(node))
+        _node_view(node, parts[node.name], _macs(node, counted))
         for node in captured.graph.nodes
         if node.op != "output"
     )
     plain = GraphView(PLAIN, nodes, _names(graph_outputs(captured.graph)))
     modes = {
-        mode: _view_variant(variant, plain, rewritten, lists)
+        mode: _view_variant(variant, plain, rewritten, lists, counted)
         for mode, variant in sorted(rewritten.variants.items())
     }
     ran = dict.fromkeys((*(parts[node.name] for node in calls), *parts.values()))
@@ -164,7 +164,11 @@ def view_graphs(captured: CapturedGraph, rewritten: Rewritten) -> ModelGraphs:
 
 
 def _view_variant(
-    variant: Variant, plain: GraphView, rewritten: Rewritten, lists: Sequence[str]
+    variant: Variant,
+    plain: GraphView,
+    rewritten: Rewritten,
+    lists: Sequence[str],
+    counted: dict[str, int],
 ) -> GraphView:
     graph, known = variant.module.graph, {node.name: node for node in plain.nodes}
     marks = _marks(variant, known, rewritten.slots())
@@ -176,7 +180,7 @@ def _view_variant(
         if node.op == "output":
             continue
         name, old = node.name, known.get(node.name)
-        macs = node_macs(node) if old is None else old.macs
+        macs = _macs(node, counted) if old is None else old.macs
         view = _node_view(node, parts[name], macs, marks[name])
         if name in places:
             view = replace(view, module=places[name][1])
@@ -201,12 +205,8 @@ def _cache_places(
         if node.op == "placeholder" and node.name not in known and str(node.target) in slots:
             cache, _ = slots[str(node.target)]
             source = known[cache.node]
-            part = (
-                source.block
-                if cache.folded is None
-                else target_part(cache.folded, source.block, lists)
-            )
-            places[node.name] = (part, cache.folded or source.module)
+            target = cache.folded or source.module
+            places[node.name] = (target_part(target, source.block, lists), target)
     return places
 
 
@@ -247,6 +247,21 @@ def _node_view(node: fx.Node, part: str, macs: int, mark: Mark = Mark.PLAIN) -> 
         mark=mark,
         macs=macs,
     )
+
+
+def _macs(node: fx.Node, counted: dict[str, int]) -> int:
+    """Multiply-accumulates of a node; blocks are alike, so each kind of product counts once."""
+
+    def form(source: fx.Node) -> str:
+        value = source.meta.get("val")
+        return str(value.shape) if isinstance(value, Tensor) else source.name
+
+    if node.op != "call_function":
+        return 0
+    kind = f"{node.target} {fx.node.map_arg((node.args, dict(node.kwargs)), form)}"
+    if kind not in counted:
+        counted[kind] = node_macs(node)
+    return counted[kind]
 
 
 def _short_op(node: fx.Node) -> str:
