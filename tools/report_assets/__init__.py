@@ -1,0 +1,1 @@
+"""What a report page is made of: its template, style and scripts."""
