@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 
 from calicache.graph_passes.assign import SiteRule
-from calicache.graph_passes.schedule import StepMode, Table
+from calicache.graph_passes.schedule import StepMode, Table, count_modes
 
 CONFIDENCE = 0.99
 
@@ -71,8 +71,7 @@ class FrontPoint:
     @property
     def label(self) -> str:
         """Steps by mode, such as `12 REFRESH + 23 FORECAST`."""
-        counts = [(self.schedule.count(mode), mode.name) for mode in StepMode]
-        return " + ".join(f"{count} {name}" for count, name in counts if count)
+        return count_modes(self.schedule)
 
 
 @dataclass(frozen=True, slots=True)

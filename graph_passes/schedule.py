@@ -66,6 +66,12 @@ def spread_schedule(
     return tuple(StepMode.REFRESH if k in marks else mode for k in range(steps))
 
 
+def count_modes(schedule: Sequence[StepMode]) -> str:
+    """Steps by mode, such as `12 REFRESH + 23 FORECAST`."""
+    counts = [(schedule.count(mode), mode.name) for mode in StepMode]
+    return " + ".join(f"{count} {name}" for count, name in counts if count)
+
+
 def kept_refreshes(schedule: Sequence[StepMode], step: int, count: int) -> tuple[int, ...]:
     """The last `count` REFRESH steps before a step, newest first; fewer early in a run."""
     before = [k for k in range(step) if schedule[k] is StepMode.REFRESH]

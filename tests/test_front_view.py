@@ -10,7 +10,8 @@ import pytest
 from fronts import front_of
 from rich.console import Console
 
-from calicache.tools.front_view import FrontChart, axis_ticks, describe_front, describe_point
+from calicache.tools.error_chart import axis_ticks
+from calicache.tools.front_view import FrontChart, describe_front, describe_point
 
 COSTS, ERRORS = (0.21, 0.4, 0.52, 0.93), (0.31, 0.042, 0.0071, 0.0002)
 

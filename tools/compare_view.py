@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import plotext
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +15,7 @@ from calicache.graph_passes.front import ErrorSummary
 from calicache.graph_passes.plan_html import STEP_LETTERS
 from calicache.graph_passes.schedule import StepMode
 from calicache.tools.compare import Comparison
-from calicache.tools.front_view import axis_ticks
+from calicache.tools.error_chart import chart_text, draw_errors
 from calicache.tools.image_grid import ImageGrid
 from calicache.tools.image_measures import ImageMeasures
 from calicache.tools.terminal_text import fact_grid, plain_table
@@ -24,7 +23,6 @@ from calicache.tools.terminal_text import fact_grid, plain_table
 _CHART_HEIGHT, _MOST_TICKS = 16, 10
 _TENSORS = ("full", "cached", "pictures")
 # For terminals and files that cannot take the box characters of the chart.
-_PLAIN = str.maketrans("┌┐└┘├┤┬┴┼─│", "+++++++++-|")
 
 
 def describe_comparison(comparison: Comparison, grid: ImageGrid | None = None) -> RenderableType:
@@ -190,33 +188,15 @@ class ErrorChart:
         chart += f"\n{', '.join(names)}"
         if len(seen) < len(self.comparison.steps):
             chart += "; steps without error are left out"
-        yield Text(chart.translate(_PLAIN) if options.ascii_only else chart, no_wrap=True)
+        yield chart_text(chart, ascii_only=options.ascii_only)
 
 
 def _chart(seen: Sequence[tuple[int, StepMode, float]], steps: int, width: int) -> str:
-    # The logarithms are taken here, as in the chart of a front.
-    figure = plotext.figure
-    figure.clear()  # the package has one figure for the whole process
-    plotext.terminal.limit(False, False)
-    figure.plot_size(width, _CHART_HEIGHT)
-    for mode in StepMode:
-        points = [(step, math.log10(error)) for step, other, error in seen if other is mode]
-        if points:
-            figure.draw(
-                figure.signal(*map(list, zip(*points, strict=True)), marker=STEP_LETTERS[mode])
-            )
     apart = max(1, math.ceil((steps - 1) / _MOST_TICKS))
     last = max(1, apart * math.ceil((steps - 1) / apart))
     places = list(range(0, last + 1, apart))
-    _ruler("x", places, places)
-    errors = [error for *_, error in seen]
-    ticks = axis_ticks(min(errors), max(errors))
-    _ruler("y", [math.log10(tick) for tick in ticks], ticks)
-    lines = plotext.uncolorize(str(figure.build())).splitlines()
-    return "\n".join(line.rstrip() for line in lines).rstrip()
-
-
-def _ruler(axis: str, places: Sequence[float], values: Sequence[float]) -> None:
-    ruler = plotext.figure.ruler(axis)
-    ruler.lim(places[0], places[-1])
-    ruler.ticks(list(places), [f"{value:g}" for value in values])
+    series = [
+        (STEP_LETTERS[mode], [(step, error) for step, other, error in seen if other is mode])
+        for mode in StepMode
+    ]
+    return draw_errors(series, places, width, _CHART_HEIGHT)

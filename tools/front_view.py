@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import plotext
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from calicache.graph_passes.front import CONFIDENCE, ErrorSummary, Front, FrontPoint
 from calicache.graph_passes.schedule import StepMode
+from calicache.tools.error_chart import chart_text, draw_errors
 from calicache.tools.terminal_text import fact_grid, schedule_strip
 
 _POINT, _TAKEN = "*", "O"
 _PERCENT = f"{100 * CONFIDENCE:g} %"
 _LETTERS = next(schedule_strip(tuple(StepMode))).plain.split()[1]
 _CHART_HEIGHT = 18
-_MOST_TICKS = 8
-# For terminals and files that cannot take the box characters of the chart.
-_PLAIN = str.maketrans("┌┐└┘├┤┬┴┼─│", "+++++++++-|")
 
 
 def describe_front(front: Front) -> RenderableType:
@@ -138,45 +135,13 @@ class FrontChart:
         chart += f"\n{_TAKEN} taken, {_POINT} the others"
         if len(points) < len(self.front.points):
             chart += "; points without error are left out"
-        yield Text(chart.translate(_PLAIN) if options.ascii_only else chart, no_wrap=True)
-
-
-def axis_ticks(smallest: float, largest: float) -> list[float]:
-    """1, 2 and 5 times powers of ten around a range above 0; powers alone where it is wide."""
-    decades = range(math.floor(math.log10(smallest)) - 1, math.ceil(math.log10(largest)) + 2)
-    for mantissas in ((1, 2, 5), (1,)):
-        marks = [float(f"{mantissa}e{decade}") for decade in decades for mantissa in mantissas]
-        below = max(place for place, mark in enumerate(marks) if mark <= smallest)
-        above = min(place for place, mark in enumerate(marks) if mark >= largest)
-        above = max(above, below + 1)
-        if above - below < _MOST_TICKS:
-            break
-    return marks[below : above + 1]
+        yield chart_text(chart, ascii_only=options.ascii_only)
 
 
 def _chart(points: Sequence[tuple[float, float]], taken: tuple[float, float], width: int) -> str:
-    # The logarithms are taken here: plotext's own scale drops points where limits are given, and
-    # fails on a single point where they are not.
-    figure = plotext.figure
-    figure.clear()  # the package has one figure for the whole process
-    plotext.terminal.limit(False, False)
-    figure.plot_size(width, _CHART_HEIGHT)
-    for marker, drawn in ((_POINT, points), (_TAKEN, [taken])):
-        shown = [(cost, math.log10(error)) for cost, error in drawn if error > 0]
-        if shown:
-            figure.draw(figure.signal(*map(list, zip(*shown, strict=True)), marker=marker))
-    costs, errors = zip(*points, strict=True)
+    costs = [cost for cost, _ in points]
     left = math.floor(round(10 * min(costs), 6))
     right = math.ceil(round(10 * max(costs), 6))
     tenths = [place / 10 for place in range(left, max(right, left + 1) + 1)]
-    _ruler("x", tenths, tenths)
-    ticks = axis_ticks(min(errors), max(errors))
-    _ruler("y", [math.log10(tick) for tick in ticks], ticks)
-    lines = plotext.uncolorize(str(figure.build())).splitlines()
-    return "\n".join(line.rstrip() for line in lines).rstrip()
-
-
-def _ruler(axis: str, places: Sequence[float], values: Sequence[float]) -> None:
-    ruler = plotext.figure.ruler(axis)
-    ruler.lim(places[0], places[-1])
-    ruler.ticks(list(places), [f"{value:g}" for value in values])
+    shown = [taken] if taken[1] > 0 else []  # without any error it has no place on the axis
+    return draw_errors([(_POINT, points), (_TAKEN, shown)], tenths, width, _CHART_HEIGHT)

@@ -39,13 +39,18 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise TargetError(
-            "plotly",
-            expected="the library that draws the charts",
-            got=str(error),
-            fix="pip install 'calicache[report]'",
-        ) from error
+        raise no_library("plotly", "draws the charts", error) from error
     return str(get_plotlyjs())
+
+
+def no_library(name: str, purpose: str, error: ImportError) -> TargetError:
+    """What to tell where a library of the extra `report` is missing."""
+    return TargetError(
+        name,
+        expected=f"the library that {purpose}",
+        got=str(error),
+        fix="pip install 'calicache[report]'",
+    )
 
 
 def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> Chart:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from calicache.graph_passes.block_view import fold_blocks, view_block
-from calicache.graph_passes.errors import TargetError
 from calicache.graph_passes.files import atomic_path
 from calicache.graph_passes.graph_view import ModelGraphs
 from calicache.graph_passes.schedule import StepMode
@@ -20,7 +19,7 @@ from calicache.tools.compare import Comparison
 from calicache.tools.graph_draw import svg_text
 from calicache.tools.image_grid import save_grid
 from calicache.tools.image_measures import PictureKind
-from calicache.tools.report_charts import COLOURS, plotly_script
+from calicache.tools.report_charts import COLOURS, no_library, plotly_script
 from calicache.tools.report_data import ReportData
 from calicache.tools.report_sections import Section, report_cards, report_sections
 
@@ -84,12 +83,7 @@ def _template() -> Any:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise TargetError(
-            "jinja2",
-            expected="the library that fills the page in",
-            got=str(error),
-            fix="pip install 'calicache[report]'",
-        ) from error
+        raise no_library("jinja2", "fills the page in", error) from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(_asset("report.html"))
 

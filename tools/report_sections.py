@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from calicache.graph_passes.schedule import StepMode
+from calicache.graph_passes.schedule import count_modes
 from calicache.tools.artifact_facts import ArtifactFacts
 from calicache.tools.compare import Comparison
 from calicache.tools.facts import ModeFacts
@@ -88,7 +88,7 @@ def report_sections(data: ReportData) -> tuple[Section, ...]:
 def _cards(data: ReportData) -> Iterator[Card]:
     facts, comparison = data.facts, data.comparison
     modes = facts.schedule.modes
-    yield Card("steps", str(len(modes)), _counts(modes))
+    yield Card("steps", str(len(modes)), count_modes(modes))
     if isinstance(facts, ArtifactFacts):
         yield Card("MACs", f"{facts.run_share:.3f}", "of the full run")
         yield Card("caches", format_count(facts.cache_bytes, "B"), f"{facts.history} refreshes")
@@ -274,8 +274,3 @@ def _belonging(data: ReportData) -> Section:
         tables.append(DataTable(("warning", "what it says"), cautions))
     kind = "plan" if isinstance(facts, PlanFacts) else "artifact"
     return Section("belonging", f"Whose is this {kind}?", tables=tuple(tables))
-
-
-def _counts(modes: Sequence[StepMode]) -> str:
-    counts = [(modes.count(mode), mode.name) for mode in StepMode]
-    return " + ".join(f"{count} {name}" for count, name in counts if count)

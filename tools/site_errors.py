@@ -22,9 +22,9 @@ from calicache.graph_passes.record import Trajectory
 from calicache.graph_passes.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.rewrite import Rewritten
 from calicache.graph_passes.runtime import OptimizedModel
-from calicache.graph_passes.sampler_step import match_channels
+from calicache.graph_passes.sampler_step import SamplerSteps, match_channels
 from calicache.graph_passes.schedule import StepMode
-from calicache.graph_passes.timestep import Run
+from calicache.graph_passes.timestep import Call
 
 LATENTS, OUTPUT = "latents", "output"
 
@@ -63,20 +63,20 @@ def site_errors(
     """
     recorded, model = _recorded(optimized, trajectory)
     sums = _Sums()
-    steps = len(model.plan.schedule)
+    steps, joins = len(model.plan.schedule), _joins(model)
     total = steps * len(recorded.runs)
     result: float | None = None
     for number, run in enumerate(recorded.runs):
-        walk = _Walk(model.captured, model.rewritten, model.plan.schedule, recorded, _joins(model))
+        walk = _Walk(model.captured, model.rewritten, model.plan.schedule, recorded.steps, joins)
         for step in range(steps):
-            walk.advance(step, run, sums)
+            walk.advance(step, run[step], recorded.outputs[number][step], sums)
             if on_step:
                 on_step(number * steps + step + 1, total)
         end = recorded.ends[number]
         if end is not None and walk.x is not None:
             sums.add("result", 0, walk.x.chunk(recorded.steps.parts)[0], end)
             result = sums.relative("result", 0)
-    names = (LATENTS, *_joins(model).values(), OUTPUT)
+    names = (LATENTS, *joins.values(), OUTPUT)
     sites = tuple(dict.fromkeys(names))
     rows = tuple(tuple(sums.relative(site, step) for step in range(steps)) for site in sites)
     return SiteErrors(sites, model.plan.schedule, rows, result)
@@ -110,15 +110,15 @@ class _Walk:
     captured: CapturedGraph
     rewritten: Rewritten
     schedule: Sequence[StepMode]
-    recorded: RecordedSampler
+    sampler: SamplerSteps
     joins: Mapping[str, str]
     x: Tensor | None = None
     before: Sequence[Tensor] = ()
     kept: tuple[dict[str, Tensor], ...] = ()
 
-    def advance(self, step: int, run: Run, sums: _Sums) -> None:
-        """Run one step, compare it, and go on to the next latent."""
-        sampler, call = self.recorded.steps, dict(run[step])
+    def advance(self, step: int, recorded: Call, output: Tensor, sums: _Sums) -> None:
+        """Run one step, compare it with the recorded call, and go on to the next latent."""
+        sampler, call = self.sampler, dict(recorded)
         _, exact = _tapped(self.captured.module, self.joins, list(call.values()))
         self.x = call[sampler.latent] if self.x is None else self.x.to(call[sampler.latent].dtype)
         sums.add(LATENTS, step, self.x, call[sampler.latent])
@@ -128,8 +128,7 @@ class _Walk:
             sums.add(self.joins[node], step, value, exact[node])
         own = match_channels(outputs, self.x)
         assert own is not None
-        which = next(k for k, other in enumerate(self.recorded.runs) if other is run)
-        sums.add(OUTPUT, step, own, self.recorded.outputs[which][step])
+        sums.add(OUTPUT, step, own, output)
         if step < len(sampler.weights):
             terms = [self.x.chunk(sampler.parts)[0], *sampler.output_terms(own)]
             self.x = sampler.next_latent(step, terms, self.before)
