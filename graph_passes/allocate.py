@@ -23,6 +23,7 @@ from calicache.graph_passes.latency import BranchChoice
 
 MULTIPLE = 8  # of ranks: what GEMM kernels are written for
 BISECTIONS = 60
+ROUNDING = 1e-7  # of the energy: less in one direction may be the rounding of float32 moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ class RankCurve:
     ) -> RankCurve:
         """From the energies of all directions, largest first, and what no rank can explain."""
         most = min(len(spectrum), target.in_features, sum(target.out_features))
-        left = (spectrum.double().sum() - spectrum.double().cumsum(0)).clamp(min=0.0).tolist()
-        tails = [float(spectrum.double().sum()), *left]
+        energies = spectrum.double()
+        energies = energies.where(energies > ROUNDING * energies.sum(), 0.0)
+        left = (energies.sum() - energies.cumsum(0)).clamp(min=0.0).tolist()
+        tails = [float(energies.sum()), *left]
         chosen = [tails[rank] for rank in range(0, most + 1, MULTIPLE)]
         return RankCurve(target, tuple(sensitivity * (tail + unexplained) for tail in chosen))
 

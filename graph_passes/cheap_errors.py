@@ -25,7 +25,8 @@ def cheap_errors(
     Args:
         rewritten: the variants of the modes, without output weights.
         recorded: runs with their outputs.
-        schedule: which steps REFRESH; all others are tried in every mode.
+        schedule: which steps REFRESH; all others are tried in every mode, but for FORECAST ones,
+            which are not run.
         modes: to try; FORECAST has no output of its own.
         on_step: called after every step of every run.
 
@@ -43,7 +44,7 @@ def cheap_errors(
             tensors, latent = list(call.values()), call[recorded.steps.latent]
             if schedule[step] is StepMode.REFRESH:
                 _, kept = run_step(rewritten, StepMode.REFRESH, kept, step, tensors, history)
-            else:
+            elif schedule[step] is not StepMode.FORECAST:
                 order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
                 for mode in modes:
                     own, _ = run_step(views[order], mode, kept, step, tensors, history)

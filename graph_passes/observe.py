@@ -32,7 +32,8 @@ def observe(
     `activation` averages over all steps; `increment` over the differences between neighbouring
     steps of one run, as in the paper. `covariance`, and every residual branch calibrated as a
     whole, take the increments against the anchors that the plan will use: on its CALIBRATE
-    steps, with its lags and its order. `none` needs nothing.
+    steps, with its lags and its order. `none` needs nothing. Steps that nothing looks at are
+    not run.
 
     Args:
         captured: the graph of the recorded model.
@@ -67,9 +68,11 @@ def observe(
         for stream in streams.values():
             stream.start()
         for step, call in enumerate(run[: len(schedule)]):
-            tap = _Tap(captured.module, watched, list(streams.values()), step, done)
-            with torch.no_grad():
-                tap.run(*(value.to(captured.device) for value in call.values()))
+            looking = [stream for stream in streams.values() if stream.looks_at(step)]
+            if looking:
+                tap = _Tap(captured.module, watched, looking, step, done)
+                with torch.no_grad():
+                    tap.run(*(value.to(captured.device) for value in call.values()))
             done += 1
             if on_step:
                 on_step(done, total)

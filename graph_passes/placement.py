@@ -11,7 +11,7 @@ Schedule = tuple[StepMode, ...]
 Cost = Callable[[Sequence[StepMode]], float]
 
 POWERS = (0.8, 0.9, 1.0, 1.1)
-LEAST_GAIN, MOST_ROUNDS = 2e-3, 60
+LEAST_GAIN, MOST_ROUNDS = 5e-3, 60
 NEAR = 4
 BATCH = 512
 
@@ -79,15 +79,14 @@ def best_starts(
     modes: Collection[StepMode],
     cost: Cost,
     budget: float,
-    count: int = 1,
 ) -> list[tuple[Schedule, float]]:
-    """The starts with the least rehearsed errors; none where the budget allows none."""
+    """The starts by rehearsed error, the least first; none where the budget allows none."""
     steps = len(rehearsal.answers)
     there = list(dict.fromkeys(starts(steps, modes, cost, budget)))
     if not there:
         return []
     errors = rehearsal.errors(there, order)
-    return sorted(zip(there, errors, strict=True), key=lambda pair: pair[1])[:count]
+    return sorted(zip(there, errors, strict=True), key=lambda pair: pair[1])
 
 
 def neighbours(

@@ -28,6 +28,7 @@ from calicache.graph_passes.schedule import StepMode
 
 ROWS = 1 << 16
 LEAST_ENERGY = 1e-12  # share of it below which a direction does not count
+ALIKE = 1e-4  # how far shares of parts may be apart: recovered weights are good to about 1e-6
 Scales = tuple[tuple[float, ...], ...]
 
 
@@ -37,7 +38,8 @@ class Span:
 
     Attributes:
         latents: x_k by step, (T + 1, D), the result last.
-        outputs: e_k by step and part, (T, P, D).
+        outputs: e_k by step and part, (T, P, D); where all steps weigh the parts alike, as with
+            one guidance scale, their weighted sum is the only part.
         weights: of the sampler's update by step, see `SamplerSteps`.
     """
 
@@ -49,18 +51,22 @@ class Span:
     def of(recorded: RecordedSampler) -> Span:
         """Coordinates of recorded runs that are known to their end; all runs count alike."""
         parts, weights = recorded.steps.parts, recorded.steps.weights
-        steps = len(weights)
-        size = 1 + steps * parts
+        steps, guidance = len(weights), _guidance(weights, parts)
+        if guidance is not None:
+            weights = tuple(_guided(row, parts) for row in weights)
+        size = 1 + steps * (parts if guidance is None else 1)
         gram = torch.zeros(size, size, dtype=torch.float64)
         for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
             first = run[0][recorded.steps.latent].chunk(parts)[0].flatten()
-            shares = [part.flatten() for value in outputs for part in value.chunk(parts)]
-            gram += _gram([first, *shares])
+            shares = [[part.flatten() for part in value.chunk(parts)] for value in outputs]
+            if guidance is not None:
+                shares = [[_weighted(guidance, step)] for step in shares]
+            gram += _gram([first, *(part for step in shares for part in step)])
         # v in the span has the coordinates root v, with root^T root = gram.
         values, vectors = torch.linalg.eigh(gram)
         seen = values > LEAST_ENERGY * values[-1]
         root = (vectors * values.clamp(min=0.0).sqrt())[:, seen].T  # (D, 1 + T P)
-        outputs_ = root.T[1:].reshape(steps, parts, len(root))
+        outputs_ = root.T[1:].reshape(steps, -1, len(root))
         return Span(_latents(root[:, 0], outputs_, weights), outputs_, weights)
 
 
@@ -162,16 +168,10 @@ class _Walk:
     def _anchors(self, step: int) -> Tensor:
         """Lagrange's weights of the kept refreshes (S, K), 0 where there is none."""
         usable = torch.arange(self.history)[None] < self.there[:, None]
-        columns = []
-        for j in range(self.history):
-            weight = usable[:, j].double()
-            for i in range(self.history):
-                if i != j:
-                    apart = self.places[:, j] - self.places[:, i]
-                    ratio = (step - self.places[:, i]) / torch.where(apart == 0, 1.0, apart)
-                    weight = weight * torch.where(usable[:, i], ratio, 1.0)
-            columns.append(weight)
-        return torch.stack(columns, 1)
+        apart = self.places[:, :, None] - self.places[:, None]  # (S, K, K)
+        counts = usable[:, None] & ~torch.eye(self.history, dtype=torch.bool)
+        ratios = (step - self.places)[:, None] / torch.where(apart == 0, 1.0, apart)
+        return usable * torch.where(counts, ratios, 1.0).prod(dim=2)
 
     def _fit(self, step: int, features: Tensor, mask: Tensor, plain: Tensor) -> Tensor:
         """The same least squares as `correct.fit_step`, (S, 2 + K)."""
@@ -195,6 +195,29 @@ class _Walk:
         x = sum(weight * term for weight, term in zip(weights, used, strict=True))
         assert isinstance(x, Tensor)
         return x, terms
+
+
+def _guidance(weights: Sequence[Sequence[float]], parts: int) -> tuple[float, ...] | None:
+    """Shares u_p of sum 1, if an output never counts but as sum_p u_p e_p."""
+    rows = torch.tensor(
+        [row[at + 1 : at + 1 + parts] for row in weights for at in range(0, len(row), 1 + parts)],
+        dtype=torch.float64,
+    )
+    sums = rows.sum(dim=1)
+    guidance = rows.sum(dim=0) / sums.sum()
+    off = (rows - sums[:, None] * guidance).abs().amax(dim=1)
+    alike = bool((off <= ALIKE * rows.abs().amax(dim=1)).all())  # not where a sum is 0 or NaN
+    return tuple(guidance.tolist()) if alike else None
+
+
+def _guided(row: Sequence[float], parts: int) -> tuple[float, ...]:
+    """Weights of x and of the guided output, now and, where the sampler looks back, before."""
+    terms = (row[at : at + 1 + parts] for at in range(0, len(row), 1 + parts))
+    return tuple(value for x, *shares in terms for value in (x, sum(shares)))
+
+
+def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([w * v.double() for w, v in zip(weights, values, strict=True)]).sum(dim=0)
 
 
 def _gram(vectors: Sequence[Tensor]) -> Tensor:

@@ -41,9 +41,9 @@ from calicache.graph_passes.settings import PlanSettings
 
 __all__ = ["SearchProgress", "SearchRequest", "search_plan"]
 
-FRONT_BUDGETS = (0.35, 0.2, 0.5)
-APART = 0.05  # budgets nearer than this to the request are not measured beside it
-CHOSEN_FROM, LEAST_TRIES = 3, 4
+FRONT_BUDGETS = (0.2, 0.35, 0.5)
+APART = 0.06  # budgets nearer than this to the request are not measured beside it
+CHOSEN_FROM, LEAST_TRIES = 2, 2
 ALIKE = 1.05  # errors that differ less than by this factor
 TRIED_RUNS = 1.2  # what candidates at the requested budget may take, in full runs
 MOST_TRIES = 4
@@ -115,15 +115,17 @@ def _under_budget(
     """The best plan within the budget, and the others that were measured.
 
     Several candidates at the budget, and one at every other budget: cheap steps that cost less
-    can also err less.
+    can also err less. The least budget comes first and tries every family, which tells cheaply
+    how far the rehearsals of each can be trusted.
     """
-    explorer.ground.meter.stage(f"candidates at {budget:g}")
-    tries = effort * max(LEAST_TRIES, round(TRIED_RUNS / budget))
-    found = explorer.candidates(budget, tries)[:CHOSEN_FROM]
-    for other in FRONT_BUDGETS:
-        if abs(other - budget) > APART:
-            explorer.ground.meter.stage(f"candidates at {other:g}")
-            found += explorer.candidates(other, 2 if other < budget else 1)[:1]
+    others = [other for other in FRONT_BUDGETS if abs(other - budget) > APART]
+    found: list[Measured] = []
+    for share in sorted([budget, *others]):
+        explorer.ground.meter.stage(f"candidates at {share:g}")
+        tries = 1 if found else len(explorer.families)
+        if share == budget:
+            tries = effort * max(LEAST_TRIES, round(TRIED_RUNS / budget))
+        found += explorer.candidates(share, tries)[: CHOSEN_FROM if share == budget else 1]
     within = [measured for measured in found if measured.cost <= budget]
     chosen = _simplest(explorer, within)
     return chosen, [measured for measured in found if measured is not chosen]
@@ -143,7 +145,9 @@ def _under_error(
     points: list[Measured] = []
     for budget in [b for b in FRONT_BUDGETS if b > least] or [(least + 1.0) / 2]:
         explorer.ground.meter.stage(f"candidates at {budget:.3g}")
-        points += explorer.candidates(budget, 1 if points else LEAST_TRIES)
+        points += explorer.candidates(budget, 1 if points else len(explorer.families))
+        if any(explorer.summary(point).bound <= max_error for point in points):
+            break
     for _ in range(MOST_TRIES * effort):
         between = _next_budget(explorer, points, max_error, least)
         if between is None:

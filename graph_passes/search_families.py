@@ -37,7 +37,7 @@ from calicache.graph_passes.verify import verify_rewritten
 
 LEVELS = (0.15, 0.3, 0.45, 0.6)  # shares of a full step that a CALIBRATE step may cost
 OBSERVED_INTERVAL = 3
-PROBES = (0.2, 0.5, 0.8)  # places of the run where sensitivities are measured
+PROBES = (0.3, 0.7)  # places of the run where sensitivities are measured
 
 _SCALES = TypeAdapter(dict[StepMode, Scales])
 
@@ -122,6 +122,20 @@ def find_families(
     return families, known
 
 
+def probe_schedule(steps: int) -> tuple[StepMode, ...]:
+    """Where cheap steps are measured: every third step REFRESH, and one CALIBRATE step after it.
+
+    The CALIBRATE step is the first after one REFRESH, the second after the next; the others are
+    FORECAST, which runs nothing.
+    """
+    modes = list(uniform_schedule(steps, OBSERVED_INTERVAL))
+    for step in range(steps):
+        interval, lag = divmod(step, OBSERVED_INTERVAL)
+        if lag and (interval + lag) % 2 == 0:
+            modes[step] = StepMode.FORECAST
+    return tuple(modes)
+
+
 def planned_targets(ground: Ground, allocation: Allocation) -> tuple[CalibrationTarget, ...]:
     """The targets that a plan with this allocation will have."""
     targets, _ = assign(
@@ -172,7 +186,11 @@ def _family(
             f"errors-{name}",
             lambda: _SCALES.dump_python(
                 cheap_errors(
-                    rewritten, ground.recorded, schedule, tried, lambda: ground.meter.add(0.5)
+                    rewritten,
+                    ground.recorded,
+                    probe_schedule(ground.steps),
+                    tried,
+                    lambda: ground.meter.add(0.5),
                 ),
                 mode="json",
             ),
@@ -226,15 +244,14 @@ def _candidates(ground: Ground) -> Candidates | None:
 
 def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, SecondMoments]:
     def collect() -> dict[str, Tensor]:
-        schedule = uniform_schedule(ground.steps, OBSERVED_INTERVAL)
         found = observe(
             ground.captured,
             targets,
             ground.trajectory,
             Weighting.COVARIANCE,
-            schedule,
+            probe_schedule(ground.steps),
             MAX_ORDER,
-            lambda *_: ground.meter.add(1.3),
+            lambda *_: ground.meter.add(0.9),
         )
         return named_tensors(found)
 

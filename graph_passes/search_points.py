@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -20,7 +21,7 @@ from calicache.graph_passes.search_families import Family
 from calicache.graph_passes.search_ground import Ground
 
 ANSWER_INTERVAL = 3
-IMPROVED = 3  # starts of a family that are improved
+IMPROVED = 2  # starts of a family that are improved
 
 _REPLAY, _ERRORS = TypeAdapter(Replay), TypeAdapter(list[float])
 
@@ -72,6 +73,11 @@ class Proposal:
     schedule: Schedule
     error: float
 
+    def moved_to(self, family: Family) -> Proposal:
+        """The same schedule in a family that has all its modes."""
+        order = self.order if self.order in family.orders else max(family.orders)
+        return replace(self, family=family, order=order)
+
 
 class Explorer:
     """Finds candidates at a budget.
@@ -94,20 +100,21 @@ class Explorer:
     def candidates(self, budget: float, count: int) -> list[Measured]:
         """Up to `count` candidates within the budget, the least error first.
 
-        One of every family first, then what the best of them becomes under its own answers.
+        One of every family first that can be better than what is measured, then what the best
+        of them becomes under its own answers.
         """
         measured: dict[Schedule, Measured] = {}
-        proposals = self._proposals(budget)
-        while proposals and len(measured) < count:
-            proposal = proposals.pop(0)
-            if proposal.schedule not in measured:
-                found = self.measure(proposal.family, proposal.order, proposal.schedule)
-                measured[found.schedule] = found
-                if proposal.error > 0:
-                    self.trust[proposal.family.name] = found.error / proposal.error
-            if not proposals:
-                best = min(measured.values(), key=lambda m: m.error)
-                proposals = self._near(best, budget, measured)
+        for proposal in self.proposals(budget):
+            least = min((m.error for m in measured.values()), default=math.inf)
+            fresh = len(measured) < count and proposal.schedule not in measured
+            if fresh and self._expected(proposal) < least:
+                measured[proposal.schedule] = self._tried(proposal)
+        while 0 < len(measured) < count:
+            best = min(measured.values(), key=lambda m: m.error)
+            near = self._near(best, budget, measured)
+            if near is None:
+                break
+            measured[near.schedule] = self._tried(near)
         return sorted(measured.values(), key=lambda m: m.error)
 
     def measure(self, family: Family, order: int, schedule: Schedule) -> Measured:
@@ -143,31 +150,61 @@ class Explorer:
             self.summaries[name] = ErrorSummary.of(errors)
         return self.summaries[name]
 
-    def _proposals(self, budget: float) -> list[Proposal]:
-        """The improved schedule of every family, the most promising first."""
-        found = []
+    def _tried(self, proposal: Proposal) -> Measured:
+        found = self.measure(proposal.family, proposal.order, proposal.schedule)
+        if proposal.error > 0:
+            self.trust[proposal.family.name] = found.error / proposal.error
+        return found
+
+    def _expected(self, proposal: Proposal) -> float:
+        """Its error, as far as its family's rehearsals are known to be trusted."""
+        return proposal.error * self.trust.get(proposal.family.name, 1.0)
+
+    def proposals(self, budget: float) -> list[Proposal]:
+        """The improved schedule of every family, the most promising first.
+
+        Every family has the modes of the one before, and starts from what that one found, too.
+        """
+        found: list[Proposal] = []
         for family in self.families:
-            rehearsal = Rehearsal(self.span, self.answers, family.scales)
-            modes = family.modes
-            starts = [
-                (error, order, start)
-                for order in family.orders
-                for start, error in best_starts(
-                    rehearsal, order, modes, family.cost(order), budget, IMPROVED
-                )
-            ]
-            improved = [
-                (order, *improve(rehearsal, start, order, modes, family.cost(order), budget))
-                for _, order, start in sorted(starts, key=lambda entry: entry[0])[:IMPROVED]
-            ]
+            starts = self._starts(family, budget, found[-1] if found else None)
+            improved = [self._improved(start, budget) for start in starts]
             if improved:
-                order, schedule, error = min(improved, key=lambda entry: entry[2])
-                found.append(self._simplest(Proposal(family, order, schedule, error)))
-        return sorted(found, key=lambda p: p.error * self.trust.get(p.family.name, 1.0))
+                found.append(min(improved, key=lambda proposal: proposal.error))
+        proposals = [self._simplest(proposal) for proposal in found]
+        return sorted(proposals, key=self._expected)
+
+    def _starts(self, family: Family, budget: float, before: Proposal | None) -> list[Proposal]:
+        """To improve: the best with a mode that the family before has not, and what that found."""
+        known: set[StepMode] = set(before.family.modes) if before else set()
+        rehearsal = self._rehearsal(family)
+        starts = [
+            Proposal(family, order, start, error)
+            for order in family.orders
+            for start, error in best_starts(
+                rehearsal, order, family.modes, family.cost(order), budget
+            )
+            if not set(start) <= known
+        ]
+        starts.sort(key=lambda proposal: proposal.error)
+        if before is None:
+            return starts[:IMPROVED]
+        again = before.moved_to(family)
+        fits = family.cost(again.order)(again.schedule) <= budget
+        return [*starts[:1], again] if fits else starts[:1]
+
+    def _improved(self, start: Proposal, budget: float) -> Proposal:
+        family, order = start.family, start.order
+        rehearsal, cost = self._rehearsal(family), family.cost(order)
+        schedule, error = improve(rehearsal, start.schedule, order, family.modes, cost, budget)
+        return Proposal(family, order, schedule, error)
+
+    def _rehearsal(self, family: Family) -> Rehearsal:
+        return Rehearsal(self.span, self.answers, family.scales)
 
     def _near(
         self, best: Measured, budget: float, done: Mapping[Schedule, Measured]
-    ) -> list[Proposal]:
+    ) -> Proposal | None:
         """The improved best candidate under its own answers, or its best neighbour."""
         family, order = best.family, best.order
         answers = step_answers(best.fit, self.ground.steps)
@@ -177,8 +214,8 @@ class Explorer:
         ranked = [(better, error)]
         if better in done:
             ranked = neighbours(rehearsal, best.schedule, order, family.modes, cost, budget)
-        fresh = [Proposal(family, order, s, error) for s, error in ranked if s not in done]
-        return fresh[:1]
+        fresh = (Proposal(family, order, s, error) for s, error in ranked if s not in done)
+        return next(fresh, None)
 
     def _simplest(self, proposal: Proposal) -> Proposal:
         """The same in the first family that has all its modes: fewer caches to write.
@@ -188,9 +225,7 @@ class Explorer:
         used = set(proposal.schedule)
         if StepMode.CALIBRATE in used:
             return proposal
-        family = next(f for f in self.families if used <= set(f.modes))
-        order = proposal.order if proposal.order in family.orders else max(family.orders)
-        return replace(proposal, family=family, order=order)
+        return proposal.moved_to(next(f for f in self.families if used <= set(f.modes)))
 
 
 def step_answers(fit: Replay, steps: int) -> tuple[Answer, ...]:

@@ -60,6 +60,10 @@ class Channels:
         """A new run begins: nothing to subtract yet."""
         self.before = None
 
+    def looks_at(self, step: int) -> bool:  # noqa: ARG002
+        """Whether it needs the values of a step."""
+        return True
+
     def add(self, step: int, values: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         """Add the values of a step."""
         x, y = (values[node] for node in self.nodes)
@@ -100,13 +104,16 @@ class Moments:
     def start(self) -> None:
         """A new run begins; what is kept of the one before is forgotten elsewhere."""
 
+    def looks_at(self, step: int) -> bool:
+        """Whether it needs the values of a step."""
+        return self.kept.schedule[step] in (StepMode.REFRESH, StepMode.CALIBRATE)
+
     def add(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Keep the values of a REFRESH step, add the increments of a CALIBRATE step."""
-        mode = self.kept.schedule[step]
-        if mode is StepMode.REFRESH:
+        if self.kept.schedule[step] is StepMode.REFRESH:
             for node in self.nodes:
                 self.kept.keep(step, node, values[node])
-        elif mode is StepMode.CALIBRATE:
+        else:
             found = {node: self.kept.increment(step, node, values[node]) for node in self.nodes}
             dy = [found[node] for node in self.outputs if node in found]
             if self.by_output:

@@ -128,6 +128,14 @@ def test_scales_are_errors_of_the_optimised_model_over_the_lags(
     assert tried == {k for k in range(STEPS) if letters[k] != "R"}  # each step in some order
 
 
+def test_forecast_steps_are_not_run(recorded: RecordedSampler, variants: Rewritten) -> None:
+    """What is measured at the others stays as it is; between, straight lines."""
+    every = cheap_errors(variants, recorded, modes("RURURURURURURU"), [U])[U]
+    some = cheap_errors(variants, recorded, modes("RURURUR" + "FRURFRU"), [U])[U]
+    assert some[0][1] == every[0][1]
+    assert some[0][7] == pytest.approx(np.interp(7, [1, 13], [some[0][1], some[0][13]]), rel=1e-12)
+
+
 @pytest.mark.parametrize(("steps", "orders"), [(5, 2), (8, 3), (14, 3)])
 def test_orders_are_tried_as_soon_as_their_refreshes_are_there(
     steps: int, orders: int, blocks: Blocks, recorded: RecordedSampler, variants: Rewritten

@@ -386,6 +386,27 @@ def test_moments_are_those_of_the_increments_against_the_anchors(
         assert_moments(got[target.name], expected)
 
 
+def test_steps_that_nothing_looks_at_are_not_run(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+) -> None:
+    """FORECAST steps need no statistics: values there may be anything, and change nothing."""
+    targets, _ = assign(*dit_found, rank=2, joint=True)
+    schedule = modes("RCFRFC")
+    calls = [dict(call) for call in dit_trajectory.calls]
+    for step in (2, 4):
+        calls[step]["hidden_states"] = torch.full_like(calls[step]["hidden_states"], float("nan"))
+    poisoned = Trajectory(calls, dit_trajectory.signatures)
+    plain, got = (
+        observe(dit_found[0], targets, trajectory, Weighting.COVARIANCE, schedule, 1)
+        for trajectory in (dit_trajectory, poisoned)
+    )
+    for name, moments in plain.items():
+        for key, value in moments.tensors().items():
+            assert torch.equal(value, got[name].tensors()[key])
+    with pytest.raises(ObserveError, match="NaN"):
+        seen_by(dit_found, poisoned, Weighting.INCREMENT, schedule)
+
+
 def test_moments_are_of_the_smaller_side(
     dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
 ) -> None:

@@ -114,11 +114,11 @@ def test_best_of_all_schedules_is_found_where_they_can_be_looked_through(
     for seed in (0, 1):
         rehearsal = rehearsal_of(steps, seed)
         errors = rehearsal.errors(everything(steps, allowed, budget), order)
-        ((start, _),) = best_starts(rehearsal, order, allowed, cost, budget)
+        (start, _), *_ = best_starts(rehearsal, order, allowed, cost, budget)
         _, found = improve(rehearsal, start, order, allowed, cost, budget)
-        # Moves that gain less than LEAST_GAIN (0.002) are not made. With two modes the exchanges
+        # Moves that gain less than LEAST_GAIN (0.005) are not made. With two modes the exchanges
         # reach everything; with three a local search may stop short, among the best of some 300.
-        assert min(errors) * (1 - 1e-9) <= found <= np.quantile(errors, share) * 1.003
+        assert min(errors) * (1 - 1e-9) <= found <= np.quantile(errors, share) * 1.006
 
 
 def test_far_steps_exchange_where_nothing_near_helps() -> None:
@@ -178,22 +178,22 @@ def test_two_cheap_modes_take_turns_after_every_refresh() -> None:
 
 
 @pytest.mark.parametrize("allowed", SETS)
-@pytest.mark.parametrize("count", [1, 3, 100])
-def test_best_starts_are_those_of_least_error(allowed: tuple[StepMode, ...], count: int) -> None:
+def test_best_starts_are_all_starts_by_error(allowed: tuple[StepMode, ...]) -> None:
     rehearsal = rehearsal_of(12)
-    found = best_starts(rehearsal, 2, allowed, cost, 0.4, count)
+    found = best_starts(rehearsal, 2, allowed, cost, 0.4)
     there = set(starts(12, allowed, cost, 0.4))
     errors = {schedule: rehearsal.errors([schedule], 2)[0] for schedule in there}
-    assert len(found) == min(count, len(there))
+    assert {schedule for schedule, _ in found} == there
+    assert len(found) == len(there)
     # Alone and in a batch: float64 rounding.
-    for (schedule, error), least in zip(found, sorted(errors.values()), strict=False):
+    for (schedule, error), least in zip(found, sorted(errors.values()), strict=True):
         assert error == pytest.approx(errors[schedule], rel=1e-9)
         assert error == pytest.approx(least, rel=1e-9)
 
 
 def test_budget_below_one_refresh_has_no_start() -> None:
     assert best_starts(rehearsal_of(10), 1, (R, F), cost, 0.09) == []
-    assert len(best_starts(rehearsal_of(10), 1, (R, F), cost, 0.1)) == 1
+    assert best_starts(rehearsal_of(10), 1, (R, F), cost, 0.1)
 
 
 # --- all neighbours -----------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_more_neighbours_than_one_batch_are_all_there(monkeypatch: pytest.Monkey
 def test_searches_are_the_same_every_time() -> None:
     def search() -> tuple[object, ...]:
         rehearsal = rehearsal_of(10, seed=3)
-        ((start, _),) = best_starts(rehearsal, 2, ALL, cost, 0.4)
+        (start, _), *_ = best_starts(rehearsal, 2, ALL, cost, 0.4)
         better, _ = improve(rehearsal, start, 2, ALL, cost, 0.4)
         order = [s for s, _ in neighbours(rehearsal, better, 2, ALL, cost, 0.4)]
         return start, better, order

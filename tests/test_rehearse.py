@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import captured
 
-from calicache.graph_passes import Sites, StepMode, record
+from calicache.graph_passes import Sites, StepMode, record, rehearse
 from calicache.graph_passes.capture import capture
 from calicache.graph_passes.correct import RIDGE
 from calicache.graph_passes.dependence import classify_inputs
@@ -136,6 +136,42 @@ def test_coordinates_keep_all_norms_and_inner_products(shape: Shape, seeds: Sequ
     recorded = recording(Affine([0.4] * STEPS, (2, 3, 3)), sampler_of(shape), (2, 2, 3, 3), seeds)
     # float64 throughout; directions below LEAST_ENERGY = 1e-12 of the energy may be left out.
     assert_same_geometry(recorded, atol=1e-11)
+
+
+def guided(steps: int, scale: float, looks_back: bool) -> SamplerSteps:
+    """The sampler of one guidance scale: parts weigh 1 - scale and scale at every step."""
+    rows = []
+    for one in sampler_of((1, int(looks_back)), steps).weights:
+        pairs = zip(one[::2], one[1::2], strict=True)
+        rows.append(tuple(v for x, e in pairs for v in (x, e * (1 - scale), e * scale)))
+    return SamplerSteps("x", 2, tuple(rows))
+
+
+@pytest.mark.parametrize("looks_back", [False, True])
+def test_parts_under_one_guidance_scale_count_as_their_weighted_sum(
+    monkeypatch: pytest.MonkeyPatch, looks_back: bool
+) -> None:
+    model = Affine([0.4] * STEPS, (2, 3, 3))
+    recorded = recording(model, guided(STEPS, 1.5, looks_back), (3, 2, 3, 3))
+    merged = Span.of(recorded)
+    assert merged.outputs.shape[1] == 1
+    monkeypatch.setattr(rehearse, "ALIKE", -1.0)
+    apart = Span.of(recorded)
+    assert apart.outputs.shape[1] == 2
+    schedules = [modes("RFRFFRFR"), modes("RUUFRCFU"), modes("RFFFFFFF")]
+    scales = {C: ((0.1,) * STEPS,) * 3, U: ((0.2,) * STEPS,) * 3}
+    answers = (Answer(0.3, 0.1),) * STEPS
+    found = Rehearsal(merged, answers, scales).errors(schedules, 2)
+    # float64; fits are conditioned to about 1e6 by their ridge.
+    assert found == pytest.approx(Rehearsal(apart, answers, scales).errors(schedules, 2), rel=1e-6)
+
+
+def test_parts_that_weigh_otherwise_at_one_step_stay_apart() -> None:
+    rows = [*guided(STEPS, 1.5, looks_back=False).weights]
+    rows[3] = (rows[3][0], rows[3][1] * 1.01, rows[3][2])
+    model = Affine([0.4] * STEPS, (2, 3, 3))
+    recorded = recording(model, SamplerSteps("x", 2, tuple(rows)), (3, 2, 3, 3))
+    assert Span.of(recorded).outputs.shape[1] == 2
 
 
 def test_values_larger_than_a_block_of_rows_are_taken_whole() -> None:

@@ -35,7 +35,7 @@ from calicache.graph_passes.front import FrontPoint
 from calicache.graph_passes.journal import Journal
 from calicache.graph_passes.latency import EVERY, BranchChoice, LatencyRow, LatencyTable
 from calicache.graph_passes.replay import Answer, Replay
-from calicache.graph_passes.search_families import Family, find_families
+from calicache.graph_passes.search_families import Family, find_families, probe_schedule
 from calicache.graph_passes.search_ground import Ground, Meter, prepare_ground
 from calicache.graph_passes.search_points import Explorer, step_answers
 
@@ -53,8 +53,15 @@ def ground_of(model: nn.Module, trajectory: Trajectory) -> Ground:
 
 
 @cache
+def rich() -> Flicker:
+    """Of more directions than CALIBRATE steps can afford: every level has ranks of its own."""
+    return Flicker(rank=32).eval()
+
+
+@cache
 def found(effort: int = 3) -> tuple[Ground, list[Family], Candidates]:
-    ground = ground_of(*flicker())
+    model = rich()
+    ground = ground_of(model, record_runs(model))
     families, known = find_families(ground, None, 0.6, effort)
     assert known is not None
     return ground, families, known
@@ -86,6 +93,17 @@ def test_families_are_of_one_kind_each() -> None:
     assert all(one != other for k, one in enumerate(ranks) for other in ranks[:k])
 
 
+@pytest.mark.parametrize("steps", [5, 6, 8, 35, 50])
+def test_cheap_steps_are_probed_once_after_every_refresh_at_lags_in_turn(steps: int) -> None:
+    schedule = probe_schedule(steps)
+    assert len(schedule) == steps
+    refreshes = [k for k, mode in enumerate(schedule) if mode is R]
+    assert refreshes == list(range(0, steps, 3))
+    lags = [k % 3 for k, mode in enumerate(schedule) if mode is C]
+    assert lags == [1, 2] * (len(lags) // 2) + [1] * (len(lags) % 2)
+    assert set(schedule) == {R, C, F}
+
+
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_cost_of_any_schedule_is_what_optimize_counts(data: st.DataObject) -> None:
@@ -95,7 +113,7 @@ def test_cost_of_any_schedule_is_what_optimize_counts(data: st.DataObject) -> No
     modes = (R, *data.draw(rest, label="modes"))
     if C not in modes:
         family = replace(family, allocation=None)
-    wanted = real_share(flicker()[0], ground, family, known, modes)
+    wanted = real_share(rich(), ground, family, known, modes)
     assert family.shares.run_share(modes, max(family.orders)) == pytest.approx(wanted, rel=1e-9)
     assert family.shares.run_share(modes, max(family.orders)) >= family.least_share(STEPS) - 1e-9
 
@@ -127,11 +145,36 @@ def test_candidates_keep_the_budget_and_come_by_error(budget: float) -> None:
     assert len({measured.schedule for measured in candidates}) == len(candidates)
 
 
-def test_every_family_that_the_budget_allows_is_measured() -> None:
+def test_every_family_that_may_be_better_is_measured() -> None:
     ground, families, _ = found()
-    candidates = Explorer(ground, families).candidates(0.6, len(families))
-    calibrated = {family.name for family in families if family.allocation}
-    assert calibrated <= {m.family.name for m in candidates if C in m.schedule}
+    explorer = Explorer(ground, families)
+    explorer.trust = {family.name: 1e-9 for family in families}  # far better than rehearsed
+    candidates = explorer.candidates(0.6, len(families))
+    calibrated = {m.family.name for m in candidates if C in m.schedule}
+    # Families whose best schedules are the same are measured once.
+    assert len({m.schedule for m in candidates}) == len(candidates)
+    assert len(calibrated) >= 2
+
+
+def test_families_that_were_far_worse_than_rehearsed_are_not_measured_again() -> None:
+    ground, families, _ = found()
+    explorer = Explorer(ground, families)
+    explorer.trust = {family.name: 1e9 for family in families[1:]}
+    candidates = explorer.candidates(0.6, 4)
+    assert {m.family.name for m in candidates} == {"forecast"}
+    assert len(candidates) == 4  # the rest are what the best became
+    assert set(explorer.trust) == {family.name for family in families}
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.6])
+def test_families_start_from_what_the_one_before_found(budget: float) -> None:
+    ground, families, _ = found()
+    proposals = Explorer(ground, families).proposals(budget)
+    assert len(proposals) == len(families)
+    alone = Explorer(ground, families[:1]).proposals(budget)[0]
+    # The same schedule in more coordinates, all 0: float64 rounding.
+    assert all(proposal.error <= alone.error * (1 + 1e-9) for proposal in proposals)
+    assert [p.error for p in proposals] == sorted(p.error for p in proposals)
 
 
 def test_no_candidate_below_the_least() -> None:
