@@ -143,6 +143,7 @@ def _manifest(
         branches=tuple(branch.name for branch in optimized.sites.branches),
         rejections=optimized.sites.rejections,
         sampler=None if sampler is None else _sampler_record(optimized, sampler),
+        front=optimized.plan.front,
     )
 
 
@@ -174,6 +175,7 @@ def _target_records(optimized: OptimizedModel) -> tuple[TargetRecord, ...]:
                 out_features=target.out_features,
                 rank=target.rank,
                 energy=factors.energy if factors else None,
+                kept=factors.kept_energy() if factors else {},
                 full_macs=cost.full_macs,
                 calibrate_macs=cost.calibrate_macs,
                 full_bytes=cost.full_bytes,

@@ -14,10 +14,11 @@ from calicache.graph_passes.branches import SiteRejection
 from calicache.graph_passes.decompose import Weighting
 from calicache.graph_passes.errors import ArtifactError
 from calicache.graph_passes.files import sha256_of
+from calicache.graph_passes.front import Front
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
 
-FORMAT = 4
+FORMAT = 5
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 GRAPHS_FILE = "graphs.json"  # nothing that runs the model needs it
 
@@ -44,7 +45,10 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class TargetRecord:
-    """One calibration target: layers or a branch, what its factors keep, what it costs."""
+    """One calibration target: layers or a branch, what its factors keep, what it costs.
+
+    `energy` is kept at the target's rank, `kept` at others too, as far as they are known.
+    """
 
     name: str
     granularity: Granularity
@@ -53,6 +57,7 @@ class TargetRecord:
     out_features: tuple[int, ...]
     rank: int
     energy: float | None
+    kept: dict[int, float]
     full_macs: int
     calibrate_macs: int
     full_bytes: int
@@ -108,6 +113,7 @@ class Manifest:
         targets, rejections: what CALIBRATE replaces, and what was left alone and why.
         branches: residual branches that REUSE skips.
         sampler: of the `sampler` layout alone.
+        front: of the search that the plan is from.
     """
 
     format: int
@@ -133,6 +139,7 @@ class Manifest:
     branches: tuple[str, ...]
     rejections: tuple[SiteRejection, ...]
     sampler: SamplerRecord | None
+    front: Front | None
 
     def mode(self, mode: StepMode) -> ModeRecord:
         """The record of a mode that the schedule uses."""

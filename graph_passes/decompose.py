@@ -70,6 +70,19 @@ class CalibrationFactors:
         """r; 0 leaves the increment out."""
         return self.down.shape[0]
 
+    def kept_energy(self) -> dict[int, float]:
+        """Share of the energy that a rank keeps: at 0, the powers of two, r, and all directions.
+
+        Empty where there is no spectrum, or no energy at all.
+        """
+        if self.spectrum is None or not float(self.spectrum.sum()):
+            return {}
+        most = len(self.spectrum)
+        powers = (2**k for k in range(most.bit_length()))
+        sums = self.spectrum.double().cumsum(0) / self.spectrum.double().sum()
+        ranks = sorted({rank for rank in (*powers, self.rank, most) if 0 < rank <= most})
+        return {0: 0.0} | {rank: float(sums[rank - 1]) for rank in ranks}
+
 
 def channel_scales(statistics: Tensor) -> Tensor:
     """The paper's l or c from a statistic: power 0.5, floor at max / 1000, plus 1e-6.

@@ -127,7 +127,7 @@ def test_folder_holds_model_weights_graphs_and_manifest_and_no_pickle(artifact) 
 
 def test_manifest_repeats_the_plan(fast, manifest) -> None:
     settings = fast.plan.settings
-    assert (manifest.format, manifest.layout) == (4, "step")
+    assert (manifest.format, manifest.layout) == (5, "step")
     assert manifest.schedule == settings.schedule
     assert all(isinstance(mode, StepMode) for mode in manifest.schedule)
     assert (manifest.rank, manifest.order) == (4, 2)
@@ -323,7 +323,7 @@ def test_other_format_is_refused_with_both_numbers(without: tuple[str, ...], dam
             del content[name]
 
     edit_manifest(damaged, change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 4"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 5"):
         load_artifact(damaged)
 
 

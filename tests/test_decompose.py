@@ -205,6 +205,25 @@ def test_zero_statistics_weigh_all_channels_alike() -> None:
     torch.testing.assert_close(product(zero), product(decompose(weight, 3)), rtol=0, atol=1e-6)
 
 
+@settings(deadline=None)
+@given(rank=st.integers(0, 6))
+def test_kept_energy_is_told_at_few_ranks_and_at_its_own(rank: int) -> None:
+    weight = torch.randn(6, 9, generator=draw(2))
+    factors = decompose(weight, rank)
+    kept = factors.kept_energy()
+    assert list(kept) == sorted({0, 1, 2, 4, 6, rank})
+    # Float32 energies, summed in another order.
+    assert kept[rank] == pytest.approx(factors.energy, rel=1e-6, abs=1e-9)
+    squares = torch.linalg.svdvals(weight.double()).square()
+    for k, share in kept.items():
+        assert share == pytest.approx(float(squares[:k].sum() / squares.sum()), rel=1e-5)
+
+
+def test_kept_energy_of_a_zero_map_is_not_known() -> None:
+    assert decompose(torch.zeros(4, 4), 2).kept_energy() == {}
+    assert decompose(torch.zeros(4, 4, device="meta"), 2).kept_energy() == {}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_zero_weight_gives_the_zero_map(shape: tuple[int, int]) -> None:
     factors = decompose(torch.zeros(shape), 1, random_statistics(shape, 3, 1e-3))

@@ -363,6 +363,7 @@ def test_every_field_of_the_manifest_counts(home: Path, manifest: Manifest) -> N
         "branches": (),
         "rejections": (),
         "sampler": "other",
+        "front": front_of((0.3, 0.5), (0.1, 0.01), taken=1),
     }
     assert set(others) == set(Manifest.__dataclass_fields__)
     for name, value in others.items():

@@ -585,7 +585,7 @@ KEYS = {
     "granularity include exclude rules correction targets front warnings",
     "artifact": "kind path format calicache layout files weights_hash inputs outputs "
     "calls_per_step fixed sampler schedule rank weighting correction plain_macs modes run_share "
-    "caches history cache_bytes targets rejections layers warnings",
+    "caches history cache_bytes targets rejections layers front warnings",
     "trajectory": "kind path bytes value_bytes calls calls_per_step runs steps inputs constants "
     "timestep timestep_values warnings",
     "onnx": "kind path bytes sha256 ir_version opsets producer producer_version graph inputs "

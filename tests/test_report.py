@@ -147,11 +147,33 @@ def test_recording_of_another_length_is_refused(model: nn.Module, plan: Plan) ->
 
 def test_artifact_alone_says_what_is_missing(folder: Path) -> None:
     data = gather_report(folder / "small.onnx.d")
-    assert set(data.missing) == {"comparison", "operators", "errors", "curves", "front"}
+    assert set(data.missing) == {"comparison", "operators", "errors", "front"}
+    assert data.curves
     assert data.graphs is not None
     text = render_report(data)
     assert "Not shown: No recording was given: --trajectory T." in text
-    assert "Not shown: No plan was given: --plan PLAN." in text
+    assert "Not shown: The plan was not searched for: Plan.search" in text
+
+
+def test_artifact_of_a_search_shows_its_front(
+    folder: Path, model: nn.Module, tmp_path: Path
+) -> None:
+    searched = Plan.load(folder / "plan")
+    export_onnx(optimize(model, searched), tmp_path / "searched.onnx.d")
+    data = gather_report(tmp_path / "searched.onnx.d")
+    assert data.front == searched.front
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "searched.onnx.d")])
+    assert "Front of the search that made it" in result.output
+    assert "budget 0.7" in result.output
+
+
+def test_artifact_and_model_give_the_same_energies(folder: Path, model: nn.Module) -> None:
+    alone, with_model = (
+        gather_report(folder / "small.onnx.d"),
+        gather_report(folder / "plan", model=model),
+    )
+    assert alone.curves
+    assert alone.curves == with_model.curves
 
 
 def test_plan_with_model_shows_energies_and_front(folder: Path, model: nn.Module) -> None:
@@ -160,8 +182,9 @@ def test_plan_with_model_shows_energies_and_front(folder: Path, model: nn.Module
     assert data.curves
     for curve in data.curves:
         assert curve.kept[0] == 0.0
-        assert list(curve.kept) == sorted(curve.kept)
-        assert curve.kept[-1] == pytest.approx(1.0, rel=1e-6)  # float32 energies, summed
+        shares = list(curve.kept.values())
+        assert shares == sorted(shares)
+        assert shares[-1] == pytest.approx(1.0, rel=1e-6)  # float32 energies, summed
     assert data.missing["comparison"].startswith("A plan runs nowhere by itself")
 
 

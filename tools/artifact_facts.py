@@ -19,6 +19,7 @@ from calicache.export.manifest import (
     TargetRecord,
 )
 from calicache.graph_passes.branches import SiteRejection
+from calicache.graph_passes.front import Front
 from calicache.graph_passes.insertion import slot_name
 from calicache.graph_passes.schedule import StepMode
 from calicache.graph_passes.signature import TensorSpec
@@ -59,6 +60,7 @@ class ArtifactFacts:
         targets, rejections: what CALIBRATE replaces, and what was left alone and why.
         layers: every linear layer and what the steps do with it; empty where the artifact is of a
             version that wrote no graphs.
+        front: of the search that the plan is from; None without one.
         warnings: what a user should know.
     """
 
@@ -87,6 +89,7 @@ class ArtifactFacts:
     targets: tuple[TargetRecord, ...]
     rejections: tuple[SiteRejection, ...]
     layers: tuple[LayerFacts, ...]
+    front: Front | None
     warnings: tuple[Caution, ...]
 
 
@@ -120,6 +123,7 @@ def artifact_facts(target: ArtifactTarget) -> ArtifactFacts:
         targets=manifest.targets,
         rejections=manifest.rejections,
         layers=() if graphs is None else layer_facts(graphs, manifest.targets),
+        front=manifest.front,
         warnings=tuple(_cautions(manifest, target.path)),
     )
 

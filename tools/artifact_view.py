@@ -12,6 +12,7 @@ from rich.text import Text
 
 from calicache.export.manifest import TargetRecord
 from calicache.tools.artifact_facts import ArtifactFacts
+from calicache.tools.front_view import front_lines
 from calicache.tools.terminal_text import (
     add_plain_row,
     fact_grid,
@@ -41,6 +42,8 @@ def describe_artifact(facts: ArtifactFacts) -> Iterator[RenderableType]:
     yield _rejection_table(facts)
     yield title("Totals of one call")
     yield _total_table(facts)
+    if facts.front is not None:
+        yield from front_lines(facts.front)
 
 
 def fold_layers(

@@ -295,13 +295,13 @@ def report(
         Path | None, typer.Option(help="Recorded runs: adds errors by step, times, pictures.")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="That the artifact was made from: adds the search's front.")
+        Path | None, typer.Option(help="That the artifact was made from; goes with --model.")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="FILE.py:FUNCTION or a diffusers folder; with a plan: adds energies by rank, and "
-            "with recorded runs the error by branch and step."
+            help="FILE.py:FUNCTION or a diffusers folder; with a plan and recorded runs: adds the "
+            "error by branch and step."
         ),
     ] = None,
     runs: Annotated[

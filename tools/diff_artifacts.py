@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from calicache.export.manifest import Manifest
 from calicache.tools.artifact_facts import ArtifactFacts, artifact_facts
-from calicache.tools.diff_words import changed, changed_fields
+from calicache.tools.diff_words import changed, changed_fields, changed_fronts
 from calicache.tools.difference import (
     Change,
     Difference,
@@ -25,7 +25,7 @@ from calicache.tools.target_file import ONNX_SUFFIX, ArtifactTarget, read_onnx
 _BELONGING = ("calicache", "format", "weights_hash")
 _SETTINGS = ("rank", "order", "weighting", "correction", "calls_per_step", "fixed")
 # Shown in other sections, as costs or as targets.
-_ELSEWHERE = ("files", "schedule", "cache_bytes", "plain_macs", "modes", "targets")
+_ELSEWHERE = ("files", "schedule", "cache_bytes", "plain_macs", "modes", "targets", "front")
 
 
 def diff_artifacts(a: ArtifactTarget, b: ArtifactTarget) -> Difference:
@@ -37,7 +37,10 @@ def diff_artifacts(a: ArtifactTarget, b: ArtifactTarget) -> Difference:
         b=str(b.path),
         belonging=tuple(_belonging(a.manifest, b.manifest)),
         schedule=diff_schedules(first.schedule, second.schedule),
-        settings=tuple(_fields(a.manifest, b.manifest, _SETTINGS)),
+        settings=(
+            *_fields(a.manifest, b.manifest, _SETTINGS),
+            *changed_fronts(first.front, second.front),
+        ),
         targets=diff_states(_states(first), _states(second)),
         layers=diff_layers(first.layers, second.layers),
         costs=_costs(first, second),

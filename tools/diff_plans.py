@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from calicache.graph_passes.front import Front
 from calicache.graph_passes.plan import STATISTICS_FILE, Plan
 from calicache.graph_passes.schedule import Table
-from calicache.tools.diff_words import changed, changed_fields
+from calicache.tools.diff_words import changed, changed_fields, changed_fronts
 from calicache.tools.difference import (
     Change,
     Difference,
@@ -38,7 +37,7 @@ def diff_plans(a: PlanTarget, b: PlanTarget) -> Difference:
         settings=(
             *changed_fields(first, second, _ELSEWHERE),
             *_output_weights(first.output_weights, second.output_weights),
-            *_fronts(a.plan, b.plan),
+            *changed_fronts(a.plan.front, b.plan.front),
         ),
         targets=diff_states(*map(_states, facts)),
         layers=(),
@@ -73,21 +72,6 @@ def _output_weights(a: Table | None, b: Table | None) -> Iterator[Change]:
         yield Change("output weights", ("fitted",), (f"fitted, up to {most:.3g} from A",))
     else:
         yield Change("output weights", ("fitted",), ("fitted, for other steps or order",))
-
-
-def _fronts(a: Plan, b: Plan) -> Iterator[Change]:
-    if a.front == b.front:
-        return
-    first, second = _front(a.front), _front(b.front)
-    if first == second:
-        second = (*second, "with other numbers")
-    yield Change("front", first, second)
-
-
-def _front(front: Front | None) -> tuple[str, ...]:
-    if front is None:
-        return ()
-    return (front.request, f"{len(front.points)} points, number {front.taken} taken")
 
 
 def _costs(a: Plan, b: Plan) -> tuple[NumberChange, ...]:

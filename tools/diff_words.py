@@ -9,6 +9,7 @@ from typing import Any
 
 from calicache.graph_passes.assign import SiteRule
 from calicache.graph_passes.branches import SiteRejection
+from calicache.graph_passes.front import Front
 from calicache.graph_passes.signature import CallSignature, TensorSpec
 from calicache.graph_passes.timestep import Timestep
 from calicache.tools.difference import Change
@@ -72,3 +73,19 @@ def _without_shared(own: Mapping[Any, Any], other: Mapping[Any, Any]) -> dict[An
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def changed_fronts(a: Front | None, b: Front | None) -> Iterator[Change]:
+    """The searches that plans are from, if they differ."""
+    if a == b:
+        return
+    first, second = _front(a), _front(b)
+    if first == second:
+        second = (*second, "with other numbers")
+    yield Change("front", first, second)
+
+
+def _front(front: Front | None) -> tuple[str, ...]:
+    if front is None:
+        return ()
+    return (front.request, f"{len(front.points)} points, number {front.taken} taken")

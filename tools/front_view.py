@@ -12,7 +12,7 @@ from rich.text import Text
 from calicache.graph_passes.front import CONFIDENCE, ErrorSummary, Front, FrontPoint
 from calicache.graph_passes.schedule import StepMode
 from calicache.tools.error_chart import chart_text, draw_errors
-from calicache.tools.terminal_text import fact_grid, schedule_strip
+from calicache.tools.terminal_text import fact_grid, schedule_strip, title
 
 _POINT, _TAKEN = "*", "O"
 _PERCENT = f"{100 * CONFIDENCE:g} %"
@@ -40,6 +40,13 @@ def describe_front(front: Front) -> RenderableType:
         Text("\nError against cost", style="bold"),
         FrontChart(front),
     )
+
+
+def front_lines(front: Front) -> Iterator[RenderableType]:
+    """What `calicache inspect` prints of the front that a plan was searched with."""
+    yield title("Front of the search that made it")
+    yield fact_grid([("asked for", front.request), *held_out_fact(front)])
+    yield front_table(front)
 
 
 def describe_point(front: Front, *, searched: bool) -> RenderableType:

@@ -8,8 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from calicache.graph_passes.front import Front
-from calicache.tools.front_view import front_table, held_out_fact
+from calicache.tools.front_view import front_lines
 from calicache.tools.plan_facts import PlanFacts
 from calicache.tools.terminal_text import (
     add_plain_row,
@@ -53,7 +52,8 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
         yield title("Targets")
         yield _target_table(facts)
     if facts.front is not None:
-        yield from _front(facts.front)
+        yield from front_lines(facts.front)
+        yield Text("Schedules and a chart: calicache plan PLAN --show", style="dim")
     yield Text(
         "\nA plan alone has no model: sites, MACs and energy kept are told by an artifact.",
         style="dim",
@@ -76,10 +76,3 @@ def _target_table(facts: PlanFacts) -> Table:
         size = format_count(target.bytes, "B")
         add_plain_row(table, target.name, ", ".join(parts) or "none", size, rank)
     return table
-
-
-def _front(front: Front) -> Iterator[RenderableType]:
-    yield title("Front of the search that made it")
-    yield fact_grid([("asked for", front.request), *held_out_fact(front)])
-    yield front_table(front)
-    yield Text("Schedules and a chart: calicache plan PLAN --show", style="dim")

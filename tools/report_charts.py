@@ -208,33 +208,14 @@ def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
             "type": "scatter",
             "mode": "lines+markers",
             "name": curve.target,
-            "x": list(range(len(curve.kept))),
-            "y": [max(1.0 - kept, _FAINTEST) for kept in curve.kept],
-            "marker": {"size": [10 if k == curve.rank else 0 for k in range(len(curve.kept))]},
+            "x": list(curve.kept),
+            "y": [max(1.0 - kept, _FAINTEST) for kept in curve.kept.values()],
+            "marker": {"size": [10 if rank == curve.rank else 0 for rank in curve.kept]},
             "hovertemplate": f"{curve.target}<br>rank %{{x}}: %{{y:.3g}} left out<extra></extra>",
         }
         for curve in curves
     ]
     return _chart(lines, _layout("rank", "share of the energy left out", log=True))
-
-
-def kept_energy_chart(facts: ArtifactFacts) -> Chart:
-    """Energy kept at the plan's ranks, one bar a target."""
-    known = [target for target in facts.targets if target.energy is not None]
-    bar = {
-        "type": "bar",
-        "orientation": "h",
-        "y": [target.name for target in known],
-        "x": [target.energy for target in known],
-        "text": [f"rank {target.rank}" for target in known],
-        "hovertemplate": "%{y}<br>%{text} keeps %{x:.3f}<extra></extra>",
-        "marker": {"color": COLOURS[StepMode.CALIBRATE]},
-    }
-    layout = _layout("share of the energy kept", "")
-    layout["xaxis"]["range"] = [0, 1]
-    layout["yaxis"] |= {"autorange": "reversed", "automargin": True}
-    layout["height"] = _AROUND + _ROW * len(known)
-    return _chart([bar], layout)
 
 
 def front_chart(front: Front) -> Chart:

@@ -11,7 +11,6 @@ from torch import nn
 from calicache.export.graph_file import read_graphs
 from calicache.export.manifest import GRAPHS_FILE, Layout
 from calicache.export.session import Session
-from calicache.graph_passes.decompose import CalibrationFactors
 from calicache.graph_passes.errors import TargetError
 from calicache.graph_passes.front import Front
 from calicache.graph_passes.graph_view import ModelGraphs, view_graphs
@@ -33,7 +32,7 @@ PROFILED = 1  # recorded runs
 
 @dataclass(frozen=True, slots=True)
 class EnergyCurve:
-    """What every rank of one calibration target keeps.
+    """What ranks of one calibration target keep.
 
     Attributes:
         target: its name.
@@ -43,7 +42,7 @@ class EnergyCurve:
 
     target: str
     rank: int
-    kept: tuple[float, ...]
+    kept: Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,38 +119,39 @@ def gather_report(
     else:
         say("compare branch by branch")
         errors = site_errors(optimized, trajectory)
-    if optimized is None:
+    curves = _energy_curves(facts, optimized)
+    if curves is None:
         missing["curves"] = NO_MODEL
-    if plan is None or plan.front is None:
-        missing["front"] = (
-            "No plan was given: --plan PLAN."
-            if plan is None
-            else "The plan was not searched for: Plan.search, or calicache plan, gives a front."
-        )
+    front = facts.front if plan is None else plan.front
+    if front is None:
+        missing["front"] = _NO_FRONT
     return ReportData(
         facts=facts,
         graphs=graphs,
         comparison=comparison,
         errors=errors,
         operators=operators,
-        curves=energy_curves(optimized.factors) if optimized else None,
-        front=plan.front if plan else None,
+        curves=curves,
+        front=front,
         missing=missing,
     )
 
 
 _NO_GRAPHS = "The artifact holds no graphs: export the model again."
+_NO_FRONT = "The plan was not searched for: Plan.search, or calicache plan, gives a front."
 
 
-def energy_curves(factors: Mapping[str, CalibrationFactors]) -> tuple[EnergyCurve, ...]:
-    """Energy by rank of every target whose statistics have a spectrum."""
-    curves = []
-    for name, made in factors.items():
-        if made.spectrum is None or not float(made.spectrum.sum()):
-            continue
-        sums = made.spectrum.double().cumsum(0) / made.spectrum.double().sum()
-        curves.append(EnergyCurve(name, made.up.shape[1], (0.0, *sums.tolist())))
-    return tuple(curves)
+def _energy_curves(
+    facts: ArtifactFacts | PlanFacts, optimized: OptimizedModel | None
+) -> tuple[EnergyCurve, ...] | None:
+    """Of every target that has energies by rank; None where nothing knows them."""
+    if optimized is not None:
+        known = [(n, made.rank, made.kept_energy()) for n, made in optimized.factors.items()]
+    elif isinstance(facts, ArtifactFacts):
+        known = [(target.name, target.rank, target.kept) for target in facts.targets]
+    else:
+        return None
+    return tuple(EnergyCurve(*entry) for entry in known if entry[2])
 
 
 def _check_plan(plan: Plan | None, facts: ArtifactFacts | PlanFacts) -> None:

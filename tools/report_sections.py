@@ -15,7 +15,6 @@ from calicache.tools.report_charts import (
     cost_chart,
     energy_chart,
     front_chart,
-    kept_energy_chart,
     operator_chart,
     schedule_chart,
     site_error_chart,
@@ -26,7 +25,6 @@ from calicache.tools.report_data import ReportData
 from calicache.tools.terminal_text import format_count
 
 _MOST_ROWS = 400
-_MARKED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +168,14 @@ def _step_table(comparison: Comparison) -> DataTable:
 
 def _energy(data: ReportData) -> Section:
     title = "What do the calibration branches keep?"
-    facts = data.facts
     if data.curves:
-        marked = [rank for rank in _MARKED_RANKS if any(rank < len(c.kept) for c in data.curves)]
+        marked = sorted({2**k for k in range(20)} & {r for c in data.curves for r in c.kept})
         rows = tuple(
             (
                 curve.target,
                 str(curve.rank),
                 f"{curve.kept[curve.rank]:.4f}",
-                *(f"{curve.kept[r]:.3f}" if r < len(curve.kept) else "" for r in marked),
+                *(f"{curve.kept[r]:.3f}" if r in curve.kept else "" for r in marked),
             )
             for curve in data.curves
         )
@@ -186,17 +183,7 @@ def _energy(data: ReportData) -> Section:
         lead = "Energy of the increments that a branch of a rank leaves out; dots are the plan's."
         table = DataTable(columns, rows)
         return Section("energy", title, lead, (energy_chart(data.curves),), (table,))
-    if isinstance(facts, ArtifactFacts) and any(t.energy is not None for t in facts.targets):
-        rows = tuple(
-            (t.name, str(t.rank), "" if t.energy is None else f"{t.energy:.4f}")
-            for t in facts.targets
-        )
-        lead = f"Energy of the increments at the plan's ranks. By rank: {data.missing['curves']}"
-        table = DataTable(("target", "rank", "energy kept"), rows)
-        return Section("energy", title, lead, (kept_energy_chart(facts),), (table,))
-    no_targets = isinstance(facts, ArtifactFacts) or "curves" not in data.missing
-    reason = "No layer is calibrated." if no_targets else data.missing["curves"]
-    return Section("energy", title, missing=reason)
+    return Section("energy", title, missing=data.missing.get("curves", "No layer is calibrated."))
 
 
 def _cost(data: ReportData) -> Section:
