@@ -272,6 +272,16 @@ def test_charts_are_drawn_and_a_hover_tells_the_value(opened: Any) -> None:
     assert re.search(r"step \d: [A-Z]+", label.text_content())
 
 
+def test_bars_of_steps_stand_side_by_side(opened: Any) -> None:
+    points = opened.locator("#chart-schedule-0 .bars .point path")
+    boxes = sorted(
+        (points.nth(k).bounding_box() for k in range(points.count())), key=lambda b: b["x"]
+    )
+    assert len(boxes) == STEPS
+    for left, right in pairwise(boxes):
+        assert left["x"] + left["width"] <= right["x"]
+
+
 def test_graph_zooms_by_key_and_finds_a_layer(opened: Any) -> None:
     after = opened.locator("#after")
     after.scroll_into_view_if_needed()
@@ -290,6 +300,38 @@ def test_graph_zooms_by_key_and_finds_a_layer(opened: Any) -> None:
     opened.wait_for_selector("#after .looked-for")
     assert opened.locator("#part").input_value() == "blocks.2"
     assert opened.locator("#after .looked-for[data-mark=inserted]").count() >= 2  # down and up
+
+
+def test_name_of_a_layer_leads_to_its_calibration_branch(opened: Any) -> None:
+    """From the top of the page, by what a newcomer sees: one field, one name."""
+    assert "blocks.2.fc2" in opened.locator("#layers").inner_html()
+    assert opened.locator("#mode").input_value() == "CALIBRATE"
+    opened.fill("#node", "blocks.2.fc2")
+    opened.keyboard.press("Enter")
+    inserted = opened.locator("#after .looked-for[data-mark=inserted]")
+    inserted.first.wait_for()
+    opened.wait_for_selector("#after[data-aimed='blocks.2.fc2']")
+    opened.wait_for_timeout(100)  # the viewer moves with the next frame
+    frame = opened.locator("#after").bounding_box()
+    boxes = [inserted.nth(k).bounding_box() for k in range(inserted.count())]
+    for box in boxes:  # all of them in sight
+        assert frame["x"] <= box["x"]
+        assert box["x"] + box["width"] <= frame["x"] + frame["width"]
+        assert frame["y"] <= box["y"]
+        assert box["y"] + box["height"] <= frame["y"] + frame["height"]
+    tall = max(box["y"] + box["height"] for box in boxes) - min(box["y"] for box in boxes)
+    wide = max(box["x"] + box["width"] for box in boxes) - min(box["x"] for box in boxes)
+    assert max(tall / frame["height"], wide / frame["width"]) > 0.4  # and not lost in the frame
+    assert re.search(
+        r"in blocks\.2, [1-9]\d* of them inserted", opened.locator("#found").inner_text()
+    )
+
+
+def test_name_that_is_nowhere_is_told(opened: Any) -> None:
+    opened.fill("#node", "blocks.99")
+    opened.keyboard.press("Enter")
+    opened.wait_for_function("document.querySelector('#found').textContent !== ''")
+    assert opened.locator("#found").inner_text() == "nothing of that name in this mode"
 
 
 def test_theme_is_the_readers_choice(opened: Any) -> None:

@@ -62,6 +62,7 @@ def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> 
             "name": mode.name,
             "x": steps,
             "y": [shares.get(mode, 1.0)] * len(steps),
+            "width": 0.9,  # by itself a bar is as wide as its own mode's steps are apart
             "marker": {"color": COLOURS[mode]},
             "hovertemplate": f"step %{{x}}: {mode.name}<br>%{{y:.3f}} of the plain MACs"
             "<extra></extra>",
@@ -69,7 +70,7 @@ def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> 
         for mode in StepMode
         if (steps := [k for k, other in enumerate(schedule) if other is mode])
     ]
-    layout = _layout("step", "MACs, share of the plain step", bargap=0.1, barmode="overlay")
+    layout = _layout("step", "MACs, share of the plain step", barmode="overlay")
     layout["height"] = 260
     return _chart(bars, layout)
 

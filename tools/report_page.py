@@ -66,6 +66,8 @@ def render_report(data: ReportData) -> str:
             graphs=graphs,
             parts=tuple(dict.fromkeys(graph.part for graph in graphs)),
             modes=tuple(dict.fromkeys(graph.mode for graph in graphs)),
+            first_mode=_first_mode(data),
+            layers=_layers(data.graphs),
             no_graphs=data.missing.get("graphs", ""),
             images=_images(data.comparison),
             no_images=_no_images(data),
@@ -77,6 +79,18 @@ def render_report(data: ReportData) -> str:
             script=_asset("report.js"),
         )
     )
+
+
+def _first_mode(data: ReportData) -> str:
+    """The one to look at first: what the cheap steps do, if there are any."""
+    modes = [] if data.graphs is None else [mode.name for mode in sorted(data.graphs.modes)]
+    return next((name for name in modes if name != StepMode.REFRESH.name), StepMode.REFRESH.name)
+
+
+def _layers(graphs: ModelGraphs | None) -> tuple[str, ...]:
+    """Names that a layer can be looked for with."""
+    nodes = () if graphs is None else graphs.plain.nodes
+    return tuple(dict.fromkeys(node.module for node in nodes if node.module))
 
 
 def _template() -> Any:

@@ -68,6 +68,25 @@
   }
 
   const about = (group) => `${group.dataset.node}\n${group.querySelector("title")?.textContent ?? ""}`;
+  const bounds = (hits) => {
+    const boxes = hits.map((group) => group.getBoundingClientRect());
+    const left = Math.min(...boxes.map((b) => b.left)), right = Math.max(...boxes.map((b) => b.right));
+    const top = Math.min(...boxes.map((b) => b.top)), bottom = Math.max(...boxes.map((b) => b.bottom));
+    return { width: right - left, height: bottom - top, x: (left + right) / 2, y: (top + bottom) / 2 };
+  };
+  // The viewer moves its drawing with the next frame, not at once.
+  const settled = (then) => requestAnimationFrame(() => requestAnimationFrame(then));
+  // Moves what was found into the middle, as large as fits well.
+  const aim = (place, hits) => settled(() => {
+    const frame = bounds([document.getElementById(place)]), before = bounds(hits);
+    const fit = 0.7 * Math.min(frame.width / before.width, frame.height / before.height);
+    views[place].zoomBy(Math.min(Math.max(fit, 0.2), 12));
+    settled(() => {
+      const after = bounds(hits);
+      views[place].panBy({ x: frame.x - after.x, y: frame.y - after.y });
+      document.getElementById(place).dataset.aimed = search.value.trim();
+    });
+  });
   const groups = (holder) => [...holder.querySelectorAll("g[data-node]:not(.legend)")];
 
   // A layer is looked for in all drawings: the part that holds it is opened by itself.
@@ -83,14 +102,13 @@
     const best = ranked.find((entry) => wanted.startsWith(entry.part)) ?? ranked[0];
     part.value = best.part;
     redraw();
-    let inserted = 0;
-    for (const place of ["before", "after"]) {
-      for (const group of groups(document.getElementById(place)).filter(hit)) {
-        group.classList.add("looked-for");
-        if (place === "after" && group.dataset.mark === "inserted") inserted += 1;
-      }
-    }
-    found.textContent = `${best.hits} nodes in ${best.part}, ${inserted} of them inserted`;
+    const [plain, rewritten] = ["before", "after"].map((place) =>
+      groups(document.getElementById(place)).filter(hit));
+    const inserted = rewritten.filter((group) => group.dataset.mark === "inserted");
+    for (const group of [...plain, ...rewritten]) group.classList.add("looked-for");
+    if (plain.length) aim("before", plain);
+    if (rewritten.length) aim("after", inserted.length ? inserted : rewritten);
+    found.textContent = `${best.hits} nodes in ${best.part}, ${inserted.length} of them inserted`;
   };
 
   part.addEventListener("change", () => { search.value = ""; found.textContent = ""; redraw(); });
