@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("graph_passes", "export", "tools")
@@ -129,3 +130,13 @@ def test_import_changes_no_global_state() -> None:
 def test_import_is_silent() -> None:
     result = python("import calicache.graph_passes, calicache.export, calicache.tools")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_workflow_runs_the_whole_check_and_keeps_the_screenshot() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+    (kept,) = [step["with"]["path"] for step in job["steps"] if "with" in step]
+    assert kept == "out/report.png"
+    assert '"out" / "report.png"' in (ROOT / "tests" / "test_report.py").read_text()
