@@ -75,14 +75,14 @@ class FoldedBlock:
 
     Attributes:
         name: of the block or rest.
-        kept, inserted, removed: how many nodes.
+        same, inserted, removed: how many nodes.
         reads, writes: how many kept values it reads and writes.
         weights: how many numbers of the step are made for it.
         macs, plain_macs: multiply-accumulates in the mode and in the plain graph.
     """
 
     name: str
-    kept: int
+    same: int
     inserted: int
     removed: int
     reads: int
@@ -208,7 +208,7 @@ def _fold(part: str, merged: _Merged, plain: GraphView, graph: GraphView) -> Fol
     counts = Counter(node.mark for node in nodes.values())
     return FoldedBlock(
         name=part,
-        kept=counts[Mark.PLAIN],
+        same=counts[Mark.PLAIN],
         inserted=counts[Mark.INSERTED],
         removed=counts[Mark.REMOVED],
         reads=counts[Mark.CACHE],
@@ -246,7 +246,7 @@ class _Merged:
 
 
 def _merge(plain: GraphView, graph: GraphView) -> _Merged:
-    """Removed nodes come behind the kept node that they followed."""
+    """Removed nodes come behind the node that they followed."""
     now, before = ({n.name: n for n in view.nodes} for view in (graph, plain))
     gone: dict[str, list[NodeView]] = {"": []}
     last = ""

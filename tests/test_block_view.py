@@ -210,7 +210,7 @@ def test_folded_counts_are_those_of_the_block_views(
     assert [block.name for block in folded.blocks] == list(graphs.parts)
     for block in folded.blocks:
         view: BlockView = view_block(graphs, block.name, mode)
-        assert (block.kept, block.inserted, block.removed, block.reads, block.weights) == tuple(
+        assert (block.same, block.inserted, block.removed, block.reads, block.weights) == tuple(
             view.count(mark)
             for mark in (Mark.PLAIN, Mark.INSERTED, Mark.REMOVED, Mark.CACHE, Mark.WEIGHT)
         )

@@ -313,8 +313,8 @@ def test_name_of_a_layer_leads_to_its_calibration_branch(opened: Any) -> None:
     inserted.first.wait_for()
     opened.wait_for_selector("#after[data-aimed='blocks.2.fc2']")
     opened.wait_for_timeout(100)  # the viewer moves with the next frame
-    frame = opened.locator("#after").bounding_box()
-    boxes = [inserted.nth(k).bounding_box() for k in range(inserted.count())]
+    frame, hits = opened.locator("#after").bounding_box(), opened.locator("#after .node.looked-for")
+    boxes = [hits.nth(k).bounding_box() for k in range(hits.count())]
     for box in boxes:  # all of them in sight
         assert frame["x"] <= box["x"]
         assert box["x"] + box["width"] <= frame["x"] + frame["width"]
@@ -323,9 +323,24 @@ def test_name_of_a_layer_leads_to_its_calibration_branch(opened: Any) -> None:
     tall = max(box["y"] + box["height"] for box in boxes) - min(box["y"] for box in boxes)
     wide = max(box["x"] + box["width"] for box in boxes) - min(box["x"] for box in boxes)
     assert max(tall / frame["height"], wide / frame["width"]) > 0.4  # and not lost in the frame
-    assert re.search(
-        r"in blocks\.2, [1-9]\d* of them inserted", opened.locator("#found").inner_text()
+    told = opened.locator("#found").inner_text()
+    assert re.fullmatch(
+        r"blocks\.2, calibrated at rank 2, \d+ inserted, \d+ removed, \d kept values read", told
     )
+
+
+def test_row_of_the_energies_leads_to_the_graph(opened: Any) -> None:
+    opened.click("#energy summary")
+    opened.click("#energy button.to-graph >> text=blocks.1.fc1")
+    opened.locator("#after .looked-for[data-mark=inserted]").first.wait_for()
+    assert opened.locator("#part").input_value() == "blocks.1"
+    assert opened.evaluate("document.activeElement.id") == "after"
+
+
+def test_layer_is_found_while_its_name_is_typed(opened: Any) -> None:
+    opened.locator("#node").press_sequentially("blocks.2.fc2")
+    opened.locator("#after .looked-for").first.wait_for()
+    assert opened.locator("#part").input_value() == "blocks.2"
 
 
 def test_name_that_is_nowhere_is_told(opened: Any) -> None:

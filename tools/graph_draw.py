@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
@@ -85,7 +85,9 @@ def mermaid_text(view: BlockView | FoldedView) -> str:
     return "\n".join(lines) + "\n"
 
 
-def svg_text(view: BlockView | FoldedView, prefix: str = "") -> str:
+def svg_text(
+    view: BlockView | FoldedView, prefix: str = "", legend: Sequence[DrawnNode] = LEGEND
+) -> str:
     """An SVG drawing that is readable on light and dark pages.
 
     Every node is a `<g>` with the node's name as `id` and `data-node`, and its mark as a class
@@ -94,12 +96,13 @@ def svg_text(view: BlockView | FoldedView, prefix: str = "") -> str:
     Args:
         view: what to draw.
         prefix: put in front of every id, for several drawings on one page.
+        legend: what explains the marks; empty where the page does.
 
     Raises:
         TargetError: pygraphviz is missing.
     """
     drawing = drawing_of(view)
-    root = ElementTree.fromstring(_layout(drawing))
+    root = ElementTree.fromstring(_layout(drawing, legend))
     _dress(root, drawing, prefix)
     ElementTree.register_namespace("", _SVG)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
@@ -128,7 +131,7 @@ def _mermaid_edge(edge: DrawnEdge, ids: Mapping[str, str]) -> str:
     return f"{ids[edge.source]} {arrow}{label} {ids[edge.target]}"
 
 
-def _layout(drawing: Drawing) -> bytes:
+def _layout(drawing: Drawing, legend: Sequence[DrawnNode]) -> bytes:
     """The drawing as Graphviz's `dot` lays it out, as SVG."""
     try:
         pygraphviz: Any = importlib.import_module("pygraphviz")
@@ -143,12 +146,8 @@ def _layout(drawing: Drawing) -> bytes:
     graph.graph_attr.update(bgcolor="transparent", ranksep="0.35", nodesep="0.2")
     graph.node_attr.update(_FONT, margin="0.1,0.05", height="0.3")
     graph.edge_attr.update(_FONT, arrowsize="0.6")
-    colour = COLOURS[Mark.PLAIN]
-    legend = graph.add_subgraph(name="cluster_legend", label="legend", color=colour, **_FONT)
-    for node in LEGEND:
-        _add_node(legend, node)
-    for above, below in pairwise(LEGEND):
-        legend.add_edge(above.name, below.name, style="invis")
+    if legend:
+        _add_legend(graph, legend)
     for node in drawing.nodes:
         _add_node(graph, node)
     scalars = {node.name for node in drawing.nodes if node.mark is Mark.WEIGHT}
@@ -161,6 +160,15 @@ def _layout(drawing: Drawing) -> bytes:
         graph.add_edge(edge.source, edge.target, **look)
     drawn: bytes = graph.draw(format="svg", prog="dot")
     return drawn
+
+
+def _add_legend(graph: Any, legend: Sequence[DrawnNode]) -> None:
+    colour = COLOURS[Mark.PLAIN]
+    box = graph.add_subgraph(name="cluster_legend", label="legend", color=colour, **_FONT)
+    for node in legend:
+        _add_node(box, node)
+    for above, below in pairwise(legend):
+        box.add_edge(above.name, below.name, style="invis")
 
 
 def _add_node(graph: Any, node: DrawnNode) -> None:

@@ -75,7 +75,7 @@ class Drawing:
 LEGEND = tuple(
     DrawnNode(f"legend-{mark}", kind, mark, (what,), what)
     for mark, kind, what in (
-        (Mark.PLAIN, Kind.OPERATION, "as in the plain model"),
+        (Mark.PLAIN, Kind.OPERATION, "same as in the plain model"),
         (Mark.INSERTED, Kind.OPERATION, "inserted"),
         (Mark.REMOVED, Kind.OPERATION, "removed: does not run"),
         (Mark.CACHE, Kind.CACHE, "kept value"),
@@ -151,7 +151,7 @@ def _draw_folded(view: FoldedView) -> Drawing:
 def _parts(view: FoldedView) -> Iterator[DrawnNode]:
     for block in view.blocks:
         about = f"{block.name}: {describe_part(block)}"
-        changes = f"{block.kept} kept +{block.inserted} -{block.removed}"
+        changes = f"{block.same} same +{block.inserted} -{block.removed}"
         macs = f"{format_count(block.macs)} of {format_count(block.plain_macs)} MACs"
         lines = (block.name, changes, macs)
         yield DrawnNode(block.name, Kind.BLOCK, _part_mark(block), lines, about)
@@ -163,4 +163,4 @@ def _parts(view: FoldedView) -> Iterator[DrawnNode]:
 def _part_mark(block: FoldedBlock) -> Mark:
     if block.inserted:
         return Mark.INSERTED
-    return Mark.REMOVED if block.removed and not block.kept else Mark.PLAIN
+    return Mark.REMOVED if block.removed and not block.same else Mark.PLAIN

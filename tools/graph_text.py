@@ -22,7 +22,7 @@ SIGNS = {
     Mark.WEIGHT: "%",
 }
 NAMES = {
-    Mark.PLAIN: "kept",
+    Mark.PLAIN: "same",
     Mark.INSERTED: "inserted",
     Mark.REMOVED: "removed",
     Mark.CACHE: "read from caches",
@@ -75,7 +75,7 @@ def describe_shape(node: NodeView) -> str:
 
 def describe_part(block: FoldedBlock) -> str:
     """What became of the nodes of one part of the model, and what it costs."""
-    counts = [f"{block.kept} kept", f"+{block.inserted}", f"-{block.removed}"]
+    counts = [f"{block.same} same", f"+{block.inserted}", f"-{block.removed}"]
     counts += [f"={block.reads} read"] if block.reads else []
     counts += [f"={block.writes} written"] if block.writes else []
     counts += [f"%{block.weights}"] if block.weights else []

@@ -15,8 +15,11 @@ from calicache.graph_passes.block_view import fold_blocks, view_block
 from calicache.graph_passes.files import atomic_path
 from calicache.graph_passes.graph_view import ModelGraphs
 from calicache.graph_passes.schedule import StepMode
+from calicache.tools.artifact_facts import ArtifactFacts
 from calicache.tools.compare import Comparison
+from calicache.tools.graph_draw import COLOURS as MARK_COLOURS
 from calicache.tools.graph_draw import svg_text
+from calicache.tools.graph_drawing import LEGEND
 from calicache.tools.image_grid import save_grid
 from calicache.tools.image_measures import PictureKind
 from calicache.tools.report_charts import COLOURS, no_library, plotly_script
@@ -67,7 +70,8 @@ def render_report(data: ReportData) -> str:
             parts=tuple(dict.fromkeys(graph.part for graph in graphs)),
             modes=tuple(dict.fromkeys(graph.mode for graph in graphs)),
             first_mode=_first_mode(data),
-            layers=_layers(data.graphs),
+            layers=_layers(data),
+            marks=tuple((node.mark, MARK_COLOURS[node.mark], node.about) for node in LEGEND),
             no_graphs=data.missing.get("graphs", ""),
             images=_images(data.comparison),
             no_images=_no_images(data),
@@ -87,10 +91,15 @@ def _first_mode(data: ReportData) -> str:
     return next((name for name in modes if name != StepMode.REFRESH.name), StepMode.REFRESH.name)
 
 
-def _layers(graphs: ModelGraphs | None) -> tuple[str, ...]:
-    """Names that a layer can be looked for with."""
-    nodes = () if graphs is None else graphs.plain.nodes
-    return tuple(dict.fromkeys(node.module for node in nodes if node.module))
+def _layers(data: ReportData) -> dict[str, str]:
+    """Names that a layer can be looked for with, and what became of it in a few words."""
+    nodes = () if data.graphs is None else data.graphs.plain.nodes
+    layers = {node.module: "" for node in nodes if node.module}
+    targets = data.facts.targets if isinstance(data.facts, ArtifactFacts) else ()
+    for target in targets:
+        of = "" if len(target.sites) == 1 else f" of {target.name}"
+        layers |= dict.fromkeys(target.sites, f"calibrated at rank {target.rank}{of}")
+    return layers
 
 
 def _template() -> Any:
@@ -126,7 +135,7 @@ def _drawn(graphs: ModelGraphs) -> Iterator[DrawnGraph]:
         for place, mode in enumerate(modes):
             view = fold_blocks(graphs, mode) if part == WHOLE else view_block(graphs, part, mode)
             name = "plain" if mode is None else mode.name
-            yield DrawnGraph(part, name, svg_text(view, f"g{number}-{place}-"))
+            yield DrawnGraph(part, name, svg_text(view, f"g{number}-{place}-", legend=()))
 
 
 def _images(comparison: Comparison | None) -> str:

@@ -38,10 +38,16 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class DataTable:
-    """What a chart shows, as text."""
+    """What a chart shows, as text.
+
+    Attributes:
+        columns, rows: the cells.
+        layers: one of every row, which the page shows in the graph; empty for other tables.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +173,7 @@ def _step_table(comparison: Comparison) -> DataTable:
 
 
 def _energy(data: ReportData) -> Section:
-    title = "What do the calibration branches keep?"
+    title = "How good are the ranks?"
     if data.curves:
         marked = sorted({2**k for k in range(20)} & {r for c in data.curves for r in c.kept})
         rows = tuple(
@@ -181,9 +187,16 @@ def _energy(data: ReportData) -> Section:
         )
         columns = ("target", "rank", "kept", *(f"at {rank}" for rank in marked))
         lead = "Energy of the increments that a branch of a rank leaves out; dots are the plan's."
-        table = DataTable(columns, rows)
+        table = DataTable(columns, rows, _layers(data) if data.graphs else ())
         return Section("energy", title, lead, (energy_chart(data.curves),), (table,))
     return Section("energy", title, missing=data.missing.get("curves", "No layer is calibrated."))
+
+
+def _layers(data: ReportData) -> tuple[str, ...]:
+    """A layer of every calibration target; a plan alone knows targets by their names."""
+    targets = data.facts.targets if isinstance(data.facts, ArtifactFacts) else ()
+    first = {target.name: target.sites[0] for target in targets}
+    return tuple(first.get(curve.target, curve.target) for curve in data.curves or ())
 
 
 def _cost(data: ReportData) -> Section:

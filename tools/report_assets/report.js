@@ -44,6 +44,7 @@
     if (views[place]) views[place].destroy();
     const source = drawn.find((d) => d.dataset.part === part.value && d.dataset.mode === wanted);
     holder.replaceChildren(source.content.cloneNode(true));
+    holder.classList.remove("looking");
     views[place] = svgPanZoom(holder.querySelector("svg"), {
       controlIconsEnabled: true, zoomScaleSensitivity: 0.3, minZoom: 0.2, maxZoom: 40,
     });
@@ -75,12 +76,13 @@
     return { width: right - left, height: bottom - top, x: (left + right) / 2, y: (top + bottom) / 2 };
   };
   // The viewer moves its drawing with the next frame, not at once.
+  const closest = { before: 4, after: 12 };  // a layer alone would fill the frame
   const settled = (then) => requestAnimationFrame(() => requestAnimationFrame(then));
   // Moves what was found into the middle, as large as fits well.
   const aim = (place, hits) => settled(() => {
     const frame = bounds([document.getElementById(place)]), before = bounds(hits);
-    const fit = 0.7 * Math.min(frame.width / before.width, frame.height / before.height);
-    views[place].zoomBy(Math.min(Math.max(fit, 0.2), 12));
+    const fit = 0.85 * Math.min(frame.width / before.width, frame.height / before.height);
+    views[place].zoomBy(Math.min(Math.max(fit, 0.2), closest[place]));
     settled(() => {
       const after = bounds(hits);
       views[place].panBy({ x: frame.x - after.x, y: frame.y - after.y });
@@ -88,6 +90,14 @@
     });
   });
   const groups = (holder) => [...holder.querySelectorAll("g[data-node]:not(.legend)")];
+
+  // What was found, and the edges that lead to it, stay as they are; the rest fades.
+  const mark = (place, hits) => {
+    const holder = document.getElementById(place), names = new Set(hits.map((g) => g.dataset.node));
+    holder.classList.add("looking");
+    const near = [...holder.querySelectorAll("g[data-target]")].filter((edge) => names.has(edge.dataset.target));
+    for (const group of [...hits, ...near]) group.classList.add("looked-for");
+  };
 
   // A layer is looked for in all drawings: the part that holds it is opened by itself.
   const look = () => {
@@ -104,15 +114,29 @@
     redraw();
     const [plain, rewritten] = ["before", "after"].map((place) =>
       groups(document.getElementById(place)).filter(hit));
-    const inserted = rewritten.filter((group) => group.dataset.mark === "inserted");
-    for (const group of [...plain, ...rewritten]) group.classList.add("looked-for");
+    mark("before", plain);
+    mark("after", rewritten);
     if (plain.length) aim("before", plain);
-    if (rewritten.length) aim("after", inserted.length ? inserted : rewritten);
-    found.textContent = `${best.hits} nodes in ${best.part}, ${inserted.length} of them inserted`;
+    if (rewritten.length) aim("after", rewritten);
+    const fate = [...document.querySelectorAll("#layers option")].find((o) => o.value === wanted)?.label;
+    const counts = [["inserted", "inserted"], ["removed", "removed"], ["kept values read", "cache"]]
+      .map(([what, mark]) => [rewritten.filter((group) => group.dataset.mark === mark).length, what])
+      .filter(([count]) => count).map(([count, what]) => `${count} ${what}`);
+    found.textContent = [best.part, ...(fate ? [fate] : []), ...counts].join(", ");
   };
 
   part.addEventListener("change", () => { search.value = ""; found.textContent = ""; redraw(); });
   mode.addEventListener("change", () => (search.value ? look() : redraw()));
-  search.addEventListener("change", look);
+  let typed;
+  search.addEventListener("input", () => { clearTimeout(typed); typed = setTimeout(look, 300); });
+  search.addEventListener("change", () => { clearTimeout(typed); look(); });
+  for (const link of document.querySelectorAll("button.to-graph")) {
+    link.addEventListener("click", () => {
+      search.value = link.dataset.layer;
+      look();
+      document.getElementById("graphs").scrollIntoView();
+      document.getElementById("after").focus({ preventScroll: true });
+    });
+  }
   redraw();
 })();
