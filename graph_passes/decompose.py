@@ -71,14 +71,14 @@ class CalibrationFactors:
         return self.down.shape[0]
 
     def kept_energy(self) -> dict[int, float]:
-        """Share of the energy that a rank keeps: at 0, the powers of two, r, and all directions.
+        """Share of the energy that a rank keeps: at 0, the powers of sqrt 2, r, and all directions.
 
         Empty where there is no spectrum, or no energy at all.
         """
         if self.spectrum is None or not float(self.spectrum.sum()):
             return {}
         most = len(self.spectrum)
-        powers = (2**k for k in range(most.bit_length()))
+        powers = (round(2 ** (k / 2)) for k in range(2 * most.bit_length()))
         sums = self.spectrum.double().cumsum(0) / self.spectrum.double().sum()
         ranks = sorted({rank for rank in (*powers, self.rank, most) if 0 < rank <= most})
         return {0: 0.0} | {rank: float(sums[rank - 1]) for rank in ranks}

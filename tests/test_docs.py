@@ -102,7 +102,7 @@ def test_python_blocks_run(page: str, run_page: Callable[[str], Path]) -> None:
 
 
 def test_pages_with_code_are_the_known_ones() -> None:
-    assert WITH_CODE == ["README.md", "docs/deploy.md", "docs/tutorial.md"]
+    assert WITH_CODE == ["README.md", "docs/deploy.md", "docs/tour.md", "docs/tutorial.md"]
 
 
 def test_blocks_that_do_not_run_are_counted() -> None:

@@ -325,7 +325,8 @@ def test_name_of_a_layer_leads_to_its_calibration_branch(opened: Any) -> None:
     assert max(tall / frame["height"], wide / frame["width"]) > 0.4  # and not lost in the frame
     told = opened.locator("#found").inner_text()
     assert re.fullmatch(
-        r"blocks\.2, calibrated at rank 2, \d+ inserted, \d+ removed, \d kept values read", told
+        r"blocks\.2\.fc2: calibrated at rank 2, \d+ inserted, \d+ removed, \d kept values read",
+        told,
     )
 
 

@@ -122,7 +122,7 @@
     const counts = [["inserted", "inserted"], ["removed", "removed"], ["kept values read", "cache"]]
       .map(([what, mark]) => [rewritten.filter((group) => group.dataset.mark === mark).length, what])
       .filter(([count]) => count).map(([count, what]) => `${count} ${what}`);
-    found.textContent = [best.part, ...(fate ? [fate] : []), ...counts].join(", ");
+    found.textContent = `${wanted}: ${[...(fate ? [fate] : []), ...counts].join(", ") || "as it was"}`;
   };
 
   part.addEventListener("change", () => { search.value = ""; found.textContent = ""; redraw(); });
