@@ -17,6 +17,7 @@ from calicache.export import export_onnx
 from calicache.graph_passes import Plan, StepMode, Trajectory, optimize
 from calicache.graph_passes.errors import CompareError, TargetError
 from calicache.graph_passes.front import ErrorSummary, Front, FrontPoint
+from calicache.tools import report_page
 from calicache.tools.cli import app
 from calicache.tools.report_data import gather_report
 from calicache.tools.report_page import render_report, write_report
@@ -230,6 +231,16 @@ def test_text_of_a_plan_cannot_become_markup(folder: Path, tmp_path: Path) -> No
     text = render_report(gather_report(tmp_path / "<i>evil<"))
     assert "<i>evil<" not in text
     assert "&lt;i&gt;evil&lt;" in text
+
+
+def test_parts_that_are_not_drawn_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = gather_report(folder / "small.onnx.d")
+    assert data.graphs is not None
+    assert "parts are drawn" not in render_report(data)
+    monkeypatch.setattr(report_page, "_MOST_DRAWN", 2)
+    text = render_report(data)
+    assert f"The first 2 of {len(data.graphs.parts)} parts are drawn" in text
+    assert text.count('<template class="drawn"') == 3 * (1 + len(data.graphs.modes))
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from calicache.tools.report_sections import Section, report_cards, report_sectio
 
 ASSETS = "report_assets"
 WHOLE = "whole model"
-_MOST_DRAWN = 40  # blocks; each takes the layout some tenths of a second
+_MOST_DRAWN = 100  # blocks; each takes the layout a tenth of a second or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ def render_report(data: ReportData) -> str:
             graphs=graphs,
             parts=tuple(dict.fromkeys(graph.part for graph in graphs)),
             modes=tuple(dict.fromkeys(graph.mode for graph in graphs)),
+            not_drawn=_not_drawn(data.graphs),
             first_mode=_first_mode(data),
             layers=_layers(data),
             marks=tuple((node.mark, MARK_COLOURS[node.mark], node.about) for node in LEGEND),
@@ -82,6 +83,17 @@ def render_report(data: ReportData) -> str:
             style=_asset("report.css"),
             script=_asset("report.js"),
         )
+    )
+
+
+def _not_drawn(graphs: ModelGraphs | None) -> str:
+    """What the viewer leaves out; empty where that is nothing."""
+    parts = () if graphs is None else graphs.parts
+    if len(parts) <= _MOST_DRAWN:
+        return ""
+    return (
+        f"The first {_MOST_DRAWN} of {len(parts)} parts are drawn; calicache graph --block NAME "
+        "draws any of them."
     )
 
 
