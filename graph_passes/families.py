@@ -30,12 +30,15 @@ class StepShares:
     Attributes:
         steps: of the cheap modes that there are.
         caches: what a REFRESH costs more where the schedule has steps of that mode.
+        kept: what it costs more where the schedule has steps that run the model with values of
+            the run: any cheap mode but FORECAST.
         folds: what a REFRESH costs more from so many `reads_per_refresh` on: pairs of both.
     """
 
     steps: Mapping[StepMode, float]
     caches: Mapping[StepMode, float]
     folds: tuple[tuple[float, float], ...] = ()
+    kept: float = 0.0
 
     def run_share(self, schedule: Sequence[StepMode], order: int) -> float:
         """Cost of a run against the plain model's."""
@@ -43,6 +46,7 @@ class StepShares:
         reads = reads_per_refresh(schedule, order + 1) if self.folds else 0.0
         refreshes = counts.pop(StepMode.REFRESH, 0)
         refresh = 1.0 + sum(self.caches[mode] for mode in counts)
+        refresh += self.kept if counts.keys() - {StepMode.FORECAST} else 0.0
         refresh += sum(share for threshold, share in self.folds if threshold < reads)
         cheap = sum(self.steps[mode] * count for mode, count in counts.items())
         return (refresh * refreshes + cheap) / len(schedule)
@@ -138,19 +142,19 @@ def latency_shares(
     """Costs of FORECAST and of some modes in seconds, from a table."""
     members = Counter(group_of(branch.name) for branch in sites.branches)
     reuse = latency.full_step / latency.plain
-    kept = latency.full_refresh / latency.plain - 1.0
+    reused = 0.0  # written for REUSE
     for group in members:
         change = latency.step_change(group, BranchChoice.REUSE, 0)
         written = latency.refresh_change(group, BranchChoice.REUSE, 0)
         reuse += float("inf") if change is None else change / latency.plain
-        kept += (written or 0.0) / latency.plain
+        reused += (written or 0.0) / latency.plain
     steps = {
         StepMode.FORECAST: latency.forecast / latency.plain,
         StepMode.REUSE: max(0.0, reuse),
     }
-    caches = {StepMode.FORECAST: 0.0, StepMode.REUSE: max(0.0, kept)}
+    caches = {StepMode.FORECAST: 0.0, StepMode.REUSE: max(0.0, reused)}
     if allocation is not None:
-        written_by = latency.full_refresh / latency.plain - 1.0
+        written_by = 0.0
         for branch, choice in allocation.choices.items():
             group = group_of(branch)
             change = latency.refresh_change(group, choice, 0) if group in members else 0.0
@@ -158,7 +162,11 @@ def latency_shares(
         steps[StepMode.CALIBRATE] = max(0.0, allocation.cost)
         caches[StepMode.CALIBRATE] = max(0.0, written_by)
     there = {StepMode.FORECAST, *modes}
-    return StepShares({mode: share for mode, share in steps.items() if mode in there}, caches)
+    return StepShares(
+        {mode: share for mode, share in steps.items() if mode in there},
+        caches,
+        kept=max(0.0, latency.full_refresh / latency.plain - 1.0),
+    )
 
 
 def _choices(

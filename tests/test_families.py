@@ -550,12 +550,17 @@ def test_shares_in_seconds_add_up_over_the_groups(dit_known: Known) -> None:
     assert math.isclose(shares.steps[U], 0.60 + 0.55 - 0.98, **EXACT)
     assert math.isclose(shares.steps[FORECAST], 0.01, **EXACT)
     assert shares.steps[C] == 0.65
-    assert math.isclose(shares.caches[U], 0.03 + 0.005, **EXACT)
+    assert math.isclose(shares.kept, 0.02, **EXACT)  # a full REFRESH of 1.02
+    assert math.isclose(shares.caches[U], 0.01 + 0.005, **EXACT)
     assert shares.caches[FORECAST] == 0.0
     # Against a full REFRESH of 1.02: LINEAR at no MACs 1.045, REUSE 1.025, BRANCH 1.04; each
     # is half of its group.
-    written = 0.02 + (0.025 + 0.005 + 0.02) / 2
+    written = (0.025 + 0.005 + 0.02) / 2
     assert math.isclose(shares.caches[C], written, **EXACT)
+    # What FULL steps read is kept once, whatever modes there are.
+    both = (1.0 + 0.02 + 0.015 + written + shares.steps[C] + shares.steps[U]) / 3
+    assert math.isclose(shares.run_share((R, C, U), 2), both, **EXACT)
+    assert shares.run_share((R, FORECAST), 2) == 0.505
 
 
 def test_only_modes_that_are_there_have_shares_in_seconds(dit_known: Known) -> None:
