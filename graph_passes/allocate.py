@@ -46,8 +46,8 @@ class RankCurve:
         most = min(len(spectrum), target.in_features, sum(target.out_features))
         energies = spectrum.double()
         energies = energies.where(energies > ROUNDING * energies.sum(), 0.0)
-        left = (energies.sum() - energies.cumsum(0)).clamp(min=0.0).tolist()
-        tails = [float(energies.sum()), *left]
+        total = energies.sum()
+        tails = [float(total), *(total - energies.cumsum(0)).clamp(min=0.0).tolist()]
         chosen = [tails[rank] for rank in range(0, most + 1, MULTIPLE)]
         return RankCurve(target, tuple(sensitivity * (tail + unexplained) for tail in chosen))
 

@@ -77,9 +77,9 @@ class CalibrationFactors:
         """
         if self.spectrum is None or not float(self.spectrum.sum()):
             return {}
-        most = len(self.spectrum)
+        energies, most = self.spectrum.double(), len(self.spectrum)
         powers = (round(2 ** (k / 2)) for k in range(2 * most.bit_length()))
-        sums = self.spectrum.double().cumsum(0) / self.spectrum.double().sum()
+        sums = energies.cumsum(0) / energies.sum()
         ranks = sorted({rank for rank in (*powers, self.rank, most) if 0 < rank <= most})
         return {0: 0.0} | {rank: float(sums[rank - 1]) for rank in ranks}
 

@@ -30,9 +30,9 @@ class StepShares:
     Attributes:
         steps: of the cheap modes that there are.
         caches: what a REFRESH costs more where the schedule has steps of that mode.
-        kept: what it costs more where the schedule has steps that run the model with values of
-            the run: any cheap mode but FORECAST.
         folds: what a REFRESH costs more from so many `reads_per_refresh` on: pairs of both.
+        kept: what a REFRESH costs more where the schedule has steps that run the model with
+            values of the run: any cheap mode but FORECAST.
     """
 
     steps: Mapping[StepMode, float]

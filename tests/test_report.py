@@ -355,6 +355,15 @@ def test_layer_is_found_while_its_name_is_typed(opened: Any) -> None:
     assert opened.locator("#part").input_value() == "blocks.2"
 
 
+def test_leaving_the_field_keeps_how_a_graph_was_moved(opened: Any) -> None:
+    opened.locator("#node").press_sequentially("blocks.2.fc2")
+    opened.wait_for_selector("#after[data-aimed='blocks.2.fc2']")
+    opened.evaluate("document.querySelector('#after svg').dataset.seen = 'yes'")
+    opened.locator("#after").focus()  # the field has changed, and says so now
+    opened.wait_for_timeout(100)
+    assert opened.locator("#after svg[data-seen=yes]").count() == 1  # not drawn again
+
+
 def test_name_that_is_nowhere_is_told(opened: Any) -> None:
     opened.fill("#node", "blocks.99")
     opened.keyboard.press("Enter")

@@ -22,7 +22,6 @@ from calicache.tools.terminal_text import fact_grid, plain_table
 
 _CHART_HEIGHT, _MOST_TICKS = 16, 10
 _TENSORS = ("full", "cached", "pictures")
-# For terminals and files that cannot take the box characters of the chart.
 
 
 def describe_comparison(comparison: Comparison, grid: ImageGrid | None = None) -> RenderableType:

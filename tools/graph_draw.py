@@ -103,7 +103,7 @@ def svg_text(
     """
     drawing = drawing_of(view)
     root = ElementTree.fromstring(_layout(drawing, legend))
-    _dress(root, drawing, prefix)
+    _dress(root, drawing, prefix, legend)
     ElementTree.register_namespace("", _SVG)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -183,10 +183,12 @@ def _add_node(graph: Any, node: DrawnNode) -> None:
     )
 
 
-def _dress(root: ElementTree.Element, drawing: Drawing, prefix: str) -> None:
+def _dress(
+    root: ElementTree.Element, drawing: Drawing, prefix: str, legend: Sequence[DrawnNode]
+) -> None:
     """Put names, marks and tooltips on what Graphviz drew, and take its own ids away."""
-    legend = {node.name: node for node in LEGEND}
-    nodes = {node.name: node for node in drawing.nodes} | legend
+    explained = {node.name for node in legend}
+    nodes = {node.name: node for node in (*drawing.nodes, *legend)}
     marks = {(edge.source, edge.target): edge.mark for edge in drawing.edges}
     root.set("class", "calicache-graph")
     root.set("role", "img")
@@ -205,7 +207,7 @@ def _dress(root: ElementTree.Element, drawing: Drawing, prefix: str) -> None:
         name = str(title.text)
         if kind == "node":
             node = nodes[name]
-            kind = "legend" if name in legend else "node"
+            kind = "legend" if name in explained else "node"
             group.attrib |= {"id": prefix + name, "class": f"{kind} {node.mark}"}
             group.attrib |= {"data-node": name, "data-mark": str(node.mark)}
             group.set("data-kind", str(node.kind))

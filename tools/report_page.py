@@ -72,7 +72,7 @@ def render_report(data: ReportData) -> str:
             not_drawn=_not_drawn(data.graphs),
             first_mode=_first_mode(data),
             layers=_layers(data),
-            marks=tuple((node.mark, MARK_COLOURS[node.mark], node.about) for node in LEGEND),
+            marks=tuple((MARK_COLOURS[node.mark], node.about) for node in LEGEND),
             no_graphs=data.missing.get("graphs", ""),
             images=_images(data.comparison),
             no_images=_no_images(data),

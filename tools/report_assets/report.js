@@ -75,15 +75,17 @@
     const top = Math.min(...boxes.map((b) => b.top)), bottom = Math.max(...boxes.map((b) => b.bottom));
     return { width: right - left, height: bottom - top, x: (left + right) / 2, y: (top + bottom) / 2 };
   };
-  // The viewer moves its drawing with the next frame, not at once.
   const closest = { before: 4, after: 12 };  // a layer alone would fill the frame
+  // The viewer moves its drawing with the next frame, not at once.
   const settled = (then) => requestAnimationFrame(() => requestAnimationFrame(then));
   // Moves what was found into the middle, as large as fits well.
   const aim = (place, hits) => settled(() => {
+    if (!hits.length || !hits[0].isConnected) return;  // another graph is shown by now
     const frame = bounds([document.getElementById(place)]), before = bounds(hits);
     const fit = 0.85 * Math.min(frame.width / before.width, frame.height / before.height);
     views[place].zoomBy(Math.min(Math.max(fit, 0.2), closest[place]));
     settled(() => {
+      if (!hits[0].isConnected) return;
       const after = bounds(hits);
       views[place].panBy({ x: frame.x - after.x, y: frame.y - after.y });
       document.getElementById(place).dataset.aimed = search.value.trim();
@@ -100,8 +102,9 @@
   };
 
   // A layer is looked for in all drawings: the part that holds it is opened by itself.
+  let looked = "";
   const look = () => {
-    const wanted = search.value.trim();
+    const wanted = looked = search.value.trim();
     if (!wanted) { found.textContent = ""; redraw(); return; }
     const hit = (group) => about(group).includes(wanted);
     const whole = drawn.filter((d) => d.dataset.mode === mode.value && d.dataset.part !== part.options[0].value);
@@ -114,22 +117,23 @@
     redraw();
     const [plain, rewritten] = ["before", "after"].map((place) =>
       groups(document.getElementById(place)).filter(hit));
-    mark("before", plain);
-    mark("after", rewritten);
-    if (plain.length) aim("before", plain);
-    if (rewritten.length) aim("after", rewritten);
+    for (const [place, hits] of [["before", plain], ["after", rewritten]]) {
+      mark(place, hits);
+      aim(place, hits);
+    }
     const fate = [...document.querySelectorAll("#layers option")].find((o) => o.value === wanted)?.label;
     const counts = [["inserted", "inserted"], ["removed", "removed"], ["kept values read", "cache"]]
-      .map(([what, mark]) => [rewritten.filter((group) => group.dataset.mark === mark).length, what])
+      .map(([what, kind]) => [rewritten.filter((group) => group.dataset.mark === kind).length, what])
       .filter(([count]) => count).map(([count, what]) => `${count} ${what}`);
     found.textContent = `${wanted}: ${[...(fate ? [fate] : []), ...counts].join(", ") || "as it was"}`;
   };
 
-  part.addEventListener("change", () => { search.value = ""; found.textContent = ""; redraw(); });
+  part.addEventListener("change", () => { search.value = looked = ""; found.textContent = ""; redraw(); });
   mode.addEventListener("change", () => (search.value ? look() : redraw()));
   let typed;
   search.addEventListener("input", () => { clearTimeout(typed); typed = setTimeout(look, 300); });
-  search.addEventListener("change", () => { clearTimeout(typed); look(); });
+  // Leaving the field must not undo how the reader has moved a graph that is there already.
+  search.addEventListener("change", () => { clearTimeout(typed); if (search.value.trim() !== looked) look(); });
   for (const link of document.querySelectorAll("button.to-graph")) {
     link.addEventListener("click", () => {
       search.value = link.dataset.layer;
