@@ -3,11 +3,11 @@
 if __name__ == "export":
     raise ImportError("import calicache.export: the bare name makes a second copy of every class")
 
-from calicache.export.artifact import export_onnx
+from calicache.export.artifact.manifest import Layout, Manifest, load_artifact, read_manifest
+from calicache.export.export import export_onnx
 from calicache.export.latency import measure_latency
-from calicache.export.manifest import Layout, Manifest, load_artifact, read_manifest
 from calicache.export.samplers import Sampler, read_sampler
-from calicache.export.session import Session
+from calicache.export.session.session import Session
 
 __all__ = [
     "export_onnx",

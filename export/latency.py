@@ -18,21 +18,29 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from calicache.export.artifact import export_onnx
-from calicache.export.session import Session
-from calicache.graph_passes.assign import CalibrationTarget, Granularity, SiteMode, SiteRule, assign
-from calicache.graph_passes.capture import CapturedGraph
-from calicache.graph_passes.covariance import SecondMoments
-from calicache.graph_passes.dependence import classify_nodes
-from calicache.graph_passes.errors import BenchError, ExportError
-from calicache.graph_passes.latency import EVERY, BranchChoice, LatencyRow, LatencyTable, group_of
-from calicache.graph_passes.pipeline import analyse, optimize
-from calicache.graph_passes.plan import Plan
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.run_values import find_run_values
-from calicache.graph_passes.schedule import StepMode, anchor_table, uniform_schedule
-from calicache.graph_passes.sites import LinearSite, Sites
-from calicache.graph_passes.timestep import Run
+from calicache.export.export import export_onnx
+from calicache.export.session.session import Session
+from calicache.graph_passes.api.optimize import optimize
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.common.errors import BenchError, ExportError
+from calicache.graph_passes.factors.statistics import SecondMoments
+from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.graph.dependence import classify_nodes
+from calicache.graph_passes.graph.run_values import find_run_values
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.timestep import Run
+from calicache.graph_passes.settings.choices import Granularity, SiteMode, SiteRule, StepMode
+from calicache.graph_passes.settings.latency import (
+    EVERY,
+    BranchChoice,
+    LatencyRow,
+    LatencyTable,
+    group_of,
+)
+from calicache.graph_passes.settings.schedule import anchor_table, uniform_schedule
+from calicache.graph_passes.sites.analysis import analyse
+from calicache.graph_passes.sites.sites import LinearSite, Sites
+from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 INTERVAL = 3  # of the schedule that is planned for; it decides which caches are folded
 LOW_SHARE, HIGH_SHARE = 16, 5  # of the width, in a rank

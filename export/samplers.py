@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.batched import batch_calls, batch_size
-from calicache.graph_passes.branches import SiteRejection
-from calicache.graph_passes.dependence import Dependence
-from calicache.graph_passes.errors import ExportError
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.recover import RecordedSampler, recover_sampler
-from calicache.graph_passes.runtime import OptimizedModel
-from calicache.graph_passes.sampler_step import SamplerSteps, find_sampler_steps, recorded_next
+from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.errors import ExportError
+from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
+from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
+from calicache.graph_passes.sampler.update import SamplerSteps, find_sampler_steps, recorded_next
 
 CONSTANT_GUIDANCE, SAME_SAMPLER = 1e-5, 1e-3
 ROW = 4  # numbers of one update

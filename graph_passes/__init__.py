@@ -10,24 +10,32 @@ Record what a sampler does, make a plan, optimise:
 if __name__ == "graph_passes":
     raise ImportError("import calicache.graph_passes: the bare name makes a second copy")
 
-from calicache.graph_passes.assign import CalibrationTarget, Granularity, SiteMode, SiteRule, assign
-from calicache.graph_passes.block_view import BlockView, FoldedView, fold_blocks, view_block
-from calicache.graph_passes.branches import SiteRejection
-from calicache.graph_passes.capture import CapturedGraph, capture
-from calicache.graph_passes.cost import ModelCost, TargetCost, model_cost
-from calicache.graph_passes.decompose import Weighting
-from calicache.graph_passes.dependence import Dependence, classify_inputs, classify_nodes
-from calicache.graph_passes.errors import CalicacheError
-from calicache.graph_passes.front import ErrorSummary, Front, FrontPoint
-from calicache.graph_passes.graph_view import ModelGraphs, view_graphs
-from calicache.graph_passes.latency import LatencyTable
-from calicache.graph_passes.observe import observe
-from calicache.graph_passes.pipeline import optimize
-from calicache.graph_passes.plan import Plan
-from calicache.graph_passes.record import Trajectory, record
-from calicache.graph_passes.runtime import OptimizedModel
-from calicache.graph_passes.schedule import StepMode, spread_schedule, uniform_schedule
-from calicache.graph_passes.sites import Sites, find_sites
+from calicache.graph_passes.api.optimize import optimize
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.errors import CalicacheError
+from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block
+from calicache.graph_passes.describe.graphs import ModelGraphs, view_graphs
+from calicache.graph_passes.factors.observe import observe
+from calicache.graph_passes.graph.capture import CapturedGraph, capture
+from calicache.graph_passes.graph.dependence import classify_nodes
+from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.recorder import record
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.rewriting.cost import ModelCost, TargetCost, model_cost
+from calicache.graph_passes.settings.choices import (
+    Granularity,
+    SiteMode,
+    SiteRule,
+    StepMode,
+    Weighting,
+)
+from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint
+from calicache.graph_passes.settings.latency import LatencyTable
+from calicache.graph_passes.settings.schedule import spread_schedule, uniform_schedule
+from calicache.graph_passes.sites.sites import Sites, find_sites
+from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 __all__ = [
     "record",

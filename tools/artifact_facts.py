@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from calicache.export.graph_file import read_graphs
-from calicache.export.manifest import (
+from calicache.export.artifact.graph_file import read_graphs
+from calicache.export.artifact.manifest import (
     GRAPHS_FILE,
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -18,11 +18,11 @@ from calicache.export.manifest import (
     SamplerRecord,
     TargetRecord,
 )
-from calicache.graph_passes.branches import SiteRejection
-from calicache.graph_passes.front import Front
-from calicache.graph_passes.insertion import slot_name
-from calicache.graph_passes.schedule import StepMode
-from calicache.graph_passes.signature import TensorSpec
+from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.recording.signature import TensorSpec
+from calicache.graph_passes.rewriting.insertion import slot_name
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import Front
 from calicache.tools.facts import (
     LOW_ENERGY,
     Caution,

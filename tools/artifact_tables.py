@@ -8,10 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import Tensor
 
-from calicache.export.manifest import Manifest, model_file
-from calicache.graph_passes.errors import CompareError
-from calicache.graph_passes.insertion import OUTPUT_WEIGHT, weight_name
-from calicache.graph_passes.schedule import StepMode
+from calicache.export.artifact.manifest import Manifest, model_file
+from calicache.graph_passes.common.errors import CompareError
+from calicache.graph_passes.rewriting.insertion import OUTPUT_WEIGHT, weight_name
+from calicache.graph_passes.settings.choices import StepMode
 
 # Of the node that scales x for the model in the `sampler` layout.
 _SCALED_LATENT = "segment/scaled"

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from calicache.export.manifest import TargetRecord
+from calicache.export.artifact.manifest import TargetRecord
 from calicache.tools.artifact_facts import ArtifactFacts
 from calicache.tools.front_view import front_lines
 from calicache.tools.terminal_text import (

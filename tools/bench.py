@@ -13,18 +13,11 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from calicache.export import Manifest, read_manifest
-from calicache.graph_passes import (
-    StepMode,
-)
-from calicache.graph_passes.errors import BenchError, reason_of
+from calicache.graph_passes import StepMode
+from calicache.graph_passes.common.errors import BenchError, reason_of
 from calicache.tools.bench_models import find_model
 from calicache.tools.bench_prepare import available_memory, peak_memory, prepare
-from calicache.tools.bench_rows import (
-    BenchRow,
-    BenchSettings,
-    BenchTask,
-    chosen_rows,
-)
+from calicache.tools.bench_rows import BenchRow, BenchSettings, BenchTask, chosen_rows
 from calicache.tools.operators import operator_times
 
 Tick = Callable[[str], None]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calicache.graph_passes.errors import BenchError, ModelError
+from calicache.graph_passes.common.errors import BenchError, ModelError
 from calicache.tools.model_file import call_in_file
 
 Denoiser = Callable[..., Any]

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calicache.export import Layout, export_onnx, read_sampler
-from calicache.graph_passes import (
-    Plan,
-    StepMode,
-    Trajectory,
-    optimize,
-    record,
-    uniform_schedule,
-)
+from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, uniform_schedule
 from calicache.tools.bench_models import find_model
 from calicache.tools.bench_rows import SEED, BenchSettings, plan_folder
 

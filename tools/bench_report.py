@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calicache.graph_passes.files import atomic_path
+from calicache.graph_passes.common.files import atomic_path
 
 Result = Mapping[str, Any]
 NOTES = "performance-notes.md"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calicache.export import Layout, Session
 from calicache.graph_passes import Plan, StepMode, optimize
-from calicache.graph_passes.errors import BenchError
+from calicache.graph_passes.common.errors import BenchError
 from calicache.tools.bench_models import BenchModel, Denoiser
 
 SEED = 1

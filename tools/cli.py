@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from calicache.graph_passes.errors import CalicacheError
+from calicache.graph_passes.common.errors import CalicacheError
 from calicache.tools.bench import run_bench
 from calicache.tools.bench_models import MODELS
 from calicache.tools.bench_report import write_report

@@ -10,13 +10,13 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from calicache.export.manifest import Layout, Manifest
-from calicache.export.session import Session
-from calicache.graph_passes.errors import CompareError
-from calicache.graph_passes.front import ErrorSummary
-from calicache.graph_passes.plan import hash_weights
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.schedule import StepMode
+from calicache.export.artifact.manifest import Layout, Manifest
+from calicache.export.session.session import Session
+from calicache.graph_passes.common.errors import CompareError
+from calicache.graph_passes.common.hashing import hash_weights
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import ErrorSummary
 from calicache.tools.artifact_tables import read_first_step, read_latent_scale
 from calicache.tools.environment import environment
 from calicache.tools.image_measures import (

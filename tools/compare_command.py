@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from calicache.graph_passes.errors import CompareError, ModelError
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.search import SearchProgress
+from calicache.graph_passes.common.errors import CompareError, ModelError
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.search.search import SearchProgress
 from calicache.tools.compare import Comparison, compare
 from calicache.tools.compare_view import comparison_data, describe_comparison
 from calicache.tools.image_grid import check_grid, save_grid

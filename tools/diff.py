@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calicache.graph_passes.errors import TargetError
+from calicache.graph_passes.common.errors import TargetError
 from calicache.tools.diff_artifacts import diff_artifacts
 from calicache.tools.diff_plans import diff_plans
 from calicache.tools.difference import Difference
-from calicache.tools.target_file import (
-    ArtifactTarget,
-    OnnxTarget,
-    PlanTarget,
-    Target,
-    read_target,
-)
+from calicache.tools.target_file import ArtifactTarget, OnnxTarget, PlanTarget, Target, read_target
 
 
 def diff_targets(a: Path | str, b: Path | str) -> Difference:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from calicache.export.manifest import Manifest
+from calicache.export.artifact.manifest import Manifest
 from calicache.tools.artifact_facts import ArtifactFacts, artifact_facts
 from calicache.tools.diff_words import changed, changed_fields, changed_fronts
 from calicache.tools.difference import (

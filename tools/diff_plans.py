@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from calicache.graph_passes.plan import STATISTICS_FILE, Plan
-from calicache.graph_passes.schedule import Table
+from calicache.graph_passes.api.plan import STATISTICS_FILE, Plan
+from calicache.graph_passes.settings.schedule import Table
 from calicache.tools.diff_words import changed, changed_fields, changed_fronts
 from calicache.tools.difference import (
     Change,

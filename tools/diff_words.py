@@ -7,11 +7,11 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from calicache.graph_passes.assign import SiteRule
-from calicache.graph_passes.branches import SiteRejection
-from calicache.graph_passes.front import Front
-from calicache.graph_passes.signature import CallSignature, TensorSpec
-from calicache.graph_passes.timestep import Timestep
+from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
+from calicache.graph_passes.recording.timestep import Timestep
+from calicache.graph_passes.settings.choices import SiteRule
+from calicache.graph_passes.settings.front import Front
 from calicache.tools.difference import Change
 
 

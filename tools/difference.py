@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, computed_field
 
-from calicache.graph_passes.schedule import StepMode
+from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.facts import LayerFacts, LayerWork, Mode, ScheduleFacts
 
 

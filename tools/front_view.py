@@ -9,8 +9,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from calicache.graph_passes.front import CONFIDENCE, ErrorSummary, Front, FrontPoint
-from calicache.graph_passes.schedule import StepMode
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import CONFIDENCE, ErrorSummary, Front, FrontPoint
 from calicache.tools.error_chart import chart_text, draw_errors
 from calicache.tools.terminal_text import fact_grid, schedule_strip, title
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from calicache.export.graph_file import read_graphs
-from calicache.export.manifest import read_manifest
-from calicache.graph_passes.block_view import BlockView, FoldedView, fold_blocks, view_block
-from calicache.graph_passes.errors import TargetError
-from calicache.graph_passes.files import atomic_path
-from calicache.graph_passes.graph_view import PLAIN, ModelGraphs
-from calicache.graph_passes.schedule import StepMode
+from calicache.export.artifact.graph_file import read_graphs
+from calicache.export.artifact.manifest import read_manifest
+from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block
+from calicache.graph_passes.describe.graphs import PLAIN, ModelGraphs
+from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.graph_draw import mermaid_text, svg_text
 from calicache.tools.graph_text import block_text, folded_text
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
-from calicache.graph_passes.block_view import BlockView, FoldedView
-from calicache.graph_passes.errors import TargetError
-from calicache.graph_passes.graph_view import Mark
+from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.describe.blocks import BlockView, FoldedView
+from calicache.graph_passes.describe.graphs import Mark
 from calicache.tools.graph_drawing import LEGEND, Drawing, DrawnEdge, DrawnNode, Kind, drawing_of
 
 # All have a contrast of 3 and more on white and on the dark greys of dark themes.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from calicache.graph_passes.block_view import (
+from calicache.graph_passes.describe.blocks import (
     CACHES,
     OUTPUT,
     BlockView,
@@ -14,13 +14,8 @@ from calicache.graph_passes.block_view import (
     FoldedView,
     Leaving,
 )
-from calicache.graph_passes.graph_view import CacheWrite, Mark, NodeView
-from calicache.tools.graph_text import (
-    describe_part,
-    describe_shape,
-    module_inside,
-    some_values,
-)
+from calicache.graph_passes.describe.graphs import CacheWrite, Mark, NodeView
+from calicache.tools.graph_text import describe_part, describe_shape, module_inside, some_values
 from calicache.tools.terminal_text import format_count
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from calicache.graph_passes.block_view import (
+from calicache.graph_passes.describe.blocks import (
     BlockView,
     FoldedBlock,
     FoldedEdge,
     FoldedView,
     Leaving,
 )
-from calicache.graph_passes.graph_view import Mark, NodeView
+from calicache.graph_passes.describe.graphs import Mark, NodeView
 from calicache.tools.terminal_text import format_count
 
 SIGNS = {

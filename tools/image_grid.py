@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.errors import CompareError
+from calicache.graph_passes.common.errors import CompareError
 from calicache.tools.image_measures import (
     IMAGE_CHANNELS,
     NoPictures,

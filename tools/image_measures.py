@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.errors import CompareError, reason_of
+from calicache.graph_passes.common.errors import CompareError, reason_of
 
 INSTALL = "pip install 'calicache[report]'"
 IMAGE_CHANNELS = (1, 3)

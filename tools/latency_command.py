@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from calicache.export.latency import measure_latency
-from calicache.graph_passes.errors import PlanError
-from calicache.graph_passes.latency import LatencyTable
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.search import SearchProgress
+from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.search.search import SearchProgress
+from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.model_file import load_model
 from calicache.tools.progress import progress_shown
 from calicache.tools.terminal_text import format_count

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from calicache.export.manifest import TargetRecord
-from calicache.graph_passes.assign import CalibrationTarget
-from calicache.graph_passes.graph_view import GraphView, ModelGraphs, NodeView
-from calicache.graph_passes.schedule import StepMode
+from calicache.export.artifact.manifest import TargetRecord
+from calicache.graph_passes.describe.graphs import GraphView, ModelGraphs, NodeView
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.sites.targets import CalibrationTarget
 from calicache.tools.facts import LayerFacts, LayerWork
 
 _LINEAR = "linear"

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from calicache.graph_passes.errors import ModelError, reason_of
+from calicache.graph_passes.common.errors import ModelError, reason_of
 
 _DTYPES = {
     "F64": torch.float64,

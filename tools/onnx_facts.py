@@ -11,9 +11,9 @@ from typing import Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from calicache.export.manifest import MANIFEST_FILE, read_manifest
-from calicache.graph_passes.errors import ArtifactError
-from calicache.graph_passes.files import sha256_of
+from calicache.export.artifact.manifest import MANIFEST_FILE, read_manifest
+from calicache.graph_passes.common.errors import ArtifactError
+from calicache.graph_passes.common.hashing import sha256_of
 from calicache.tools.facts import Caution, some_names
 from calicache.tools.onnx_macs import node_macs
 from calicache.tools.target_file import OnnxTarget

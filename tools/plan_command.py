@@ -10,11 +10,11 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from calicache.graph_passes.errors import CalicacheError, PlanError
-from calicache.graph_passes.front import Front
-from calicache.graph_passes.latency import LatencyTable
-from calicache.graph_passes.plan import SETTINGS_FILE, Plan
-from calicache.graph_passes.record import Trajectory
+from calicache.graph_passes.api.plan import SETTINGS_FILE, Plan
+from calicache.graph_passes.common.errors import CalicacheError, PlanError
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.front_view import describe_front, describe_point
 from calicache.tools.model_file import load_model
 from calicache.tools.progress import progress_shown

@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from calicache.export.manifest import FileRecord
-from calicache.graph_passes.assign import SiteRule
-from calicache.graph_passes.decompose import Weighting
-from calicache.graph_passes.files import sha256_of
-from calicache.graph_passes.front import Front
-from calicache.graph_passes.plan import FORMAT, SETTINGS_FILE, STATISTICS_FILE, Plan
-from calicache.graph_passes.plan_statistics import statistics_tensors
-from calicache.graph_passes.schedule import StepMode
-from calicache.graph_passes.settings import PlanSettings
-from calicache.graph_passes.signature import ConstantSpec
-from calicache.graph_passes.timestep import Timestep
+from calicache.export.artifact.manifest import FileRecord
+from calicache.graph_passes.api.plan import FORMAT, SETTINGS_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.factors.statistics import statistics_tensors
+from calicache.graph_passes.recording.signature import ConstantSpec
+from calicache.graph_passes.recording.timestep import Timestep
+from calicache.graph_passes.settings.choices import SiteRule, StepMode, Weighting
+from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.tools.facts import (
     Caution,
     InputFacts,

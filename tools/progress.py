@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from calicache.graph_passes.search import SearchProgress
+from calicache.graph_passes.search.search import SearchProgress
 
 _SPEED_SECONDS = 1800.0  # one call of a large model may take minutes
 _BAR_COLUMNS = 20

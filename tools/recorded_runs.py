@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calicache.export.manifest import Layout, Manifest
-from calicache.graph_passes.batched import batch_calls, batch_size
-from calicache.graph_passes.branches import SiteRejection
-from calicache.graph_passes.dependence import Dependence, classify_inputs
-from calicache.graph_passes.errors import CompareError
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.signature import CallSignature, TensorSpec
-from calicache.graph_passes.timestep import Run, cut_runs
+from calicache.export.artifact.manifest import Layout, Manifest
+from calicache.graph_passes.common.errors import CompareError
+from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
+from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
+from calicache.graph_passes.recording.timestep import Run, cut_runs
 
 _NOT_IN_NUMPY = "bfloat16"
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from calicache.graph_passes.errors import TargetError
-from calicache.graph_passes.front import Front
-from calicache.graph_passes.schedule import StepMode
+from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import Front
 from calicache.tools.artifact_facts import ArtifactFacts
 from calicache.tools.compare import Comparison
 from calicache.tools.facts import ModeFacts

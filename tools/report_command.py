@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from calicache.graph_passes.errors import TargetError
-from calicache.graph_passes.plan import Plan
-from calicache.graph_passes.record import Trajectory
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.recording.recording import Trajectory
 from calicache.tools.model_file import load_model
 from calicache.tools.report_data import gather_report
 from calicache.tools.report_page import write_report

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import nn
 
-from calicache.export.graph_file import read_graphs
-from calicache.export.manifest import GRAPHS_FILE, Layout
-from calicache.export.session import Session
-from calicache.graph_passes.errors import TargetError
-from calicache.graph_passes.front import Front
-from calicache.graph_passes.graph_view import ModelGraphs, view_graphs
-from calicache.graph_passes.pipeline import optimize
-from calicache.graph_passes.plan import Plan
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.runtime import OptimizedModel
+from calicache.export.artifact.graph_file import read_graphs
+from calicache.export.artifact.manifest import GRAPHS_FILE, Layout
+from calicache.export.session.session import Session
+from calicache.graph_passes.api.optimize import optimize
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.describe.graphs import ModelGraphs, view_graphs
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.settings.front import Front
 from calicache.tools.artifact_facts import ArtifactFacts
 from calicache.tools.compare import Comparison, compare
 from calicache.tools.inspect_target import inspect_target

@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from calicache.graph_passes.block_view import fold_blocks, view_block
-from calicache.graph_passes.files import atomic_path
-from calicache.graph_passes.graph_view import ModelGraphs
-from calicache.graph_passes.schedule import StepMode
+from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.describe.blocks import fold_blocks, view_block
+from calicache.graph_passes.describe.graphs import ModelGraphs
+from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.artifact_facts import ArtifactFacts
 from calicache.tools.compare import Comparison
 from calicache.tools.graph_draw import COLOURS as MARK_COLOURS

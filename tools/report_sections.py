@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from calicache.graph_passes.schedule import count_modes
+from calicache.graph_passes.settings.schedule import count_modes
 from calicache.tools.artifact_facts import ArtifactFacts
 from calicache.tools.compare import Comparison
 from calicache.tools.facts import ModeFacts

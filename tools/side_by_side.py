@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calicache.export.session import Session
-from calicache.graph_passes.branches import SiteRejection
-from calicache.graph_passes.dependence import Dependence
-from calicache.graph_passes.errors import CompareError
-from calicache.graph_passes.sampler_step import (
+from calicache.export.session.session import Session
+from calicache.graph_passes.common.errors import CompareError
+from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.recording.signature import CallSignature
+from calicache.graph_passes.recording.timestep import Run
+from calicache.graph_passes.sampler.update import (
     SamplerSteps,
     find_latent,
     find_sampler_steps,
     match_channels,
     recorded_next,
 )
-from calicache.graph_passes.signature import CallSignature
-from calicache.graph_passes.timestep import Run
 from calicache.tools.artifact_tables import FirstStep
 from calicache.tools.recorded_runs import RecordedRun, RecordedRuns
 

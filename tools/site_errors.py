@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calicache.graph_passes.batched import batch_calls, batch_size
-from calicache.graph_passes.branches import SiteRejection
-from calicache.graph_passes.capture import CapturedGraph
-from calicache.graph_passes.errors import CompareError
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.recover import RecordedSampler, recover_sampler
-from calicache.graph_passes.rewrite import Rewritten
-from calicache.graph_passes.runtime import OptimizedModel
-from calicache.graph_passes.sampler_step import SamplerSteps, match_channels
-from calicache.graph_passes.schedule import StepMode
-from calicache.graph_passes.timestep import Call
+from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.errors import CompareError
+from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
+from calicache.graph_passes.recording.timestep import Call
+from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
+from calicache.graph_passes.sampler.update import SamplerSteps, match_channels
+from calicache.graph_passes.settings.choices import StepMode
 
 LATENTS, OUTPUT = "latents", "output"
 

@@ -9,10 +9,10 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # of onnx
 from safetensors import SafetensorError, safe_open
 
-from calicache.export.manifest import MANIFEST_FILE, Manifest, load_artifact
-from calicache.graph_passes.errors import TargetError, reason_of
-from calicache.graph_passes.plan import SETTINGS_FILE, STATISTICS_FILE, Plan
-from calicache.graph_passes.record import Trajectory
+from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest, load_artifact
+from calicache.graph_passes.api.plan import SETTINGS_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.common.errors import TargetError, reason_of
+from calicache.graph_passes.recording.recording import Trajectory
 from calicache.tools.looks_like import (
     SAFETENSORS,
     file_looks_like,

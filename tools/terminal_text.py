@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from calicache.export.manifest import FileRecord
-from calicache.graph_passes.plan_html import STEP_LETTERS
-from calicache.graph_passes.schedule import StepMode
-from calicache.graph_passes.signature import ConstantSpec
+from calicache.export.artifact.manifest import FileRecord
+from calicache.graph_passes.describe.html import STEP_LETTERS
+from calicache.graph_passes.recording.signature import ConstantSpec
+from calicache.graph_passes.settings.choices import StepMode
 
 _STYLES = {
     StepMode.REFRESH: "bold red",

@@ -9,11 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from calicache.graph_passes.dependence import Dependence, classify_inputs
-from calicache.graph_passes.errors import DependenceError
-from calicache.graph_passes.record import Trajectory
-from calicache.graph_passes.signature import ConstantSpec
-from calicache.graph_passes.timestep import Run, Timestep
+from calicache.graph_passes.common.errors import DependenceError
+from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.signature import ConstantSpec
+from calicache.graph_passes.recording.timestep import Run, Timestep
 from calicache.tools.facts import Caution, InputFacts, input_facts
 from calicache.tools.target_file import TrajectoryTarget
 

@@ -30,9 +30,9 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
-from calicache.graph_passes.branches import LINEAR
-from calicache.graph_passes.cost import node_macs
-from calicache.graph_passes.errors import reason_of
+from calicache.graph_passes.common.errors import reason_of
+from calicache.graph_passes.graph.macs import node_macs
+from calicache.graph_passes.graph.operations import LINEAR
 from zoo.drive import DenoisingRun, first_tensor, make_model, run_sampler
 from zoo.entry import ZooEntry
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from calicache.graph_passes.files import atomic_path
+from calicache.graph_passes.common.files import atomic_path
 from calicache.tools.environment import environment
 from zoo import audio, image, video
 from zoo.entry import ZooEntry

@@ -1,0 +1,1 @@
+"""What an artifact folder holds: the manifest, the graphs, the names of inputs and outputs."""

@@ -1,0 +1,187 @@
+"""An artifact: a folder with the ONNX model, its weights, its graphs and a manifest of all."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from calicache.export.artifact.graph_file import write_graphs
+from calicache.export.artifact.manifest import (
+    FORMAT,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    FileRecord,
+    Layout,
+    Manifest,
+    ModeRecord,
+    SamplerRecord,
+    TargetRecord,
+    model_file,
+    write_manifest,
+)
+from calicache.export.layouts.onnx_graph import output_names
+from calicache.export.layouts.pair import pair_models, shared_weights
+from calicache.export.layouts.sampler import noise_spec, run_specs, sampler_model
+from calicache.export.layouts.step import step_model
+from calicache.export.samplers import Sampler
+from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.errors import ExportError
+from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.describe.graphs import view_graphs
+from calicache.graph_passes.recording.signature import TensorSpec
+from calicache.graph_passes.recording.timestep import calls_of
+from calicache.graph_passes.settings.choices import StepMode
+
+
+def export_onnx(
+    optimized: OptimizedModel,
+    directory: Path | str,
+    layout: Layout | str = Layout.STEP,
+    sampler: Sampler | None = None,
+) -> Manifest:
+    """Write an optimised model as an artifact folder; an existing one is replaced.
+
+    Args:
+        optimized: from `optimize`.
+        directory: the folder, such as `dit.onnx.d`.
+        layout: `step`, `pair` or `sampler`.
+        sampler: from `read_sampler`, for the `sampler` layout alone; all calls of a step are one
+            batch there.
+
+    Raises:
+        ExportError: an unknown layout, a sampler missing or too many, or torch.onnx refuses an op.
+    """
+    if layout not in set(Layout):
+        raise ExportError(
+            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
+        )
+    layout = Layout(layout)
+    if (layout is Layout.SAMPLER) != (sampler is not None):
+        raise ExportError(
+            "sampler",
+            expected=f"{'one' if sampler is None else 'none'} for the layout {layout.value}",
+            got="none" if sampler is None else "one",
+            fix="Pass sampler=read_sampler(optimized, trajectory) with layout='sampler'.",
+        )
+    steps = len(optimized.plan.schedule)
+    if sampler is not None and len(sampler.updates) != steps:
+        raise ExportError(
+            "sampler",
+            expected=f"one of the plan's {steps} steps",
+            got=str(len(sampler.updates)),
+            fix="Read the sampler with this optimised model and its recording.",
+        )
+    if layout is Layout.SAMPLER:
+        optimized = optimized.batched()
+    with atomic_path(Path(directory)) as folder:
+        folder.mkdir()
+        if layout is Layout.PAIR:
+            _save_pair(pair_models(optimized), folder)
+        else:
+            model = step_model(optimized) if sampler is None else sampler_model(optimized, sampler)
+            ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
+        write_graphs(view_graphs(optimized.captured, optimized.rewritten), folder)
+        names = sorted(path.name for path in folder.iterdir())
+        files = tuple(
+            FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
+            for name in names
+        )
+        manifest = _manifest(optimized, layout, files, sampler)
+        write_manifest(manifest, folder)
+    return manifest
+
+
+def _save_pair(models: dict[StepMode, ir.Model], folder: Path) -> None:
+    """Write every model, and what they share once."""
+    weights = shared_weights(models)
+    tensors = list(weights.values())
+    written = ir.external_data.convert_tensors_to_external(tensors, folder, WEIGHTS_FILE)
+    outside = dict(zip(weights, written, strict=True))
+    for mode, model in models.items():
+        for name, value in model.graph.initializers.items():
+            value.const_value = outside.get(name, value.const_value)
+        ir.save(model, folder / model_file(Layout.PAIR, mode))
+
+
+def _manifest(
+    optimized: OptimizedModel,
+    layout: Layout,
+    files: tuple[FileRecord, ...],
+    sampler: Sampler | None,
+) -> Manifest:
+    settings, cost = optimized.plan.settings, optimized.cost
+    caches = optimized.rewritten.caches
+    return Manifest(
+        format=FORMAT,
+        calicache=version("calicache"),
+        layout=layout,
+        files=files,
+        schedule=settings.schedule,
+        rank=settings.rank,
+        order=settings.order,
+        weighting=settings.weighting,
+        correction=settings.correction,
+        weights_hash=settings.weights_hash,
+        inputs=settings.signature.tensors,
+        calls_per_step=calls_of(settings.timestep),
+        fixed=settings.fixed,
+        outputs=output_names(optimized),
+        caches=tuple(
+            TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
+            for cache in caches
+        ),
+        history=optimized.rewritten.history,
+        cache_bytes=cost.cache_bytes,
+        plain_macs=cost.plain_macs,
+        modes=tuple(
+            ModeRecord(mode, cost.modes[mode], _kept_reads(optimized, mode))
+            for mode in sorted(optimized.rewritten.variants)
+        ),
+        targets=_target_records(optimized),
+        branches=tuple(branch.name for branch in optimized.sites.branches),
+        rejections=optimized.sites.rejections,
+        sampler=None if sampler is None else _sampler_record(optimized, sampler),
+        front=optimized.plan.front,
+    )
+
+
+def _sampler_record(optimized: OptimizedModel, sampler: Sampler) -> SamplerRecord:
+    return SamplerRecord(
+        noise=noise_spec(optimized, sampler),
+        inputs=run_specs(optimized, sampler),
+        parts=sampler.parts,
+        conditional=sampler.conditional,
+        guidance=sampler.guidance,
+    )
+
+
+def _kept_reads(optimized: OptimizedModel, mode: StepMode) -> tuple[str, ...]:
+    rewritten = optimized.rewritten
+    return tuple(name for name in rewritten.variants[mode].reads if name not in rewritten.tables)
+
+
+def _target_records(optimized: OptimizedModel) -> tuple[TargetRecord, ...]:
+    records = []
+    for target in optimized.targets:
+        cost, factors = optimized.cost.targets[target.name], optimized.factors.get(target.name)
+        records.append(
+            TargetRecord(
+                name=target.name,
+                granularity=target.granularity,
+                sites=target.sites,
+                in_features=target.in_features,
+                out_features=target.out_features,
+                rank=target.rank,
+                energy=factors.energy if factors else None,
+                kept=factors.kept_energy() if factors else {},
+                full_macs=cost.full_macs,
+                calibrate_macs=cost.calibrate_macs,
+                full_bytes=cost.full_bytes,
+                factor_bytes=cost.factor_bytes,
+                cache_bytes=cost.cache_bytes,
+            )
+        )
+    return tuple(records)

@@ -1,0 +1,1 @@
+"""The three ONNX layouts, and what they are built from."""

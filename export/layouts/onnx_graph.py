@@ -1,0 +1,242 @@
+"""What all layouts are built from: variants translated by torch, joined with onnx-ir.
+
+Weights become initializers of the outermost graph, found equal by content and stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir import convenience, tensor_adapters
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from torch import fx
+
+from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.errors import ExportError
+from calicache.graph_passes.graph.surgery import graph_outputs
+from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.settings.choices import StepMode
+
+CONTRIB_VERSION = 1  # of com.microsoft, which not every variant uses
+LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
+
+
+def output_names(optimized: OptimizedModel) -> tuple[str, ...]:
+    """Names of the model's own outputs in the ONNX graph: `output`, or `output_0` ...
+
+    An output that is None has no name.
+    """
+    count = sum(isinstance(v, fx.Node) for v in graph_outputs(optimized.captured.graph))
+    return ("output",) if count == 1 else tuple(f"output_{k}" for k in range(count))
+
+
+def check_names(optimized: OptimizedModel, added: Mapping[str, str]) -> None:
+    """No argument of the model has a name that the layout adds.
+
+    Args:
+        optimized: whose arguments are meant.
+        added: new names, and what each is.
+
+    Raises:
+        ExportError: one has.
+    """
+    for spec in optimized.plan.settings.signature.tensors:
+        if spec.name in added:
+            raise ExportError(
+                f"input {spec.name}",
+                expected="a name that the layout does not use",
+                got=f"the name of {added[spec.name]}",
+                fix="Rename the argument of the model's forward.",
+            )
+
+
+def weight_nodes(
+    rewritten: Rewritten,
+    step: ir.Value,
+    pool: InitializerPool,
+    names: Collection[str] | None = None,
+) -> list[ir.Node]:
+    """Look this step's weights up, each in its own table; all of them, or those named."""
+    look_ups = []
+    for name in rewritten.tables if names is None else names:
+        table = np.array(rewritten.tables[name], dtype=np.float32)
+        values = pool.shared(ir.tensor(table), f"{name}_table")
+        look_up = ir.node("Gather", [values, step], name=name)
+        describe(look_up, name, ir.DataType.FLOAT, ir.Shape(()))
+        look_ups.append(look_up)
+    return look_ups
+
+
+class InitializerPool:
+    """Outer initializers, one per content, so that variants share their weights.
+
+    Args:
+        taken: names that no initializer may get.
+        names: by content, shared by the pools of several models.
+    """
+
+    def __init__(self, taken: set[str], names: dict[bytes, str] | None = None) -> None:
+        self.values: dict[bytes, ir.Value] = {}
+        self._taken = taken
+        self._names: dict[bytes, str] = {} if names is None else names
+
+    def shared(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
+        """The initializer that holds these values, made at the first request."""
+        digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape};".encode())
+        digest.update(tensor.tobytes())
+        key = digest.digest()
+        if key not in self._names:
+            name, number, taken = hint, 0, {*self._taken, *self._names.values()}
+            while name in taken:
+                name, number = f"{hint}.{number}", number + 1
+            self._names[key] = name
+        if key not in self.values:
+            self.values[key] = ir.Value(
+                name=self._names[key],
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape(tensor.shape.numpy()),
+                const_value=tensor,
+            )
+        return self.values[key]
+
+
+def pack(
+    name: str,
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    nodes: Sequence[ir.Node],
+    pool: InitializerPool,
+    like: ir.Model,
+) -> ir.Model:
+    """The finished model of a layout, with the opsets of torch's exports."""
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=list(pool.values.values()),
+        opset_imports=dict(like.opset_imports),
+        name=f"calicache_{name}",
+    )
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        graph.opset_imports.setdefault(node.domain, CONTRIB_VERSION)
+    return ir.Model(graph, ir_version=like.ir_version, producer_name="calicache")
+
+
+def inline(
+    model: ir.Model, prefix: str, inputs: Sequence[ir.Value], pool: InitializerPool
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The nodes and results of a variant inside another graph.
+
+    Args:
+        model: the variant; it is taken apart.
+        prefix: of the new names.
+        inputs: values of the surrounding graph that take the place of its inputs.
+        pool: the outer graph's initializers.
+    """
+    graph = model.graph
+    for inner, outer in zip(graph.inputs, inputs, strict=True):
+        convenience.replace_all_uses_with(inner, outer, replace_graph_outputs=True)
+    for name, value in list(graph.initializers.items()):
+        assert value.const_value is not None
+        outer = pool.shared(value.const_value, name)
+        convenience.replace_all_uses_with(value, outer, replace_graph_outputs=True)
+    # Some checkpoints hold the same embedder once a block (DiT in diffusers).
+    CommonSubexpressionEliminationPass()(model)
+    results = list(graph.outputs)
+    nodes = take_nodes(graph)
+    for place, node in enumerate(nodes):
+        node.name = f"{prefix}/{node.op_type}_{place}"
+        for value in node.outputs:
+            value.name = f"{prefix}/{value.name}"
+    return nodes, results
+
+
+def take_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """Take all nodes out of a graph, so that another can own them."""
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    return nodes
+
+
+def own_outputs(results: Sequence[ir.Value], nodes: list[ir.Node], prefix: str) -> list[ir.Value]:
+    """Outputs that the branch itself computes, each once; copies where it only passes on."""
+    made = {id(value) for node in nodes for value in node.outputs}
+    own: list[ir.Value] = []
+    for place, value in enumerate(results):
+        if id(value) in made:
+            made.discard(id(value))
+            own.append(value)
+            continue
+        copy = ir.node("Identity", [value], name=f"{prefix}/Identity_out_{place}")
+        describe(copy, f"{prefix}/out_{place}", value.dtype, value.shape)
+        nodes.append(copy)
+        own.append(copy.outputs[0])
+    return own
+
+
+def choose_by_mode(
+    branches: Mapping[StepMode, ir.Graph],
+    step: ir.Value,
+    schedule: Sequence[StepMode],
+    pool: InitializerPool,
+) -> ir.Graph:
+    """A graph that looks the mode of a step up and runs its branch."""
+    *others, last = branches
+    body = branches[last]
+    if not others:
+        return body
+    table = pool.shared(ir.tensor(np.array(schedule, dtype=np.int64)), "schedule")
+    look_up = ir.node("Gather", [table, step], name="mode")
+    describe(look_up, "mode", ir.DataType.INT64, ir.Shape(()))
+    for mode in reversed(others):
+        body = _if_graph(mode, look_up.outputs[0], branches[mode], body, pool)
+    body.insert_before(body[0], look_up)
+    return body
+
+
+def _if_graph(
+    mode: StepMode, current: ir.Value, then: ir.Graph, other: ir.Graph, pool: InitializerPool
+) -> ir.Graph:
+    """`then` where the current mode is `mode`, else `other`."""
+    name = mode.name.lower()
+    number = pool.shared(ir.tensor(np.array(mode, dtype=np.int64)), f"mode_{name}")
+    is_mode = ir.node("Equal", [current, number], name=f"is_{name}")
+    describe(is_mode, f"is_{name}", ir.DataType.BOOL, ir.Shape(()))
+    choose = ir.node(
+        "If",
+        [is_mode.outputs[0]],
+        {"then_branch": then, "else_branch": other},
+        num_outputs=len(then.outputs),
+        name=f"choose_{name}",
+    )
+    for place, (value, one, two) in enumerate(
+        zip(choose.outputs, then.outputs, other.outputs, strict=True)
+    ):
+        value.name, value.type = f"choose_{name}/out_{place}", one.type
+        value.shape = one.shape if one.shape == two.shape else _open_first(one.shape)
+    return ir.Graph([], choose.outputs, nodes=[is_mode, choose], name=f"choose_{name}")
+
+
+def _open_first(shape: ir.Shape | None) -> ir.Shape | None:
+    """The shape with its first size unknown: full on REFRESH, zero otherwise."""
+    return None if shape is None else ir.Shape([None, *shape.dims[1:]])
+
+
+def describe(node: ir.Node, name: str, dtype: ir.DataType | None, shape: ir.Shape | None) -> None:
+    """Name, type and shape of a node's first output."""
+    value = node.outputs[0]
+    value.name, value.shape = name, shape
+    value.type = None if dtype is None else ir.TensorType(dtype)
+
+
+def argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Value:
+    """An input of a graph; a complex one is taken as pairs of real values."""
+    if dtype.is_complex:
+        shape, dtype = (*shape, 2), dtype.to_real()
+    onnx_type = ir.TensorType(tensor_adapters.from_torch_dtype(dtype))
+    return ir.Value(name=name, type=onnx_type, shape=ir.Shape(shape))

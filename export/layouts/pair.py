@@ -1,0 +1,87 @@
+"""The `pair` layout: one model for every mode, over one file of weights; no control flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+
+from calicache.export.artifact.names import (
+    STEP_INPUT,
+    next_name,
+)
+from calicache.export.layouts.onnx_graph import (
+    InitializerPool,
+    argument,
+    check_names,
+    inline,
+    output_names,
+    own_outputs,
+    pack,
+    weight_nodes,
+)
+from calicache.export.layouts.translate import export_variant
+from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.settings.choices import StepMode
+
+SMALL = 256  # bytes
+
+
+def pair_models(optimized: OptimizedModel) -> dict[StepMode, ir.Model]:
+    """One model for every mode of the schedule.
+
+    The model's inputs, `step` where the mode reads weights of its step, and the kept values
+    that the mode reads go in; the model's outputs come out, and from REFRESH all caches.
+    A weight has one name in all models.
+
+    Raises:
+        ExportError: torch's exporter refuses a variant; its reason is passed on.
+    """
+    names: dict[bytes, str] = {}
+    return {
+        mode: _mode_model(optimized, mode, names) for mode in sorted(optimized.rewritten.variants)
+    }
+
+
+def _mode_model(optimized: OptimizedModel, mode: StepMode, names: dict[bytes, str]) -> ir.Model:
+    rewritten, specs = optimized.rewritten, optimized.plan.settings.signature.tensors
+    variant, slots = rewritten.variants[mode], rewritten.slots()
+    arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
+    kept = {
+        name: argument(name, slots[name][0].shape, slots[name][0].dtype)
+        for name in variant.reads
+        if name in slots
+    }
+    results = list(output_names(optimized))
+    if mode is StepMode.REFRESH:
+        results += [next_name(cache.name) for cache in rewritten.caches]
+    added = {STEP_INPUT: "the step", **dict.fromkeys([*slots, *results], "another value")}
+    check_names(optimized, added)
+    taken = {*added, *(spec.name for spec in specs), *rewritten.tables}
+    pool = InitializerPool(taken, names)
+    step = argument(STEP_INPUT, (), torch.int64)
+    tables = [name for name in rewritten.tables if name in variant.reads]
+    looked_up = weight_nodes(rewritten, step, pool, tables)
+    values = {**kept, **dict(zip(tables, (n.outputs[0] for n in looked_up), strict=True))}
+    model = export_variant(variant)
+    reads = [values[name] for name in variant.reads]
+    nodes, outputs = inline(model, mode.name.lower(), [*arguments, *reads], pool)
+    outputs = own_outputs(outputs, nodes, mode.name.lower())
+    for value, name in zip(outputs, results, strict=True):
+        value.name = name
+    inputs = [*arguments, *([step] if tables else []), *kept.values()]
+    return pack(mode.name.lower(), inputs, outputs, [*looked_up, *nodes], pool, model)
+
+
+def shared_weights(models: Mapping[StepMode, ir.Model]) -> dict[str, ir.TensorProtocol]:
+    """The initializers of all models by name, each once; small ones stay in their models.
+
+    Shapes are inferred from small initializers, and no runtime reads those from another file.
+    """
+    return {
+        name: value.const_value
+        for model in models.values()
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > SMALL
+    }

@@ -1,0 +1,45 @@
+"""Tiny numbers that guard a division, kept from the optimizer that takes them for zero.
+
+onnxscript drops an addend within 1e-8 of zero; 1 / (x + 1e-15) is then 1 / 0 where x is 0. The sum
+is written at another scale, a power of two, which changes no bit of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from calicache.graph_passes.graph.surgery import copy_graph, finish
+
+aten = torch.ops.aten
+TAKEN_FOR_ZERO, SCALE = 1e-7, 2.0**40
+
+
+def scale_small_terms(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which x + tiny is (x 2^40 + tiny 2^40) 2^-40.
+
+    Args:
+        module: nodes describe their values; it is not changed.
+    """
+    graph, _ = copy_graph(module.graph)
+    for node in list(graph.nodes):
+        if not _adds_a_tiny_number(node):
+            continue
+        source, tiny = node.args
+        with graph.inserting_before(node):
+            large = graph.call_function(aten.mul.Tensor, (source, SCALE))
+            total = graph.call_function(aten.add.Tensor, (large, tiny * SCALE))
+            result = graph.call_function(aten.mul.Tensor, (total, 1.0 / SCALE))
+        for made in (large, total, result):
+            made.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    return fx.GraphModule(module, finish(graph))
+
+
+def _adds_a_tiny_number(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    wide = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
+    plain = node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs
+    term = node.args[1] if plain else None
+    return wide and isinstance(term, float) and 0 < abs(term) < TAKEN_FOR_ZERO

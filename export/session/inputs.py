@@ -1,0 +1,70 @@
+"""What a user hands to a session: checked against the manifest, held on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from calicache.graph_passes.common.errors import RunError
+from calicache.graph_passes.recording.signature import TensorSpec
+
+
+class InputBuffers:
+    """One buffer on the device for every input, filled anew for every step.
+
+    The addresses stay the same, and what the caller does to his arrays later changes nothing.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._buffers: dict[tuple[str, tuple[int, ...], str], ort.OrtValue] = {}
+
+    def fill(self, name: str, value: np.ndarray[Any, Any]) -> ort.OrtValue:
+        """The input's buffer with a copy of the value; a new one for another form."""
+        value = in_pairs(value)
+        key = (name, value.shape, str(value.dtype))
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            buffer = ort.OrtValue.ortvalue_from_shape_and_type(
+                value.shape, value.dtype.type, self._device
+            )
+            self._buffers = {k: b for k, b in self._buffers.items() if k[0] != name} | {key: buffer}
+        buffer.update_inplace(value)
+        return buffer
+
+
+def in_pairs(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Complex values as the graph takes them: real and imaginary part in a last dimension."""
+    return np.stack([value.real, value.imag], -1) if np.iscomplexobj(value) else value
+
+
+def checked_inputs(
+    specs: Sequence[TensorSpec], inputs: Mapping[str, Any]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Exactly what the specs name, with their shapes and dtypes."""
+    unknown = sorted(set(inputs) - {spec.name for spec in specs})
+    if unknown:
+        raise wrong_input(unknown[0], " | ".join(spec.name for spec in specs), "another name")
+    missing = [spec for spec in specs if spec.name not in inputs]
+    if missing:
+        raise wrong_input(missing[0].name, str(missing[0]), "nothing")
+    return {spec.name: _checked(spec, np.asarray(inputs[spec.name])) for spec in specs}
+
+
+def _checked(spec: TensorSpec, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if value.shape != spec.shape or str(value.dtype) != spec.dtype:
+        raise wrong_input(spec.name, str(spec), f"{value.dtype} {value.shape}")
+    return value
+
+
+def wrong_input(name: str, expected: str, got: str) -> RunError:
+    """An input that is not what the artifact takes."""
+    return RunError(
+        f"input {name}",
+        expected=expected,
+        got=got,
+        fix="Pass what the model was recorded with, or export a plan for this call.",
+    )

@@ -1,0 +1,294 @@
+"""Session: runs an artifact in ONNX Runtime, with the caches kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from calicache.export.artifact.manifest import Layout, load_artifact, model_file
+from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, STEP_INPUT, next_name
+from calicache.export.session.inputs import InputBuffers, checked_inputs, in_pairs, wrong_input
+from calicache.export.session.kept_refreshes import KeptRefreshes, no_refreshes
+from calicache.graph_passes.common.errors import ExportError, RunError
+from calicache.graph_passes.recording.reads import check_fixed
+from calicache.graph_passes.recording.signature import TensorSpec
+from calicache.graph_passes.rewriting.insertion import slot_name
+from calicache.graph_passes.settings.choices import StepMode
+
+NO_GRAPH = -1  # ONNX Runtime neither captures nor replays
+_DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+
+
+class Session:
+    """Runs the steps of one denoising after another, or a whole one.
+
+    The caches are ONNX Runtime values on the provider's device; they go from one step to the
+    next without a copy and are replaced on REFRESH steps alone.
+
+    Args:
+        directory: an artifact written by `export_onnx`, in any layout.
+        provider: an ONNX Runtime execution provider.
+        options: passed to ONNX Runtime, for threads and profiling.
+        cuda_graphs: capture every mode as a CUDA graph and replay it, which takes the launches
+            of the single kernels away; for the layout `pair` on CUDAExecutionProvider.
+
+    Raises:
+        ArtifactError: the folder is damaged.
+        ExportError: the provider is not one that this ONNX Runtime has or cannot run the layout,
+            or CUDA graphs are asked for where there are none.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        provider: str = "CPUExecutionProvider",
+        options: ort.SessionOptions | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.manifest = load_artifact(directory)
+        valid = [name for name in ort.get_available_providers() if name in _DEVICES]
+        if provider not in valid:
+            raise ExportError(
+                "provider",
+                expected=" | ".join(valid),
+                got=repr(provider),
+                fix="Choose one of these, or install the onnxruntime package that has it.",
+            )
+        self._device = _DEVICES[provider]
+        layout, modes = self.manifest.layout, sorted(set(self.manifest.schedule))
+        if cuda_graphs:
+            _check_cuda_graphs(layout, provider)
+        settings = {"enable_cuda_graph": "1"} if cuda_graphs else {}
+        paths = {mode: Path(directory) / model_file(layout, mode) for mode in modes}
+        opened = {
+            path: _open(path, layout, (provider, settings), options)
+            for path in sorted({*paths.values()})
+        }
+        self._sessions = {mode: opened[path] for mode, path in paths.items()}
+        self._inputs = InputBuffers(self._device)
+        self.reset()
+        self._outputs: dict[StepMode, dict[str, ort.OrtValue]] = {}
+        self._graphs: dict[tuple[int, ...], int] | None = {} if cuda_graphs else None
+
+    def sample(
+        self, noise: Any, guidance_scale: float | None = None, **inputs: Any
+    ) -> np.ndarray[Any, Any]:
+        """Run a whole denoising; returns the latents after the last step, like `noise`.
+
+        Args:
+            noise: (B, ...) float32, as the sampler starts with.
+            guidance_scale: another than the recorded one.
+            inputs: the model's tensors that stay the same over a run, all guidance parts at once.
+
+        Raises:
+            RunError: the artifact has another layout, or an input is not what it takes.
+        """
+        record = self.manifest.sampler
+        if record is None:
+            raise RunError(
+                "sample",
+                expected="an artifact in the layout sampler",
+                got=f"layout {self.manifest.layout.value}",
+                fix="Export with layout='sampler', or call step() for every step.",
+            )
+        feed = checked_inputs((record.noise, *record.inputs), {record.noise.name: noise, **inputs})
+        if record.guidance is None and guidance_scale is not None:
+            raise wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
+        self._check_fixed(feed)
+        scale = record.guidance if guidance_scale is None else guidance_scale
+        if scale is not None:
+            feed[GUIDANCE_INPUT] = np.array(scale, np.float32)
+        session = self._sessions[StepMode.REFRESH]
+        used = {value.name for value in session.get_inputs()}
+        feed = {name: in_pairs(value) for name, value in feed.items() if name in used}
+        latents: np.ndarray[Any, Any] = session.run([LATENTS_OUTPUT], feed)[0]
+        return latents
+
+    def step(self, step: int, call: int = 0, **inputs: Any) -> np.ndarray[Any, Any]:
+        """Run one step; returns the model's first output.
+
+        Args:
+            step: index in the run, 0 .. len(schedule) - 1.
+            call: which of the step's calls of the model, where the recorded steps had several.
+            inputs: the model's own tensors by name, NumPy arrays or CPU tensors.
+
+        Raises:
+            RunError: a step out of range or before any REFRESH, or another shape, dtype or
+                name than the artifact's.
+        """
+        return self.step_outputs(step, call, **inputs)[0]
+
+    def step_outputs(
+        self, step: int, call: int = 0, **inputs: Any
+    ) -> tuple[np.ndarray[Any, Any], ...]:
+        """Run one step; returns all of the model's outputs. See `step`."""
+        mode = self._mode(step, call)
+        session, kept = self._sessions[mode], self._kept[call]
+        binding = session.io_binding()
+        bound = self._bind_inputs(binding, session, step, inputs, mode, kept)
+        targets = self._bind_outputs(binding, session, mode, kept)
+        session.run_with_iobinding(binding, self._run_options([*bound, *targets]))
+        names = (output.name for output in session.get_outputs())
+        values = dict(zip(names, binding.get_outputs(), strict=True))
+        if mode is StepMode.REFRESH:
+            caches = self.manifest.caches
+            kept.keep({cache.name: values[next_name(cache.name)] for cache in caches})
+        if self.manifest.layout is Layout.PAIR:
+            self._outputs[mode] = {name: values[name] for name in self.manifest.outputs}
+        return tuple(values[name].numpy().copy() for name in self.manifest.outputs)
+
+    def reset(self) -> None:
+        """Drop the caches; the next step must be a REFRESH."""
+        self._kept = [
+            no_refreshes(self.manifest, self._device) for _ in range(self.manifest.calls_per_step)
+        ]
+
+    def end_profiling(self) -> tuple[Path, ...]:
+        """Write the profiles of a session opened with `enable_profiling`; returns their files."""
+        return tuple(
+            Path(session.end_profiling()) for session in dict.fromkeys(self._sessions.values())
+        )
+
+    def _mode(self, step: int, call: int) -> StepMode:
+        schedule = self.manifest.schedule
+        if self.manifest.layout is Layout.SAMPLER:
+            raise RunError(
+                "step",
+                expected="an artifact in the layout step or pair",
+                got="layout sampler",
+                fix="Call sample() for the whole run, or export in another layout.",
+            )
+        if not 0 <= call < self.manifest.calls_per_step:
+            raise RunError(
+                f"call {call}",
+                expected=f"0 .. {self.manifest.calls_per_step - 1}",
+                got=str(call),
+                fix="Record and plan with as many calls in a step.",
+            )
+        if not 0 <= step < len(schedule):
+            raise RunError(
+                f"step {step}",
+                expected=f"0 .. {len(schedule) - 1}",
+                got=str(step),
+                fix="Export a plan with this many steps.",
+            )
+        mode = schedule[step]
+        if mode is not StepMode.REFRESH and self.manifest.caches and not self._kept[call].count:
+            raise RunError(
+                f"step {step}",
+                expected="a REFRESH step before it",
+                got="empty caches",
+                fix="Start the run at step 0.",
+            )
+        return mode
+
+    def _check_fixed(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        fixed = {name: self.manifest.fixed[name] for name in feed if name in self.manifest.fixed}
+        check_fixed(fixed, {name: torch.from_numpy(feed[name]) for name in fixed})
+
+    def _bind_inputs(
+        self,
+        binding: ort.IOBinding,
+        session: ort.InferenceSession,
+        step: int,
+        inputs: Mapping[str, Any],
+        mode: StepMode,
+        kept: KeptRefreshes,
+    ) -> list[ort.OrtValue]:
+        used = {value.name for value in session.get_inputs()}
+        feed = checked_inputs(self.manifest.inputs, inputs)
+        if mode is StepMode.REFRESH:
+            self._check_fixed(feed)
+        feed[STEP_INPUT] = np.array(step, np.int64)
+        bound = {name: self._inputs.fill(name, v) for name, v in feed.items() if name in used}
+        if step == 0:  # a new run: weight 0 times a NaN of the run before would be NaN
+            kept.start()
+        reads = self.manifest.mode(mode).reads
+        if mode is StepMode.REFRESH and not reads:
+            kept.release()
+        for back in range(self.manifest.history):
+            for cache in self.manifest.caches:
+                name = slot_name(cache.name, back)
+                if name in used:
+                    read = name in reads
+                    bound[name] = kept.read(cache, back) if read else self._empty(cache)
+        for name, value in bound.items():
+            binding.bind_ortvalue_input(name, value)
+        return [*bound.values()]
+
+    def _bind_outputs(
+        self,
+        binding: ort.IOBinding,
+        session: ort.InferenceSession,
+        mode: StepMode,
+        kept: KeptRefreshes,
+    ) -> list[ort.OrtValue | None]:
+        """Where the outputs go: None where ONNX Runtime allocates."""
+        buffers: dict[str, ort.OrtValue | None] = {**self._outputs.get(mode, {})}
+        if mode is StepMode.REFRESH:
+            buffers |= {next_name(c.name): kept.buffer(c) for c in self.manifest.caches}
+        targets = [buffers.get(output.name) for output in session.get_outputs()]
+        for output, buffer in zip(session.get_outputs(), targets, strict=True):
+            if buffer is None:
+                binding.bind_output(output.name, self._device)
+            else:
+                binding.bind_ortvalue_output(output.name, buffer)
+        return targets
+
+    def _run_options(self, values: Sequence[ort.OrtValue | None]) -> ort.RunOptions | None:
+        """Which CUDA graph to replay: one for every combination of addresses."""
+        if self._graphs is None:
+            return None
+        graph = NO_GRAPH
+        if None not in values:
+            addresses = tuple(value.data_ptr() for value in values if value is not None)
+            graph = self._graphs.setdefault(addresses, len(self._graphs) + 1)
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
+
+    def _empty(self, cache: TensorSpec) -> ort.OrtValue:
+        empty = np.zeros((0, *cache.shape[1:]), cache.dtype)
+        return ort.OrtValue.ortvalue_from_numpy(empty, self._device)
+
+
+def _check_cuda_graphs(layout: Layout, provider: str) -> None:
+    if layout is Layout.PAIR and provider == "CUDAExecutionProvider":
+        return
+    raise ExportError(
+        "cuda_graphs",
+        expected="layout pair on CUDAExecutionProvider",
+        got=f"layout {layout.value} on {provider}",
+        fix="Export with layout='pair', which has no control flow, or leave cuda_graphs off.",
+    )
+
+
+def _open(
+    path: Path,
+    layout: Layout,
+    provider: tuple[str, dict[str, str]],
+    options: ort.SessionOptions | None,
+) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(path, options or _default_options(), providers=[provider])
+    except Exception as error:  # ONNX Runtime has no common base for its errors
+        control_flow = layout is not Layout.PAIR
+        flat = ", or in the layout pair, which has no control flow" if control_flow else ""
+        raise ExportError(
+            f"provider {provider[0]}",
+            expected="a model that it can run",
+            got=str(error),
+            fix=f"Use another provider, export in another dtype{flat}.",
+        ) from error
+
+
+def _default_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    # Threads that go on spinning after a run would slow down the session of the next mode.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options

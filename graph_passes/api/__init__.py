@@ -1,0 +1,1 @@
+"""Plan, optimize and OptimizedModel: what users call."""

@@ -1,0 +1,284 @@
+"""The plan: everything `optimize` needs besides the model, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.common.hashing import hash_weights, sha256_of
+from calicache.graph_passes.describe.html import plan_html
+from calicache.graph_passes.factors.statistics import Statistics, named_statistics, named_tensors
+from calicache.graph_passes.recording.input_classes import classify_inputs
+from calicache.graph_passes.recording.reads import find_reads
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.settings.choices import (
+    Granularity,
+    SiteRule,
+    StepMode,
+    Weighting,
+    member,
+)
+from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.latency import LatencyTable
+from calicache.graph_passes.settings.recipe import PlanSettings
+from calicache.graph_passes.settings.schedule import uniform_schedule
+
+if TYPE_CHECKING:
+    from calicache.graph_passes.search.search import SearchProgress
+
+FORMAT = 5
+SETTINGS_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
+FITTED = "fitted to the recorded runs"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Settings and statistics, bound to one checkpoint and one form of call.
+
+    Attributes:
+        settings: see `PlanSettings`.
+        statistics: by name of the calibration target; empty where none are needed.
+        front: what a search found beside this plan; None for a plan that was not searched.
+    """
+
+    settings: PlanSettings
+    statistics: Mapping[str, Statistics]
+    front: Front | None = None
+
+    @property
+    def schedule(self) -> tuple[StepMode, ...]:
+        """Mode of every step."""
+        return self.settings.schedule
+
+    @property
+    def interval(self) -> int:
+        """Longest distance from one REFRESH to the next (or to the end)."""
+        marks = [k for k, mode in enumerate(self.schedule) if mode is StepMode.REFRESH]
+        return max(b - a for a, b in zip(marks, [*marks[1:], len(self.schedule)], strict=True))
+
+    @staticmethod
+    def from_trajectory(
+        model: nn.Module,
+        trajectory: Trajectory,
+        *,
+        interval: int = 3,
+        rank: int = 128,
+        mode: StepMode = StepMode.CALIBRATE,
+        schedule: Sequence[StepMode] | None = None,
+        order: int = 2,
+        weighting: Weighting | str = Weighting.COVARIANCE,
+        granularity: Granularity | str = Granularity.LINEAR,
+        rules: Sequence[SiteRule] = (),
+        correct: bool = True,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Plan:
+        """Plan for a model from what its sampler was seen to do.
+
+        The paper's method is `order=0, correct=False` with its weightings.
+
+        Args:
+            model: in eval mode; the one that was recorded.
+            trajectory: at least one whole run, from `record`.
+            interval: steps from one REFRESH to the next.
+            rank: r of every calibration branch, 0 .. the smaller side of each layer.
+            mode: of the steps between two REFRESH steps.
+            schedule: mode of every step; overrides interval and mode.
+            order: of the polynomial that forecasts anchors from kept refreshes: 0, 1 or 2.
+            weighting: `none`, `activation`, `increment` or `covariance`.
+            granularity: `linear` layers or whole residual branches are calibrated.
+            rules: what to do with some sites and branches instead.
+            correct: fit output weights along the corrected trajectory; where the sampler's
+                update cannot be recovered, `settings.correction` says why.
+            include: shell patterns; sites to calibrate.
+            exclude: shell patterns; sites to leave alone.
+            on_step: called as on_step(done, total) while recorded steps are run.
+
+        Raises:
+            CalicacheError: whatever stage refuses names itself.
+        """
+        # Here, not above: the planner runs the compiler, which takes plans.
+        from calicache.graph_passes.api.planner import make_plan
+
+        if schedule is None:
+            schedule = uniform_schedule(trajectory.steps, interval, mode)
+        settings = PlanSettings(
+            schedule=tuple(schedule),
+            rank=rank,
+            order=order,
+            weighting=member(Weighting, weighting),
+            granularity=member(Granularity, granularity),
+            rules=tuple(rules),
+            include=tuple(include),
+            exclude=tuple(exclude),
+            signature=trajectory.signature,
+            dependence=classify_inputs(trajectory),
+            timestep=trajectory.timestep,
+            weights_hash=hash_weights(model),
+            reads=find_reads(model, trajectory),
+        )
+        return make_plan(model, trajectory, settings, correct=correct, on_step=on_step)
+
+    @staticmethod
+    def search(
+        model: nn.Module,
+        trajectory: Trajectory,
+        *,
+        budget: float | None = None,
+        max_error: float | None = None,
+        latency: LatencyTable | None = None,
+        effort: int = 1,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        folder: Path | str | None = None,
+        on_progress: Callable[[SearchProgress], None] | None = None,
+    ) -> Plan:
+        """The best plan under a budget, or the cheapest one under an error.
+
+        Errors are the relative L2 error of a sample's final latents against the full run's.
+        The recorded runs are shared out: some to fit and search, some to choose, some to report.
+
+        Args:
+            model: in eval mode; the one that was recorded.
+            trajectory: three whole runs or more, each ended by `finish`.
+            budget: share of the full run's cost, above 0 and below 1.
+            max_error: that 99 % of new samples stay below.
+            latency: measured seconds, which the cost is then counted in; MACs without.
+            effort: 1 or more; how many candidates are run for every one at effort 1.
+            include: shell patterns; sites that may be calibrated.
+            exclude: shell patterns; sites to leave alone.
+            folder: for what is done already; a search that was interrupted goes on from there.
+            on_progress: called with what is done and what is still to do.
+
+        Returns:
+            A plan with the search's front, whose other points `take` gives.
+
+        Raises:
+            CalicacheError: the request cannot be met, or a stage refuses; it names itself.
+        """
+        # Here, not above: the search runs the compiler, which takes plans.
+        from calicache.graph_passes.search.search import SearchRequest, search_plan
+
+        request = SearchRequest(budget, max_error, latency, effort, tuple(include), tuple(exclude))
+        return search_plan(model, trajectory, request, folder, on_progress)
+
+    def take(self, place: int) -> Plan:
+        """The plan of another point of the front, numbered from 0.
+
+        Raises:
+            PlanError: the plan has no front, or no such point.
+        """
+        points = self.front.points if self.front else ()
+        if self.front is None or not 0 <= place < len(points):
+            raise PlanError(
+                f"point {place}",
+                expected=f"0 .. {len(points) - 1}" if points else "a plan from Plan.search",
+                got=str(place) if points else "a plan without a front",
+                fix="Choose one of these." if points else "Search for a plan first.",
+            )
+        point = points[place]
+        settings = replace(
+            self.settings,
+            schedule=point.schedule,
+            order=point.order,
+            rules=point.rules,
+            ranks=dict(point.ranks),
+            output_weights=point.output_weights,
+            latent=self.front.latent,
+            correction=FITTED,
+        )
+        return Plan(settings, self.statistics, replace(self.front, taken=place))
+
+    def with_schedule(self, schedule: Sequence[StepMode]) -> Plan:
+        """The same plan with other step modes, and without what was fitted to the old ones.
+
+        Statistics of `covariance` stay those of the old schedule's lags.
+
+        Raises:
+            PlanError: the schedule is empty or does not start with REFRESH.
+        """
+        return self._with(schedule=tuple(schedule))
+
+    def with_rank(self, rank: int) -> Plan:
+        """The same plan with another rank, and without what was fitted to the old one.
+
+        Raises:
+            PlanError: the rank is negative.
+        """
+        return self._with(rank=rank, ranks={})
+
+    def _with(self, **changes: Any) -> Plan:
+        unfitted = replace(
+            self.settings,
+            output_weights=None,
+            latent=None,
+            correction="not fitted: the plan was changed",
+        )
+        return Plan(replace(unfitted, **changes), self.statistics)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of the plan."""
+        return plan_html(self)
+
+    def save(self, directory: Path | str) -> None:
+        """Write `plan.json` and `statistics.safetensors` into a new or replaced folder."""
+        with atomic_path(Path(directory)) as folder:
+            folder.mkdir()
+            tensors = {n: v.contiguous() for n, v in named_tensors(self.statistics).items()}
+            save_file(tensors, folder / STATISTICS_FILE)
+            written = PlanFile(
+                FORMAT, sha256_of(folder / STATISTICS_FILE), self.settings, self.front
+            )
+            (folder / SETTINGS_FILE).write_text(
+                json.dumps(_PLAN_FILE.dump_python(written, mode="json"), indent=2) + "\n"
+            )
+
+    @staticmethod
+    def load(directory: Path | str) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: a file is missing, damaged, of another version, or not a plan.
+        """
+        folder = Path(directory)
+        try:
+            text = (folder / SETTINGS_FILE).read_bytes()
+            found = json.loads(text)["format"]  # first: another format has other fields
+            if found != FORMAT:
+                raise ValueError(f"format {found}, this version reads {FORMAT}")
+            written = _PLAN_FILE.validate_json(text)
+            if sha256_of(folder / STATISTICS_FILE) != written.statistics_sha256:
+                raise ValueError(f"{STATISTICS_FILE} is not the file the plan was saved with")
+            statistics = named_statistics(load_file(folder / STATISTICS_FILE))
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, PlanError) as error:
+            raise PlanError(
+                str(directory),
+                expected="a folder written by Plan.save",
+                got=f"{type(error).__name__}: {error}",
+                fix="Make the plan again from the trajectory.",
+            ) from error
+        return Plan(written.settings, statistics, written.front)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFile:
+    """What `plan.json` holds."""
+
+    format: int
+    statistics_sha256: str
+    settings: PlanSettings
+    front: Front | None = None
+
+
+_PLAN_FILE = TypeAdapter(PlanFile)

@@ -1,0 +1,1 @@
+"""Errors, files, digests and rejections: what every room stands on."""

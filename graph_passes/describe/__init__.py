@@ -1,0 +1,1 @@
+"""Graphs, plans and models as plain data and HTML, to be looked at."""

@@ -1,0 +1,1 @@
+"""Statistics of increments, and the low-rank factors made from them."""

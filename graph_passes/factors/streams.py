@@ -1,0 +1,184 @@
+"""What is streamed of recorded values, step by step: the statistics that factors are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from calicache.graph_passes.common.errors import ObserveError
+from calicache.graph_passes.factors.statistics import ChannelStatistics, SecondMoments
+from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
+from calicache.graph_passes.settings.schedule import anchor_table, kept_refreshes
+from calicache.graph_passes.sites.targets import CalibrationTarget
+
+EPSILON = 1e-6
+
+
+class KeptValues:
+    """Values of the newest refreshes by node, one copy for all targets that look at a node."""
+
+    def __init__(self, schedule: Sequence[StepMode], order: int) -> None:
+        self.schedule, self.order = schedule, order
+        self.weights = anchor_table(schedule, order)
+        self.values: dict[str, dict[int, Tensor]] = {}
+
+    def start(self) -> None:
+        """A new run begins: no refresh is kept."""
+        self.values = {}
+
+    def keep(self, step: int, node: str, value: Tensor) -> None:
+        """Keep a value of a REFRESH step, and forget what no step after it needs."""
+        recent = (step, *kept_refreshes(self.schedule, step, self.order))
+        there = {**self.values.get(node, {}), step: value}
+        self.values[node] = {k: there[k] for k in recent if k in there}
+
+    def increment(self, step: int, node: str, value: Tensor) -> Tensor:
+        """Give a value less its anchor, float32 rows (T, C)."""
+        increment = value.float()
+        kept = kept_refreshes(self.schedule, step, self.order + 1)
+        for weight, place in zip(self.weights[step], kept, strict=False):
+            increment = increment - weight * self.values[node][place].float()
+        return increment.flatten(0, -2)
+
+
+class Channels:
+    """Streams the paper's channel statistics of one site.
+
+    Attributes:
+        nodes: whose values it looks at.
+    """
+
+    def __init__(self, target: CalibrationTarget, *, increments: bool) -> None:
+        self.nodes = (target.input_node, *target.nodes)
+        self.increments = increments
+        self.input, self.output = _NormalisedMean(), _NormalisedMean()
+        self.before: tuple[Tensor, Tensor] | None = None
+
+    def start(self) -> None:
+        """A new run begins: nothing to subtract yet."""
+        self.before = None
+
+    def looks_at(self, step: int) -> bool:  # noqa: ARG002
+        """Whether it needs the values of a step."""
+        return True
+
+    def add(self, step: int, values: Mapping[str, Tensor]) -> None:  # noqa: ARG002
+        """Add the values of a step."""
+        x, y = (values[node] for node in self.nodes)
+        if not self.increments:
+            self.input.add(x)
+            self.output.add(y)
+        elif self.before is not None:
+            self.input.add(x.double() - self.before[0].double())
+            self.output.add(y.double() - self.before[1].double())
+        self.before = (x, y)
+
+    def result(self) -> ChannelStatistics:
+        """Both means."""
+        return ChannelStatistics(self.input.mean(), self.output.mean())
+
+
+class Moments:
+    """Streams second moments of the increments against the plan's anchors.
+
+    Attributes:
+        nodes: whose values it looks at: a linear layer's smaller side, or both sides of a branch.
+    """
+
+    def __init__(self, target: CalibrationTarget, kept: KeptValues) -> None:
+        self.kept = kept
+        self.input, self.outputs = target.input_node, target.nodes
+        self.whole = target.granularity is Granularity.BRANCH
+        self.by_output = not self.whole and sum(target.out_features) < target.in_features
+        sides = (
+            (self.input,) * (not self.by_output),
+            self.outputs * (self.whole or self.by_output),
+        )
+        self.nodes = tuple(node for side in sides for node in side)
+        self.sums: dict[str, Tensor] = {}
+        self.energy = 0.0
+        self.rows = 0
+
+    def start(self) -> None:
+        """A new run begins; what is kept of the one before is forgotten elsewhere."""
+
+    def looks_at(self, step: int) -> bool:
+        """Whether it needs the values of a step."""
+        return self.kept.schedule[step] in (StepMode.REFRESH, StepMode.CALIBRATE)
+
+    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Keep the values of a REFRESH step, add the increments of a CALIBRATE step."""
+        if self.kept.schedule[step] is StepMode.REFRESH:
+            for node in self.nodes:
+                self.kept.keep(step, node, values[node])
+        else:
+            found = {node: self.kept.increment(step, node, values[node]) for node in self.nodes}
+            dy = [found[node] for node in self.outputs if node in found]
+            if self.by_output:
+                stacked = torch.cat(dy, dim=-1)
+                self._accumulate("output", stacked, stacked)
+            else:
+                self._accumulate("input", found[self.input], found[self.input])
+            if self.whole:
+                self._accumulate("cross", found[self.input], torch.cat(dy, dim=-1))
+                self.energy += sum(float(y.square().sum(dtype=torch.float64)) for y in dy)
+            self.rows += len(found[self.nodes[0]])
+
+    def result(self) -> SecondMoments:
+        """Means over tokens, float32 on the CPU; the sums become them."""
+        if not self.rows:
+            raise no_increment("a run with a CALIBRATE step after a REFRESH step")
+        means = {name: value.div_(self.rows).cpu() for name, value in self.sums.items()}
+        if self.whole:
+            means["energy"] = torch.tensor(self.energy / self.rows)
+        return SecondMoments(**means)
+
+    def _accumulate(self, name: str, left: Tensor, right: Tensor) -> None:
+        if name in self.sums:  # in place: the moments of a large model are as large as its weights
+            self.sums[name].addmm_(left.T, right)
+        else:
+            self.sums[name] = left.T @ right
+
+
+def stream_of(
+    target: CalibrationTarget, weighting: Weighting, kept: KeptValues
+) -> Channels | Moments:
+    """What a target needs for a weighting."""
+    if target.granularity is Granularity.BRANCH or weighting is Weighting.COVARIANCE:
+        return Moments(target, kept)
+    return Channels(target, increments=weighting is Weighting.INCREMENT)
+
+
+class _NormalisedMean:
+    """Running mean over samples of a channel magnitude, min-max normalised in each sample."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.samples = 0
+
+    def add(self, value: Tensor) -> None:
+        """Add the samples of a value (B, ..., C)."""
+        magnitude = value.double().abs().flatten(1, -2).mean(dim=1)  # (B, C)
+        low = magnitude.amin(dim=1, keepdim=True)
+        high = magnitude.amax(dim=1, keepdim=True)
+        normalised = ((magnitude - low) / (high - low + EPSILON)).sum(dim=0)  # (C,)
+        self.total = normalised if self.total is None else self.total + normalised
+        self.samples += value.shape[0]
+
+    def mean(self) -> Tensor:
+        """float32 (C,) on the CPU."""
+        if self.total is None:
+            raise no_increment("a run of at least 2 steps")
+        return (self.total / self.samples).float().cpu()
+
+
+def no_increment(expected: str) -> ObserveError:
+    """A recording in which nothing could be subtracted."""
+    return ObserveError(
+        "trajectory",
+        expected=expected,
+        got="no increment",
+        fix="Record a whole sampler run.",
+    )

@@ -1,0 +1,196 @@
+"""From an nn.Module to one functional fx graph, with `aten.linear` and SDPA kept whole."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
+from torch.utils import _pytree as pytree
+
+from calicache.graph_passes.common.errors import CaptureError, reason_of
+from calicache.graph_passes.graph.forms import write_out_forms
+from calicache.graph_passes.graph.surgery import (
+    device_of,
+    find_node,
+    finish,
+    module_path,
+    read_attribute,
+)
+from calicache.graph_passes.recording.reads import DIFFERENT, answering
+from calicache.graph_passes.recording.signature import CallSignature
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedGraph:
+    """A model as a graph of pure functions.
+
+    Attributes:
+        module: placeholders are the tensors of `signature` in order, the output is a flat
+            tuple, weights are the model's own tensors under their own names.
+        signature: the form of the call the graph was captured for.
+        output_tree: how the flat outputs become the model's return value.
+        fixed: tensors of the signature whose recorded values are built into the graph.
+    """
+
+    module: fx.GraphModule
+    signature: CallSignature
+    output_tree: pytree.TreeSpec
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of `module`."""
+        return self.module.graph
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU for a model without any."""
+        return device_of(self.module)
+
+    def node(self, name: str) -> fx.Node:
+        """The node of that name."""
+        return find_node(self.graph, name)
+
+    def attribute(self, target: str) -> Tensor:
+        """The weight or buffer a `get_attr` node names."""
+        value = read_attribute(self.module, target)
+        assert isinstance(value, Tensor)
+        return value
+
+
+def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> CapturedGraph:
+    """Trace the model for calls of one form.
+
+    Args:
+        model: in eval mode; may be on the meta device.
+        signature: from a recorded trajectory.
+        reads: what the model read off its tensors in every recorded call, from `find_reads`.
+
+    Raises:
+        CaptureError: the model is in training mode, or torch.export cannot take it; its
+            reason is passed on.
+    """
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        raise CaptureError(
+            type(model).__name__,
+            expected="a model in eval mode",
+            got=f"{training[0]} in training mode" if training[0] else "training mode",
+            fix="Call model.eval() first.",
+        )
+    device = device_of(model)
+    examples = [torch.zeros(s.shape, dtype=s.torch_dtype, device=device) for s in signature.tensors]
+    arguments = signature.unflatten(examples)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(_answered(model, reads), (), arguments, strict=False)
+            # An empty table makes the graph functional and decomposes nothing.
+            exported = exported.run_decompositions({})
+            module = exported.module(check_guards=False)
+    except Exception as error:
+        raise CaptureError(
+            type(model).__name__,
+            expected="a model that torch.export captures",
+            got=reason_of(error),
+            fix="A graph cannot follow sizes and branches that differ from call to call, and this "
+            "model reads such values (see the chained error)."
+            if reads == DIFFERENT
+            else "Remove what torch.export cannot trace (see the chained error).",
+        ) from error
+    changed = [
+        str(spec.target or getattr(spec.arg, "name", spec.arg))
+        for spec in exported.graph_signature.output_specs
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+    ]
+    if changed:
+        raise CaptureError(
+            type(model).__name__,
+            expected="a model that changes no input and no buffer",
+            got=f"a change of {', '.join(changed)}",
+            fix="Write the new value to a new tensor in forward.",
+        )
+    assert isinstance(module, fx.GraphModule)
+    output_tree, _ = exported.call_spec.out_spec.children()
+    flat, fixed = _flat_module(module, signature, output_tree.num_leaves)
+    _check_shapes(model, flat.graph)
+    return CapturedGraph(flat, signature, output_tree, fixed)
+
+
+def _answered(model: nn.Module, reads: str) -> nn.Module:
+    """A copy over the same weights, its reads answered; also returns the tensors it read."""
+    forward = model.forward
+    copied = copy.copy(model)
+
+    @functools.wraps(forward)
+    def answered(*args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        with answering(reads) as seen:
+            result = forward(*args, **kwargs)
+        return result, seen
+
+    copied.forward = answered
+    return copied
+
+
+def _check_shapes(model: nn.Module, graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not all(type(size) is int for size in value.shape):
+            raise CaptureError(
+                type(model).__name__,
+                expected="shapes that the shapes of the inputs give",
+                got=f"{node.name} ({module_path(node) or node.target}) of {tuple(value.shape)}, "
+                "which depends on values",
+                fix="Record calls that agree in what decides these sizes, such as masks; a size "
+                "that the latent decides cannot be kept.",
+            )
+
+
+def _flat_module(
+    module: fx.GraphModule, signature: CallSignature, outputs: int
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Copy with plain placeholders and outputs; asserts, guards and dead code are left out.
+
+    Also returns the tensors that decide what the model read; the outputs after the model's own
+    are the values it read.
+    """
+    source = module.graph
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    tensors = {spec.name for spec in signature.tensors}
+    by_input: dict[str, fx.Node] = {}
+    placeholders = [node for node in source.nodes if node.op == "placeholder"]
+    for name, node in zip(signature.order, placeholders, strict=True):
+        if name in tensors:
+            copies[node] = graph.node_copy(node)
+            by_input[name] = node
+    output: Any = None
+    for node in source.nodes:
+        if node.op == "output":
+            output = node.args[0]
+        elif node not in copies and (node.op != "placeholder"):
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    flat, read = pytree.tree_leaves(output)[:outputs], pytree.tree_leaves(output)[outputs:]
+    graph.output(tuple(fx.node.map_arg(leaf, lambda n: copies[n]) for leaf in flat))
+    written = write_out_forms(graph)
+    read = [copies[node] for node in read if isinstance(node, fx.Node)]
+    deciding = _inputs_of([written.get(node, node) for node in read])
+    fixed = tuple(name for name, node in by_input.items() if copies[node] in deciding)
+    return fx.GraphModule(module, finish(graph), class_name="Captured"), fixed
+
+
+def _inputs_of(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The placeholders that some nodes are computed from."""
+    seen: set[fx.Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes.extend(node.all_input_nodes)
+    return {node for node in seen if node.op == "placeholder"}

@@ -1,0 +1,1 @@
+"""What a sampler feeds to a model, and how the inputs behave."""

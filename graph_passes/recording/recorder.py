@@ -1,0 +1,37 @@
+"""Recording the calls of a model, with nothing known of its sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from calicache.graph_passes.recording.recording import Trajectory
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trajectory]:
+    """Keep the inputs of every call of `model` made inside the `with` block.
+
+    Args:
+        model: the denoiser that the user's sampler or pipeline calls.
+
+    Yields:
+        A Trajectory that grows with every call.
+
+    Examples:
+        >>> with record(pipe.transformer) as trajectory:
+        ...     pipe(class_labels=[1, 2], num_inference_steps=50)
+    """
+    trajectory = Trajectory()
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trajectory.append(module, args, kwargs)
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield trajectory
+    finally:
+        handle.remove()

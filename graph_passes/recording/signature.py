@@ -1,0 +1,224 @@
+"""How one call of a model becomes a flat list of named tensors, and back.
+
+Models take positional arguments, keywords, nested dicts and lists. Everything after this
+module sees one form: an ordered mapping from a dotted name to a tensor, with the other
+values (None, numbers, strings) frozen into the signature.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from calicache.graph_passes.common.errors import CalicacheError, RecordError, RunError
+
+Constant = None | bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor argument, such as `hidden_states: float32 (4, 1, 28, 28)`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's own object."""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise RecordError(
+                self.name, expected="a torch dtype name", got=self.dtype, fix="Record again."
+            )
+        return dtype
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantSpec:
+    """One argument that is not a tensor and the same in every call."""
+
+    name: str
+    value: Constant
+
+
+@dataclass(frozen=True, slots=True)
+class CallSignature:
+    """The form of a call.
+
+    Attributes:
+        tensors: the tensor arguments, in the order of the model's own signature.
+        constants: the other arguments, in the same order.
+        order: names of all arguments as the flattened call has them.
+        tree: the nesting of the arguments, as torch's pytree writes it in JSON.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    constants: tuple[ConstantSpec, ...]
+    order: tuple[str, ...]
+    tree: str
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Keyword arguments for the model from tensors in the order of `self.tensors`."""
+        values: dict[str, Any] = {spec.name: spec.value for spec in self.constants}
+        values |= dict(zip((spec.name for spec in self.tensors), tensors, strict=True))
+        tree = pytree.treespec_loads(self.tree)
+        arguments: dict[str, Any] = pytree.tree_unflatten([values[n] for n in self.order], tree)
+        return arguments
+
+    def match(self, call: FlatCall) -> list[Tensor]:
+        """The call's tensors in order, after checking that the call has this form.
+
+        Raises:
+            RunError: another structure, constant, shape or dtype than the plan's.
+        """
+        different = sorted(set(call.order) ^ set(self.order))
+        if different:
+            raise _mismatch(", ".join(different), "the arguments of the plan", "others")
+        for constant in self.constants:
+            value = call.constants.get(constant.name, _MISSING)
+            if value != constant.value:
+                raise _mismatch(constant.name, repr(constant.value), repr(value))
+        tensors = []
+        for spec in self.tensors:
+            tensor = call.tensors.get(spec.name)
+            if tensor is None:
+                raise _mismatch(spec.name, f"a tensor {spec}", repr(call.constants[spec.name]))
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
+                raise _mismatch(spec.name, str(spec), str(describe(spec.name, tensor)))
+            tensors.append(tensor)
+        return tensors
+
+    def other_batch(self, call: FlatCall) -> CallSignature | None:
+        """The form of a call that differs from this one in the batch size alone; None otherwise.
+
+        Sizes of the first dimension may change, all by one ratio and none without the others.
+        """
+        ratios: set[Fraction] = set()
+        specs: list[TensorSpec] = []
+        for spec in self.tensors:
+            tensor = call.tensors.get(spec.name)
+            if tensor is None:
+                return None
+            shape = tuple(tensor.shape)
+            if shape != spec.shape:
+                if not shape or shape[1:] != spec.shape[1:] or not spec.shape[0]:
+                    return None
+                ratios.add(Fraction(shape[0], spec.shape[0]))
+            specs.append(replace(spec, shape=shape))
+        batches = {old.shape[0] for old, new in zip(self.tensors, specs, strict=True) if old != new}
+        left = (old for old, new in zip(self.tensors, specs, strict=True) if old == new)
+        if len(ratios) != 1 or any(spec.shape[:1] in {(b,) for b in batches} for spec in left):
+            return None
+        return replace(self, tensors=tuple(specs))
+
+
+_MISSING = "a tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class FlatCall:
+    """One call, flattened: tensors and constants by dotted name, and the nesting."""
+
+    tensors: Mapping[str, Tensor]
+    constants: Mapping[str, Constant]
+    order: tuple[str, ...]
+    tree: pytree.TreeSpec
+
+    def signature(self) -> CallSignature:
+        """The form of this call."""
+        try:
+            tree = pytree.treespec_dumps(self.tree)
+        except NotImplementedError as error:
+            raise RecordError(
+                "arguments",
+                expected="plain tuples, lists and dicts",
+                got=str(error),
+                fix="Pass a plain container instead.",
+            ) from error
+        return CallSignature(
+            tensors=tuple(describe(name, value) for name, value in self.tensors.items()),
+            constants=tuple(ConstantSpec(name, value) for name, value in self.constants.items()),
+            order=self.order,
+            tree=tree,
+        )
+
+
+def describe(name: str, tensor: Tensor) -> TensorSpec:
+    """The spec of a tensor: `describe("x", torch.zeros(2, 3))` is `float32 (2, 3)`."""
+    return TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatCall:
+    """Bind a call to the model's own signature, fill in defaults, flatten.
+
+    Raises:
+        RecordError: an argument is neither tensor, number, string nor None, or the model
+            takes `*args`.
+    """
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= value
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            arguments[name] = value
+        elif value:
+            raise RecordError(
+                f"*{name}",
+                expected="arguments with names",
+                got=f"{len(value)} values without a name",
+                fix="Call the model with keyword arguments.",
+            )
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Constant] = {}
+    leaves, tree = pytree.tree_flatten_with_path(arguments)
+    names = [_dotted(path) for path, _ in leaves]
+    for name, (_, value) in zip(names, leaves, strict=True):
+        if name in tensors or name in constants:
+            raise RecordError(
+                name,
+                expected="one argument of that name",
+                got="two, by way of a key with a dot in it",
+                fix="Rename the key.",
+            )
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif value is None or isinstance(value, bool | int | float | str):
+            constants[name] = value
+        else:
+            raise RecordError(
+                name,
+                expected="a tensor, a number, a string or None",
+                got=type(value).__name__,
+                fix="Pass plain values, or set the object on the model before recording.",
+            )
+    return FlatCall(tensors, constants, tuple(names), tree)
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    keys = (
+        getattr(part, "key", getattr(part, "idx", getattr(part, "name", part))) for part in path
+    )
+    return ".".join(str(key) for key in keys)
+
+
+def _mismatch(where: str, expected: str, got: str) -> CalicacheError:
+    return RunError(
+        f"argument {where}",
+        expected=expected,
+        got=got,
+        fix="Call the model as it was recorded, or record and plan again for this call.",
+    )

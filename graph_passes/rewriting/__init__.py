@@ -1,0 +1,1 @@
+"""From the plain graph to one variant for every step mode."""

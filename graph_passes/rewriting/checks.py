@@ -1,0 +1,84 @@
+"""Invariants of the graph, run between stages: what holds here, every later stage relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.graph.checks import defect, is_inner_graph, verify_functional
+from calicache.graph_passes.graph.surgery import graph_outputs, shape_of
+from calicache.graph_passes.rewriting.variants import Rewritten, Variant
+from calicache.graph_passes.settings.choices import StepMode
+
+
+def verify_rewritten(captured: CapturedGraph, rewritten: Rewritten) -> Rewritten:
+    """Check the variants against the plain graph and each other, and hand them on.
+
+    Raises:
+        VerifyError: a variant takes or returns something else than it must.
+    """
+    values = {name: (c.shape, c.dtype) for name, (c, _) in rewritten.slots().items()}
+    values |= dict.fromkeys(rewritten.tables, ((), torch.float32))
+    plain = _output_forms(captured.graph)
+    for mode, variant in rewritten.variants.items():
+        verify_functional(variant.module.graph)
+        allowed = values
+        if mode is StepMode.REFRESH:  # of all caches, only kept outputs are there to be mixed
+            own = {str(value) for value in graph_outputs(captured.graph)}
+            held = {n for n, (c, _) in rewritten.slots().items() if c.folded or c.node not in own}
+            allowed = {name: form for name, form in values.items() if name not in held}
+        _verify_placeholders(captured, variant, allowed)
+        expected = list(plain)
+        if mode is StepMode.REFRESH:
+            expected += [(cache.shape, cache.dtype) for cache in rewritten.caches]
+        forms = _output_forms(variant.module.graph)
+        if forms != expected:
+            raise defect(f"outputs of {mode.name}", str(expected), str(forms))
+        _verify_attributes(variant)
+    return rewritten
+
+
+def _verify_placeholders(
+    captured: CapturedGraph,
+    variant: Variant,
+    values: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+) -> None:
+    arguments = len(captured.signature.tensors)
+    placeholders = [node for node in variant.module.graph.nodes if node.op == "placeholder"]
+    names = tuple(str(node.target) for node in placeholders[arguments:])
+    if names != variant.reads:
+        raise defect(f"placeholders of {variant.mode.name}", str(variant.reads), str(names))
+    for node in placeholders[arguments:]:
+        form = (shape_of(node), node.meta["val"].dtype)
+        if values.get(str(node.target)) != form:
+            raise defect(
+                node.name, "a cache that REFRESH writes, or a weight from a table", str(form)
+            )
+
+
+def _verify_attributes(variant: Variant) -> None:
+    for node in variant.module.graph.nodes:
+        if node.op == "get_attr":
+            value: object = variant.module
+            for part in str(node.target).split("."):
+                value = getattr(value, part, None)
+            if isinstance(value, fx.GraphModule) and is_inner_graph(node):
+                continue
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape_of(node):
+                raise defect(node.name, f"a tensor {shape_of(node)}", repr(type(value).__name__))
+
+
+def _output_forms(graph: fx.Graph) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
+    return [
+        (shape_of(value), value.meta["val"].dtype)
+        if isinstance(value, fx.Node) and _is_tensor(value)
+        else None
+        for value in graph_outputs(graph)
+    ]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

@@ -1,0 +1,1 @@
+"""The sampler's own update, and the cached sampler run along a recording."""

@@ -1,0 +1,106 @@
+"""The plain model along recorded runs, and from that the sampler's own update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.graph.surgery import graph_outputs
+from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.timestep import Run
+from calicache.graph_passes.sampler.update import (
+    SamplerSteps,
+    find_latent,
+    find_sampler_steps,
+    match_channels,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedSampler:
+    """Recorded runs of one length and what their sampler does.
+
+    Attributes:
+        runs: the calls, on the model's device.
+        outputs: e for every call of every run, with x's channels alone.
+        ends: results of the runs, as far as they are known.
+        steps: how the next latent is made.
+    """
+
+    runs: tuple[Run, ...]
+    outputs: tuple[tuple[Tensor, ...], ...]
+    ends: tuple[Tensor | None, ...]
+    steps: SamplerSteps
+
+
+def recover_sampler(
+    captured: CapturedGraph,
+    trajectory: Trajectory,
+    dependence: Mapping[str, Dependence],
+    length: int,
+    on_step: Callable[[int, int], None] | None = None,
+) -> RecordedSampler | SiteRejection:
+    """Run the plain model along the recorded runs of one length and find the sampler's update.
+
+    Args:
+        captured: the plain graph.
+        trajectory: the recorded runs.
+        dependence: class of every tensor argument.
+        length: of the runs to use, in steps.
+        on_step: called as on_step(done, total), for a progress bar.
+
+    Returns:
+        The sampler, or why it cannot be told from the recording.
+    """
+    returned = graph_outputs(captured.graph)
+    meta = returned[0].meta.get("val") if isinstance(returned[0], fx.Node) else None
+    if len(returned) != 1 or not (isinstance(meta, Tensor) and meta.is_floating_point()):
+        reason = f"the model returns {len(returned)} values, not one floating-point tensor"
+        return SiteRejection("sampler", "", reason)
+    runs, ends = _runs_of_length(trajectory, length, captured.device)
+    if not runs or length < 2:
+        reason = f"no recorded run has the plan's {length} steps"
+        return SiteRejection("sampler", "", reason)
+    latent = find_latent(runs[0][0], run_plain(captured, runs[0][0]), dependence)
+    if isinstance(latent, SiteRejection):
+        return latent
+    outputs: list[list[Tensor]] = []
+    for run in runs:
+        outputs.append([])
+        for call in run:
+            own = match_channels(run_plain(captured, call), call[latent])
+            assert own is not None
+            outputs[-1].append(own)
+            if on_step:
+                on_step(sum(len(done) for done in outputs), len(runs) * length)
+    found = find_sampler_steps(latent, runs, outputs, ends)
+    if isinstance(found, SiteRejection):
+        return found
+    return RecordedSampler(tuple(runs), tuple(tuple(made) for made in outputs), tuple(ends), found)
+
+
+def _runs_of_length(
+    trajectory: Trajectory, length: int, device: torch.device
+) -> tuple[list[Run], list[Tensor | None]]:
+    both = zip(trajectory.runs, trajectory.ends, strict=True)
+    chosen = [(run, end) for run, end in both if len(run) == length]
+    runs: list[Run] = [
+        [{name: value.to(device) for name, value in call.items()} for call in run]
+        for run, _ in chosen
+    ]
+    return runs, [None if end is None else end.to(device) for _, end in chosen]
+
+
+def run_plain(captured: CapturedGraph, call: Mapping[str, Tensor]) -> Tensor:
+    """The first output of the plain model in one recorded call."""
+    arguments: Sequence[Tensor] = list(call.values())
+    with torch.no_grad():
+        first = captured.module(*arguments)[0]
+    assert isinstance(first, Tensor)
+    return first

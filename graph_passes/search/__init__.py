@@ -1,0 +1,1 @@
+"""Finding the best plan under a budget or an error."""

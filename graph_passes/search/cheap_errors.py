@@ -1,0 +1,82 @@
+"""Errors of cheap steps on the recorded latents: what a mode adds when nothing else is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
+
+from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.sampler.kept import Kept, run_step
+from calicache.graph_passes.sampler.recover import RecordedSampler
+from calicache.graph_passes.sampler.update import match_channels
+from calicache.graph_passes.search.rehearse import Scales
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.schedule import anchor_table, kept_refreshes
+
+
+def cheap_errors(
+    rewritten: Rewritten,
+    recorded: RecordedSampler,
+    schedule: Sequence[StepMode],
+    modes: Collection[StepMode],
+    on_step: Callable[[], None] | None = None,
+) -> dict[StepMode, Scales]:
+    """Run cheap modes along the recorded latents, with anchors of all orders in turn.
+
+    Args:
+        rewritten: the variants of the modes, without output weights.
+        recorded: runs with their outputs.
+        schedule: which steps REFRESH; all others are tried in every mode, but for FORECAST ones,
+            which are not run.
+        modes: to try; FORECAST has no output of its own.
+        on_step: called after every step of every run.
+
+    Returns:
+        By mode: |e_mode - e| over the product of the lags, by number of kept refreshes and step
+        (K, T), the root mean square over the parts of e and the sum over the runs. Steps where
+        an order was not tried take their neighbours' values.
+    """
+    history = rewritten.history
+    views = [rewritten.scheduled(anchor_table(schedule, order)) for order in range(history)]
+    squares: dict[StepMode, list[dict[int, float]]] = {m: [{} for _ in views] for m in modes}
+    for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
+        kept: Kept = ()
+        for step, call in enumerate(run):
+            tensors, latent = list(call.values()), call[recorded.steps.latent]
+            if schedule[step] is StepMode.REFRESH:
+                _, kept = run_step(rewritten, StepMode.REFRESH, kept, step, tensors, history)
+            elif schedule[step] is not StepMode.FORECAST:
+                order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
+                for mode in modes:
+                    own, _ = run_step(views[order], mode, kept, step, tensors, history)
+                    shown = match_channels(own, latent)
+                    assert shown is not None
+                    off = float((shown - outputs[step]).double().square().sum())
+                    found = squares[mode][order]
+                    found[step] = found.get(step, 0.0) + off / recorded.steps.parts
+            if on_step:
+                on_step()
+    return {mode: _scales(found, schedule) for mode, found in squares.items()}
+
+
+def _scales(squares: Sequence[Mapping[int, float]], schedule: Sequence[StepMode]) -> Scales:
+    rows: list[tuple[float, ...]] = []
+    for order, found in enumerate(squares):
+        known = {
+            step: square**0.5 / prod(step - p for p in kept_refreshes(schedule, step, order + 1))
+            for step, square in found.items()
+        }
+        rows.append(spread_over(known, len(schedule)) if known else rows[-1])
+    return tuple(rows)
+
+
+def spread_over(known: Mapping[int, float], steps: int) -> tuple[float, ...]:
+    """Values of some steps over all of them: straight lines between, the nearest outside."""
+    places = sorted(known)
+    values = []
+    for step in range(steps):
+        before = max((p for p in places if p <= step), default=places[0])
+        after = min((p for p in places if p >= step), default=places[-1])
+        share = (step - before) / (after - before) if after > before else 0.0
+        values.append(known[before] + (known[after] - known[before]) * share)
+    return tuple(values)

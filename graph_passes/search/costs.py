@@ -1,0 +1,205 @@
+"""The kinds of cheap steps that a plan search tries: what they may do, and what they cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from calicache.graph_passes.factors.statistics import SecondMoments
+from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.graph.macs import graph_macs, node_macs
+from calicache.graph_passes.rewriting.fold import fold_groups, fold_macs, reads_per_refresh
+from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve
+from calicache.graph_passes.settings.choices import Granularity, StepMode
+from calicache.graph_passes.settings.latency import BranchChoice, LatencyTable, group_of
+from calicache.graph_passes.sites.branches import ResidualBranch
+from calicache.graph_passes.sites.sites import Sites
+from calicache.graph_passes.sites.targets import CalibrationTarget
+
+UNIT_MACS = 1_000_000_000  # where the straight lines of a latency table are read
+
+
+@dataclass(frozen=True, slots=True)
+class StepShares:
+    """Cost of a step by mode, the plain step being 1.
+
+    Attributes:
+        steps: of the cheap modes that there are.
+        caches: what a REFRESH costs more where the schedule has steps of that mode.
+        folds: what a REFRESH costs more from so many `reads_per_refresh` on: pairs of both.
+        kept: what a REFRESH costs more where the schedule has steps that run the model with
+            values of the run: any cheap mode but FORECAST.
+    """
+
+    steps: Mapping[StepMode, float]
+    caches: Mapping[StepMode, float]
+    folds: tuple[tuple[float, float], ...] = ()
+    kept: float = 0.0
+
+    def run_share(self, schedule: Sequence[StepMode], order: int) -> float:
+        """Cost of a run against the plain model's."""
+        counts = Counter(schedule)
+        reads = reads_per_refresh(schedule, order + 1) if self.folds else 0.0
+        refreshes = counts.pop(StepMode.REFRESH, 0)
+        refresh = 1.0 + sum(self.caches[mode] for mode in counts)
+        refresh += self.kept if counts.keys() - {StepMode.FORECAST} else 0.0
+        refresh += sum(share for threshold, share in self.folds if threshold < reads)
+        cheap = sum(self.steps[mode] * count for mode, count in counts.items())
+        return (refresh * refreshes + cheap) / len(schedule)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What is known of every target that could be calibrated.
+
+    Attributes:
+        targets: linear ones and whole branches, at their largest rank.
+        spectra: energy of every direction of a target, largest first; by name.
+        moments: what they were made from.
+        sensitivities: by target name and branch, from `sensitivities`.
+    """
+
+    targets: tuple[CalibrationTarget, ...]
+    spectra: Mapping[str, Tensor]
+    moments: Mapping[str, SecondMoments]
+    sensitivities: Mapping[str, float]
+
+    def curve(self, target: CalibrationTarget) -> RankCurve:
+        """What every rank of a target leaves out, as error of the output."""
+        spectrum, energy = self.spectra[target.name], self.moments[target.name].energy
+        left = 0.0 if energy is None else max(0.0, float(energy) - float(spectrum.sum()))
+        gain = self.sensitivities[target.name] * target.tokens
+        return RankCurve.of(target, spectrum, gain, left)
+
+
+def branch_options(
+    captured: CapturedGraph, sites: Sites, known: Candidates, latency: LatencyTable | None
+) -> dict[str, list[BranchOption]]:
+    """Every way to treat every branch, FULL first, and every site outside of branches.
+
+    Costs are MACs, or seconds from a table; what it did not measure is left out.
+    """
+    macs = {node.name: node_macs(node) for node in captured.graph.nodes}
+    plain = sum(macs.values())
+    branch_of = {site.name: site.branch for site in sites.linears}
+    members = Counter(group_of(branch.name) for branch in sites.branches)
+    options: dict[str, list[BranchOption]] = {}
+    for branch in sites.branches:
+        inside = [t for t in known.targets if branch_of[t.sites[0]] == branch.name]
+        found = [BranchOption(BranchChoice.FULL, 0.0, patterns=(branch.name,))]
+        for choice, targets in _choices(inside).items():
+            if latency is None:
+                line = (-_saved(macs, branch, targets, choice) / plain, 1 / plain)
+            else:
+                group = group_of(branch.name)
+                measured = _line(latency, group, choice, members[group])
+                if measured is None:
+                    continue
+                line = measured
+            curves = tuple(known.curve(target) for target in targets)
+            found.append(BranchOption(choice, *line, curves, (branch.name,)))
+        options[branch.name] = found
+    for target in known.targets:
+        if branch_of[target.sites[0]] is None:
+            options[target.name] = [BranchOption(BranchChoice.FULL, 0.0, patterns=target.sites)]
+            if latency is None:
+                saved = sum(macs[node] for node in target.nodes) / plain
+                curves = (known.curve(target),)
+                options[target.name].append(
+                    BranchOption(BranchChoice.LINEAR, -saved, 1 / plain, curves)
+                )
+    return options
+
+
+def macs_shares(
+    rewritten: Rewritten, captured: CapturedGraph, targets: Sequence[CalibrationTarget]
+) -> StepShares:
+    """Costs in MACs, counted on the variants; caches cost the products that fold them."""
+    plain = graph_macs(captured.graph)
+    steps: dict[StepMode, float] = {
+        mode: graph_macs(variant.module.graph) / plain
+        for mode, variant in rewritten.variants.items()
+        if mode is not StepMode.REFRESH
+    }
+    itemsize = next(captured.module.parameters()).element_size()
+    folds = tuple(
+        (group.threshold, sum(fold_macs(target) for target in group.targets) / plain)
+        for group in fold_groups(targets, itemsize)
+    )
+    return StepShares({**steps, StepMode.FORECAST: 0.0}, dict.fromkeys(StepMode, 0.0), folds)
+
+
+def latency_shares(
+    sites: Sites,
+    latency: LatencyTable,
+    modes: Collection[StepMode],
+    allocation: Allocation | None,
+) -> StepShares:
+    """Costs of FORECAST and of some modes in seconds, from a table."""
+    members = Counter(group_of(branch.name) for branch in sites.branches)
+    reuse = latency.full_step / latency.plain
+    reused = 0.0  # written for REUSE
+    for group in members:
+        change = latency.step_change(group, BranchChoice.REUSE, 0)
+        written = latency.refresh_change(group, BranchChoice.REUSE, 0)
+        reuse += float("inf") if change is None else change / latency.plain
+        reused += (written or 0.0) / latency.plain
+    steps = {
+        StepMode.FORECAST: latency.forecast / latency.plain,
+        StepMode.REUSE: max(0.0, reuse),
+    }
+    caches = {StepMode.FORECAST: 0.0, StepMode.REUSE: max(0.0, reused)}
+    if allocation is not None:
+        written_by = 0.0
+        for branch, choice in allocation.choices.items():
+            group = group_of(branch)
+            change = latency.refresh_change(group, choice, 0) if group in members else 0.0
+            written_by += (change or 0.0) / members.get(group, 1) / latency.plain
+        steps[StepMode.CALIBRATE] = max(0.0, allocation.cost)
+        caches[StepMode.CALIBRATE] = max(0.0, written_by)
+    there = {StepMode.FORECAST, *modes}
+    return StepShares(
+        {mode: share for mode, share in steps.items() if mode in there},
+        caches,
+        kept=max(0.0, latency.full_refresh / latency.plain - 1.0),
+    )
+
+
+def _choices(
+    inside: Sequence[CalibrationTarget],
+) -> dict[BranchChoice, tuple[CalibrationTarget, ...]]:
+    layers = tuple(t for t in inside if t.granularity is Granularity.LINEAR)
+    whole = tuple(t for t in inside if t.granularity is Granularity.BRANCH)
+    by_choice = {
+        BranchChoice.LINEAR: layers,
+        BranchChoice.BRANCH: whole,
+        BranchChoice.REUSE: whole,
+    }
+    return {choice: targets for choice, targets in by_choice.items() if targets}
+
+
+def _saved(
+    macs: Mapping[str, int],
+    branch: ResidualBranch,
+    targets: Sequence[CalibrationTarget],
+    choice: BranchChoice,
+) -> int:
+    if choice is BranchChoice.LINEAR:
+        return sum(macs[node] for target in targets for node in target.nodes)
+    return sum(macs[node] for node in branch.nodes)
+
+
+def _line(
+    latency: LatencyTable, group: str, choice: BranchChoice, members: int
+) -> tuple[float, float] | None:
+    """Change of one branch at no MACs, and per MAC, in plain steps."""
+    none = latency.step_change(group, choice, 0)
+    some = latency.step_change(group, choice, UNIT_MACS)
+    if none is None or some is None:
+        return None
+    # Noise can make a larger rank look faster, which nothing may be built on.
+    return none / members / latency.plain, max(0.0, some - none) / UNIT_MACS / latency.plain

@@ -1,0 +1,1 @@
+"""What a plan chooses and what a search offers: plain data."""

@@ -1,0 +1,93 @@
+"""What a plan can choose: modes of steps and sites, weightings, granularities, rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import TypeVar
+
+from calicache.graph_passes.common.errors import PlanError
+
+
+class StepMode(IntEnum):
+    """What a step of the sampler does.
+
+    REFRESH computes everything and overwrites the caches. CALIBRATE corrects the anchors of
+    linear layers, or of whole residual branches, with low-rank branches. REUSE returns the
+    anchors of whole residual branches. FORECAST returns the anchor of the model's output:
+    nothing inside runs.
+    """
+
+    REFRESH = 0
+    CALIBRATE = 1
+    REUSE = 2
+    FORECAST = 3
+
+
+Member = TypeVar("Member", bound=StrEnum)
+
+
+def member(kind: type[Member], value: Member | str) -> Member:
+    """A member of an enumeration by its value.
+
+    Raises:
+        PlanError: there is none of that value.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise PlanError(
+            kind.__name__.lower(),
+            expected=" | ".join(kind),
+            got=repr(value),
+            fix="Choose one of these.",
+        ) from None
+
+
+class Granularity(StrEnum):
+    """Where a calibration branch sits: at a linear layer, or at a whole residual branch."""
+
+    LINEAR = "linear"
+    BRANCH = "branch"
+
+
+class SiteMode(StrEnum):
+    """What a CALIBRATE step does with one site: correct its anchor, return it, or compute all."""
+
+    CALIBRATE = "calibrate"
+    REUSE = "reuse"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRule:
+    """What to do with the sites that a shell pattern names; the first rule that fits counts.
+
+    A pattern that names a residual branch acts on it as a whole: REUSE returns its anchor,
+    FULL leaves all of it alone, CALIBRATE follows the granularity; at `linear` its rank is that
+    of the layers inside. Where a branch is taken as a whole, rules for its layers have no effect.
+
+    Attributes:
+        pattern: over site and branch names, such as `blocks.*.attn`.
+        mode: what a CALIBRATE step does there.
+        rank: r for CALIBRATE; the plan's where None.
+        granularity: for CALIBRATE; the plan's where None.
+    """
+
+    pattern: str
+    mode: SiteMode
+    rank: int | None = None
+    granularity: Granularity | None = None
+
+
+class Weighting(StrEnum):
+    """What is decomposed, from the plainest to the best.
+
+    NONE is the paper's SVD, ACTIVATION its CA-SVD, INCREMENT its CD-SVD. COVARIANCE is the
+    least-squares optimum over the increments against the plan's own anchors, see covariance.py.
+    """
+
+    NONE = "none"
+    ACTIVATION = "activation"
+    INCREMENT = "increment"
+    COVARIANCE = "covariance"

@@ -1,0 +1,105 @@
+"""What a plan search found: the plans that no other beats in both error and cost."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+from calicache.graph_passes.settings.choices import SiteRule, StepMode
+from calicache.graph_passes.settings.schedule import Table, count_modes
+
+CONFIDENCE = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorSummary:
+    """Relative L2 error of the final latents against the full run's, over samples.
+
+    Attributes:
+        mean: over the samples.
+        deviation: standard deviation over the samples.
+        worst: the largest.
+        samples: how many there are.
+        bound: what a new sample stays below with 99 % probability, if the logarithms of the
+            errors are normally distributed.
+    """
+
+    mean: float
+    deviation: float
+    worst: float
+    samples: int
+    bound: float
+
+    @staticmethod
+    def of(errors: Sequence[float]) -> ErrorSummary:
+        """Summary of the errors of single samples; all infinite where one run diverged."""
+        if not all(map(math.isfinite, errors)):
+            return ErrorSummary(math.inf, math.inf, math.inf, len(errors), math.inf)
+        logarithms = [math.log(max(error, 1e-12)) for error in errors]
+        spread = statistics.stdev(logarithms) if len(errors) > 1 else 0.0
+        reach = NormalDist().inv_cdf(CONFIDENCE) * math.sqrt(1 + 1 / len(errors))
+        return ErrorSummary(
+            mean=statistics.fmean(errors),
+            deviation=statistics.stdev(errors) if len(errors) > 1 else 0.0,
+            worst=max(errors),
+            samples=len(errors),
+            bound=math.exp(statistics.fmean(logarithms) + reach * spread),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPoint:
+    """One plan of the front: what it costs, how far off it is, and what it does.
+
+    Attributes:
+        cost: share of the full run, in the front's unit.
+        error: on samples that neither the weights nor the statistics were fitted to.
+        schedule, order, rules, ranks, output_weights: as in `PlanSettings`.
+    """
+
+    cost: float
+    error: ErrorSummary
+    schedule: tuple[StepMode, ...]
+    order: int
+    rules: tuple[SiteRule, ...]
+    ranks: Mapping[str, int]
+    output_weights: Table
+
+    @property
+    def label(self) -> str:
+        """Steps by mode, such as `12 REFRESH + 23 FORECAST`."""
+        return count_modes(self.schedule)
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """All points of a search by rising cost, and the one that the plan has taken.
+
+    Attributes:
+        unit: of the costs: `MACs`, or the runtime whose seconds were measured.
+        request: what was asked for, such as `budget 0.5`.
+        latent: the input that the last of every point's output weights is for.
+        points: by rising cost and falling error.
+        taken: place of the plan's own point.
+        held_out: error of the point that the search itself took, on samples that had no part in
+            the search at all.
+    """
+
+    unit: str
+    request: str
+    latent: str
+    points: tuple[FrontPoint, ...]
+    taken: int
+    held_out: ErrorSummary | None = field(default=None)
+
+
+def pareto(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:
+    """The points that no other is at least as good as in both cost and error, by rising cost."""
+    chosen: list[FrontPoint] = []
+    for point in sorted(points, key=lambda p: (p.cost, p.error.mean)):
+        if not chosen or point.error.mean < chosen[-1].error.mean:
+            chosen.append(point)
+    return tuple(chosen)

@@ -1,0 +1,110 @@
+"""The modes of a sampler's steps, and the weights that forecast an anchor from kept refreshes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.settings.choices import StepMode
+
+MAX_ORDER = 2
+Table = tuple[tuple[float, ...], ...]
+
+
+def uniform_schedule(
+    steps: int, interval: int, mode: StepMode = StepMode.CALIBRATE
+) -> tuple[StepMode, ...]:
+    """A REFRESH every `interval` steps and `mode` between: 5, 3 gives R C C R C.
+
+    Raises:
+        PlanError: steps or interval are below 1.
+    """
+    for name, value in (("steps", steps), ("interval", interval)):
+        if value < 1:
+            raise PlanError(name, expected="1 or more", got=str(value), fix=f"Raise {name}.")
+    return tuple(mode if k % interval else StepMode.REFRESH for k in range(steps))
+
+
+def spread_schedule(
+    steps: int, refreshes: int, power: float = 1.0, mode: StepMode = StepMode.CALIBRATE
+) -> tuple[StepMode, ...]:
+    """`refreshes` REFRESH steps, the i-th at (i / n)^power of the run, and `mode` between.
+
+    A power of 1 spreads them evenly, below 1 they get denser towards the end.
+    9, 3 gives R C C C R C C C R.
+
+    Raises:
+        PlanError: there are fewer steps than refreshes, no refresh, or power is not positive.
+    """
+    if not 1 <= refreshes <= steps:
+        raise PlanError(
+            "refreshes", expected=f"1 .. {steps}", got=str(refreshes), fix="Ask for fewer."
+        )
+    if not power > 0:
+        raise PlanError("power", expected="above 0", got=str(power), fix="Raise power.")
+    last, gaps = steps - 1, max(1, refreshes - 1)
+    marks: list[int] = []
+    for place in range(refreshes):
+        wished = round(last * (place / gaps) ** power)
+        lowest = marks[-1] + 1 if marks else 0
+        marks.append(min(max(wished, lowest), steps - refreshes + place))
+    return tuple(StepMode.REFRESH if k in marks else mode for k in range(steps))
+
+
+def count_modes(schedule: Sequence[StepMode]) -> str:
+    """Steps by mode, such as `12 REFRESH + 23 FORECAST`."""
+    counts = [(schedule.count(mode), mode.name) for mode in StepMode]
+    return " + ".join(f"{count} {name}" for count, name in counts if count)
+
+
+def kept_refreshes(schedule: Sequence[StepMode], step: int, count: int) -> tuple[int, ...]:
+    """The last `count` REFRESH steps before a step, newest first; fewer early in a run."""
+    before = [k for k in range(step) if schedule[k] is StepMode.REFRESH]
+    return tuple(reversed(before))[:count]
+
+
+def lagrange_weights(places: Sequence[int], target: int) -> tuple[float, ...]:
+    """Weights w with sum_i w_i p(places_i) = p(target) for all polynomials below len(places).
+
+    Lagrange's formula; the nodes need not be evenly spaced.
+    """
+    weights = []
+    for place in places:
+        weight = 1.0
+        for other in places:
+            if other != place:
+                weight *= (target - other) / (place - other)
+        weights.append(weight)
+    return tuple(weights)
+
+
+def anchor_table(schedule: Sequence[StepMode], order: int) -> Table:
+    """Weights of the kept refreshes for the anchors of every step, newest first, (T, order + 1).
+
+    Where fewer than order + 1 refreshes have been, the order falls and the rest is 0.
+    Rows of REFRESH steps are not used: they name the newest value alone.
+
+    Raises:
+        PlanError: the order is not 0, 1 or 2.
+    """
+    if not 0 <= order <= MAX_ORDER:
+        raise PlanError("order", expected="0, 1 or 2", got=str(order), fix="Choose one of these.")
+    rows = []
+    for step, mode in enumerate(schedule):
+        kept = kept_refreshes(schedule, step, order + 1)
+        weights = (1.0,) if mode is StepMode.REFRESH else lagrange_weights(kept, step)
+        rows.append(weights + (0.0,) * (order + 1 - len(weights)))
+    return tuple(rows)
+
+
+def output_table(schedule: Sequence[StepMode], order: int) -> Table:
+    """Weights of a step's own output, then of the kept REFRESH outputs, (T, order + 2).
+
+    The plain choice: a FORECAST step is its anchor, every other step its own output.
+    """
+    own = (1.0,) + (0.0,) * (order + 1)
+    anchors = anchor_table(schedule, order)
+    return tuple(
+        (0.0, *anchors[step]) if mode is StepMode.FORECAST else own
+        for step, mode in enumerate(schedule)
+    )

@@ -1,0 +1,1 @@
+"""Where caches can go: branches, sites, calibration targets."""

@@ -1,0 +1,110 @@
+"""What a notebook shows of plans and optimised models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+from support.fronts import front_of
+from support.small_targets import small_model, small_plan, small_runs
+from torch import nn
+
+from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize
+from calicache.graph_passes.describe.html import STEP_LETTERS
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def plan(model: nn.Module) -> Plan:
+    return small_plan(model, small_runs(model))
+
+
+@pytest.fixture(scope="module")
+def fast(model: nn.Module, plan: Plan) -> OptimizedModel:
+    return optimize(model, plan)
+
+
+def rows(html: str) -> list[list[str]]:
+    """Texts of all table rows; the HTML is well-formed XML, so that nothing is left open."""
+    root = ElementTree.fromstring(html)
+    return [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+
+
+def facts(html: str) -> dict[str, str]:
+    return {row[0]: row[1] for row in rows(html) if len(row) == 2}
+
+
+def test_every_mode_has_a_letter_of_its_own() -> None:
+    assert len({STEP_LETTERS[mode] for mode in StepMode}) == len(StepMode)
+
+
+def test_plan_shows_schedule_settings_and_statistics(plan: Plan) -> None:
+    found = facts(plan._repr_html_())
+    assert found["schedule"] == "RCRURF"
+    assert found["steps"] == "6: 3 REFRESH (R), 1 CALIBRATE (C), 1 REUSE (U), 1 FORECAST (F)"
+    assert found["settings"].startswith("rank 4, order 1, weighting covariance")
+    assert found["statistics"] == "of 3 targets"
+    assert found["output weights"] == "fitted to the recorded runs"
+    assert found["weights"] == plan.settings.weights_hash[:16]
+    assert "cost" not in found
+
+
+def test_plan_of_a_search_shows_cost_and_front(plan: Plan) -> None:
+    searched = replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), taken=1))
+    html = searched._repr_html_()
+    assert facts(html)["cost"] == "0.500 of the full run, in MACs"
+    points = rows(html)[-2:]
+    assert [row[:2] for row in points] == [["0", "0.300"], ["1 (taken)", "0.500"]]
+    assert "Front of a search, budget 0.5" in html
+
+
+def test_text_of_the_user_is_escaped(plan: Plan) -> None:
+    front = replace(front_of((0.3,), (0.1,), taken=0), request="<script>alert(1)</script>")
+    settings = replace(plan.settings, correction="a < b & c")
+    html = Plan(settings, plan.statistics, front)._repr_html_()
+    assert "<script>" not in html
+    assert facts(html)["output weights"] == "a < b & c"
+
+
+def test_optimised_model_shows_sites_cost_and_caches(fast: OptimizedModel) -> None:
+    html = fast._repr_html_()
+    found = facts(html)
+    assert html.startswith("<div><b>Small optimised by calicache</b>")
+    assert found["schedule"] == "RCRURF"
+    share = fast.cost.run_share(fast.plan.schedule)
+    assert found["cost"] == f"{share:.3f} of the full run, in MACs"
+    assert found["sites"] == "6 in 3 residual branches, 2 left alone"
+    assert found["calibration branches"].startswith("3; rank 4")
+    size = f"{fast.cost.cache_bytes:,} bytes"
+    assert found["caches"] == f"8 values, 2 refreshes of each at most, {size}"
+    totals = {row[0]: row[1:] for row in rows(html) if len(row) == 4}
+    assert totals["CALIBRATE"] == [
+        "1",
+        f"{fast.cost.modes[StepMode.CALIBRATE]:,}",
+        f"{fast.cost.modes[StepMode.CALIBRATE] / fast.cost.plain_macs:.3f}",
+    ]
+
+
+def test_it_is_not_the_original_model_that_is_shown(model: nn.Module, plan: Plan) -> None:
+    """Other attributes are the original model's; this one is not."""
+    object.__setattr__(model, "_repr_html_", lambda: "the original")
+    assert optimize(model, plan)._repr_html_() != "the original"
+    object.__delattr__(model, "_repr_html_")
+
+
+def test_showing_a_plan_needs_no_tools() -> None:
+    script = (
+        "import sys; import calicache.graph_passes; "
+        "print([n for n in sys.modules if n.startswith(('calicache.tools', 'calicache.export'))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

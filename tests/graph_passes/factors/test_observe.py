@@ -1,0 +1,555 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from model import FashionDiT
+from support.models import STEPS, diffusers_calls, relative, sample_dit
+from torch import Tensor, fx, nn
+
+from calicache.graph_passes import (
+    CalibrationTarget,
+    CapturedGraph,
+    Granularity,
+    Sites,
+    StepMode,
+    Trajectory,
+    find_sites,
+    record,
+)
+from calicache.graph_passes.common.errors import ObserveError
+from calicache.graph_passes.factors.observe import observe
+from calicache.graph_passes.factors.statistics import ChannelStatistics, SecondMoments, Statistics
+from calicache.graph_passes.graph.capture import capture
+from calicache.graph_passes.graph.dependence import classify_nodes
+from calicache.graph_passes.recording.input_classes import classify_inputs
+from calicache.graph_passes.settings.choices import Weighting
+from calicache.graph_passes.sites.targets import assign
+
+Values = dict[str, Tensor]
+MEASURED = (Weighting.ACTIVATION, Weighting.INCREMENT)
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+LETTERS = dict(zip("RCUF", StepMode, strict=True))
+NAN_MESSAGE = (
+    "observe: node {node}, recorded step {step}: expected finite activations, got NaN or Inf. "
+    "Check the model's weights and dtype, and the recorded inputs."
+)
+
+
+def modes(text: str) -> tuple[StepMode, ...]:
+    """`RCU` as modes: REFRESH, CALIBRATE, REUSE (F is FORECAST)."""
+    return tuple(LETTERS[letter] for letter in text)
+
+
+PAPER = modes("RCCRCC")
+
+
+def find(model: nn.Module, trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
+    captured = capture(model, trajectory.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+
+
+def seen_by(
+    found: tuple[CapturedGraph, Sites],
+    trajectory: Trajectory,
+    weighting: Weighting,
+    schedule: tuple[StepMode, ...] = PAPER,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Statistics]:
+    """Statistics of every linear layer on its own, against stale anchors."""
+    targets, _ = assign(*found, rank=1)
+    return observe(found[0], targets, trajectory, weighting, schedule, 0, on_step)
+
+
+def part(trajectory: Trajectory, *indices: int) -> Trajectory:
+    return Trajectory([trajectory.calls[k] for k in indices], trajectory.signatures)
+
+
+def replaced(trajectory: Trajectory, step: int, name: str, value: Tensor) -> Trajectory:
+    calls = list(trajectory.calls)
+    calls[step] = {**calls[step], name: value}
+    return Trajectory(calls, trajectory.signatures)
+
+
+@pytest.fixture(scope="module")
+def dit_found(dit: FashionDiT, dit_trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
+    return find(dit, dit_trajectory)
+
+
+@pytest.fixture(scope="module")
+def second_run(dit: FashionDiT) -> Trajectory:
+    with record(dit) as trajectory:
+        sample_dit(dit, seed=2)
+    return trajectory
+
+
+def hooked(model: nn.Module, names: list[str], trajectory: Trajectory) -> dict[str, list[Tensor]]:
+    """Inputs and outputs of layers over all steps, each stacked to (steps, B, N, C)."""
+    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
+    handles = []
+    for name in names:
+
+        def keep(_layer, args, output, name=name):
+            seen[name][0].append(args[0])
+            seen[name][1].append(output)
+
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    with torch.no_grad():
+        for call in trajectory.calls:
+            model(**trajectory.signature.unflatten(list(call.values())))
+    for handle in handles:
+        handle.remove()
+    return {name: [torch.stack(side).double() for side in both] for name, both in seen.items()}
+
+
+def magnitude(values: Tensor) -> Tensor:
+    """(steps, B, N, C) to (C,): all samples in one batch."""
+    mean = values.abs().mean(dim=2).flatten(0, 1)
+    low, high = mean.min(dim=1).values[:, None], mean.max(dim=1).values[:, None]
+    return ((mean - low) / (high - low + 1e-6)).mean(dim=0)
+
+
+def assert_same(got: ChannelStatistics, expected: tuple[Tensor, Tensor], *, atol: float) -> None:
+    for one, other in zip((got.input, got.output), expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("weighting", MEASURED)
+@pytest.mark.parametrize("which", ["dit", "diffusers"])
+def test_streaming_statistics_equal_those_over_everything_at_once(
+    which: str, weighting: Weighting, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue("dit" if which == "dit" else "diffusers_dit")
+    trajectory = request.getfixturevalue(f"{which}_trajectory")
+    captured, sites = find(model, trajectory)
+    statistics = seen_by((captured, sites), trajectory, weighting)
+    names = [site.name for site in sites.linears]
+    assert list(statistics) == names
+    for name, sides in hooked(model, names, trajectory).items():
+        if weighting is Weighting.INCREMENT:
+            sides = [side.diff(dim=0) for side in sides]
+        x, y = (magnitude(side) for side in sides)
+        # Values of 0 .. 1 from float32 activations, whose small differences cancel.
+        assert_same(statistics[name], (x, y), atol=2e-6)
+
+
+@pytest.mark.parametrize("weighting", MEASURED)
+def test_statistics_are_float32_shares_on_the_cpu(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
+) -> None:
+    statistics = seen_by(dit_found, dit_trajectory, weighting)
+    for site in dit_found[1].linears:
+        found = statistics[site.name]
+        assert (found.input.shape, found.output.shape) == (
+            (site.in_features,),
+            (site.out_features,),
+        )
+        for values in (found.input, found.output):
+            assert values.dtype == torch.float32
+            assert values.device.type == "cpu"
+            assert 0.0 <= float(values.min()) < float(values.max()) <= 1.0
+
+
+def test_increments_never_cross_from_one_run_to_the_next(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, second_run: Trajectory
+) -> None:
+    short = part(second_run, 0, 1, 2)
+    both = Trajectory([*dit_trajectory.calls, *short.calls], dit_trajectory.signatures)
+    assert [len(run) for run in both.runs] == [STEPS, 3]
+    joint, first, second = (
+        seen_by(dit_found, trajectory, Weighting.INCREMENT)
+        for trajectory in (both, dit_trajectory, short)
+    )
+    for name, statistics in joint.items():
+        # 5 increments of the first run and 2 of the second.
+        x = (5 * first[name].input + 2 * second[name].input) / 7
+        y = (5 * first[name].output + 2 * second[name].output) / 7
+        # A mean of the same float64 terms; only the float32 results are rounded.
+        assert_same(statistics, (x, y), atol=3e-7)
+    query = "blocks.0.attn.q"  # the runs differ, or the mean would say nothing
+    assert relative(first[query].input, second[query].input) > 1e-3
+
+
+def test_weighting_none_runs_nothing(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+) -> None:
+    bad = torch.full((4, 1, 28, 28), math.nan)
+    poisoned = replaced(dit_trajectory, 0, "hidden_states", bad)
+    seen: list[tuple[int, int]] = []
+    statistics = seen_by(
+        dit_found,
+        poisoned,
+        Weighting.NONE,
+        on_step=lambda done, total: seen.append((done, total)),
+    )
+    assert statistics == {}
+    assert seen == []
+
+
+@pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
+def test_every_step_of_every_run_is_reported(
+    dit_found: tuple[CapturedGraph, Sites],
+    dit_trajectory: Trajectory,
+    second_run: Trajectory,
+    weighting: Weighting,
+) -> None:
+    both = Trajectory([*dit_trajectory.calls, *second_run.calls], dit_trajectory.signatures)
+    seen: list[tuple[int, int]] = []
+    seen_by(dit_found, both, weighting, on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(k, 2 * STEPS) for k in range(1, 2 * STEPS + 1)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [0, 1, 3, STEPS - 1])
+@pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
+def test_bad_input_names_the_first_node_and_the_step(
+    dit_found: tuple[CapturedGraph, Sites],
+    dit_trajectory: Trajectory,
+    weighting: Weighting,
+    step: int,
+    bad: float,
+) -> None:
+    images = dit_trajectory.calls[step]["hidden_states"].clone()
+    images[2, 0, 5, 5] = bad
+    poisoned = replaced(dit_trajectory, step, "hidden_states", images)
+    with pytest.raises(ObserveError) as caught:
+        seen_by(dit_found, poisoned, weighting)
+    node = dit_found[1].linears[0].input_node
+    assert str(caught.value) == NAN_MESSAGE.format(node=node, step=step)
+
+
+@pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
+def test_bad_weight_names_the_first_node_it_reaches(
+    dit: FashionDiT, dit_trajectory: Trajectory, weighting: Weighting
+) -> None:
+    broken = FashionDiT(dit.config).eval()
+    broken.load_state_dict(dit.state_dict())
+    with torch.no_grad():
+        broken.blocks[1].mlp.fc1.weight[3, 3] = math.nan
+    captured, sites = find(broken, dit_trajectory)
+    node = next(site.node for site in sites.linears if site.name == "blocks.1.mlp.fc1")
+    with pytest.raises(ObserveError) as caught:
+        seen_by((captured, sites), dit_trajectory, weighting)
+    assert str(caught.value) == NAN_MESSAGE.format(node=node, step=0)
+
+
+def test_runs_of_one_step_have_no_increment(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+) -> None:
+    single = part(dit_trajectory, 0)
+    with pytest.raises(ObserveError) as caught:
+        seen_by(dit_found, single, Weighting.INCREMENT)
+    assert str(caught.value) == (
+        "observe: trajectory: expected a run of at least 2 steps, got no increment. "
+        "Record a whole sampler run."
+    )
+    assert len(seen_by(dit_found, single, Weighting.ACTIVATION)) == 12
+
+
+@pytest.mark.parametrize("weighting", MEASURED)
+def test_half_precision_model_is_accumulated_in_float64(
+    dit: FashionDiT, weighting: Weighting
+) -> None:
+    half = FashionDiT(dit.config).eval()
+    half.load_state_dict(dit.state_dict())
+    half.half()
+    images = torch.randn(4, 1, 28, 28).half()
+    with record(half) as trajectory, torch.no_grad():
+        for now in (900, 600, 300):
+            images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
+    captured, sites = find(half, trajectory)
+    statistics = seen_by((captured, sites), trajectory, weighting)
+    names = [site.name for site in sites.linears]
+    for name, sides in hooked(half, names, trajectory).items():
+        if weighting is Weighting.INCREMENT:
+            sides = [side.diff(dim=0) for side in sides]
+        # From the float16 values on, all is float64; differences or sums in float16 are off
+        # by 1e-4 and more.
+        assert_same(statistics[name], (magnitude(sides[0]), magnitude(sides[1])), atol=1e-6)
+
+
+def test_observing_a_diffusers_model_leaves_no_hook_and_no_change(
+    diffusers_dit: DiTTransformer2DModel, diffusers_trajectory: Trajectory
+) -> None:
+    before = diffusers_calls(diffusers_dit, steps=2)
+    found = find(diffusers_dit, diffusers_trajectory)
+    for weighting in (Weighting.INCREMENT, Weighting.COVARIANCE):
+        seen_by(found, diffusers_trajectory, weighting)
+    after = diffusers_calls(diffusers_dit, steps=2)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+# --- second moments against the plan's own anchors ----------------------------------------------
+
+
+def values_of(captured: CapturedGraph, trajectory: Trajectory, names: set[str]) -> list[Values]:
+    """float64 rows (T, C) of some nodes in every call, as the plain graph has them."""
+    seen = []
+    for call in trajectory.calls:
+        values: Values = {}
+        environment = dict(
+            zip(
+                [node for node in captured.graph.nodes if node.op == "placeholder"],
+                call.values(),
+                strict=True,
+            )
+        )
+        for node in captured.graph.nodes:
+            if node.op == "get_attr":
+                environment[node] = captured.attribute(str(node.target))
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg(
+                    (node.args, dict(node.kwargs)), environment.__getitem__
+                )
+                with torch.no_grad():
+                    environment[node] = node.target(*args, **kwargs)
+            if node.name in names:
+                values[node.name] = environment[node].double().flatten(0, -2)
+        seen.append(values)
+    return seen
+
+
+def increment(run: list[Tensor], schedule: tuple[StepMode, ...], step: int, order: int) -> Tensor:
+    """A value less the polynomial through its last order + 1 refreshes, solved exactly."""
+    places = [k for k in range(step) if schedule[k] is REFRESH][-order - 1 :]
+    anchor = torch.zeros_like(run[step])
+    for place in places:
+        weight = Fraction(1)
+        for other in places:
+            weight *= Fraction(step - other, place - other) if other != place else 1
+        anchor += float(weight) * run[place]
+    return run[step] - anchor
+
+
+def expected_moments(
+    captured: CapturedGraph,
+    target: CalibrationTarget,
+    runs: list[Trajectory],
+    schedule: tuple[StepMode, ...],
+    order: int,
+) -> dict[str, Tensor]:
+    """Mean outer products, and squared lengths, over all tokens of all CALIBRATE steps."""
+    xs, ys = [], []
+    for trajectory in runs:
+        values = values_of(captured, trajectory, {target.input_node, *target.nodes})
+        x = [step[target.input_node] for step in values]
+        y = [torch.cat([step[name] for name in target.nodes], dim=-1) for step in values]
+        for step in range(len(values)):
+            if schedule[step] is CALIBRATE:
+                xs.append(increment(x, schedule, step, order))
+                ys.append(increment(y, schedule, step, order))
+    dx, dy = torch.cat(xs), torch.cat(ys)
+    if target.granularity is Granularity.BRANCH:
+        energy = dy.square().sum(dim=1).mean()
+        return {"input": dx.T @ dx / len(dx), "cross": dx.T @ dy / len(dx), "energy": energy}
+    if sum(target.out_features) < target.in_features:
+        return {"output": dy.T @ dy / len(dx)}
+    return {"input": dx.T @ dx / len(dx)}
+
+
+def assert_moments(got: Statistics, expected: dict[str, Tensor]) -> None:
+    assert isinstance(got, SecondMoments)
+    assert set(got.tensors()) == set(expected)
+    for name, value in got.tensors().items():
+        assert value.dtype == torch.float32
+        assert value.device.type == "cpu"
+        # Increments are float32 differences, up to 10 times smaller than the values (1e-6 of
+        # an increment each); their products add up over some hundred tokens. Relative to the
+        # largest entry, as the small ones are sums that cancel.
+        atol = 1e-5 * float(expected[name].abs().max())
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=atol)
+
+
+SCHEDULES = ["RCCRCC", "RRCRCC", "RRRCUC", "RCRURC", "RFCRRC"]
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_moments_are_those_of_the_increments_against_the_anchors(
+    dit_found: tuple[CapturedGraph, Sites],
+    dit_trajectory: Trajectory,
+    schedule: str,
+    order: int,
+    granularity: Granularity,
+) -> None:
+    captured, steps = dit_found[0], modes(schedule)
+    targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
+    got = observe(captured, targets, dit_trajectory, Weighting.COVARIANCE, steps, order)
+    assert list(got) == [target.name for target in targets]
+    for target in targets:
+        expected = expected_moments(captured, target, [dit_trajectory], steps, order)
+        assert_moments(got[target.name], expected)
+
+
+def test_steps_that_nothing_looks_at_are_not_run(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+) -> None:
+    """FORECAST steps need no statistics: values there may be anything, and change nothing."""
+    targets, _ = assign(*dit_found, rank=2, joint=True)
+    schedule = modes("RCFRFC")
+    calls = [dict(call) for call in dit_trajectory.calls]
+    for step in (2, 4):
+        calls[step]["hidden_states"] = torch.full_like(calls[step]["hidden_states"], float("nan"))
+    poisoned = Trajectory(calls, dit_trajectory.signatures)
+    plain, got = (
+        observe(dit_found[0], targets, trajectory, Weighting.COVARIANCE, schedule, 1)
+        for trajectory in (dit_trajectory, poisoned)
+    )
+    for name, moments in plain.items():
+        for key, value in moments.tensors().items():
+            assert torch.equal(value, got[name].tensors()[key])
+    with pytest.raises(ObserveError, match="NaN"):
+        seen_by(dit_found, poisoned, Weighting.INCREMENT, schedule)
+
+
+def test_moments_are_of_the_smaller_side(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+) -> None:
+    targets, _ = assign(*dit_found, rank=2, joint=True)
+    got = observe(dit_found[0], targets, dit_trajectory, Weighting.COVARIANCE, PAPER)
+    shapes = {
+        name.removeprefix("blocks.1."): {n: tuple(v.shape) for n, v in found.tensors().items()}
+        for name, found in got.items()
+        if name.startswith("blocks.1.")
+    }
+    assert shapes == {
+        "attn.q+k+v": {"input": (32, 32)},
+        "attn.proj": {"input": (32, 32)},
+        "mlp.fc1": {"input": (32, 32)},
+        "mlp.fc2": {"output": (32, 32)},
+    }
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_moments_of_two_runs_are_the_mean_of_both(
+    dit_found: tuple[CapturedGraph, Sites],
+    dit_trajectory: Trajectory,
+    second_run: Trajectory,
+    granularity: Granularity,
+) -> None:
+    captured, schedule = dit_found[0], modes("RCRRCC")
+    targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
+    short = part(second_run, 0, 1, 2, 3, 4)  # 2 CALIBRATE steps, where the first run has 3
+    both = Trajectory([*dit_trajectory.calls, *short.calls], dit_trajectory.signatures)
+    assert [len(run) for run in both.runs] == [STEPS, 5]
+    joint, first, second = (
+        observe(captured, targets, trajectory, Weighting.COVARIANCE, schedule, 2)
+        for trajectory in (both, dit_trajectory, short)
+    )
+    for target in targets:
+        one, other = first[target.name].tensors(), second[target.name].tensors()
+        for name, value in joint[target.name].tensors().items():
+            expected = (3 * one[name].double() + 2 * other[name].double()) / 5
+            # The same float64 sums; only the float32 results are rounded.
+            atol = 3e-7 * float(expected.abs().max())
+            torch.testing.assert_close(value.double(), expected, rtol=0, atol=atol)
+            assert relative(one[name], other[name]) > 1e-3
+        runs = [dit_trajectory, short]
+        assert_moments(joint[target.name], expected_moments(captured, target, runs, schedule, 2))
+
+
+@pytest.mark.parametrize("weighting", list(Weighting))
+def test_whole_branches_always_need_moments(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
+) -> None:
+    targets, _ = assign(*dit_found, rank=2, granularity=Granularity.BRANCH)
+    got = observe(dit_found[0], targets, dit_trajectory, weighting, PAPER)
+    assert [list(found.tensors()) for found in got.values()] == [["input", "cross", "energy"]] * 4
+
+
+@pytest.mark.parametrize("weighting", list(Weighting))
+def test_targets_of_rank_0_run_nothing(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
+) -> None:
+    bad = torch.full((4, 1, 28, 28), math.nan)
+    poisoned = replaced(dit_trajectory, 0, "hidden_states", bad)
+    targets, _ = assign(*dit_found, rank=0, granularity=Granularity.BRANCH)
+    assert observe(dit_found[0], targets, poisoned, weighting, PAPER) == {}
+    assert observe(dit_found[0], (), poisoned, weighting, PAPER) == {}
+
+
+@pytest.mark.parametrize("schedule", ["R", "RURFRU", "RRRRRC"])
+def test_runs_without_a_calibrate_step_have_no_moments(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, schedule: str
+) -> None:
+    short = part(dit_trajectory, 0, 1, 2, 3, 4)  # the last step is never reached
+    with pytest.raises(ObserveError) as caught:
+        seen_by(dit_found, short, Weighting.COVARIANCE, modes(schedule))
+    assert str(caught.value) == (
+        "observe: trajectory: expected a run with a CALIBRATE step after a REFRESH step, "
+        "got no increment. Record a whole sampler run."
+    )
+
+
+def test_steps_beyond_the_schedule_are_not_run_and_not_promised(
+    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, second_run: Trajectory
+) -> None:
+    both = Trajectory([*dit_trajectory.calls, *second_run.calls], dit_trajectory.signatures)
+    seen: list[tuple[int, int]] = []
+    got = seen_by(
+        dit_found,
+        both,
+        Weighting.COVARIANCE,
+        modes("RCC"),
+        lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(k, 6) for k in range(1, 7)]
+    runs = [part(dit_trajectory, 0, 1, 2), part(second_run, 0, 1, 2)]
+    targets, _ = assign(*dit_found, rank=1)
+    expected = expected_moments(dit_found[0], targets[0], runs, modes("RCC"), 0)
+    assert_moments(got[targets[0].name], expected)
+
+
+def test_half_precision_increments_are_taken_in_float32(dit: FashionDiT) -> None:
+    half = FashionDiT(dit.config).eval()
+    half.load_state_dict(dit.state_dict())
+    half.half()
+    images = torch.randn(4, 1, 28, 28).half()
+    with record(half) as trajectory, torch.no_grad():
+        for now in (900, 600, 300):
+            images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
+    captured, sites = find(half, trajectory)
+    targets, _ = assign(captured, sites, rank=2, joint=True)
+    schedule = modes("RRC")
+    got = observe(captured, targets, trajectory, Weighting.COVARIANCE, schedule, 1)
+    for target in targets:
+        # Differences in float16 would be off by 1e-3 and more.
+        assert_moments(
+            got[target.name], expected_moments(captured, target, [trajectory], schedule, 1)
+        )
+
+
+class Loud(nn.Module):
+    """A residual branch on a stream so large that its sum is no float32 number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        with torch.no_grad():
+            self.first.weight *= 1e-38
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = 1e38 * (1 + x.abs().clamp(max=1.0))
+        return stream + self.second(torch.tanh(self.first(stream)))
+
+
+def test_large_values_are_no_bad_ones() -> None:
+    model = Loud().eval()
+    with record(model) as trajectory, torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(2, 5, 8)
+            model(x)
+    stream = 1e38 * (1 + x.abs().clamp(max=1.0))
+    assert stream.isfinite().all()
+    assert stream.sum().isinf()
+    found = seen_by(find(model, trajectory), trajectory, Weighting.ACTIVATION, modes("RC"))
+    for name in ("first", "second"):
+        statistics = found[name]
+        assert isinstance(statistics, ChannelStatistics)
+        assert statistics.input.isfinite().all()
+        assert float(statistics.input.max()) > 0

@@ -1,0 +1,178 @@
+"""Values of the run: found, kept by REFRESH, read by the cheap modes, exact in every runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.artifacts import kept_refreshes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calicache.export import Session, export_onnx, read_sampler
+from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, uniform_schedule
+from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.graph.macs import graph_macs
+
+TOKENS, TEXT, WIDTH, STEPS = 6, 5, 8, 6
+
+
+class CrossBlock(nn.Module):
+    """Self-attention to the text alone, then an MLP; both residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        heads = (
+            t.unflatten(2, (2, -1)).transpose(1, 2) for t in (self.q(x), self.k(text), self.v(text))
+        )
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        return x + self.fc2(F.gelu(self.fc1(F.layer_norm(x, (WIDTH,)))))
+
+
+class TextDiT(nn.Module):
+    """Two blocks; the text goes through a projection of its own, the label through a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.caption, self.time = nn.Linear(WIDTH, WIDTH), nn.Linear(1, WIDTH)
+        self.labels = nn.Embedding(3, WIDTH)
+        self.blocks = nn.ModuleList(CrossBlock() for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, label: Tensor) -> Tensor:
+        text = F.silu(self.caption(text))
+        condition = F.silu(self.time(timestep[:, None] / 1000)) + self.labels(label)
+        hidden = x + condition[:, None]
+        for block in self.blocks:
+            hidden = block(hidden, text)
+        return hidden
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return TextDiT().eval()
+
+
+def draw(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(2, TEXT, WIDTH, generator=generator)
+    return {
+        "x": torch.randn(2, TOKENS, WIDTH, generator=generator),
+        "text": text,
+        "label": torch.tensor([0, 2]),
+    }
+
+
+def sample(model, seed: int) -> Tensor:
+    inputs = draw(seed)
+    x = inputs.pop("x")
+    with torch.no_grad():
+        for k in range(STEPS):
+            timestep = torch.full((2,), 900.0 - 100 * k)
+            x = 0.9 * x - 0.1 * model(x=x, timestep=timestep, **inputs)
+    return x
+
+
+@pytest.fixture(scope="module")
+def trajectory(model: nn.Module) -> Trajectory:
+    with record(model) as trajectory:
+        for seed in (1, 2):  # two texts: the recording tells that they change from run to run
+            trajectory.finish(sample(model, seed))
+    return trajectory
+
+
+def optimised(model, trajectory, mode=StepMode.CALIBRATE, **options) -> OptimizedModel:
+    schedule = uniform_schedule(STEPS, 3, mode)
+    settings = {"rank": WIDTH, "order": 2, "correct": False, **options}
+    return optimize(model, Plan.from_trajectory(model, trajectory, schedule=schedule, **settings))
+
+
+@pytest.fixture(scope="module")
+def fast(model, trajectory) -> OptimizedModel:
+    return optimised(model, trajectory)
+
+
+def run_caches(fast: OptimizedModel) -> list:
+    return [cache for cache in fast.rewritten.caches if cache.history == 1]
+
+
+def test_keys_and_values_of_the_text_are_kept_once(fast: OptimizedModel) -> None:
+    kept = run_caches(fast)
+    assert len(kept) == 4  # k and v of two blocks; the caption's own projection is behind them
+    assert {cache.shape for cache in kept} == {(2 * TEXT, WIDTH)}
+    slots = fast.rewritten.slots()
+    assert all(f"{cache.name}_back1" not in slots for cache in kept)
+    others = [cache for cache in fast.rewritten.caches if cache not in kept]
+    assert all(f"{cache.name}_back2" in slots for cache in others)
+
+
+def test_cheap_modes_make_no_product_of_the_text(fast: OptimizedModel) -> None:
+    reads = fast.rewritten.variants[StepMode.CALIBRATE].reads
+    assert {cache.name for cache in run_caches(fast)} <= set(reads)
+    graph = fast.rewritten.variants[StepMode.CALIBRATE].module.graph
+    weights = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    assert not {name for name in weights if ".k." in name or ".v." in name or "caption" in name}
+    assert any(name.startswith("labels") for name in weights)  # costs no product: left in place
+
+
+def test_cost_counts_what_is_saved_and_kept(fast: OptimizedModel) -> None:
+    graph = fast.rewritten.variants[StepMode.CALIBRATE].module.graph
+    assert fast.cost.modes[StepMode.CALIBRATE] == graph_macs(graph)
+    held = sum(cache.nbytes for cache in run_caches(fast))
+    others = sum(c.nbytes for c in fast.rewritten.caches if c.history == 3)
+    assert fast.cost.cache_bytes == held + 3 * others
+
+
+@pytest.mark.parametrize("mode", [StepMode.CALIBRATE, StepMode.REUSE])
+@pytest.mark.parametrize("order", [0, 2])
+def test_full_rank_is_exact_with_another_text_in_every_run(
+    model, trajectory, mode: StepMode, order: int
+) -> None:
+    fast = optimised(model, trajectory, mode, order=order)
+    for seed in (3, 4):
+        found, exact = sample(fast, seed), sample(model, seed)
+        if mode is StepMode.CALIBRATE:
+            # float32, every layer as a product of two factors, over 6 steps.
+            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
+        else:
+            assert (found - exact).norm() < 0.2 * exact.norm()
+
+
+def test_kept_values_do_not_pile_up(model, trajectory) -> None:
+    fast = optimised(model, trajectory)
+    sample(fast, 3)
+    ((newest, *older),) = fast._kept  # one call a step
+    names = {cache.name for cache in run_caches(fast)}
+    assert names <= set(newest)
+    assert len(older) == 1
+    assert all(not names & set(kept) for kept in older)
+
+
+@pytest.mark.parametrize("layout", ["step", "pair"])
+def test_sessions_agree_with_torch(fast, layout: str, tmp_path) -> None:
+    export_onnx(fast, tmp_path / layout, layout)
+    session = Session(tmp_path / layout)
+    steps = iter(range(STEPS))
+
+    def denoise(**tensors: Tensor) -> Tensor:
+        return torch.from_numpy(session.step(next(steps), **tensors))
+
+    fast.reset()
+    expected = sample(fast, 5)
+    # float32 in two runtimes, over 6 steps.
+    torch.testing.assert_close(sample(denoise, 5), expected, rtol=1e-4, atol=1e-5)
+    names = {cache.name for cache in run_caches(fast)}
+    assert all(not names & set(kept) for kept in kept_refreshes(session)[1:])
+
+
+def test_sampler_agrees_with_torch(fast, trajectory, tmp_path) -> None:
+    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, trajectory))
+    inputs = draw(5)
+    found = Session(tmp_path / "run").sample(inputs.pop("x"), **inputs)
+    fast.reset()
+    np.testing.assert_allclose(found, sample(fast, 5), rtol=1e-4, atol=1e-5)

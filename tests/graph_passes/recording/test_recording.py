@@ -1,0 +1,430 @@
+"""Recording a sampler's calls: what is kept, how it splits into runs, and the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support.models import STEPS, sample_dit
+from torch import Tensor, nn
+
+from calicache.graph_passes.common.errors import RecordError
+from calicache.graph_passes.recording.recorder import record
+from calicache.graph_passes.recording.recording import Timestep, Trajectory
+
+
+class Denoiser(nn.Module):
+    """Takes what real ones take; what it computes does not matter here."""
+
+    def forward(
+        self, x: Tensor, timestep: Any = None, labels: Any = None, cond: Any = None
+    ) -> tuple[Any, ...]:
+        return x, timestep, labels, cond
+
+
+def recorded(*calls: dict[str, Any]) -> Trajectory:
+    model = Denoiser()
+    with record(model) as trajectory:
+        for call in calls:
+            model(**call)
+    return trajectory
+
+
+def sampled(*runs: Sequence[float]) -> Trajectory:
+    """One call for every timestep, the latent fresh in each."""
+    return recorded(
+        *({"x": torch.randn(2, 3), "timestep": torch.full((2,), float(t))} for r in runs for t in r)
+    )
+
+
+def lengths(trajectory: Trajectory) -> list[int]:
+    return [len(run) for run in trajectory.runs]
+
+
+# --- what is kept -----------------------------------------------------------------------------
+
+
+def test_every_call_of_a_real_sampler_is_kept(dit_trajectory: Trajectory) -> None:
+    assert len(dit_trajectory.calls) == dit_trajectory.steps == STEPS
+    times = [int(call["timestep"][0]) for call in dit_trajectory.calls]
+    assert times == [999, 799, 599, 400, 200, 0]
+    assert dit_trajectory.timestep == Timestep("timestep", descends=True)
+    assert set(dit_trajectory.calls[0]) == {"hidden_states", "timestep", "class_labels"}
+
+
+def test_recording_changes_no_result(dit: nn.Module) -> None:
+    plain = sample_dit(dit)
+    with record(dit):
+        watched = sample_dit(dit)
+    # The same operations on the same values: bitwise.
+    torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+
+
+def test_changing_an_input_later_does_not_change_the_record() -> None:
+    x = torch.zeros(2, 3)
+    model = Denoiser()
+    with record(model) as trajectory:
+        for _ in range(3):
+            model(x)
+            x += 1
+    assert [float(call["x"][0, 0]) for call in trajectory.calls] == [0.0, 1.0, 2.0]
+
+
+def test_kept_values_are_detached_and_on_the_cpu() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    kept = recorded({"x": x * 2}).calls[0]["x"]
+    assert not kept.requires_grad
+    assert kept.grad_fn is None
+    assert kept.device.type == "cpu"
+
+
+def test_values_that_stay_the_same_are_kept_once() -> None:
+    labels = torch.tensor([1, 2])
+    trajectory = recorded(*({"x": torch.randn(2, 3), "labels": labels.clone()} for _ in range(3)))
+    assert len({id(call["labels"]) for call in trajectory.calls}) == 1
+    assert len({id(call["x"]) for call in trajectory.calls}) == 3
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError()])
+def test_hook_is_gone_and_calls_are_kept_after_the_block(error: Exception | None) -> None:
+    model = Denoiser()
+    with suppress(ZeroDivisionError), record(model) as trajectory:
+        model(torch.zeros(1))
+        if error:
+            raise error
+    model(torch.zeros(1))
+    assert len(trajectory.calls) == 1
+    assert not model._forward_pre_hooks
+
+
+def test_a_diffusers_pipeline_is_recorded_through_its_own_sampler() -> None:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8}
+    transformer = DiTTransformer2DModel(in_channels=4, out_channels=8, **sizes)
+    vae = AutoencoderKL(
+        block_out_channels=(4,), latent_channels=4, norm_num_groups=2, layers_per_block=1
+    )
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with record(pipe.transformer) as trajectory:
+        images = pipe(class_labels=[1, 2], num_inference_steps=4, output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+    assert [int(call["timestep"][0]) for call in trajectory.calls] == [750, 500, 250, 0]
+    # Guidance doubles the batch; 1000 is the class that means none.
+    assert trajectory.calls[0]["hidden_states"].shape == (4, 4, 8, 8)
+    assert trajectory.calls[3]["class_labels"].tolist() == [1, 2, 1000, 1000]
+
+
+# --- runs -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    schedule=st.lists(st.integers(0, 5), min_size=2, max_size=6).filter(lambda s: len(set(s)) > 1),
+    runs=st.integers(1, 3),
+    descends=st.booleans(),
+)
+def test_runs_end_where_the_timestep_turns_back(
+    schedule: list[int], runs: int, descends: bool
+) -> None:
+    trajectory = sampled(*[sorted(schedule, reverse=descends)] * runs)
+    # Timesteps that all come n times, as [0, 0, 1, 1], are n calls of one step.
+    counts = [schedule.count(value) for value in set(schedule)]
+    calls = min(counts) if all(count % min(counts) == 0 for count in counts) else 1
+    assert trajectory.timestep == Timestep("timestep", descends, calls=calls)
+    assert lengths(trajectory) == [len(schedule) // calls] * runs * calls
+    assert trajectory.steps == len(schedule) // calls
+
+
+def test_runs_may_differ_in_length() -> None:
+    trajectory = sampled([9, 5, 1], [9, 1], [9, 7, 5, 3])
+    assert (lengths(trajectory), trajectory.steps) == ([3, 2, 4], 4)
+
+
+def test_timestep_without_a_batch_is_seen() -> None:
+    calls = ({"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in (3, 2, 1, 3, 2, 1))
+    assert lengths(recorded(*calls)) == [3, 3]
+
+
+def test_labels_of_a_single_image_are_not_mistaken_for_the_timestep() -> None:
+    class LabelsFirst(nn.Module):
+        def forward(self, x: Tensor, labels: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+            return x, labels, timestep
+
+    model = LabelsFirst()
+    with record(model) as trajectory:
+        for label in (3, 7):
+            for t in (9, 5, 1):
+                model(torch.randn(1, 3), torch.tensor([label]), torch.tensor([t]))
+    assert trajectory.timestep == Timestep("timestep", descends=True)
+    assert lengths(trajectory) == [3, 3]
+
+
+def test_calls_without_a_timestep_are_one_run() -> None:
+    trajectory = recorded(*({"x": torch.randn(2, 3)} for _ in range(3)))
+    assert (trajectory.timestep, lengths(trajectory)) == (None, [3])
+
+
+# --- what cannot be recorded ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", ["signature", "timestep", "runs", "steps"])
+def test_nothing_recorded_is_an_error_that_tells_how_to_record(read: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        getattr(recorded(), read)
+    message = str(caught.value)
+    assert "record: trajectory: expected at least one call of the model, got none." in message
+    assert "with record(model) as trajectory:" in message
+
+
+X = torch.zeros(2, 3)
+
+
+FORM, MOVING = "Record calls of one form", "Pass it as a tensor"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "place", "got", "advice"),
+    [
+        ({"x": X}, {"x": torch.zeros(4, 3)}, "x", "float32 (4, 3)", FORM),
+        ({"x": X}, {"x": X.half()}, "x", "float16 (2, 3)", FORM),
+        ({"x": X, "timestep": 9}, {"x": X, "timestep": 5}, "timestep", "5", MOVING),
+        ({"x": X, "cond": {"a": X}}, {"x": X, "cond": {"b": X}}, "cond.a", "None", FORM),
+        ({"x": X, "labels": X}, {"x": X}, "labels", "None", FORM),
+    ],
+)
+def test_calls_of_another_form_are_refused_with_advice(
+    first: dict[str, Any], second: dict[str, Any], place: str, got: str, advice: str
+) -> None:
+    with pytest.raises(RecordError) as caught:
+        recorded(first, second)
+    assert str(caught.value).startswith(f"record: argument {place}: expected ")
+    assert got in caught.value.got
+    assert advice in caught.value.fix
+
+
+def test_the_order_of_dict_keys_is_not_part_of_the_form() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    conditions = ({"a": a, "b": b}, {"b": b, "a": a})
+    trajectory = recorded(*({"x": X, "cond": cond} for cond in conditions))
+    assert [float(call["cond.b"]) for call in trajectory.calls] == [1.0, 1.0]
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+def test_file_gives_back_the_trajectory(dit_trajectory: Trajectory, tmp_path: Path) -> None:
+    path = tmp_path / "my runs" / "a.safetensors"
+    dit_trajectory.save(path)
+    loaded = Trajectory.load(path)
+    assert loaded.signature == dit_trajectory.signature
+    assert (loaded.timestep, loaded.steps) == (dit_trajectory.timestep, dit_trajectory.steps)
+    for got, expected in zip(loaded.calls, dit_trajectory.calls, strict=True):
+        assert list(got) == list(expected)
+        # Bytes on disk: bitwise.
+        torch.testing.assert_close(dict(got), dict(expected), rtol=0, atol=0)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 3), min_size=2, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    constant=st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    steps=st.integers(1, 3),
+)
+def test_file_round_trip_for_any_form(
+    tmp_path_factory: pytest.TempPathFactory,
+    shape: list[int],
+    dtype: torch.dtype,
+    constant: Any,
+    steps: int,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    calls = [{"x": (9 * torch.rand(shape)).to(dtype).mT, "cond": [constant]} for _ in range(steps)]
+    trajectory = recorded(*calls)
+    trajectory.save(path)
+    loaded = Trajectory.load(path)
+    assert loaded.signature == trajectory.signature
+    assert len(loaded.calls) == steps
+    for got, call in zip(loaded.calls, calls, strict=True):
+        assert torch.equal(got["x"], call["x"])
+
+
+def test_infinite_numbers_survive_the_file(tmp_path: Path) -> None:
+    trajectory = recorded({"x": X, "labels": float("inf"), "cond": float("-inf")})
+    trajectory.save(tmp_path / "a")
+    assert Trajectory.load(tmp_path / "a").signature == trajectory.signature
+
+
+def test_values_shared_by_steps_are_stored_once(tmp_path: Path) -> None:
+    text = torch.randn(64, 256)  # 64 KiB
+    calls = ({"x": torch.randn(2, 3), "cond": text} for _ in range(10))
+    recorded(*calls).save(tmp_path / "a")
+    assert 65_536 < (tmp_path / "a").stat().st_size < 2 * 65_536
+    loaded = Trajectory.load(tmp_path / "a")
+    assert len({id(call["cond"]) for call in loaded.calls}) == 1
+
+
+def test_nothing_is_written_where_nothing_was_recorded(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="at least one call"):
+        Trajectory().save(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def saved(path: Path, **metadata: str) -> Path:
+    """A good file, with some of its metadata replaced."""
+    recorded({"x": X, "timestep": torch.zeros(2), "labels": X.long()}).save(path)
+    with safe_open(path, framework="pt") as file:
+        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        save_file(values, path, file.metadata() | metadata)
+    return path
+
+
+@pytest.mark.parametrize("kept", [0, 4, 60, -1])
+def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
+    path = saved(tmp_path / "a")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(RecordError) as caught:
+        Trajectory.load(path)
+    assert str(caught.value).startswith(f"record: {path}: expected a trajectory written by")
+    assert "Record the trajectory again." in caught.value.fix
+
+
+def form(dtype: str, tree: str) -> str:
+    tensors = [{"name": "x", "shape": [2, 3], "dtype": dtype}]
+    return json.dumps({"tensors": tensors, "constants": [], "order": ["x"], "tree": tree})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"calicache": "plan"},
+        {"calls": "nonsense"},
+        {"calls": '[{"x": "value.9", "timestep": "value.1", "labels": "value.2"}]'},
+        {"calls": '[{"x": "value.1", "timestep": "value.1", "labels": "value.2"}]'},
+        {"calls": '[{"x": "value.2", "timestep": "value.1", "labels": "value.2"}]'},
+        {"calls": "[{}]"},
+        {"calls": "[]"},
+        {"signature": "{}"},
+        {"signature": form("float99", "")},
+        {"signature": form("float32", "no tree")},
+    ],
+)
+def test_damaged_file_is_refused(tmp_path: Path, metadata: dict[str, str]) -> None:
+    path = saved(tmp_path / "a", **metadata)
+    with pytest.raises(RecordError, match=r"(?s)^record: .*: expected .*, got .*ecord .*again"):
+        Trajectory.load(path)
+
+
+def test_missing_file_folder_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello, this is not a trajectory")
+    save_file({"a": X}, tmp_path / "weights")
+    for path in (tmp_path / "none", tmp_path, tmp_path / "text", tmp_path / "weights"):
+        with pytest.raises(RecordError, match="expected a trajectory written by Trajectory"):
+            Trajectory.load(path)
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def finished(*runs: tuple[Sequence[float], float | None]) -> Trajectory:
+    """Calls by timestep, and where a number is given a result full of it."""
+    model = Denoiser()
+    with record(model) as trajectory:
+        for times, result in runs:
+            for t in times:
+                model(torch.randn(2, 3), torch.full((2,), float(t)))
+            if result is not None:
+                trajectory.finish(torch.full((2, 3), result))
+    return trajectory
+
+
+def results(trajectory: Trajectory) -> list[float | None]:
+    return [None if end is None else float(end[0, 0]) for end in trajectory.ends]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    runs=st.lists(
+        st.tuples(st.integers(2, 4), st.none() | st.integers(0, 9)), min_size=1, max_size=4
+    )
+)
+def test_ends_are_aligned_with_runs(runs: list[tuple[int, int | None]]) -> None:
+    trajectory = finished(*((range(count, 0, -1), result) for count, result in runs))
+    assert lengths(trajectory) == [count for count, _ in runs]
+    assert results(trajectory) == [result for _, result in runs]
+
+
+def test_run_ends_at_finish_even_where_the_timestep_goes_on() -> None:
+    trajectory = finished(([9, 8, 7], 1.0), ([6, 5], 2.0), ([4, 3], None))
+    assert (lengths(trajectory), results(trajectory)) == ([3, 2, 2], [1.0, 2.0, None])
+    assert lengths(sampled([9, 8, 7], [6, 5], [4, 3])) == [7]
+
+
+def test_run_ends_at_finish_without_any_timestep() -> None:
+    model = Denoiser()
+    with record(model) as trajectory:
+        for count in (2, 3):
+            for _ in range(count):
+                model(torch.randn(2, 3))
+            trajectory.finish(torch.full((2, 3), float(count)))
+    assert trajectory.timestep is None
+    assert (lengths(trajectory), results(trajectory)) == ([2, 3], [2.0, 3.0])
+
+
+def test_result_is_a_detached_copy_on_the_cpu() -> None:
+    trajectory = finished(([2, 1], None))
+    latents = torch.zeros(2, 3, requires_grad=True)
+    trajectory.finish(latents * 1.0)
+    (end,) = trajectory.ends
+    assert end is not None
+    assert (end.requires_grad, end.device.type) == (False, "cpu")
+    given = torch.zeros(2, 3)
+    again = finished(([2, 1], None))
+    again.finish(given)
+    given += 1
+    assert results(again) == [0.0]
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    trajectory = finished(([3, 2, 1], 7.0), ([3, 2, 1], None), ([3, 2], 9.0))
+    trajectory.save(tmp_path / "a")
+    loaded = Trajectory.load(tmp_path / "a")
+    assert lengths(loaded) == [3, 3, 2]
+    assert list(loaded.results) == [3, 8]
+    for got, expected in zip(loaded.ends, trajectory.ends, strict=True):
+        assert (got is None) == (expected is None)
+        assert expected is None or torch.equal(got, expected)
+    bare = finished(([2, 1], None))
+    bare.save(tmp_path / "b")
+    assert Trajectory.load(tmp_path / "b").ends == (None,)
+
+
+@pytest.mark.parametrize("case", ["before any call", "twice"])
+def test_finish_without_a_run_since_the_last_is_refused(case: str) -> None:
+    trajectory = Trajectory() if case == "before any call" else finished(([2, 1], 5.0))
+    before = dict(trajectory.results)
+    with pytest.raises(
+        RecordError, match="finish: expected calls of the model before it, got none"
+    ):
+        trajectory.finish(torch.zeros(2, 3))
+    assert trajectory.results == before
+
+
+@pytest.mark.parametrize("metadata", [{"results": "nonsense"}, {"results": "[1]"}])
+def test_file_with_damaged_results_is_refused(tmp_path: Path, metadata: dict[str, str]) -> None:
+    path = saved(tmp_path / "a", **metadata)  # it holds one call and no result
+    with pytest.raises(RecordError, match="expected a trajectory written by Trajectory"):
+        Trajectory.load(path)

@@ -1,0 +1,267 @@
+"""Every invariant, broken by hand: the error names the place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from model import FashionDiT
+from torch import fx, nn
+
+from calicache.graph_passes import (
+    CapturedGraph,
+    OptimizedModel,
+    Plan,
+    StepMode,
+    Trajectory,
+    optimize,
+)
+from calicache.graph_passes.common.errors import VerifyError
+from calicache.graph_passes.graph.capture import capture
+from calicache.graph_passes.graph.checks import verify_captured, verify_functional
+from calicache.graph_passes.rewriting.checks import verify_rewritten
+from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+aten = torch.ops.aten
+
+
+@pytest.fixture
+def captured(dit: FashionDiT, dit_trajectory: Trajectory) -> CapturedGraph:
+    return capture(dit, dit_trajectory.signature)
+
+
+@pytest.fixture(scope="module")
+def fast(dit: FashionDiT, dit_plan: Plan) -> OptimizedModel:
+    return optimize(dit, dit_plan.with_schedule(tuple(StepMode)))
+
+
+@pytest.fixture(scope="module")
+def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
+    return optimize(dit, forecast_plan)
+
+
+@pytest.fixture
+def made(fast: OptimizedModel) -> tuple[CapturedGraph, Rewritten]:
+    """Variants of its own for every test to break."""
+    folded = frozenset(cache.folded for cache in fast.rewritten.caches if cache.folded)
+    return fast.captured, rewrite(
+        fast.captured,
+        fast.sites,
+        fast.targets,
+        fast.factors,
+        set(StepMode),
+        folded=folded,
+        outputs=fast.plan.settings.outputs,
+    )
+
+
+def refuses(check: Callable[[], object], where: str) -> None:
+    with pytest.raises(VerifyError) as raised:
+        check()
+    assert where in str(raised.value)
+    assert "defect of calicache" in raised.value.fix
+
+
+def named(graph: fx.Graph, name: str) -> fx.Node:
+    return next(node for node in graph.nodes if node.name == name)
+
+
+def test_good_graphs_are_handed_on(made: tuple[CapturedGraph, Rewritten]) -> None:
+    captured, rewritten = made
+    assert verify_captured(captured) is captured
+    assert verify_rewritten(captured, rewritten) is rewritten
+
+
+def test_graphs_with_a_history_are_good(fast_forecast: OptimizedModel) -> None:
+    rewritten = fast_forecast.rewritten
+    assert (rewritten.history, set(rewritten.variants)) == (3, set(StepMode))
+    assert verify_rewritten(fast_forecast.captured, rewritten) is rewritten
+
+
+def test_graph_of_diffusers_is_good(
+    diffusers_dit: nn.Module, diffusers_trajectory: Trajectory
+) -> None:
+    captured = capture(diffusers_dit, diffusers_trajectory.signature)
+    assert verify_captured(captured) is captured
+
+
+# --- the captured graph -----------------------------------------------------------------------
+
+
+def test_op_that_writes_to_its_input_is_refused(captured: CapturedGraph) -> None:
+    captured.node("add_3").target = aten.add_.Tensor
+    refuses(lambda: verify_captured(captured), "add_3")
+
+
+def test_op_with_an_out_argument_is_refused(captured: CapturedGraph) -> None:
+    captured.node("silu_1").target = aten.silu.out
+    refuses(lambda: verify_captured(captured), "silu_1")
+
+
+@pytest.mark.parametrize("op", ["call_method", "call_module"])
+def test_node_that_calls_no_function_is_refused(captured: CapturedGraph, op: str) -> None:
+    captured.module.add_module("extra", nn.Identity())
+    first = captured.node("silu")
+    with captured.graph.inserting_after(first):
+        target = "contiguous" if op == "call_method" else "extra"
+        new = captured.graph.create_node(op, target, (first,))
+    new.meta["val"] = first.meta["val"]
+    refuses(lambda: verify_captured(captured), new.name)
+
+
+def test_value_without_a_shape_is_refused(captured: CapturedGraph) -> None:
+    del captured.node("linear_4").meta["val"]
+    refuses(lambda: verify_captured(captured), "linear_4")
+
+
+def test_node_used_before_it_is_made_is_refused(captured: CapturedGraph) -> None:
+    captured.node("add_3").append(captured.node("mul_1"))
+    refuses(lambda: verify_captured(captured), "mul_1")
+
+
+def test_input_of_another_shape_than_the_signature_is_refused(captured: CapturedGraph) -> None:
+    node = captured.node("hidden_states")
+    node.meta["val"] = node.meta["val"].new_empty(3, 1, 28, 28)
+    refuses(lambda: verify_captured(captured), "placeholders")
+
+
+def test_plain_function_is_allowed() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.relu, (x,))
+    graph.output((y,))
+    x.meta["val"] = y.meta["val"] = torch.zeros(2)
+    assert verify_functional(graph) is None
+    del y.meta["val"]
+    refuses(lambda: verify_functional(graph), "relu")
+
+
+# --- the variants -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", StepMode)
+def test_variant_that_returns_too_little_is_refused(
+    made: tuple[CapturedGraph, Rewritten], mode: StepMode
+) -> None:
+    captured, rewritten = made
+    output = rewritten.variants[mode].module.graph.output_node()
+    output.args = (output.args[0][:-1],)
+    refuses(lambda: verify_rewritten(captured, rewritten), f"outputs of {mode.name}")
+
+
+@pytest.mark.parametrize("mode", [CALIBRATE, REUSE, FORECAST])
+def test_cheap_variant_that_returns_a_cache_is_refused(
+    made: tuple[CapturedGraph, Rewritten], mode: StepMode
+) -> None:
+    captured, rewritten = made
+    variant = rewritten.variants[mode]
+    output = variant.module.graph.output_node()
+    output.args = ((*output.args[0], named(variant.module.graph, variant.reads[0])),)
+    refuses(lambda: verify_rewritten(captured, rewritten), f"outputs of {mode.name}")
+
+
+def test_variant_with_a_result_of_another_shape_is_refused(
+    made: tuple[CapturedGraph, Rewritten],
+) -> None:
+    captured, rewritten = made
+    result = rewritten.variants[REUSE].module.graph.output_node().args[0][0]
+    result.meta["val"] = result.meta["val"].new_empty(4, 1, 28, 27)
+    refuses(lambda: verify_rewritten(captured, rewritten), "outputs of REUSE")
+
+
+def with_variant(rewritten: Rewritten, mode: StepMode, **changes: object) -> Rewritten:
+    variant = dataclasses.replace(rewritten.variants[mode], **changes)
+    return dataclasses.replace(rewritten, variants={**rewritten.variants, mode: variant})
+
+
+def test_reads_in_another_order_are_refused(made: tuple[CapturedGraph, Rewritten]) -> None:
+    captured, rewritten = made
+    reads = rewritten.variants[CALIBRATE].reads
+    wrong = with_variant(rewritten, CALIBRATE, reads=reads[::-1])
+    refuses(lambda: verify_rewritten(captured, wrong), "placeholders of CALIBRATE")
+
+
+def test_refresh_that_reads_a_cache_is_refused(made: tuple[CapturedGraph, Rewritten]) -> None:
+    captured, rewritten = made
+    reuse = rewritten.variants[REUSE]
+    wrong = with_variant(rewritten, REFRESH, module=reuse.module, reads=reuse.reads)
+    refuses(lambda: verify_rewritten(captured, wrong), "cache_")
+
+
+def test_cache_that_refresh_does_not_write_is_refused(
+    made: tuple[CapturedGraph, Rewritten],
+) -> None:
+    captured, rewritten = made
+    gone = rewritten.variants[CALIBRATE].reads[3]
+    kept = tuple(cache for cache in rewritten.caches if cache.name != gone)
+    output = rewritten.variants[REFRESH].module.graph.output_node()
+    at = 1 + [cache.name for cache in rewritten.caches].index(gone)
+    output.args = (tuple(value for i, value in enumerate(output.args[0]) if i != at),)
+    wrong = dataclasses.replace(rewritten, caches=kept)
+    refuses(lambda: verify_rewritten(captured, wrong), gone)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+def test_cache_of_another_form_than_written_is_refused(
+    made: tuple[CapturedGraph, Rewritten], change: str
+) -> None:
+    captured, rewritten = made
+    variant = rewritten.variants[CALIBRATE]
+    node = named(variant.module.graph, variant.reads[1])
+    value = node.meta["val"]
+    node.meta["val"] = value[:1] if change == "shape" else value.half()
+    refuses(lambda: verify_rewritten(captured, rewritten), variant.reads[1])
+
+
+def test_refresh_that_writes_another_dtype_is_refused(
+    made: tuple[CapturedGraph, Rewritten],
+) -> None:
+    captured, rewritten = made
+    value = rewritten.variants[REFRESH].module.graph.output_node().args[0][1]
+    value.meta["val"] = value.meta["val"].half()
+    refuses(lambda: verify_rewritten(captured, rewritten), "outputs of REFRESH")
+
+
+@pytest.mark.parametrize("mode", [REFRESH, CALIBRATE, REUSE])  # FORECAST reads no weight
+def test_weight_of_another_shape_is_refused(
+    made: tuple[CapturedGraph, Rewritten], mode: StepMode
+) -> None:
+    captured, rewritten = made
+    node = next(n for n in rewritten.variants[mode].module.graph.nodes if n.op == "get_attr")
+    node.meta["val"] = node.meta["val"].new_empty(5, 5)
+    refuses(lambda: verify_rewritten(captured, rewritten), node.name)
+
+
+def test_weight_that_is_not_there_is_refused(made: tuple[CapturedGraph, Rewritten]) -> None:
+    captured, rewritten = made
+    module = rewritten.variants[REUSE].module
+    del module.final_proj.weight
+    refuses(lambda: verify_rewritten(captured, rewritten), "final_proj_weight")
+
+
+@pytest.mark.parametrize("mode", StepMode)
+def test_weight_that_no_table_holds_is_refused(
+    fast_forecast: OptimizedModel, mode: StepMode
+) -> None:
+    captured, rewritten = fast_forecast.captured, fast_forecast.rewritten
+    name = next(read for read in rewritten.variants[mode].reads if read in rewritten.tables)
+    tables = {key: table for key, table in rewritten.tables.items() if key != name}
+    refuses(lambda: verify_rewritten(captured, dataclasses.replace(rewritten, tables=tables)), name)
+
+
+def test_slot_that_is_not_kept_is_refused(fast_forecast: OptimizedModel) -> None:
+    captured, rewritten = fast_forecast.captured, fast_forecast.rewritten
+    wrong = dataclasses.replace(rewritten, history=2)
+    refuses(lambda: verify_rewritten(captured, wrong), "_back2")
+
+
+def test_weight_that_is_no_single_number_is_refused(
+    made: tuple[CapturedGraph, Rewritten],
+) -> None:
+    captured, rewritten = made
+    node = named(rewritten.variants[FORECAST].module.graph, "output_weight_1")
+    node.meta["val"] = torch.zeros(1, device="meta")
+    refuses(lambda: verify_rewritten(captured, rewritten), "output_weight_1")

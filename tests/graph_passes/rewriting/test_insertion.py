@@ -1,0 +1,268 @@
+"""The nodes that a rewrite adds: their arguments, their names, what they say about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model import FashionDiT
+from support.models import shake
+from torch import Tensor, fx, nn
+
+from calicache.graph_passes import (
+    CapturedGraph,
+    Sites,
+    StepMode,
+    Trajectory,
+    classify_inputs,
+    classify_nodes,
+    find_sites,
+    record,
+)
+from calicache.graph_passes.factors.factors import make_factors
+from calicache.graph_passes.graph.capture import capture
+from calicache.graph_passes.graph.operations import LINEAR
+from calicache.graph_passes.graph.surgery import read_attribute
+from calicache.graph_passes.rewriting.insertion import Insertion, cache_name
+from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.settings.schedule import anchor_table, output_table
+from calicache.graph_passes.sites.targets import assign
+
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+
+SCHEDULE = (REFRESH, CALIBRATE, REFRESH, REUSE, REFRESH, FORECAST)
+
+Found = tuple[CapturedGraph, Sites]
+
+
+def find(model: nn.Module, trajectory: Trajectory) -> Found:
+    captured = capture(model, trajectory.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+
+
+def emit(found: Found, *, fold: bool, order: int = 0, mix: bool = False) -> Rewritten:
+    captured, sites = found
+    targets, _ = assign(captured, sites, rank=2)
+    factors = make_factors(captured, targets, {})
+    return rewrite(
+        captured,
+        sites,
+        targets,
+        factors,
+        set(StepMode) if mix else set(StepMode) - {StepMode.FORECAST},
+        folded=frozenset(factors if fold else ()),
+        anchors=anchor_table(SCHEDULE, order),
+        outputs=output_table(SCHEDULE, order) if mix else None,
+    )
+
+
+def expression(value: object, known: Collection[str] = ()) -> str:
+    """A value of a graph as nested calls; nodes in `known` are written by name alone."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(expression(item, known) for item in value)}]"
+    if not isinstance(value, fx.Node):
+        return str(value)
+    if value.op in ("placeholder", "get_attr") or value.name in known:
+        return str(value.target if value.op == "get_attr" else value.name)
+    name = str(value.target).removeprefix("aten.").split(".")[0]
+    return f"{name}({', '.join(expression(arg, known) for arg in value.args)})"
+
+
+class Branch(nn.Module):
+    """x + f(x), the tokens embedded first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return x + self.branch(self.norm(x))
+
+
+class Adapter(Branch):
+    """A layer with low-rank layers inside it, as adapters name them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.down, self.second.up = nn.Linear(16, 2), nn.Linear(2, 8)
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.first(x))
+        return torch.tanh(self.second(x) + self.second.up(self.second.down(x)))
+
+
+def find_tiny(model: nn.Module) -> Found:
+    with record(shake(model)) as trajectory:
+        for _ in range(2):
+            model(torch.randn(2, 5, 8))
+    return find(model, trajectory)
+
+
+@pytest.fixture(scope="module")
+def found(dit: FashionDiT, dit_trajectory: Trajectory) -> Found:
+    return find(dit, dit_trajectory)
+
+
+def calibrated_first(*, fold: bool) -> tuple[str, str, str]:
+    """What the GELU reads on a CALIBRATE step, and the names of A and B."""
+    graph = emit(find_tiny(Branch()), fold=fold).variants[CALIBRATE].module.graph
+    gelu = next(node for node in graph.nodes if node.name == "gelu")
+    down, up = sorted(str(n.target) for n in graph.nodes if "calibration.first" in str(n.target))
+    return expression(gelu.args[0], ["layer_norm"]), down, up
+
+
+def test_nodes_of_a_site_are_exact() -> None:
+    got, down, up = calibrated_first(fold=False)
+    increment = "reshape(sub(layer_norm, cache_layer_norm), [-1, 8])"
+    correction = f"linear(linear({increment}, {down}), {up})"
+    assert got == f"reshape(add(cache_linear_1, {correction}), [2, 5, 16])"
+
+
+def test_nodes_of_a_folded_site_are_exact() -> None:
+    got, down, up = calibrated_first(fold=True)
+    increment = f"sub(linear(reshape(layer_norm, [-1, 8]), {down}), cache_linear_1_down)"
+    assert got == f"reshape(add(cache_linear_1, linear({increment}, {up})), [2, 5, 16])"
+
+
+def test_refresh_applies_down_to_what_the_layer_reads() -> None:
+    graph = emit(find_tiny(Branch()), fold=True).variants[REFRESH].module.graph
+    folded, full, *_ = graph.output_node().args[0][1:]
+    down = next(str(n.target) for n in graph.nodes if "calibration.first" in str(n.target))
+    rows = "reshape(layer_norm, [-1, 8])"
+    assert expression(folded, ["layer_norm"]) == f"linear({rows}, {down})"
+    assert expression(full, ["layer_norm"]) == f"linear({rows}, first.weight, first.bias)"
+    assert folded.args[0] is full.args[0]  # one reshape for both
+
+
+def test_refresh_reads_the_folded_value_off_a_narrow_output() -> None:
+    found = find_tiny(Branch())
+    rewritten = emit(found, fold=True)
+    graph = rewritten.variants[REFRESH].module.graph
+    folded = graph.output_node().args[0][1:][[c.folded for c in rewritten.caches].index("second")]
+    assert folded.target is LINEAR
+    product, read, offset = folded.args
+    assert str(product.args[1].target) == "second.weight"
+    assert str(read.target).endswith("second.read_factor")
+    x = torch.randn(10, 16, dtype=torch.float64)
+    weight, bias = (found[0].attribute(f"second.{n}").double() for n in ("weight", "bias"))
+    module = rewritten.variants[REFRESH].module
+    k, shift = (read_attribute(module, str(n.target)).double() for n in (read, offset))
+    down = read_attribute(
+        rewritten.variants[CALIBRATE].module, "calibration.second.down_factor"
+    ).double()
+    # K (W x + b) - K b = A x; the factors are float32.
+    torch.testing.assert_close(
+        (x @ weight.T + bias) @ k.T + shift, x @ down.T, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("fold", "differences"), [(False, 8), (True, 12)])
+def test_siblings_share_what_they_can(found: Found, fold: bool, differences: int) -> None:
+    graph = emit(found, fold=fold).variants[CALIBRATE].module.graph
+    assert [len(group.sites) for group in found[1].groups] == [3, 1, 1, 1] * 2
+    # x - x_ref once a group; A x - z_ref once a site.
+    subtractions = [n for n in graph.nodes if n.target is torch.ops.aten.sub.Tensor]
+    assert len(subtractions) == differences
+    rows = {
+        node.args[0]
+        for node in graph.nodes
+        if node.target is LINEAR and node.meta.get("calibrates", "").startswith("blocks.0.attn.")
+        if str(node.args[1].target).rpartition(".")[2].startswith("down")
+    }
+    assert len(rows) == 2  # one for q, k and v, one for proj
+
+
+class Watch(fx.Interpreter):
+    """Compares every value with what the graph says about it."""
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            said = n.meta["val"]
+            assert (value.shape, value.dtype) == (said.shape, said.dtype), n.name
+        return value
+
+
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("mode", StepMode)
+def test_new_nodes_say_what_they_are(
+    found: Found, dit_trajectory: Trajectory, mode: StepMode, fold: bool, order: int
+) -> None:
+    mix = order > 0 or mode is StepMode.FORECAST
+    rewritten = emit(found, fold=fold, order=order, mix=mix)
+    variant = rewritten.variants[mode]
+    made = [node for node in variant.module.graph.nodes if node.name in variant.inserted]
+    assert len(made) > (20 if mode in (REFRESH, CALIBRATE) else 0 if order else -1)
+    for node in made:
+        # Weighted sums of kept values belong to no module; everything else does.
+        if not (mix and node.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor)):
+            assert node.meta["nn_module_stack"], node.name
+    inputs = list(dit_trajectory.calls[0].values())
+    values = rewritten.read(variant.reads, (), SCHEDULE.index(mode), torch.device("cpu"))
+    assert Watch(variant.module).run(*inputs, *values)[0].shape == (4, 1, 28, 28)
+
+
+def test_new_nodes_name_their_site(found: Found) -> None:
+    variant = emit(found, fold=False).variants[CALIBRATE]
+    named = [n.meta.get("calibrates") for n in variant.module.graph.nodes if "val" in n.meta]
+    # A, its product, B, its product and the sum; the shared x - x_ref is the first sibling's.
+    counts = {site.name: named.count(site.name) for site in found[1].linears}
+    shared = {group.sites[0] for group in found[1].groups}
+    assert counts == {name: 5 + (name in shared) for name in counts}
+
+
+def test_layers_inside_a_layer_have_factors_of_their_own() -> None:
+    found = find_tiny(Adapter())
+    assert [s.name for s in found[1].linears] == ["first", "second", "second.down", "second.up"]
+    module = emit(found, fold=False).variants[CALIBRATE].module
+    shapes = {
+        str(n.target): tuple(n.meta["val"].shape) for n in module.graph.nodes if n.op[0] == "g"
+    }
+    factors = sorted(shape for name, shape in shapes.items() if "calibration" in name)
+    assert factors == sorted([(2, 8), (16, 2), (2, 16), (8, 2), (2, 16), (2, 2), (2, 2), (8, 2)])
+
+
+def small_graph() -> tuple[fx.Graph, fx.Node, fx.Node]:
+    """The graph of y = linear(x, weight), and its x (2, 5, 8) and y (2, 5, 4)."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    weight = graph.get_attr("weight")
+    y = graph.call_function(LINEAR, (x, weight))
+    graph.output((y,))
+    for node, shape in ((x, (2, 5, 8)), (weight, (4, 8)), (y, (2, 5, 4))):
+        node.meta["val"] = torch.zeros(shape, dtype=torch.float64)
+    return graph, x, y
+
+
+def test_caches_come_after_the_arguments_in_the_order_they_are_made() -> None:
+    graph, x, y = small_graph()
+    insert = Insertion(graph)
+    with graph.inserting_before(y):
+        first, second = insert.anchor_rows(y), insert.anchor_rows(x)
+        assert insert.anchor_rows(y) is first
+    names = [node.name for node in graph.nodes if node.op == "placeholder"]
+    assert names == ["x", cache_name(y.name), cache_name("x")]
+    # Rows for a linear layer, any other value as it is.
+    assert [tuple(n.meta["val"].shape) for n in (first, second)] == [(10, 4), (2, 5, 8)]
+    assert first.meta["val"].dtype == torch.float64
+    assert insert.made == []
+
+
+def test_linear_over_rows_computes_the_same() -> None:
+    graph, _, y = small_graph()
+    product = Insertion(graph).linear_over_rows(y)
+    graph.eliminate_dead_code()
+    graph.lint()
+    weight, tokens = torch.randn(4, 8).double(), torch.randn(2, 5, 8).double()
+    assert expression(product) == "linear(reshape(x, [-1, 8]), weight)"
+    got = fx.GraphModule({"weight": weight}, graph)(tokens)[0]
+    # float64 sums over 8 terms.
+    torch.testing.assert_close(got, tokens @ weight.T, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,414 @@
+"""The graphs that the rewrite emits: structure, names, arguments, meta data."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model import FashionDiT, FashionDiTConfig
+from support.models import relative, sample_dit, shake
+from torch import Tensor, fx, nn
+
+from calicache.graph_passes import (
+    CapturedGraph,
+    Plan,
+    Sites,
+    StepMode,
+    Trajectory,
+    classify_inputs,
+    classify_nodes,
+    find_sites,
+    optimize,
+    record,
+)
+from calicache.graph_passes.factors.factors import make_factors
+from calicache.graph_passes.graph.capture import capture
+from calicache.graph_passes.graph.operations import LINEAR
+from calicache.graph_passes.rewriting.checks import verify_rewritten
+from calicache.graph_passes.rewriting.variants import CacheSpec, Rewritten, rewrite
+from calicache.graph_passes.settings.schedule import anchor_table, output_table
+from calicache.graph_passes.sites.targets import assign
+
+REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+CHEAP = (REFRESH, CALIBRATE, REUSE)
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+Found = tuple[CapturedGraph, Sites]
+
+
+def find(model: nn.Module, trajectory: Trajectory, exclude: Collection[str] = ()) -> Found:
+    captured = capture(model, trajectory.signature)
+    classes = classify_nodes(captured, classify_inputs(trajectory))
+    return captured, find_sites(captured, classes, exclude=tuple(exclude))
+
+
+def find_tiny(model: nn.Module) -> Found:
+    with record(shake(model)) as trajectory:
+        for _ in range(2):
+            model(torch.randn(2, 5, 8))
+    return find(model, trajectory)
+
+
+def emit(
+    found: Found,
+    folded: Collection[str] = (),
+    rank: int = 2,
+    modes: Collection[StepMode] = CHEAP,
+) -> Rewritten:
+    captured, sites = found
+    targets, _ = assign(captured, sites, rank=rank)
+    factors = make_factors(captured, targets, {})
+    rewritten = rewrite(captured, sites, targets, factors, modes, folded=frozenset(folded))
+    return verify_rewritten(captured, rewritten)
+
+
+def graph(rewritten: Rewritten, mode: StepMode) -> fx.Graph:
+    return rewritten.variants[mode].module.graph
+
+
+def weights(source: fx.Graph) -> set[str]:
+    """Names of the tensors that a graph reads."""
+    return {str(node.target) for node in source.nodes if node.op == "get_attr"}
+
+
+def count(source: fx.Graph, target: object) -> int:
+    return sum(node.target == target for node in source.nodes)
+
+
+class Branch(nn.Module):
+    """x + f(x), the tokens embedded first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return x + self.branch(self.norm(x))
+
+
+class Chain(Branch):
+    def branch(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Twice(Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Identity()
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.first(F.gelu(self.first(x)))
+
+
+@pytest.fixture(scope="module")
+def found(dit: FashionDiT, dit_trajectory: Trajectory) -> Found:
+    return find(dit, dit_trajectory)
+
+
+@pytest.fixture(scope="module")
+def rewritten(found: Found) -> Rewritten:
+    return emit(found)
+
+
+def test_calibrate_replaces_every_site_and_keeps_attention(
+    found: Found, rewritten: Rewritten
+) -> None:
+    captured, sites = found
+    cheap = graph(rewritten, CALIBRATE)
+    replaced = {site.weight for site in sites.linears} | {site.bias for site in sites.linears}
+    factors = weights(cheap) - weights(captured.graph)
+    assert weights(cheap) - factors == weights(captured.graph) - replaced
+    assert len(factors) == 2 * len(sites.linears)
+    assert count(cheap, ATTENTION) == count(captured.graph, ATTENTION) == 2
+
+
+def test_reuse_drops_whole_branches(found: Found, rewritten: Rewritten) -> None:
+    cheap, sites = graph(rewritten, REUSE), found[1]
+    assert count(cheap, ATTENTION) == 0
+    assert not [name for name in weights(cheap) if name.startswith("blocks.")]
+    left = {node.name for node in cheap.nodes}
+    assert not left & {name for branch in sites.branches for name in branch.nodes}
+    assert {name for branch in sites.branches for name in branch.joins} <= left
+
+
+def test_rank_zero_drops_what_only_sites_needed(found: Found) -> None:
+    cheap = emit(found, rank=0, modes={CALIBRATE})
+    # The output projection of attention returns its cache, so nobody asks for q, k and v.
+    assert count(graph(cheap, CALIBRATE), ATTENTION) == 0
+    kept = {cache.node for cache in cheap.caches}
+    assert kept == {s.node for s in found[1].linears if s.name.endswith((".proj", ".fc2"))}
+
+
+def test_caches_are_named_shaped_and_ordered_by_the_graph() -> None:
+    caches = emit(find_tiny(Branch()), ["second"]).caches
+    single = torch.float32
+    assert caches == (
+        CacheSpec("cache_layer_norm", "layer_norm", None, (2, 5, 8), single),
+        CacheSpec("cache_linear_1", "linear_1", None, (10, 16), single),
+        CacheSpec("cache_linear_2_down", "gelu", "second", (10, 2), single),
+        CacheSpec("cache_linear_2", "linear_2", None, (10, 8), single),
+    )
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_caches_are_inputs_of_cheap_variants_and_outputs_of_refresh(
+    found: Found, fold: bool
+) -> None:
+    captured, sites = found
+    variants = emit(found, [s.name for s in sites.linears] if fold else [])
+    names = [cache.name for cache in variants.caches]
+    arguments = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
+    read: set[str] = set()
+    for mode, variant in variants.variants.items():
+        taken = [node.name for node in variant.module.graph.nodes if node.op == "placeholder"]
+        assert taken == [*arguments, *variant.reads]
+        assert list(variant.reads) == [name for name in names if name in variant.reads]
+        assert len(graph(variants, mode).output_node().args[0]) == 1 + len(names) * (mode == 0)
+        read |= set(variant.reads)
+    assert read == set(names)  # nothing is kept that nobody reads
+    outputs = variants.variants[REFRESH].module.graph.output_node().args[0][1:]
+    for cache, value in zip(variants.caches, outputs, strict=True):
+        assert (cache.shape, cache.dtype) == (value.meta["val"].shape, value.meta["val"].dtype)
+
+
+def test_schedule_without_cheap_steps_keeps_nothing(found: Found) -> None:
+    plain = emit(found, modes={REFRESH})
+    assert (set(plain.variants), plain.caches) == ({REFRESH}, ())
+    assert str(graph(plain, REFRESH)) == str(found[0].graph)
+
+
+def test_rewriting_leaves_the_source_and_repeats_itself(found: Found) -> None:
+    captured, sites = found
+    before = str(captured.graph)
+    folded = sites.groups[0].sites
+    first, second = emit(found, folded), emit(found, folded)
+    assert str(captured.graph) == before
+    assert first.caches == second.caches
+    for mode in CHEAP:
+        assert text(graph(first, mode)) == text(graph(second, mode))
+        assert first.variants[mode].reads == second.variants[mode].reads
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_every_kept_refresh_has_a_slot_and_a_weight(found: Found, order: int) -> None:
+    captured, sites = found
+    schedule = (REFRESH, CALIBRATE, REFRESH, REUSE, REFRESH, CALIBRATE, FORECAST)
+    targets, _ = assign(captured, sites, rank=2)
+    made = rewrite(
+        captured,
+        sites,
+        targets,
+        make_factors(captured, targets, {}),
+        set(schedule),
+        anchors=anchor_table(schedule, order),
+        outputs=output_table(schedule, order),
+    )
+    verify_rewritten(captured, made)
+    assert made.history == order + 1
+    slots = {cache.name for cache in made.caches}
+    slots |= {f"{cache.name}_back{back}" for cache in made.caches for back in range(1, order + 1)}
+    assert set(made.slots()) == slots
+    anchors = {f"anchor_weight_{k}" for k in range(order + 1)}
+    outputs = {f"output_weight_{k}" for k in range(order + 2)}
+    assert set(made.tables) == anchors | outputs
+    assert made.tables["anchor_weight_0"] == tuple(r[0] for r in anchor_table(schedule, order))
+    reads = {mode: set(variant.reads) for mode, variant in made.variants.items()}
+    assert reads[REFRESH] & anchors == reads[FORECAST] & anchors == set()
+    assert reads[REFRESH] >= outputs
+    assert reads[FORECAST] >= outputs - {"output_weight_0"}
+    assert set().union(*reads.values()) == slots | anchors | outputs  # nothing unread is kept
+
+
+def test_read_finds_weights_and_slots_by_step(found: Found) -> None:
+    captured, sites = found
+    schedule = (REFRESH, REUSE, REFRESH, REUSE)
+    made = rewrite(captured, sites, (), {}, set(schedule), anchors=anchor_table(schedule, 1))
+    name = made.caches[0].name
+    reads = [name, f"{name}_back1", "anchor_weight_1"]
+    cpu = torch.device("cpu")
+    old, new = {name: torch.ones(1)}, {name: torch.full((1,), 2.0)}
+    assert made.read(reads, (new, old), 3, cpu) == [2.0, 1.0, -0.5]
+    assert made.read(reads, (old,), 1, cpu) == [1.0, 1.0, 0.0]  # what is missing has no weight
+    empty, *_ = made.read(reads, (), 0, cpu)
+    assert (empty.shape, int(empty.count_nonzero())) == (made.caches[0].shape, 0)
+
+
+def test_forecast_needs_no_other_cache_than_the_output(found: Found) -> None:
+    captured, sites = found
+    schedule = (REFRESH, REFRESH, FORECAST)
+    made = rewrite(
+        captured,
+        sites,
+        assign(captured, sites, rank=2)[0],
+        {},
+        set(schedule),
+        anchors=anchor_table(schedule, 2),
+        outputs=output_table(schedule, 2),
+    )
+    verify_rewritten(captured, made)
+    assert set(made.variants) == {REFRESH, FORECAST}
+    (cache,) = made.caches
+    assert cache.shape == (4, 1, 28, 28)
+    assert weights(graph(made, FORECAST)) == set()
+
+
+def test_excluded_sites_stay_full(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
+    part = find(dit, dit_trajectory, exclude=["*.mlp.fc?", "*.k"])
+    variants = emit(part)
+    cheap = weights(graph(variants, CALIBRATE))
+    assert {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in ("mlp.fc1", "attn.k")} < cheap
+    assert "blocks.0.attn.q.weight" not in cheap
+    # No site in them: the MLP branches run in full on REUSE as well.
+    assert len(variants.variants[REUSE].reads) == 2
+    assert "blocks.1.mlp.fc1.weight" in weights(graph(variants, REUSE))
+
+
+def run(rewritten: Rewritten, mode: StepMode, first: Tensor, second: Tensor) -> Tensor:
+    """REFRESH on one input, then a cheap step on another."""
+    kept = rewritten.variants[REFRESH].module(first)[rewritten.outputs :]
+    caches = dict(zip([cache.name for cache in rewritten.caches], kept, strict=True))
+    variant = rewritten.variants[mode]
+    return variant.module(second, *(caches[name] for name in variant.reads))[0]
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_both_layers_of_a_chain_are_calibrated(fold: bool) -> None:
+    model = Chain()
+    found = find_tiny(model)
+    variants = emit(found, ["first", "second"] if fold else [])
+    assert not {"first.weight", "second.weight"} & weights(graph(variants, CALIBRATE))
+    # Each layer once on REFRESH: embed, first, second, and two A x where folded.
+    assert count(graph(variants, REFRESH), LINEAR) == (5 if fold else 3)
+    factors = make_factors(found[0], assign(*found, rank=2)[0], {})
+    first, second = torch.randn(2, 2, 5, 8)
+    x, x_ref = model.norm(model.embed(second)), model.norm(model.embed(first))
+    low = [factors[name].up @ factors[name].down for name in ("first", "second")]
+    y_ref = model.first(x_ref)
+    y = y_ref + (x - x_ref) @ low[0].T
+    expected = model.embed(second) + model.second(y_ref) + (y - y_ref) @ low[1].T
+    # float32 sums in another order.
+    torch.testing.assert_close(
+        run(variants, CALIBRATE, first, second), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_branch_that_ends_in_a_site_has_one_cache_for_both_modes(fold: bool) -> None:
+    model = Branch()
+    found = find_tiny(model)
+    variants = emit(found, ["first", "second"] if fold else [])
+    (branch,) = found[1].branches
+    assert branch.exits == (found[1].linears[-1].node,) == ("linear_2",)
+    assert variants.variants[REUSE].reads == ("cache_linear_2",)
+    assert variants.variants[CALIBRATE].reads[-1] == "cache_linear_2"
+    first, second = torch.randn(2, 2, 5, 8)
+    expected = model.embed(second) + model.branch(model.norm(model.embed(first)))
+    # The same layers on rows instead of batches: float32 rounding of sums over 16 terms.
+    torch.testing.assert_close(run(variants, REUSE, first, second), expected, rtol=1e-5, atol=1e-6)
+    same = run(variants, CALIBRATE, first, first)  # no increment: the cached values themselves
+    torch.testing.assert_close(same, model(first), rtol=1e-5, atol=1e-6)
+
+
+def test_layer_called_twice_is_two_sites() -> None:
+    found = find_tiny(Twice())
+    assert [site.name for site in found[1].linears] == ["first", "first@1"]
+    variants = emit(found)
+    assert "first.weight" not in weights(graph(variants, CALIBRATE))
+    first = torch.randn(2, 5, 8)
+    # No increment: float32 rounding alone.
+    expected = found[0].module(first)[0]
+    torch.testing.assert_close(
+        run(variants, CALIBRATE, first, first), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fold", [False, True])
+def test_half_precision_model_keeps_its_dtype(
+    dit: FashionDiT, dit_trajectory: Trajectory, dtype: torch.dtype, fold: bool
+) -> None:
+    half, trajectory = copy.deepcopy(dit).to(dtype), Trajectory()
+    for call in dit_trajectory.calls[:2]:
+        trajectory.append(half, (), {**call, "hidden_states": call["hidden_states"].to(dtype)})
+    found = find(half, trajectory)
+    variants = emit(found, [s.name for s in found[1].linears] if fold else [], rank=32)
+    assert {cache.dtype for cache in variants.caches} == {dtype}
+    first, second = (list(call.values()) for call in trajectory.calls)
+    outputs = variants.variants[REFRESH].module(*first)
+    assert {value.dtype for value in outputs} == {dtype}
+    caches = dict(zip([cache.name for cache in variants.caches], outputs[1:], strict=True))
+    variant = variants.variants[CALIBRATE]
+    got = variant.module(*second, *(caches[name] for name in variant.reads))[0]
+    assert got.dtype == dtype
+    # Full rank is the model itself, up to its own rounding: 2^-9 for bfloat16, a few times over.
+    exact = dit(**dit_trajectory.calls[1])
+    assert relative(got.float(), exact) < 16 * torch.finfo(dtype).eps
+
+
+def text(source: fx.Graph) -> str:
+    """A graph as it is kept in tests/golden: one line a node."""
+    lines = []
+    for node in source.nodes:
+        if node.op == "output":
+            lines.append(f"return {node.args[0]}")
+            continue
+        value = node.meta["val"]
+        kind = f"{str(value.dtype)[6:]} {list(value.shape)}" if isinstance(value, Tensor) else "-"
+        options = "".join(f", {key}={option}" for key, option in node.kwargs.items())
+        name = str(node.target).replace("<built-in function getitem>", "getitem")
+        what = {"placeholder": "input", "get_attr": f"weight {node.target}"}.get(
+            node.op, f"{name}({', '.join(map(str, node.args))}{options})"
+        )
+        lines.append(f"{node.name}: {kind} = {what}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def one_block() -> Rewritten:
+    """One block of width 8, as small as it gets, with some sites folded."""
+    model = FashionDiT(FashionDiTConfig(width=8, depth=1, heads=2, frequency_channels=8))
+    with record(shake(model)) as trajectory:
+        sample_dit(model, batch=1, steps=2)
+    return emit(find(model, trajectory), ["blocks.0.attn.proj", "blocks.0.mlp.fc1"])
+
+
+@pytest.fixture(scope="module")
+def forecast_block() -> Rewritten:
+    """The same block under a plan of order 2 with joint siblings, and a forecast at its end."""
+    model = FashionDiT(FashionDiTConfig(width=8, depth=1, heads=2, frequency_channels=8))
+    with record(shake(model)) as trajectory:
+        sample_dit(model, batch=1, steps=6)
+    schedule = (REFRESH, CALIBRATE, REFRESH, CALIBRATE, REFRESH, FORECAST)
+    plan = Plan.from_trajectory(
+        model, trajectory, schedule=schedule, rank=2, order=2, correct=False
+    )
+    return optimize(model, plan).rewritten
+
+
+@pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())
+def test_graph_is_the_golden_one(one_block: Rewritten, mode: StepMode) -> None:
+    assert_golden(mode.name.lower(), graph(one_block, mode))
+
+
+@pytest.mark.parametrize("mode", [CALIBRATE, FORECAST], ids=lambda mode: mode.name.lower())
+def test_graph_of_order_2_is_the_golden_one(forecast_block: Rewritten, mode: StepMode) -> None:
+    assert_golden(f"{mode.name.lower()}_order_2", graph(forecast_block, mode))
+
+
+def assert_golden(name: str, source: fx.Graph) -> None:
+    path, got = GOLDEN / f"{name}.txt", text(source)
+    if os.environ.get("WRITE_GOLDEN"):  # WRITE_GOLDEN=1 pytest tests/test_rewrite.py -k golden
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(got)
+    assert got == path.read_text()

@@ -1,0 +1,667 @@
+"""What cheap steps cost, against what is counted on the graphs that do it; what they are worth."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from diffusion import GuidedDDIM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model import FashionDiT
+from support.models import shake
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from weights import DIT_WEIGHTS, load_weights
+
+from calicache.graph_passes import (
+    CalibrationTarget,
+    CapturedGraph,
+    Dependence,
+    Granularity,
+    LatencyTable,
+    Plan,
+    SiteMode,
+    SiteRule,
+    Sites,
+    StepMode,
+    Trajectory,
+    Weighting,
+    classify_inputs,
+    classify_nodes,
+    find_sites,
+    optimize,
+    record,
+    uniform_schedule,
+)
+from calicache.graph_passes.factors.factors import make_factors
+from calicache.graph_passes.factors.observe import observe
+from calicache.graph_passes.factors.statistics import SecondMoments
+from calicache.graph_passes.graph.capture import capture
+from calicache.graph_passes.graph.macs import graph_macs, node_macs
+from calicache.graph_passes.graph.run_values import find_run_values
+from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve, allocate
+from calicache.graph_passes.search.costs import (
+    Candidates,
+    StepShares,
+    branch_options,
+    latency_shares,
+    macs_shares,
+)
+from calicache.graph_passes.search.families import PROBES
+from calicache.graph_passes.search.sensitivity import BACK, sensitivities
+from calicache.graph_passes.settings.latency import EVERY, BranchChoice, LatencyRow, group_of
+from calicache.graph_passes.settings.schedule import anchor_table
+from calicache.graph_passes.sites.targets import assign
+
+R, C, U, FORECAST = StepMode
+FULL, LINEAR, BRANCH, REUSE = BranchChoice
+ORDER = 2
+TEXT_MACS = 2 * 2 * 2 * 7 * 20 * 24  # k and v of 2 blocks, of 2 samples of 7 tokens
+# Sums of fewer than 100 doubles.
+EXACT = {"rel_tol": 1e-9, "abs_tol": 1e-12}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model, what was found in it, and what is known of its targets."""
+
+    model: nn.Module
+    trajectory: Trajectory
+    captured: CapturedGraph
+    sites: Sites
+    classes: Mapping[str, Dependence]
+    schedule: tuple[StepMode, ...]
+    candidates: Candidates
+
+    @property
+    def plain(self) -> int:
+        """Multiply-accumulates of a plain step."""
+        return graph_macs(self.captured.graph)
+
+    def options(self, latency: LatencyTable | None = None) -> dict[str, list[BranchOption]]:
+        return branch_options(self.captured, self.sites, self.candidates, latency)
+
+    def planned(self, allocation: Allocation) -> tuple[CalibrationTarget, ...]:
+        return assign(
+            self.captured,
+            self.sites,
+            rank=8,
+            rules=allocation.rules,
+            joint=True,
+            ranks=allocation.ranks,
+        )[0]
+
+    def rewritten(
+        self, targets: Sequence[CalibrationTarget], *modes: StepMode, fold: bool = False
+    ) -> Rewritten:
+        factors = make_factors(self.captured, targets, self.candidates.moments)
+        return rewrite(
+            self.captured,
+            self.sites,
+            targets,
+            factors,
+            modes,
+            folded=frozenset(factors if fold else ()),
+            anchors=anchor_table(self.schedule, ORDER),
+            run_values=find_run_values(self.captured, self.classes),
+        )
+
+
+def learn(model: nn.Module, trajectory: Trajectory) -> Known:
+    """All that a search knows before it allocates."""
+    captured = capture(model, trajectory.signature)
+    classes = classify_nodes(captured, classify_inputs(trajectory))
+    sites = find_sites(captured, classes)
+    schedule = uniform_schedule(trajectory.steps, 3)
+    targets: dict[str, CalibrationTarget] = {}
+    for granularity in Granularity:
+        for t in assign(captured, sites, rank=8, granularity=granularity, joint=True)[0]:
+            targets.setdefault(t.name, replace(t, rank=min(t.in_features, sum(t.out_features))))
+    observed = observe(
+        captured, [*targets.values()], trajectory, Weighting.COVARIANCE, schedule, ORDER
+    )
+    moments = {name: m for name, m in observed.items() if isinstance(m, SecondMoments)}
+    factors = make_factors(captured, [*targets.values()], moments)
+    spectra = {name: made.spectrum for name, made in factors.items() if made.spectrum is not None}
+    layers = [t for t in targets.values() if t.granularity is Granularity.LINEAR]
+    steps = sorted({max(BACK, round(share * (trajectory.steps - 1))) for share in PROBES})
+    gains = sensitivities(captured, sites, layers, trajectory.runs[0], steps)
+    candidates = Candidates(tuple(targets.values()), spectra, moments, gains)
+    return Known(model, trajectory, captured, sites, classes, schedule, candidates)
+
+
+@pytest.fixture(scope="module")
+def dit_known(dit: FashionDiT, dit_trajectory: Trajectory) -> Known:
+    return learn(dit, dit_trajectory)
+
+
+class Heads(nn.Module):
+    """Attention to a context, one head."""
+
+    def __init__(self, width: int, context: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(w, width) for w in (width, context, context))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.proj(
+            F.scaled_dot_product_attention(self.q(x), self.k(context), self.v(context))
+        )
+
+
+class Perceptron(nn.Module):
+    """Two layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+
+class TextBlock(nn.Module):
+    """Attention to itself and to a text, a perceptron that is modulated by the timestep."""
+
+    def __init__(self, width: int, text: int) -> None:
+        super().__init__()
+        self.attn1, self.attn2 = Heads(width, width), Heads(width, text)
+        self.mlp, self.modulation = Perceptron(width), nn.Linear(4, width)
+
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+        n = F.layer_norm(x, x.shape[-1:])
+        x = x + self.attn1(n, n)
+        x = x + self.attn2(F.layer_norm(x, x.shape[-1:]), text)
+        scale = self.modulation(condition)[:, None]
+        return x + self.mlp(F.layer_norm(x, x.shape[-1:]) * (1 + scale))
+
+
+class TextDiT(nn.Module):
+    """Two blocks with a layer on the stream between them."""
+
+    def __init__(self, width: int = 24, text: int = 20) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, width), nn.Linear(width, 6)
+        self.blocks = nn.ModuleList(TextBlock(width, text) for _ in range(2))
+        self.between = nn.Linear(width, width)
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        turns = torch.tensor([1.0, 0.1, 0.01, 0.001])
+        condition = torch.cos(timestep[:, None] * turns)
+        x = self.blocks[0](self.embed(latents), condition, text)
+        return self.head(self.blocks[1](torch.tanh(self.between(x)), condition, text))
+
+
+@pytest.fixture(scope="module")
+def text_known() -> Known:
+    torch.manual_seed(0)
+    model, draw = TextDiT(), torch.Generator().manual_seed(5)
+    shake(model, 0.1)
+    latents, text = torch.randn(2, 9, 6, generator=draw), torch.randn(2, 7, 20, generator=draw)
+    with record(model) as trajectory, torch.no_grad():
+        for now in torch.linspace(999, 0, 7).round():
+            latents = latents - 0.1 * model(latents, now.expand(2), text)
+    return learn(model, trajectory)
+
+
+@pytest.fixture(params=["dit", "text"])
+def known(request: pytest.FixtureRequest) -> Known:
+    found = request.getfixturevalue(f"{request.param}_known")
+    assert isinstance(found, Known)
+    return found
+
+
+# --- costs in MACs ------------------------------------------------------------------------------
+
+
+def test_branches_have_all_choices_and_sites_outside_have_two(text_known: Known) -> None:
+    options = text_known.options()
+    names = [f"blocks.{n}.{part}" for n in (0, 1) for part in ("attn1", "attn2", "mlp")]
+    assert list(options) == [*names, "between"]
+    for name in names:
+        assert [option.choice for option in options[name]] == [FULL, LINEAR, BRANCH, REUSE]
+        assert {option.patterns for option in options[name]} == {(name,)}
+        full, linear, whole, reuse = options[name]
+        assert (full.cost, full.curves) == (0.0, ())
+        assert {c.target.granularity for c in linear.curves} == {Granularity.LINEAR}
+        assert [c.target.name for c in whole.curves] == [name]
+        assert (reuse.curves, reuse.cost) == (whole.curves, whole.cost)
+    assert [option.choice for option in options["between"]] == [FULL, LINEAR]
+    assert options["between"][0].patterns == ("between",)
+    assert [c.target.name for c in options["between"][1].curves] == ["between"]
+
+
+def unforeseen_macs(known: Known, targets: Sequence[CalibrationTarget], made: fx.Graph) -> int:
+    """Of what the targets do not replace and yet nothing needs any more in a CALIBRATE step.
+
+    Projections of the text, which are kept over a run; modulations of branches that are not
+    computed; and whatever comes before a layer of the stream that returns its anchor, other
+    calibration branches included.
+    """
+    left = {node.name for node in made.nodes}
+    inside = {branch.name: branch.nodes for branch in known.sites.branches}
+    whole = {t.name for t in targets if t.granularity is Granularity.BRANCH}
+    replaced = {node for name in whole for node in inside[name]}
+    replaced |= {node for target in targets for node in target.nodes}
+    gone = sum(
+        node_macs(node)
+        for node in known.captured.graph.nodes
+        if node.op != "output" and node.name not in left | replaced
+    )
+    read = {str(node.target) for node in made.nodes if node.op == "get_attr"}
+    dead = [t for t in targets if t.rank and f"calibration.{t.name}.down_factor" not in read]
+    return gone + sum(target.calibrate_macs for target in dead)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0])
+def test_cost_is_what_the_optimised_step_is_counted_to_take(known: Known, level: float) -> None:
+    allocation = allocate(known.options(), level)
+    targets = known.planned(allocation)
+    made = known.rewritten(targets, C).variants[C].module.graph
+    unforeseen = unforeseen_macs(known, targets, made)
+    expected = (graph_macs(made) + unforeseen) / known.plain
+    assert math.isclose(allocation.cost, expected, **EXACT)
+    texts = 0 if isinstance(known.model, FashionDiT) else TEXT_MACS
+    assert unforeseen >= texts
+    if all(rule.mode is SiteMode.FULL for rule in allocation.rules) and all(
+        allocation.ranks.values()
+    ):
+        assert unforeseen == texts
+
+
+def test_allocations_at_rising_cost_use_every_choice(known: Known) -> None:
+    # Or the comparison above would be about some of them alone.
+    options = known.options()
+    chosen: set[BranchChoice] = set()
+    for place in range(101):
+        chosen |= set(allocate(options, place / 100).choices.values())
+    assert chosen >= {FULL, LINEAR, BRANCH}
+
+
+@pytest.mark.parametrize("choice", [LINEAR, BRANCH, REUSE])
+def test_cost_of_every_choice_is_what_the_graph_saves(known: Known, choice: BranchChoice) -> None:
+    options = known.options()
+    bare = known.rewritten((), C).variants[C].module.graph
+    start = graph_macs(bare) + unforeseen_macs(known, (), bare)
+    assert start == known.plain
+    for name in [name for name in options if not name.startswith("blocks.1")]:
+        there = [option for option in options[name] if option.choice is choice]
+        if not there:
+            continue
+        # All other branches in full; this one at rank 8 of every target.
+        others = {n: [o[0]] for n, o in options.items() if n != name}
+        wanted = replace(there[0], curves=tuple(map(_only_rank_8, there[0].curves)))
+        allocation = allocate({**others, name: [wanted]}, 1e9)
+        targets = known.planned(allocation)
+        assert {t.rank for t in targets} == ({0} if choice is REUSE else {8})
+        made = known.rewritten(targets, C).variants[C].module.graph
+        total = graph_macs(made) + unforeseen_macs(known, targets, made)
+        assert math.isclose(allocation.cost, total / known.plain, **EXACT), name
+
+
+def _only_rank_8(curve: RankCurve) -> RankCurve:
+    return replace(curve, errors=(1.0, 0.0))
+
+
+def test_plan_of_an_allocation_is_optimised_to_its_cost(dit_known: Known) -> None:
+    known, base = (
+        dit_known,
+        Plan.from_trajectory(
+            dit_known.model,
+            dit_known.trajectory,
+            schedule=dit_known.schedule,
+            rank=8,
+            correct=False,
+        ),
+    )
+    costs = []
+    for level in (0.4, 0.7):
+        allocation = allocate(known.options(), level)
+        plan = Plan(
+            replace(base.settings, rules=allocation.rules, ranks=dict(allocation.ranks)),
+            known.candidates.moments,
+        )
+        fast = optimize(known.model, plan)
+        assert {t.name: t.rank for t in fast.targets} == dict(allocation.ranks)
+        assert fast.targets == known.planned(allocation)
+        # Every block keeps a layer that is modulated: nothing but what was foreseen goes away.
+        share = fast.cost.modes[C] / fast.cost.plain_macs
+        assert math.isclose(allocation.cost, share, **EXACT)
+        costs.append(share)
+    assert costs[0] <= 0.4 < costs[1] <= 0.7
+
+
+def test_left_alone_sites_outside_of_branches_become_full(text_known: Known) -> None:
+    options = text_known.options()
+    dear, cheap = allocate(options, 1.0), allocate(options, 0.0)
+    assert SiteRule("between", SiteMode.FULL) in dear.rules
+    assert "between" not in dear.ranks
+    assert dear.choices["between"] is FULL
+    assert (cheap.choices["between"], cheap.ranks["between"]) == (LINEAR, 0)
+    planned = [t for t in text_known.planned(cheap) if t.name == "between"]
+    assert [t.rank for t in planned] == [0]
+    assert "between" not in {t.name for t in text_known.planned(dear)}
+
+
+# --- what is left out, as error of the output ---------------------------------------------------
+
+
+def test_curves_begin_at_all_of_the_increment(known: Known) -> None:
+    for target in known.candidates.targets:
+        curve, moments = known.candidates.curve(target), known.candidates.moments[target.name]
+        weights = [known.captured.attribute(name).double() for name in target.weights]
+        if moments.energy is not None:
+            energy = float(moments.energy)
+        elif moments.output is not None:
+            energy = float(moments.output.double().trace())
+        else:
+            assert moments.input is not None
+            stacked = torch.cat(weights)
+            energy = float((stacked @ moments.input.double() @ stacked.T).trace())
+        gain = known.candidates.sensitivities[target.name]
+        # Moments and spectra are float32.
+        assert math.isclose(curve.errors[0], gain * target.tokens * energy, rel_tol=1e-5)
+        assert curve.target == target
+
+
+def test_curves_of_whole_branches_end_at_what_no_map_explains(known: Known) -> None:
+    whole = [t for t in known.candidates.targets if t.granularity is Granularity.BRANCH]
+    assert len(whole) == len(known.sites.branches)
+    for target in whole:
+        curve, moments = known.candidates.curve(target), known.candidates.moments[target.name]
+        made = make_factors(known.captured, [target], {target.name: moments})[target.name]
+        assert moments.input is not None
+        assert moments.energy is not None
+        # The share that the map of full rank does not keep, from the map itself.
+        image = (made.up @ made.down).double()
+        explained = float((image @ moments.input.double() @ image.T).trace())
+        unexplained = float(moments.energy) - explained
+        assert 0 < unexplained < float(moments.energy)
+        gain = known.candidates.sensitivities[target.name]
+        # Widths are multiples of 8, so the last rank is full; factors are float32.
+        slack = 1e-5 * curve.errors[0]
+        expected = gain * target.tokens * unexplained
+        assert math.isclose(curve.errors[-1], expected, rel_tol=0, abs_tol=slack)
+
+
+# --- costs in seconds ---------------------------------------------------------------------------
+
+
+def table_of(*rows: LatencyRow, full: float = 0.98, full_refresh: float = 1.02) -> LatencyTable:
+    """Seconds for a plain step of 0.1: shares of it are given."""
+    every = LatencyRow(EVERY, FULL, 0, full_refresh, full)
+    scaled = [replace(r, refresh=0.1 * r.refresh, step=0.1 * r.step) for r in (every, *rows)]
+    return LatencyTable("hash", "a runtime", ORDER, 0.1, 0.001, tuple(scaled))
+
+
+ROWS = (
+    LatencyRow("blocks.*.attn", LINEAR, 10_000, 1.05, 0.80),
+    LatencyRow("blocks.*.attn", LINEAR, 50_000, 1.07, 0.90),
+    LatencyRow("blocks.*.attn", REUSE, 0, 1.03, 0.60),
+    LatencyRow("blocks.*.mlp", BRANCH, 30_000, 1.04, 0.70),
+    LatencyRow("blocks.*.mlp", REUSE, 0, 1.025, 0.55),
+    LatencyRow("blocks.*.other", REUSE, 0, 2.0, 0.1),
+)
+
+
+def test_only_measured_choices_appear(dit_known: Known) -> None:
+    options = dit_known.options(table_of(*ROWS))
+    assert {name: [o.choice for o in there] for name, there in options.items()} == {
+        "blocks.0.attn": [FULL, LINEAR, REUSE],
+        "blocks.0.mlp": [FULL, BRANCH, REUSE],
+        "blocks.1.attn": [FULL, LINEAR, REUSE],
+        "blocks.1.mlp": [FULL, BRANCH, REUSE],
+    }
+    assert {o.choice for there in dit_known.options(table_of()).values() for o in there} == {FULL}
+
+
+def test_sites_outside_of_branches_are_left_alone_where_seconds_count(text_known: Known) -> None:
+    options = text_known.options(table_of())
+    assert options["between"] == [BranchOption(FULL, 0.0, patterns=("between",))]
+
+
+@pytest.mark.parametrize("places", [(0, 0), (1, 1), (1, 3), (4, 2)])
+def test_seconds_add_up_to_the_measured_line(dit_known: Known, places: tuple[int, int]) -> None:
+    table = table_of(*ROWS)
+    options = dit_known.options(table)
+    for group, choice in [("attn", LINEAR), ("mlp", BRANCH), ("attn", REUSE), ("mlp", REUSE)]:
+        cost, macs = 0.0, 0
+        for number, place in enumerate(places):
+            there = options[f"blocks.{number}.{group}"]
+            (option,) = [o for o in there if o.choice is choice]
+            own = place if choice is not REUSE else 0
+            own_macs = sum(replace(c.target, rank=8 * own).calibrate_macs for c in option.curves)
+            cost, macs = cost + option.cost + option.per_mac * own_macs, macs + own_macs
+        # Both blocks treated alike: the table's own line, in plain steps.
+        change = table.step_change(f"blocks.*.{group}", choice, macs)
+        assert change is not None
+        assert math.isclose(cost, change / 0.1, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def test_straight_line_goes_through_the_measured_rows(dit_known: Known) -> None:
+    linear = dit_known.options(table_of(*ROWS))["blocks.1.attn"][1]
+    # 0.80 at 10,000 MACs and 0.90 at 50,000: 0.775 at none, 0.205 below a full step; two blocks.
+    assert math.isclose(linear.cost, -0.205 / 2, rel_tol=1e-9)
+    assert math.isclose(linear.per_mac, 0.1 / 40_000, rel_tol=1e-9)
+    whole = dit_known.options(table_of(*ROWS))["blocks.1.mlp"][1]
+    assert (math.isclose(whole.cost, -0.28 / 2, rel_tol=1e-9), whole.per_mac) == (True, 0.0)
+
+
+def test_larger_ranks_that_were_measured_faster_are_taken_for_equal(dit_known: Known) -> None:
+    noisy = [replace(row, step=1.7 - row.step) if row.choice is LINEAR else row for row in ROWS]
+    linear = dit_known.options(table_of(*noisy))["blocks.0.attn"][1]
+    # 0.90 at 10,000 MACs and 0.80 at 50,000: 0.925 at none.
+    assert math.isclose(linear.cost, (0.925 - 0.98) / 2, rel_tol=1e-9)
+    assert linear.per_mac == 0.0
+
+
+@pytest.mark.parametrize("wanted", [0.3, 0.5, 0.7, 0.9, 1.0])
+def test_allocation_in_seconds_keeps_to_its_budget(dit_known: Known, wanted: float) -> None:
+    table = table_of(*ROWS)
+    got = allocate(dit_known.options(table), wanted, table.full_step / table.plain)
+    assert got.cost <= wanted or math.isclose(got.cost, 0.98 - 0.38 - 0.43, **EXACT)
+    # Again from the table: every group's change, for the MACs that were given to it.
+    total, given = table.full_step, Counter[tuple[str, BranchChoice]]()
+    for target in dit_known.planned(got):
+        owner = next(b for b in got.choices if target.name.startswith(b))
+        given[group_of(owner), got.choices[owner]] += target.calibrate_macs
+    counts = Counter((group_of(name), choice) for name, choice in got.choices.items())
+    for (group, choice), count in counts.items():
+        none = table.step_change(group, choice, 0)
+        some = table.step_change(group, choice, given[group, choice])
+        assert none is not None
+        assert some is not None
+        total += none * count / 2 + some - none
+    assert math.isclose(got.cost, total / table.plain, rel_tol=1e-9)
+
+
+# --- shares of steps ----------------------------------------------------------------------------
+
+schedules = st.lists(st.sampled_from(StepMode), max_size=30).map(lambda rest: (R, *rest))
+shares_of_modes = st.dictionaries(
+    st.sampled_from([C, U, FORECAST]), st.tuples(st.floats(0, 2), st.floats(0, 0.5)), min_size=3
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedule=schedules, known=shares_of_modes)
+def test_run_share_is_the_mean_over_steps(
+    schedule: tuple[StepMode, ...], known: dict[StepMode, tuple[float, float]]
+) -> None:
+    shares = StepShares(
+        {m: s for m, (s, _) in known.items()}, {m: c for m, (_, c) in known.items()}
+    )
+    refresh = 1.0
+    for mode in (C, U, FORECAST):
+        if mode in schedule:
+            refresh += known[mode][1]
+    steps = [refresh if mode is R else known[mode][0] for mode in schedule]
+    assert math.isclose(shares.run_share(schedule, 2), math.fsum(steps) / len(steps), **EXACT)
+
+
+def test_run_of_refreshes_alone_costs_the_plain_run() -> None:
+    assert StepShares({}, {}).run_share((R,) * 7, 2) == 1.0
+    with pytest.raises(KeyError):  # a mode that was not measured
+        StepShares({U: 0.1}, {U: 0.0}).run_share((R, C), 2)
+
+
+def test_shares_in_macs_are_those_of_the_variants(known: Known) -> None:
+    targets = known.planned(allocate(known.options(), 0.6))
+    rewritten = known.rewritten(targets, C, U, fold=True)
+    shares = macs_shares(rewritten, known.captured, targets)
+    macs = {mode: graph_macs(v.module.graph) for mode, v in rewritten.variants.items()}
+    assert shares.steps == {C: macs[C] / known.plain, U: macs[U] / known.plain, FORECAST: 0.0}
+    folds = macs[R] - known.plain
+    assert folds > 0
+    schedule = (R, C, U, R, C, FORECAST, R)
+    total = 3 * macs[R] + 2 * macs[C] + macs[U]
+    assert math.isclose(shares.run_share(schedule, 2), total / (7 * known.plain), **EXACT)
+    # Without a CALIBRATE step nothing is folded.
+    total = 2 * known.plain + macs[U]
+    share = shares.run_share((R, U, FORECAST, R), 2)
+    assert math.isclose(share, total / (4 * known.plain), **EXACT)
+    assert shares.run_share((R, FORECAST), 2) == 0.5
+
+
+def test_nothing_is_folded_where_nothing_is_calibrated(known: Known) -> None:
+    shares = macs_shares(known.rewritten((), U), known.captured, ())
+    assert set(shares.steps) == {U, FORECAST}
+    assert set(shares.caches.values()) == {0.0}
+
+
+def test_shares_in_seconds_add_up_over_the_groups(dit_known: Known) -> None:
+    table = table_of(*ROWS)
+    choices = {
+        "blocks.0.attn": LINEAR,
+        "blocks.1.attn": FULL,
+        "blocks.0.mlp": REUSE,
+        "blocks.1.mlp": BRANCH,
+        "a site outside": LINEAR,
+    }
+    allocation = Allocation((), {}, choices, 0.65, 0.0)
+    shares = latency_shares(dit_known.sites, table, (C, U), allocation)
+    # Shares of a plain step, from the rows: REUSE of both groups, against a full step of 0.98.
+    assert math.isclose(shares.steps[U], 0.60 + 0.55 - 0.98, **EXACT)
+    assert math.isclose(shares.steps[FORECAST], 0.01, **EXACT)
+    assert shares.steps[C] == 0.65
+    assert math.isclose(shares.kept, 0.02, **EXACT)  # a full REFRESH of 1.02
+    assert math.isclose(shares.caches[U], 0.01 + 0.005, **EXACT)
+    assert shares.caches[FORECAST] == 0.0
+    # Against a full REFRESH of 1.02: LINEAR at no MACs 1.045, REUSE 1.025, BRANCH 1.04; each
+    # is half of its group.
+    written = (0.025 + 0.005 + 0.02) / 2
+    assert math.isclose(shares.caches[C], written, **EXACT)
+    # What FULL steps read is kept once, whatever modes there are.
+    both = (1.0 + 0.02 + 0.015 + written + shares.steps[C] + shares.steps[U]) / 3
+    assert math.isclose(shares.run_share((R, C, U), 2), both, **EXACT)
+    assert shares.run_share((R, FORECAST), 2) == 0.505
+
+
+def test_only_modes_that_are_there_have_shares_in_seconds(dit_known: Known) -> None:
+    table = table_of(*ROWS)
+    assert set(latency_shares(dit_known.sites, table, (), None).steps) == {FORECAST}
+    assert set(latency_shares(dit_known.sites, table, (U,), None).steps) == {U, FORECAST}
+    both = latency_shares(dit_known.sites, table, (C,), Allocation((), {}, {}, 0.5, 0.0))
+    assert set(both.steps) == {C, FORECAST}
+
+
+def test_reuse_with_a_group_that_was_not_measured_is_out_of_reach(dit_known: Known) -> None:
+    shares = latency_shares(dit_known.sites, table_of(*ROWS[:3]), (U,), None)
+    assert shares.steps[U] == math.inf
+    assert shares.run_share((R, U), 2) == math.inf
+    assert shares.run_share((R, FORECAST), 2) == 0.505
+
+
+def test_shares_in_seconds_are_never_negative(dit_known: Known) -> None:
+    quick = [LatencyRow(f"blocks.*.{part}", REUSE, 0, 0.9, 0.2) for part in ("attn", "mlp")]
+    shares = latency_shares(
+        dit_known.sites, table_of(*quick), (C, U), Allocation((), {}, {}, -0.1, 0.0)
+    )
+    assert min(shares.steps.values()) == 0.0
+    assert (shares.caches[U], shares.steps[C], shares.steps[U]) == (0.0, 0.0, 0.0)
+
+
+# --- what the additive model is worth -----------------------------------------------------------
+
+TRAINED_STEPS = 12
+
+
+def trained_run(model: nn.Module, seed: int, images: int = 4) -> Trajectory:
+    noise = torch.randn(images, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    with record(model) as trajectory:
+        GuidedDDIM(TRAINED_STEPS, 1.5, 10).sample(model, noise, torch.arange(images) + seed)
+    return trajectory
+
+
+@pytest.fixture(scope="module")
+def trained() -> Known:
+    """The sample's trained DiT along one run."""
+    model = load_weights(FashionDiT(), DIT_WEIGHTS).eval().requires_grad_(False)
+    return learn(model, trained_run(model, 1))
+
+
+@pytest.fixture(scope="module")
+def other_run(trained: Known) -> list[tuple[list[Tensor], Tensor]]:
+    """Tensors and output of every call of a run that nothing was learned from."""
+    calls = [list(call.values()) for call in trained_run(trained.model, 2).runs[0]]
+    with torch.no_grad():
+        return [(call, trained.captured.module(*call)[0]) for call in calls]
+
+
+def calibrate_error(
+    known: Known,
+    targets: Sequence[CalibrationTarget],
+    run: Sequence[tuple[list[Tensor], Tensor]],
+) -> tuple[int, float]:
+    """MACs of a CALIBRATE step, and |e^ - e|^2 / |e|^2 over all of them along a run."""
+    made, kept = known.rewritten(targets, C), tuple[dict[str, Tensor], ...]()
+    names = [cache.name for cache in made.caches]
+    off = size = 0.0
+    for step, (call, exact) in enumerate(run):
+        variant = made.variants[known.schedule[step]]
+        values = made.read(variant.reads, kept, step, torch.device("cpu"))
+        with torch.no_grad():
+            results = variant.module(*call, *values)
+        if variant.mode is R:
+            fresh = dict(zip(names, results[made.outputs :], strict=True))
+            kept = (fresh, *kept)[: made.history]
+        else:
+            off += float((results[0] - exact).square().sum())
+            size += float(exact.square().sum())
+    return graph_macs(made.variants[C].module.graph), off / size
+
+
+# Over four pairs of runs: 0.42 to 0.52 of the uniform rank's error at 16, 0.62 to 0.71 at 96.
+@pytest.mark.parametrize(("rank", "most"), [(16, 0.75), (96, 0.85)])
+def test_water_filled_ranks_beat_the_uniform_rank_at_equal_macs(
+    trained: Known, other_run: list[tuple[list[Tensor], Tensor]], rank: int, most: float
+) -> None:
+    uniform, _ = assign(trained.captured, trained.sites, rank=rank, joint=True)
+    macs, error = calibrate_error(trained, uniform, other_run)
+    allocation = allocate(trained.options(), macs / trained.plain)
+    filled = trained.planned(allocation)
+    filled_macs, filled_error = calibrate_error(trained, filled, other_run)
+    assert filled_macs <= macs
+    assert filled_error <= most * error, (
+        f"squared error {filled_error:.3g} at {filled_macs / trained.plain:.3f} of a step, "
+        f"uniform rank {rank}: {error:.3g} at {macs / trained.plain:.3f}"
+    )
+
+
+def test_dearer_allocations_have_smaller_measured_errors(
+    trained: Known, other_run: list[tuple[list[Tensor], Tensor]]
+) -> None:
+    found = []
+    for level in (0.1, 0.45, 0.9):
+        allocation = allocate(trained.options(), level)
+        _, error = calibrate_error(trained, trained.planned(allocation), other_run)
+        found.append((allocation.error, error))
+    modelled, measured = zip(*found, strict=True)
+    assert list(modelled) == sorted(modelled, reverse=True)
+    assert list(measured) == sorted(measured, reverse=True), measured

@@ -1,0 +1,230 @@
+"""Ranks by target and the front of a search: written, read back, taken point by point."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model import FashionDiT
+from support.fronts import front_of
+from support.models import sample_dit
+
+from calicache.graph_passes import (
+    Front,
+    Granularity,
+    Plan,
+    SiteMode,
+    SiteRule,
+    StepMode,
+    Weighting,
+    optimize,
+)
+from calicache.graph_passes.api.plan import SETTINGS_FILE
+from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.settings.choices import member
+from calicache.graph_passes.settings.schedule import output_table
+
+R, C, U, F = StepMode
+COSTS, ERRORS = (0.2, 0.35, 0.5, 0.8), (0.3, 0.1, 0.02, 0.001)
+RULES = (
+    SiteRule("blocks.0.attn", SiteMode.REUSE),
+    SiteRule("blocks.0.mlp", SiteMode.CALIBRATE, granularity=Granularity.BRANCH),
+    SiteRule("blocks.1.mlp", SiteMode.FULL),
+)
+RANKS = {"blocks.0.mlp": 8, "blocks.1.attn.q+k+v": 16, "blocks.1.attn.proj": 0}
+OF_A_POINT = ("schedule", "order", "rules", "ranks", "output_weights")
+
+
+@pytest.fixture(scope="module")
+def front() -> Front:
+    """Four points; rules and ranks at those that calibrate."""
+    made = front_of(COSTS, ERRORS, taken=2)
+    points = [
+        replace(point, rules=RULES, ranks=RANKS) if C in point.schedule else point
+        for point in made.points
+    ]
+    assert [C in point.schedule for point in points] == [True, False, True, False]
+    return replace(made, points=tuple(points))
+
+
+@pytest.fixture(scope="module")
+def searched(dit: FashionDiT, dit_trajectory: Any, front: Front) -> Plan:
+    """A plan as a search makes one: statistics of what its points calibrate."""
+    plan = Plan.from_trajectory(
+        dit, dit_trajectory, schedule=(R, C, R, C, R, C), rank=8, rules=RULES, correct=False
+    )
+    return replace(plan, front=front).take(2)
+
+
+def reloaded(plan: Plan) -> Plan:
+    with tempfile.TemporaryDirectory() as folder:
+        plan.save(Path(folder) / "plan")
+        return Plan.load(Path(folder) / "plan")
+
+
+def refuses(message: str) -> pytest.RaisesExc[PlanError]:
+    return pytest.raises(PlanError, match=f"^{re.escape(message)}$")
+
+
+# --- ranks by target ----------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(ranks=st.dictionaries(st.text(max_size=20), st.integers(0, 2**40), max_size=6))
+def test_any_ranks_survive_saving(dit_plan: Plan, ranks: dict[str, int]) -> None:
+    kept = replace(dit_plan.settings, ranks=ranks)
+    loaded = reloaded(Plan(kept, {})).settings
+    assert loaded == kept
+    assert list(loaded.ranks) == list(ranks)
+    assert all(type(rank) is int for rank in loaded.ranks.values())
+
+
+def test_plans_without_a_search_name_no_ranks(dit_plan: Plan, tmp_path: Path) -> None:
+    assert dit_plan.settings.ranks == {}
+    dit_plan.save(tmp_path / "plan")
+    path = tmp_path / "plan" / SETTINGS_FILE
+    written = json.loads(path.read_text())
+    assert written["settings"].pop("ranks") == {}
+    path.write_text(json.dumps(written))  # as one that was written before there were any
+    assert Plan.load(tmp_path / "plan").settings == dit_plan.settings
+
+
+def test_ranks_reach_the_targets(dit: FashionDiT, searched: Plan) -> None:
+    targets = optimize(dit, searched).targets
+    assert {target.name: target.rank for target in targets} == {"blocks.0.attn": 0, **RANKS}
+
+
+def test_rank_of_no_target_is_refused_when_the_plan_is_used(
+    dit: FashionDiT, searched: Plan
+) -> None:
+    wrong = replace(searched.settings, ranks={"blocks.1.mlp.fc1": 8})  # left alone by a rule
+    with pytest.raises(PlanError, match=r"^plan: rank of blocks\.1\.mlp\.fc1: expected a calib"):
+        optimize(dit, replace(searched, settings=wrong))
+
+
+def test_changed_plans_lose_their_front_and_with_another_rank_their_ranks(searched: Plan) -> None:
+    for changed, ranks in ((searched.with_schedule((R, C)), RANKS), (searched.with_rank(4), {})):
+        assert changed.front is None
+        assert changed.settings.ranks == ranks
+        assert (changed.settings.output_weights, changed.settings.latent) == (None, None)
+        assert changed.settings.correction == "not fitted: the plan was changed"
+    assert searched.front is not None
+
+
+# --- the front ----------------------------------------------------------------------------------
+
+
+def test_front_survives_saving(searched: Plan) -> None:
+    loaded = reloaded(searched)
+    assert loaded.front == searched.front
+    assert loaded.settings == searched.settings
+    assert loaded.front is not None
+    for point in loaded.front.points:
+        assert all(type(mode) is StepMode for mode in point.schedule)
+        assert all(type(rule.mode) is SiteMode for rule in point.rules)
+    assert loaded.front.points[0].rules[1].granularity is Granularity.BRANCH
+
+
+def test_front_without_held_out_samples_survives_saving(searched: Plan) -> None:
+    assert searched.front is not None
+    without = replace(searched, front=replace(searched.front, held_out=None))
+    assert reloaded(without).front == without.front
+    assert reloaded(replace(searched, front=None)).front is None
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place: int) -> None:
+    assert searched.front is not None
+    taken, point = searched.take(place), searched.front.points[place]
+    for name in OF_A_POINT:
+        assert getattr(taken.settings, name) == getattr(point, name), name
+    others = {f.name for f in fields(taken.settings)} - {*OF_A_POINT, "correction"}
+    for name in others:
+        assert getattr(taken.settings, name) == getattr(searched.settings, name), name
+    assert taken.settings.correction == "fitted to the recorded runs"
+    assert taken.settings.latent == searched.front.latent == "hidden_states"
+    assert taken.statistics is searched.statistics
+    assert taken.front == replace(searched.front, taken=place)
+    assert searched.front.taken == 2
+    assert reloaded(searched).take(place).settings == taken.settings
+    # And back again: a point holds all that the plan needs.
+    assert taken.take(2).settings == searched.settings
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_point_runs(dit: FashionDiT, searched: Plan, place: int) -> None:
+    plan = searched.take(place)
+    fast = optimize(dit, plan)
+    plain = output_table(plan.schedule, plan.settings.order)
+    assert fast.plan.settings.output_weights == tuple((*row, 0.0) for row in plain)
+    exact = sample_dit(dit)
+    off = float((sample_dit(fast) - exact).norm() / exact.norm())
+    # All weights are random: what counts is that every mode of the point runs, and counts.
+    assert 0 < off < 0.5
+
+
+@pytest.mark.parametrize("place", [-1, 4, 99])
+def test_point_that_is_not_there_is_refused(searched: Plan, place: int) -> None:
+    with refuses(f"plan: point {place}: expected 0 .. 3, got {place}. Choose one of these."):
+        searched.take(place)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_plan_without_a_front_has_no_points(dit_plan: Plan, place: int) -> None:
+    with refuses(
+        f"plan: point {place}: expected a plan from Plan.search, got a plan without a front. "
+        "Search for a plan first."
+    ):
+        dit_plan.take(place)
+
+
+def change_point(**changes: object) -> Callable[[dict[str, Any]], object]:
+    return lambda written: written["front"]["points"][1].update(changes)
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "unknown mode": (change_point(schedule=[0, 7]), "schedule"),
+    "unknown rule": (change_point(rules=[{"pattern": "*", "mode": "skip"}]), "rules"),
+    "rank that is no number": (change_point(ranks={"blocks.0.mlp": "many"}), "ranks"),
+    "half an error": (change_point(error={"mean": 0.1}), "deviation"),
+    "no latent": (lambda written: written["front"].pop("latent"), "latent"),
+    "no points": (lambda written: written["front"].pop("points"), "points"),
+    "ranks that are no numbers": (lambda w: w["settings"].update(ranks={"a": 0.5}), "ranks"),
+    "ranks without names": (lambda w: w["settings"].update(ranks=[8]), "ranks"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_front_or_ranks_are_refused(searched: Plan, tmp_path: Path, damage: str) -> None:
+    spoil, reason = DAMAGES[damage]
+    searched.save(tmp_path / "plan")
+    path = tmp_path / "plan" / SETTINGS_FILE
+    written = json.loads(path.read_text())
+    spoil(written)
+    path.write_text(json.dumps(written))
+    start = f"plan: {tmp_path / 'plan'}: expected a folder written by Plan.save, got "
+    with pytest.raises(PlanError, match=f"^{re.escape(start)}") as caught:
+        Plan.load(tmp_path / "plan")
+    assert reason in str(caught.value)
+
+
+# --- names of members ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Weighting, Granularity, SiteMode])
+def test_members_are_found_by_value(kind: Any) -> None:
+    for one in kind:
+        assert member(kind, one.value) is one
+        assert member(kind, one) is one
+    choices = " | ".join(kind)
+    name = kind.__name__.lower()
+    with refuses(f"plan: {name}: expected {choices}, got 'none of them'. Choose one of these."):
+        member(kind, "none of them")

@@ -1,0 +1,98 @@
+"""Transformers of diffusers, a dozen of every kind; docs/models.md has all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from zoo.finding import FULL_RANK_BOUND, Finding, take
+from zoo.report import ENTRIES, FAMILIES, read_report, totals, totals_line, write_report
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+MODELS = (
+    "DiTTransformer2DModel",  # the paper's: adaLN-Zero, class labels
+    "PixArtTransformer2DModel",  # cross-attention to text with a mask, one shared adaLN
+    "SD3Transformer2DModel",  # joint attention: two streams, each with residual branches
+    "FluxTransformer2DModel",  # joint blocks, then single blocks with attention beside the MLP
+    "ChromaTransformer2DModel",  # Flux with a modulation that is a model of its own
+    "SanaTransformer2DModel",  # linear attention, convolutions in the feed-forward
+    "QwenImageTransformer2DModel",  # joint attention, complex rotary tables, text lengths
+    "CogView4Transformer2DModel",  # one attention over text and image, cut apart again
+    "WanTransformer3DModel",  # video, patches by a 3-D convolution, fp32 modulation
+    "HunyuanVideoTransformer3DModel",  # a token refiner for the text, masks made from lengths
+    "LTXVideoTransformer3DModel",  # positions of tokens computed from frames and sizes
+    "CogVideoXTransformer3DModel",  # 2-D and 3-D patches beside text in one sequence
+    "StableAudioDiTModel",  # one dimension, global tokens before the sequence, GQA
+)
+COVERED = 0.9
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def finding(request: pytest.FixtureRequest) -> Finding:
+    # The layout `sampler` for the first alone: exporting is most of the time.
+    return take(ENTRIES[request.param], sampler=request.param == MODELS[0])
+
+
+def test_optimised_at_full_rank_equals_the_original_over_a_run(finding: Finding) -> None:
+    # float32 rounding, multiplied by the layers of a few blocks and by the run: 1e-6.
+    assert finding.full_rank.passed, finding.full_rank
+    # At rank 0 it does not: equality is no matter of sites that do nothing.
+    assert finding.stale is not None
+    assert finding.stale > 10 * FULL_RANK_BOUND
+
+
+def test_sites_cover_the_linear_layers_or_a_rejection_says_why(finding: Finding) -> None:
+    assert finding.sites is not None, finding.full_rank.reason
+    assert finding.linears is not None
+    assert finding.coverage is not None
+    left = finding.linears - finding.sites
+    assert sum(finding.rejections.values()) == left
+    assert finding.coverage >= COVERED or all(finding.rejections)
+    # Whatever the reason: what embeds and unembeds even a tiny model is less than a fifth of it.
+    assert finding.coverage > 0.8
+
+
+def test_onnx_runtime_agrees_with_the_optimised_model_over_a_run(finding: Finding) -> None:
+    assert finding.onnx.passed, finding.onnx
+
+
+def test_whole_sampling_run_in_one_model_agrees(finding: Finding) -> None:
+    if finding.name == MODELS[0]:
+        assert finding.sampler.passed, finding.sampler
+
+
+def test_no_model_is_named_in_the_compiler_or_the_export() -> None:
+    root = DOCS.parent
+    code = [*root.glob("graph_passes/*.py"), *root.glob("export/*.py")]
+    assert len(code) > 40
+    classes = {name.split()[0] for name in ENTRIES}
+    named = [(path.name, c) for path in code for c in classes if c in path.read_text()]
+    assert named == []
+
+
+def test_report_lists_every_model_and_counts_right() -> None:
+    text = (DOCS / "models.md").read_text()
+    written = json.loads((DOCS / "models.json").read_text())
+    found = read_report(DOCS / "models.json")
+    assert list(found) == list(ENTRIES)
+    assert written["totals"] == totals(found.values())
+    assert totals_line(written["totals"]) in text
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[0] != "model"]
+    assert [row[0] for row in rows] == list(ENTRIES)
+    for name, column in (("full_rank", 3), ("onnx", 4), ("sampler", 5)):
+        numbers = [row for row in rows if re.match(r"\d", row[column])]
+        assert len(numbers) == written["totals"][name], name
+
+
+def test_every_entry_has_a_name_of_its_own() -> None:
+    assert len(ENTRIES) == sum(len(entries) for entries in FAMILIES.values())
+    assert set(MODELS) <= set(ENTRIES)
+
+
+def test_report_comes_back_as_it_was_written(finding: Finding, tmp_path: Path) -> None:
+    write_report([finding], tmp_path / "models.md")
+    assert read_report(tmp_path / "models.json") == {finding.name: finding}

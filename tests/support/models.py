@@ -1,0 +1,46 @@
+"""Random weights, and what real samplers feed to small models."""
+
+from __future__ import annotations
+
+import torch
+from diffusion import GuidedDDIM
+from torch import nn
+
+STEPS = 6
+
+
+def shake(model: nn.Module, scale: float = 0.05) -> nn.Module:
+    """Random values in every parameter, so that zero-initialised gates let something through."""
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=draw)
+    return model.eval().requires_grad_(False)
+
+
+def sample_dit(model: nn.Module, batch: int = 2, seed: int = 1, steps: int = STEPS) -> torch.Tensor:
+    """Run the sample's own sampler; batch 2 means 4 rows, guidance included."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(batch, 1, 28, 28, generator=draw)
+    labels = torch.arange(batch) % 10
+    return GuidedDDIM(steps, 1.5, 10).sample(model, noise, labels)
+
+
+def diffusers_calls(model: nn.Module, seed: int = 1, steps: int = STEPS) -> list[torch.Tensor]:
+    """A denoising loop over a diffusers DiT; returns the outputs of all steps."""
+    draw = torch.Generator().manual_seed(seed)
+    latents = torch.randn(4, 4, 8, 8, generator=draw)
+    outputs = []
+    with torch.no_grad():
+        for now in torch.linspace(999, 0, steps).long():
+            output = model(
+                latents, timestep=now.expand(4), class_labels=torch.tensor([1, 2, 10, 10])
+            ).sample
+            outputs.append(output)
+            latents = latents - 0.2 * output[:, :4]
+    return outputs
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 error."""
+    return float((got - expected).norm() / expected.norm())

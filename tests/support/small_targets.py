@@ -1,0 +1,153 @@
+"""A plan, artifacts, a recording and an ONNX file of a model small enough to make them often."""
+
+from __future__ import annotations
+
+import atexit
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from support.models import shake
+from torch import Tensor, nn
+
+from calicache.export import Layout, export_onnx, read_sampler
+from calicache.graph_passes import Plan, SiteMode, SiteRule, StepMode, Trajectory, optimize, record
+
+LETTERS = dict(zip("RCUF", StepMode, strict=True))
+STEPS = 6
+RULES = (
+    SiteRule("blocks.0", SiteMode.REUSE),
+    SiteRule("blocks.1.fc1", SiteMode.FULL),
+    SiteRule("blocks.2.fc2", SiteMode.CALIBRATE, rank=3),
+)
+
+
+class Block(nn.Module):
+    """A residual branch of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(x)))
+
+
+class Small(nn.Module):
+    """Three blocks between two layers, on (2, 5, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = self.embed(x) * (1 + timestep[:, None, None])
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return shake(Small())
+
+
+def small_runs(model: nn.Module, runs: int = 1, *, finish: bool = True) -> Trajectory:
+    """Runs of Euler's method from different noise."""
+    draw = torch.Generator().manual_seed(3)
+    with record(model) as trajectory:
+        for _ in range(runs):
+            x = torch.randn(2, 5, 4, generator=draw)
+            for step in range(STEPS):
+                x = x - 0.1 * model(x, torch.full((2,), 1 - step / STEPS))
+            if finish:
+                trajectory.finish(x)
+    return trajectory
+
+
+def schedule_of(letters: str) -> list[StepMode]:
+    return [LETTERS[letter] for letter in letters]
+
+
+def small_plan(
+    model: nn.Module,
+    trajectory: Trajectory,
+    letters: str = "RCRURF",
+    rules: Sequence[SiteRule] = RULES,
+    rank: int = 4,
+) -> Plan:
+    """All modes, one branch that is reused, one layer in full, one rank of its own."""
+    return Plan.from_trajectory(
+        model, trajectory, schedule=schedule_of(letters), rank=rank, order=1, rules=rules
+    )
+
+
+def small_onnx() -> onnx.ModelProto:
+    """A convolution and a Gemm, then an If with a MatMul in one branch and nothing in the other."""
+    floats = TensorProto.FLOAT
+    x = helper.make_tensor_value_info("x", floats, (1, 2, 4, 4))
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, ())
+    y = helper.make_tensor_value_info("y", floats, (3, 5))
+    kernel = helper.make_tensor("kernel", floats, (3, 2, 3, 3), [0.1] * 54)
+    weight = helper.make_tensor("weight", floats, (4, 5), [0.2] * 20)
+    square = helper.make_tensor("square", floats, (5, 5), [0.3] * 25)
+    branches = {
+        "then_branch": helper.make_node("MatMul", ["g", "square"], ["more"], name="more"),
+        "else_branch": helper.make_node("Identity", ["g"], ["same"], name="same"),
+    }
+    graphs = {
+        name: helper.make_graph(
+            [node], name, [], [helper.make_tensor_value_info(node.output[0], floats, (3, 5))]
+        )
+        for name, node in branches.items()
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["c"], name="conv"),  # (1, 3, 2, 2)
+        helper.make_node("Flatten", ["c"], ["f"], name="flat", axis=2),  # (3, 4)
+        helper.make_node("Gemm", ["f", "weight"], ["g"], name="gemm"),  # (3, 5)
+        helper.make_node("If", ["flag"], ["y"], name="choose", **graphs),
+    ]
+    graph = helper.make_graph(nodes, "small", [x, flag], [y], [kernel, weight, square])
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opsets, producer_name="hand", ir_version=10)
+    onnx.checker.check_model(model)
+    return model
+
+
+@cache
+def small_folder() -> Path:
+    """`plan`, `dit.onnx.d`, `runs.safetensors` and `small.onnx`, made once for all test files."""
+    folder = _scratch("a path with spaces ")
+    model = small_model()
+    trajectory = small_runs(model)
+    plan = small_plan(model, trajectory)
+    trajectory.save(folder / "runs.safetensors")
+    plan.save(folder / "plan")
+    export_onnx(optimize(model, plan), folder / "dit.onnx.d")
+    onnx.save(small_onnx(), folder / "small.onnx")
+    return folder
+
+
+@cache
+def other_artifact(letters: str = "RCCRCC", layout: Layout = Layout.STEP) -> Path:
+    """Without rules, at rank 2; in another layout with another schedule."""
+    model = small_model()
+    trajectory = small_runs(model)
+    fast = optimize(model, small_plan(model, trajectory, letters, rules=(), rank=2))
+    folder = _scratch("other ") / f"{layout}.onnx.d"
+    sampler = read_sampler(fast, trajectory) if layout is Layout.SAMPLER else None
+    export_onnx(fast, folder, layout, sampler)
+    return folder
+
+
+def _scratch(prefix: str) -> Path:
+    """A folder that outlives single test files and goes away at the end."""
+    folder = tempfile.TemporaryDirectory(prefix=prefix)
+    atexit.register(folder.cleanup)
+    return Path(folder.name)

@@ -1,0 +1,63 @@
+"""Toy functions as captured graphs, and what ONNX Runtime makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor, fx, nn
+
+from calicache.export.layouts.translate import export_graph
+from calicache.graph_passes.graph.capture import CapturedGraph, capture
+from calicache.graph_passes.recording.signature import flatten_call
+
+
+class Toy(nn.Module):
+    """A function of tensors as a model."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+def captured(model: nn.Module | Callable[..., Any], *inputs: Tensor) -> CapturedGraph:
+    """What the compiler's passes are given."""
+    model = model if isinstance(model, nn.Module) else Toy(model)
+    return capture(model.eval(), flatten_call(model, inputs, {}).signature())
+
+
+def trace(model: nn.Module | Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """The module of `captured`: its output is a flat tuple."""
+    return captured(model, *inputs).module
+
+
+def targets(module: fx.GraphModule) -> list[Any]:
+    """The operations of a graph, in order."""
+    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+def written(module: fx.GraphModule) -> tuple[str, dict[str, str]]:
+    """A graph and what its nodes say of their values, to see that neither changes."""
+    return str(module.graph), {n.name: str(n.meta.get("val")) for n in module.graph.nodes}
+
+
+def as_pairs(value: Tensor) -> Tensor:
+    """Complex values as ONNX takes them."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def run_onnx(module: fx.GraphModule, *inputs: Tensor) -> list[Tensor]:
+    """Results of the exported graph on ONNX Runtime's CPU provider."""
+    model = export_graph(module, "toy")
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    names = [value.name for value in session.get_inputs()]
+    feed = dict(zip(names, (as_pairs(value).numpy() for value in inputs), strict=True))
+    return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+
+def op_types(model: ir.Model) -> Iterator[str]:
+    """The operators of an exported graph, in order."""
+    return (node.op_type for node in model.graph)
