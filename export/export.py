@@ -64,7 +64,7 @@ def export_onnx(
             "sampler",
             expected=f"{'one' if sampler is None else 'none'} for the layout {layout.value}",
             got="none" if sampler is None else "one",
-            fix="Pass sampler=read_sampler(optimized, trajectory) with layout='sampler'.",
+            fix="Pass sampler=read_sampler(optimized, recording) with layout='sampler'.",
         )
     steps = len(optimized.plan.schedule)
     if sampler is not None and len(sampler.updates) != steps:
@@ -83,7 +83,7 @@ def export_onnx(
         else:
             model = step_model(optimized) if sampler is None else sampler_model(optimized, sampler)
             ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
-        write_graphs(view_graphs(optimized.captured, optimized.rewritten), folder)
+        write_graphs(view_graphs(optimized.captured, optimized.variant_set), folder)
         names = sorted(path.name for path in folder.iterdir())
         files = tuple(
             FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
@@ -113,7 +113,7 @@ def _manifest(
     sampler: Sampler | None,
 ) -> Manifest:
     settings, cost = optimized.plan.settings, optimized.cost
-    caches = optimized.rewritten.caches
+    caches = optimized.variant_set.caches
     return Manifest(
         format=FORMAT,
         calicache=version("calicache"),
@@ -133,12 +133,12 @@ def _manifest(
             TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
             for cache in caches
         ),
-        history=optimized.rewritten.history,
+        history=optimized.variant_set.history,
         cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
         modes=tuple(
             ModeRecord(mode, cost.modes[mode], _kept_reads(optimized, mode))
-            for mode in sorted(optimized.rewritten.variants)
+            for mode in sorted(optimized.variant_set.variants)
         ),
         targets=_target_records(optimized),
         branches=tuple(branch.name for branch in optimized.sites.branches),
@@ -159,8 +159,10 @@ def _sampler_record(optimized: OptimizedModel, sampler: Sampler) -> SamplerRecor
 
 
 def _kept_reads(optimized: OptimizedModel, mode: StepMode) -> tuple[str, ...]:
-    rewritten = optimized.rewritten
-    return tuple(name for name in rewritten.variants[mode].reads if name not in rewritten.tables)
+    variant_set = optimized.variant_set
+    return tuple(
+        name for name in variant_set.variants[mode].reads if name not in variant_set.tables
+    )
 
 
 def _target_records(optimized: OptimizedModel) -> tuple[TargetRecord, ...]:

@@ -27,7 +27,7 @@ from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.run_values import find_run_values
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.settings.choices import Granularity, SiteMode, SiteRule, StepMode
 from calicache.graph_passes.settings.latency import (
@@ -49,7 +49,7 @@ _LEVELS = {BranchChoice.LINEAR: Granularity.LINEAR, BranchChoice.BRANCH: Granula
 
 def measure_latency(
     model: nn.Module,
-    trajectory: Trajectory,
+    recording: Recording,
     *,
     order: int = 2,
     ranks: Sequence[int] | None = None,
@@ -66,7 +66,7 @@ def measure_latency(
 
     Args:
         model: in eval mode; the one that was recorded.
-        trajectory: a run of `order` + 2 steps or more, which is what the steps are fed with.
+        recording: a run of `order` + 2 steps or more, which is what the steps are fed with.
         order: of the anchors: 0, 1 or 2.
         ranks: of the calibration branches; a smaller and a larger one by the width where None.
         provider: an ONNX Runtime execution provider.
@@ -84,10 +84,10 @@ def measure_latency(
             there, or a stage refuses; it names itself.
     """
     _check(ranks, repeats, provider)
-    run = max(trajectory.runs, key=len)
+    run = max(recording.runs, key=len)
     schedule = _schedule(len(run), order)
     plan = Plan.from_trajectory(
-        model, trajectory, schedule=schedule, order=order, rank=0, correct=False
+        model, recording, schedule=schedule, order=order, rank=0, correct=False
     )
     captured, sites, _ = analyse(model, plan.settings)
     keeps = bool(find_run_values(captured, classify_nodes(captured, plan.settings.dependence)))
@@ -201,7 +201,7 @@ def _schedule(steps: int, order: int) -> tuple[StepMode, ...]:
     kept = order + 1
     if steps <= kept:
         raise BenchError(
-            "trajectory",
+            "recording",
             expected=f"a run of {kept + 1} steps or more",
             got=str(steps),
             fix="Record a longer run, or measure at a lower order.",

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import ExportError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.update import SamplerSteps, find_sampler_steps, recorded_next
@@ -57,31 +57,29 @@ class Sampler:
         return any(row[2] or row[3] for row in self.updates)
 
 
-def read_sampler(
-    optimized: OptimizedModel, trajectory: Trajectory, scheduler: Any = None
-) -> Sampler:
+def read_sampler(optimized: OptimizedModel, recording: Recording, scheduler: Any = None) -> Sampler:
     """Tables of the sampler that made a recording.
 
     Args:
-        optimized: whose plan was made from the trajectory.
-        trajectory: recorded runs; with results from `Trajectory.finish`, or else
+        optimized: whose plan was made from the recording.
+        recording: recorded runs; with results from `Recording.finish`, or else
         scheduler: the diffusers scheduler that made them, after `set_timesteps`.
 
     Raises:
         ExportError: the sampler adds noise, or its update is no fixed weighted sum of latents
             and outputs; the last update is known from nowhere; the scheduler is another one.
     """
-    if trajectory.calls_per_step > 1:
+    if recording.calls_per_step > 1:
         settings = optimized.plan.settings
         batch = batch_size(settings.signature, settings.dependence)
-        whole = batch_calls(trajectory, batch)
-        if isinstance(whole, SiteRejection):
+        whole = batch_calls(recording, batch)
+        if isinstance(whole, Rejection):
             raise _refused(whole.reason)
-        optimized, trajectory = optimized.batched(), whole
+        optimized, recording = optimized.batched(), whole
     settings = optimized.plan.settings
     length = len(settings.schedule)
-    recorded = recover_sampler(optimized.captured, trajectory, settings.dependence, length)
-    if isinstance(recorded, SiteRejection):
+    recorded = recover_sampler(optimized.captured, recording, settings.dependence, length)
+    if isinstance(recorded, Rejection):
         raise _refused(recorded.reason)
     conditional, guidance, mix = _guidance(recorded)
     guided = _guided(recorded, mix)
@@ -94,7 +92,7 @@ def read_sampler(
             "sampler",
             expected="the sampler's last update",
             got="a recording without its result, and no scheduler",
-            fix="Call trajectory.finish(latents) after the recorded run, or pass the scheduler.",
+            fix="Call recording.finish(latents) after the recorded run, or pass the scheduler.",
         )
     else:
         replayed = _refit(recorded, guided)
@@ -146,7 +144,7 @@ def replay_scheduler(scheduler: Any, length: int) -> tuple[SamplerSteps, tuple[f
             outputs.append(output)
             x = fresh.step(output, now, x).prev_sample.double()
     found = find_sampler_steps("x", [run], [outputs], [x], parts=1)
-    if isinstance(found, SiteRejection):
+    if isinstance(found, Rejection):
         raise _refused(f"{name}: {found.reason}")
     return found, tuple(scales)
 
@@ -239,7 +237,7 @@ def _refit(recorded: RecordedSampler, guided: Sequence[Sequence[Tensor]]) -> Sam
         for run, end in zip(runs, recorded.ends, strict=True)
     ]
     found = find_sampler_steps(latent, runs, guided, ends, parts=1)
-    if isinstance(found, SiteRejection):
+    if isinstance(found, Rejection):
         raise _refused(found.reason)
     return found
 

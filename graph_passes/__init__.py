@@ -2,9 +2,9 @@
 
 Record what a sampler does, make a plan, optimise:
 
-    with record(model) as trajectory:
+    with record(model) as recording:
         sampler(model)
-    fast = optimize(model, Plan.from_trajectory(model, trajectory))
+    fast = optimize(model, Plan.from_trajectory(model, recording))
 """
 
 if __name__ == "graph_passes":
@@ -14,7 +14,7 @@ from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import CalicacheError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import ModelGraphs, view_graphs
 from calicache.graph_passes.factors.observe import observe
@@ -22,7 +22,7 @@ from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
 from calicache.graph_passes.recording.recorder import record
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.cost import ModelCost, TargetCost, model_cost
 from calicache.graph_passes.settings.choices import (
     Granularity,
@@ -39,7 +39,7 @@ from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 __all__ = [
     "record",
-    "Trajectory",
+    "Recording",
     "Plan",
     "Front",
     "FrontPoint",
@@ -61,7 +61,7 @@ __all__ = [
     "classify_nodes",
     "find_sites",
     "Sites",
-    "SiteRejection",
+    "Rejection",
     "assign",
     "CalibrationTarget",
     "observe",

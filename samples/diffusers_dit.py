@@ -50,9 +50,9 @@ def main() -> None:
     """Optimise the pipeline's transformer and compare the images."""
     pipe = tiny_pipeline()
     full = generate(pipe, seed=1)
-    with record(pipe.transformer) as trajectory:
+    with record(pipe.transformer) as recording:
         generate(pipe, seed=2)
-    plan = Plan.from_trajectory(pipe.transformer, trajectory, interval=2, rank=32)
+    plan = Plan.from_trajectory(pipe.transformer, recording, interval=2, rank=32)
     pipe.transformer = optimize(pipe.transformer, plan)
     fast = generate(pipe, seed=1)
     print(f"relative difference of the images: {float((fast - full).norm() / full.norm()):.4f}")

@@ -80,9 +80,9 @@ def main(out: Path = Path("out")) -> None:
     prompt, seed = "A lighthouse in the snow", 1  # not the ones that are recorded
     full = generate(pipe, prompt, seed)
 
-    with record(original) as trajectory:
+    with record(original) as recording:
         generate(pipe, "A photo of a cat", seed=2)
-    plan = Plan.from_trajectory(original, trajectory, interval=3, rank=16)
+    plan = Plan.from_trajectory(original, recording, interval=3, rank=16)
     optimized = optimize(original, plan)
     print(f"MACs of a run: {optimized.cost.run_share(plan.schedule):.2f} of the original's")
 

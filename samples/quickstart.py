@@ -26,10 +26,10 @@ def main(out: Path = Path("out")) -> None:
     sampler = GuidedDDIM(steps=20, guidance=1.5, null_class=model.null_class)
     noise, labels = torch.randn(4, 1, 28, 28), torch.tensor([0, 1, 7, 8])
 
-    with record(model) as trajectory:  # the sampler is not changed
+    with record(model) as recording:  # the sampler is not changed
         full = sampler.sample(model, noise, labels)
 
-    plan = Plan.from_trajectory(model, trajectory, interval=3, rank=32)
+    plan = Plan.from_trajectory(model, recording, interval=3, rank=32)
     fast = optimize(model, plan)  # a drop-in: same call, same return type
     images = sampler.sample(fast, noise, labels)
     print(f"relative error in PyTorch: {float((images - full).norm() / full.norm()):.4f}")

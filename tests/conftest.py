@@ -8,7 +8,7 @@ from diffusers import DiTTransformer2DModel
 from model import FashionDiT, FashionDiTConfig
 from support.models import diffusers_calls, sample_dit, shake
 
-from calicache.graph_passes import Plan, StepMode, Trajectory, record
+from calicache.graph_passes import Plan, Recording, StepMode, record
 
 
 @pytest.fixture(autouse=True)
@@ -24,26 +24,26 @@ def dit() -> FashionDiT:
 
 
 @pytest.fixture(scope="session")
-def dit_trajectory(dit: FashionDiT) -> Trajectory:
-    with record(dit) as trajectory:
+def dit_recording(dit: FashionDiT) -> Recording:
+    with record(dit) as recording:
         sample_dit(dit)
-    return trajectory
+    return recording
 
 
 @pytest.fixture(scope="session")
-def dit_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> Plan:
+def dit_plan(dit: FashionDiT, dit_recording: Recording) -> Plan:
     """The paper's method: stale anchors, factors from channel statistics of the increments."""
     return Plan.from_trajectory(
-        dit, dit_trajectory, interval=3, rank=4, weighting="increment", order=0, correct=False
+        dit, dit_recording, interval=3, rank=4, weighting="increment", order=0, correct=False
     )
 
 
 @pytest.fixture(scope="session")
-def forecast_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> Plan:
+def forecast_plan(dit: FashionDiT, dit_recording: Recording) -> Plan:
     """Everything at once: order 2, covariance, joint siblings, all modes, output weights."""
     letters = {"R": 0, "C": 1, "U": 2, "F": 3}
     schedule = [StepMode(letters[letter]) for letter in "RCRURF"]
-    return Plan.from_trajectory(dit, dit_trajectory, schedule=schedule, rank=4)
+    return Plan.from_trajectory(dit, dit_recording, schedule=schedule, rank=4)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def diffusers_dit() -> DiTTransformer2DModel:
 
 
 @pytest.fixture(scope="session")
-def diffusers_trajectory(diffusers_dit: DiTTransformer2DModel) -> Trajectory:
-    with record(diffusers_dit) as trajectory:
+def diffusers_recording(diffusers_dit: DiTTransformer2DModel) -> Recording:
+    with record(diffusers_dit) as recording:
         diffusers_calls(diffusers_dit)
-    return trajectory
+    return recording

@@ -18,7 +18,7 @@ from calicache.export.artifact.manifest import (
     SamplerRecord,
     TargetRecord,
 )
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
 from calicache.graph_passes.settings.choices import StepMode
@@ -87,7 +87,7 @@ class ArtifactFacts:
     history: int
     cache_bytes: int
     targets: tuple[TargetRecord, ...]
-    rejections: tuple[SiteRejection, ...]
+    rejections: tuple[Rejection, ...]
     layers: tuple[LayerFacts, ...]
     front: Front | None
     warnings: tuple[Caution, ...]

@@ -57,7 +57,7 @@ def read_first_step(directory: Path | str, manifest: Manifest) -> FirstStep:
             "output weights",
             expected="a step 0 that returns the plain model's output",
             got=f"one with a weight of {found.own:.2g} for it",
-            fix="Make the plan again from the trajectory, and export it.",
+            fix="Make the plan again from the recording, and export it.",
         )
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calicache.export import Layout, export_onnx, read_sampler
-from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, uniform_schedule
+from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
 from calicache.tools.bench_models import find_model
 from calicache.tools.bench_rows import SEED, BenchSettings, plan_folder
 
@@ -24,9 +24,9 @@ def _plan(settings: BenchSettings) -> None:
     model = find_model(settings.model)
     module = model.build()
     steps, interval = settings.steps, settings.interval
-    with record(module) as trajectory:
-        trajectory.finish(model.sample(module, model.draw(SEED + 1), steps))
-    trajectory.save(settings.folder / RECORDING)
+    with record(module) as recording:
+        recording.finish(model.sample(module, model.draw(SEED + 1), steps))
+    recording.save(settings.folder / RECORDING)
     modes = {
         "plain": uniform_schedule(steps, 1),
         "reuse": uniform_schedule(steps, interval, StepMode.REUSE),
@@ -35,7 +35,7 @@ def _plan(settings: BenchSettings) -> None:
     for name, schedule in modes.items():
         plan = Plan.from_trajectory(
             module,
-            trajectory,
+            recording,
             schedule=schedule,
             rank=settings.rank or round(model.width / 9),
             order=settings.order,
@@ -47,7 +47,7 @@ def _plan(settings: BenchSettings) -> None:
 def _export(settings: BenchSettings) -> dict[str, Any]:
     """Optimise and export what was planned; returns what that took for CALIBRATE."""
     module = find_model(settings.model).build()
-    trajectory = Trajectory.load(settings.folder / RECORDING)
+    recording = Recording.load(settings.folder / RECORDING)
     for name in ("plain", "reuse"):
         plan = Plan.load(plan_folder(settings.folder / name))
         export_onnx(optimize(module, plan), settings.folder / name)
@@ -56,7 +56,7 @@ def _export(settings: BenchSettings) -> dict[str, Any]:
     fast = optimize(module, plan)
     seconds = {"optimize": time.perf_counter() - start}
     for layout in LAYOUTS:
-        sampler = read_sampler(fast, trajectory) if layout is Layout.SAMPLER else None
+        sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
         start = time.perf_counter()
         export_onnx(fast, settings.folder / layout.value, layout, sampler)
         seconds[layout.value] = time.perf_counter() - start

@@ -48,7 +48,7 @@ def inspect(
     target: Annotated[
         Path,
         typer.Argument(
-            help="The folder of a plan or an artifact, the file of a trajectory or an ONNX model."
+            help="The folder of a plan or an artifact, the file of a recording or an ONNX model."
         ),
     ],
     json: Annotated[
@@ -58,7 +58,7 @@ def inspect(
         bool, typer.Option("--strict", help="Exit with code 2 where there are warnings.")
     ] = False,
 ) -> None:
-    """Print what a plan, an artifact, a trajectory or an ONNX file is, and what is odd about it.
+    """Print what a plan, an artifact, a recording or an ONNX file is, and what is odd about it.
 
     Example: calicache inspect out/dit.onnx.d
 
@@ -156,8 +156,8 @@ def plan(
             "save_pretrained wrote; with --show and --take the folder of a plan.",
         ),
     ],
-    trajectory: Annotated[
-        Path | None, typer.Argument(help="Three recorded runs or more, from Trajectory.save.")
+    recording: Annotated[
+        Path | None, typer.Argument(help="Three recorded runs or more, from Recording.save.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Of the new plan.")] = None,
     budget: Annotated[
@@ -189,7 +189,7 @@ def plan(
     Take another of them: calicache plan out/plan --take 3 -o out/other
     """
     arguments = PlanArguments(
-        target, trajectory, output, budget, max_error, latency, effort, show, take, json
+        target, recording, output, budget, max_error, latency, effort, show, take, json
     )
     with _errors_shown():
         code = run_plan(arguments, *_consoles())
@@ -206,7 +206,7 @@ def latency(
             "save_pretrained wrote."
         ),
     ],
-    trajectory: Annotated[Path, typer.Argument(help="A recorded run, from Trajectory.save.")],
+    recording: Annotated[Path, typer.Argument(help="A recorded run, from Recording.save.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Of the table, a JSON file.")],
     order: Annotated[int, typer.Option(help="Of the anchors, 0 to 2.")] = 2,
     provider: Annotated[str, typer.Option(help="Of ONNX Runtime.")] = "CPUExecutionProvider",
@@ -216,7 +216,7 @@ def latency(
 
     Example: calicache latency dit.py:build runs.safetensors -o out/latency.json
     """
-    arguments = LatencyArguments(model, trajectory, output, order, provider, repeats)
+    arguments = LatencyArguments(model, recording, output, order, provider, repeats)
     with _errors_shown():
         run_latency(arguments, *_consoles())
 
@@ -224,8 +224,8 @@ def latency(
 @app.command()
 def compare(
     artifact: Annotated[Path, typer.Argument(help="An artifact written by export_onnx.")],
-    trajectory: Annotated[
-        Path, typer.Option(help="Recorded runs with their results, from Trajectory.save.")
+    recording: Annotated[
+        Path, typer.Option(help="Recorded runs with their results, from Recording.save.")
     ],
     runs: Annotated[
         int | None, typer.Option(help="Recorded runs to compare; all if left out.")
@@ -249,9 +249,9 @@ def compare(
 ) -> None:
     """Run an artifact beside the full model along recorded runs: error and time of every step.
 
-    Example: calicache compare out/dit.onnx.d --trajectory runs.safetensors --grid compare.png
+    Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid compare.png
     """
-    arguments = CompareArguments(artifact, trajectory, runs, grid, decoder, model, provider, json)
+    arguments = CompareArguments(artifact, recording, runs, grid, decoder, model, provider, json)
     with _errors_shown():
         run_compare(arguments, *_consoles())
 
@@ -291,7 +291,7 @@ def graph(
 def report(
     target: Annotated[Path, typer.Argument(help="An artifact, or a plan.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
-    trajectory: Annotated[
+    recording: Annotated[
         Path | None, typer.Option(help="Recorded runs: adds errors by step, times, pictures.")
     ] = None,
     plan: Annotated[
@@ -310,9 +310,9 @@ def report(
 ) -> None:
     """Write one HTML file that works offline: schedule, errors, costs, graphs, pictures.
 
-    Example: calicache report out/dit.onnx.d -o report.html --trajectory runs.safetensors
+    Example: calicache report out/dit.onnx.d -o report.html --recording runs.safetensors
     """
-    arguments = ReportArguments(target, output, trajectory, plan, model, runs)
+    arguments = ReportArguments(target, output, recording, plan, model, runs)
     with _errors_shown():
         run_report(arguments, *_consoles())
 

@@ -14,7 +14,7 @@ from calicache.export.artifact.manifest import Layout, Manifest
 from calicache.export.session.session import Session
 from calicache.graph_passes.common.errors import CompareError
 from calicache.graph_passes.common.hashing import hash_weights
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import ErrorSummary
 from calicache.tools.artifact_tables import read_first_step, read_latent_scale
@@ -127,7 +127,7 @@ class Comparison:
 
 def compare(
     artifact: Path | str,
-    trajectory: Trajectory,
+    recording: Recording,
     *,
     runs: int | None = None,
     model: nn.Module | None = None,
@@ -143,7 +143,7 @@ def compare(
 
     Args:
         artifact: folder written by `export_onnx`.
-        trajectory: whole runs of the exported model, each ended by `finish`.
+        recording: whole runs of the exported model, each ended by `finish`.
         runs: how many of them, from the first; None takes all.
         model: the torch model that was exported, to be timed along the recorded calls as well.
         decoder: latents (B, ...) to images (B, C, H, W) in -1 .. 1; None takes results of 1 or
@@ -156,7 +156,7 @@ def compare(
         CalicacheError: the artifact is damaged, or refuses an input.
     """
     session = Session(artifact, provider)
-    recorded = matching_runs(session.manifest, trajectory, runs)
+    recorded = matching_runs(session.manifest, recording, runs)
     if model is not None:
         _check_model(model, session.manifest)
     if not isinstance(picture_kind(recorded.runs[0].end.shape, decoder), NoPictures):

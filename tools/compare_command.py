@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from calicache.graph_passes.common.errors import CompareError, ModelError
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.search.search import SearchProgress
 from calicache.tools.compare import Comparison, compare
 from calicache.tools.compare_view import comparison_data, describe_comparison
@@ -26,7 +26,7 @@ class CompareArguments:
 
     Attributes:
         artifact: folder of an artifact.
-        trajectory: recorded runs of its model.
+        recording: recorded runs of its model.
         runs: how many of them; None takes all.
         grid: PNG to draw, or None.
         decoder: `FILE.py:FUNCTION` that returns the decoder, or None.
@@ -36,7 +36,7 @@ class CompareArguments:
     """
 
     artifact: Path
-    trajectory: Path
+    recording: Path
     runs: int | None = None
     grid: Path | None = None
     decoder: str | None = None
@@ -56,12 +56,12 @@ def run_compare(arguments: CompareArguments, console: Console, progress: Console
     Raises:
         CalicacheError: something that the arguments name is refused.
     """
-    trajectory = Trajectory.load(arguments.trajectory)
+    recording = Recording.load(arguments.recording)
     decoder = None if arguments.decoder is None else load_decoder(arguments.decoder)
-    shape = _result_shape(trajectory)
+    shape = _result_shape(recording)
     if arguments.grid is not None and shape is not None:  # before anything is run
         check_grid(arguments.grid, picture_kind(shape, decoder), shape[1] if shape[1:] else 0)
-    comparison = _compare(arguments, trajectory, decoder, progress)
+    comparison = _compare(arguments, recording, decoder, progress)
     grid = None
     if arguments.grid is not None:
         if comparison.pictures is None:
@@ -101,15 +101,15 @@ def load_decoder(spec: str) -> Decoder:
     return made
 
 
-def _result_shape(trajectory: Trajectory) -> tuple[int, ...] | None:
+def _result_shape(recording: Recording) -> tuple[int, ...] | None:
     """Of the first recorded result; the comparison itself refuses where there is none."""
-    first = next((end for end in trajectory.ends if end is not None), None)
+    first = next((end for end in recording.ends if end is not None), None)
     return None if first is None else tuple(first.shape)
 
 
 def _compare(
     arguments: CompareArguments,
-    trajectory: Trajectory,
+    recording: Recording,
     decoder: Decoder | None,
     progress: Console,
 ) -> Comparison:
@@ -120,7 +120,7 @@ def _compare(
 
         return compare(
             arguments.artifact,
-            trajectory,
+            recording,
             runs=arguments.runs,
             model=None if arguments.model is None else load_model(arguments.model),
             decoder=decoder,

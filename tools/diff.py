@@ -40,4 +40,4 @@ def _kind(target: Target) -> str:
         return "a plan"
     if isinstance(target, ArtifactTarget):
         return "an artifact"
-    return "an ONNX file" if isinstance(target, OnnxTarget) else "a trajectory"
+    return "an ONNX file" if isinstance(target, OnnxTarget) else "a recording"

@@ -7,7 +7,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
 from calicache.graph_passes.recording.timestep import Timestep
 from calicache.graph_passes.settings.choices import SiteRule
@@ -56,7 +56,7 @@ def in_words(value: Any) -> str:
         return " ".join(part for part in parts if part) + rank
     if isinstance(value, TensorSpec):
         return f"{value.name} {value}"
-    if isinstance(value, SiteRejection):
+    if isinstance(value, Rejection):
         return f"{value.name}: {value.reason}"
     if isinstance(value, CallSignature):
         constants = (f"{spec.name}={spec.value!r}" for spec in value.constants)

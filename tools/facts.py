@@ -1,4 +1,4 @@
-"""Facts that plans, artifacts, trajectories and ONNX files have in common."""
+"""Facts that plans, artifacts, recordings and ONNX files have in common."""
 
 from __future__ import annotations
 

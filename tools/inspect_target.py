@@ -9,15 +9,15 @@ from pydantic import TypeAdapter
 from calicache.tools.artifact_facts import ArtifactFacts, artifact_facts
 from calicache.tools.onnx_facts import OnnxFacts, onnx_facts
 from calicache.tools.plan_facts import PlanFacts, plan_facts
-from calicache.tools.target_file import ArtifactTarget, PlanTarget, TrajectoryTarget, read_target
-from calicache.tools.trajectory_facts import TrajectoryFacts, trajectory_facts
+from calicache.tools.recording_facts import RecordingFacts, recording_facts
+from calicache.tools.target_file import ArtifactTarget, PlanTarget, RecordingTarget, read_target
 
-Facts = PlanFacts | ArtifactFacts | TrajectoryFacts | OnnxFacts
+Facts = PlanFacts | ArtifactFacts | RecordingFacts | OnnxFacts
 FACTS: TypeAdapter[Facts] = TypeAdapter(Facts)
 
 
 def inspect_target(path: Path | str) -> Facts:
-    """What a plan, an artifact, a trajectory or an ONNX file is.
+    """What a plan, an artifact, a recording or an ONNX file is.
 
     Args:
         path: a folder or a file.
@@ -27,15 +27,15 @@ def inspect_target(path: Path | str) -> Facts:
 
     Raises:
         TargetError: the path is none of the four, or a damaged ONNX file.
-        PlanError, ArtifactError, RecordError: a damaged plan, artifact or trajectory.
+        PlanError, ArtifactError, RecordError: a damaged plan, artifact or recording.
     """
     target = read_target(path)
     if isinstance(target, PlanTarget):
         return plan_facts(target)
     if isinstance(target, ArtifactTarget):
         return artifact_facts(target)
-    if isinstance(target, TrajectoryTarget):
-        return trajectory_facts(target)
+    if isinstance(target, RecordingTarget):
+        return recording_facts(target)
     return onnx_facts(target)
 
 
@@ -43,6 +43,6 @@ def facts_json(facts: Facts) -> str:
     """Facts as JSON.
 
     The keys are the attributes of the dataclass that `kind` names: `PlanFacts`, `ArtifactFacts`,
-    `TrajectoryFacts` or `OnnxFacts`. Modes are their names; numbers that are not finite are null.
+    `RecordingFacts` or `OnnxFacts`. Modes are their names; numbers that are not finite are null.
     """
     return FACTS.dump_json(facts, indent=2).decode()

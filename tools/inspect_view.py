@@ -1,4 +1,4 @@
-"""Facts of a plan, an artifact, a trajectory or an ONNX file, as text for a terminal."""
+"""Facts of a plan, an artifact, a recording or an ONNX file, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from calicache.tools.inspect_target import Facts
 from calicache.tools.onnx_view import describe_onnx
 from calicache.tools.plan_facts import PlanFacts
 from calicache.tools.plan_view import describe_plan
+from calicache.tools.recording_facts import RecordingFacts
+from calicache.tools.recording_view import describe_recording
 from calicache.tools.terminal_text import title
-from calicache.tools.trajectory_facts import TrajectoryFacts
-from calicache.tools.trajectory_view import describe_trajectory
 
 
 def describe_facts(facts: Facts) -> RenderableType:
@@ -25,8 +25,8 @@ def describe_facts(facts: Facts) -> RenderableType:
         parts = describe_plan(facts)
     elif isinstance(facts, ArtifactFacts):
         parts = describe_artifact(facts)
-    elif isinstance(facts, TrajectoryFacts):
-        parts = describe_trajectory(facts)
+    elif isinstance(facts, RecordingFacts):
+        parts = describe_recording(facts)
     else:
         parts = describe_onnx(facts)
     return Group(*parts, *_warnings(facts.warnings))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from calicache.export.latency import measure_latency
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.search.search import SearchProgress
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.model_file import load_model
@@ -29,13 +29,13 @@ class LatencyArguments:
 
     Attributes:
         model: what `load_model` takes.
-        trajectory: recorded runs of it.
+        recording: recorded runs of it.
         output: file of the table.
         order, provider, repeats: of `measure_latency`.
     """
 
     model: str
-    trajectory: Path
+    recording: Path
     output: Path
     order: int
     provider: str
@@ -54,7 +54,7 @@ def run_latency(arguments: LatencyArguments, console: Console, progress: Console
         CalicacheError: something that the arguments name is refused.
     """
     _check_output(arguments.output)
-    trajectory = Trajectory.load(arguments.trajectory)
+    recording = Recording.load(arguments.recording)
     with progress_shown(progress) as report:
 
         def on_row(done: int, total: int) -> None:
@@ -62,7 +62,7 @@ def run_latency(arguments: LatencyArguments, console: Console, progress: Console
 
         table = measure_latency(
             load_model(arguments.model),
-            trajectory,
+            recording,
             order=arguments.order,
             provider=arguments.provider,
             repeats=arguments.repeats,
@@ -74,7 +74,7 @@ def run_latency(arguments: LatencyArguments, console: Console, progress: Console
     named = shlex.quote(str(arguments.output))
     for line in (
         f"\nTable written: {arguments.output}",
-        f"Use it: calicache plan MODEL TRAJECTORY -o PLAN --budget 0.5 --latency {named}",
+        f"Use it: calicache plan MODEL RECORDING -o PLAN --budget 0.5 --latency {named}",
     ):
         console.print(line, markup=False, soft_wrap=True)
 

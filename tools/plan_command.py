@@ -12,7 +12,7 @@ from rich.console import Console
 
 from calicache.graph_passes.api.plan import SETTINGS_FILE, Plan
 from calicache.graph_passes.common.errors import CalicacheError, PlanError
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.front_view import describe_front, describe_point
@@ -28,7 +28,7 @@ class PlanArguments:
 
     Attributes:
         target: the model, or the plan where `show` or `take` is given.
-        trajectory: recorded runs of the model.
+        recording: recorded runs of the model.
         output: folder of the new plan.
         budget, max_error, latency, effort: of `Plan.search`; latency is a file.
         show: print the front of the plan.
@@ -37,7 +37,7 @@ class PlanArguments:
     """
 
     target: str
-    trajectory: Path | None = None
+    recording: Path | None = None
     output: Path | None = None
     budget: float | None = None
     max_error: float | None = None
@@ -106,13 +106,13 @@ def _search(arguments: PlanArguments, console: Console, progress: Console) -> in
     folder = place.with_name(f"{place.name}.search")
     # The small files first: a typing error in them shows before a large model is read.
     latency = LatencyTable.load(arguments.latency) if arguments.latency else None
-    trajectory = Trajectory.load(_path(arguments.trajectory))
+    recording = Recording.load(_path(arguments.recording))
     begun_before = folder.exists()
     try:
         with progress_shown(progress) as on_progress:
             plan = Plan.search(
                 load_model(arguments.target),
-                trajectory,
+                recording,
                 budget=arguments.budget,
                 max_error=arguments.max_error,
                 latency=latency,
@@ -186,8 +186,8 @@ class _Form:
 _SHOW = _Form("calicache plan PLAN --show [--json]", ("show",), ("json",))
 _TAKE = _Form("calicache plan PLAN --take NUMBER -o OTHER", ("take", "output"))
 _SEARCH = _Form(
-    "calicache plan MODEL TRAJECTORY -o PLAN (--budget SHARE | --max-error ERROR)",
-    ("trajectory", "output"),
+    "calicache plan MODEL RECORDING -o PLAN (--budget SHARE | --max-error ERROR)",
+    ("recording", "output"),
     ("budget", "max_error", "latency", "effort"),
 )
 
@@ -217,7 +217,7 @@ def _check_form(arguments: PlanArguments, form: _Form) -> None:
 
 
 def _shown(name: str) -> str:
-    return {"trajectory": "TRAJECTORY", "output": "-o"}.get(name, f"--{name.replace('_', '-')}")
+    return {"recording": "RECORDING", "output": "-o"}.get(name, f"--{name.replace('_', '-')}")
 
 
 def _check_output(output: Path) -> None:

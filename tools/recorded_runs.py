@@ -9,9 +9,9 @@ from torch import Tensor
 
 from calicache.export.artifact.manifest import Layout, Manifest
 from calicache.graph_passes.common.errors import CompareError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 from calicache.graph_passes.recording.timestep import Run, cut_runs
@@ -50,7 +50,7 @@ class RecordedRuns:
 
 
 def matching_runs(
-    manifest: Manifest, trajectory: Trajectory, count: int | None = None
+    manifest: Manifest, recording: Recording, count: int | None = None
 ) -> RecordedRuns:
     """The recorded runs, after a check that an artifact can be run along them.
 
@@ -58,15 +58,15 @@ def matching_runs(
 
     Args:
         manifest: of the artifact.
-        trajectory: whole runs, each ended by `finish`.
+        recording: whole runs, each ended by `finish`.
         count: how many of the runs, from the first; None takes all.
 
     Raises:
         CompareError: other inputs, steps or calls per step than the artifact's, a run without
             its result, or fewer runs than asked for.
     """
-    dependence = classify_inputs(trajectory)
-    calls = trajectory.calls_per_step
+    dependence = classify_inputs(recording)
+    calls = recording.calls_per_step
     if manifest.layout is not Layout.SAMPLER and calls != manifest.calls_per_step:
         raise CompareError(
             "calls per step",
@@ -74,10 +74,10 @@ def matching_runs(
             got=f"{calls} in the recording",
             fix="Compare with a recording of the same guidance, or plan and export for this one.",
         )
-    whole = trajectory
+    whole = recording
     if calls > 1:
-        batched = batch_calls(trajectory, batch_size(trajectory.signature, dependence))
-        if isinstance(batched, SiteRejection):
+        batched = batch_calls(recording, batch_size(recording.signature, dependence))
+        if isinstance(batched, Rejection):
             raise CompareError(
                 "calls per step",
                 expected="calls that can be seen as one batch",
@@ -86,16 +86,16 @@ def matching_runs(
             )
         whole = batched
     batched_layout = manifest.layout is Layout.SAMPLER
-    _check_inputs(manifest.inputs, (whole if batched_layout else trajectory).signature.tensors)
+    _check_inputs(manifest.inputs, (whole if batched_layout else recording).signature.tensors)
     found = _check_count(len(whole.runs), count)
-    apart = cut_runs(trajectory.timestep, trajectory.calls, trajectory.results)
+    apart = cut_runs(recording.timestep, recording.calls, recording.results)
     made = zip(apart, whole.runs, whole.ends, strict=True)
     runs = []
     for place, (one_by_one, run, end) in enumerate(list(made)[:found]):
         result = _check_run(place, run, end, len(manifest.schedule))
         steps = range(0, len(one_by_one), calls)
         runs.append(RecordedRun(tuple(one_by_one[k : k + calls] for k in steps), run, result))
-    return RecordedRuns(tuple(runs), dependence, trajectory.signature)
+    return RecordedRuns(tuple(runs), dependence, recording.signature)
 
 
 def _check_inputs(wanted: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
@@ -151,6 +151,6 @@ def _check_run(place: int, run: Run, end: Tensor | None, steps: int) -> Tensor:
             f"run {place}",
             expected="its result, which the final error is measured against",
             got="none in the recording",
-            fix="Call trajectory.finish(latents) after every recorded run.",
+            fix="Call recording.finish(latents) after every recorded run.",
         )
     return end

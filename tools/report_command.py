@@ -9,7 +9,7 @@ from rich.console import Console
 
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.errors import TargetError
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.model_file import load_model
 from calicache.tools.report_data import gather_report
 from calicache.tools.report_page import write_report
@@ -21,7 +21,7 @@ class ReportArguments:
 
     target: Path
     output: Path
-    trajectory: Path | None = None
+    recording: Path | None = None
     plan: Path | None = None
     model: str | None = None
     runs: int | None = None
@@ -34,13 +34,13 @@ def run_report(arguments: ReportArguments, console: Console, progress: Console) 
         CalicacheError: what the arguments name is refused.
     """
     _check_output(arguments.output)
-    trajectory = Trajectory.load(arguments.trajectory) if arguments.trajectory else None
+    recording = Recording.load(arguments.recording) if arguments.recording else None
     plan = Plan.load(arguments.plan) if arguments.plan else None
     model = load_model(arguments.model) if arguments.model else None
     with progress.status("") as status:
         data = gather_report(
             arguments.target,
-            trajectory=trajectory,
+            recording=recording,
             plan=plan,
             model=model,
             runs=arguments.runs,

@@ -16,7 +16,7 @@ from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import TargetError
 from calicache.graph_passes.describe.graphs import ModelGraphs, view_graphs
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.front import Front
 from calicache.tools.artifact_facts import ArtifactFacts
 from calicache.tools.compare import Comparison, compare
@@ -25,7 +25,7 @@ from calicache.tools.operators import OperatorTime, profile
 from calicache.tools.plan_facts import PlanFacts
 from calicache.tools.site_errors import SiteErrors, site_errors
 
-NO_TRAJECTORY = "No recording was given: --trajectory T."
+NO_RECORDING = "No recording was given: --recording T."
 NO_MODEL = "No plan and model were given: --plan PLAN --model FILE.py:FUNCTION."
 PROFILED = 1  # recorded runs
 
@@ -73,7 +73,7 @@ class ReportData:
 def gather_report(
     target: Path | str,
     *,
-    trajectory: Trajectory | None = None,
+    recording: Recording | None = None,
     plan: Plan | None = None,
     model: nn.Module | None = None,
     runs: int | None = None,
@@ -83,7 +83,7 @@ def gather_report(
 
     Args:
         target: an artifact's folder or a plan's.
-        trajectory: recorded runs of the full model.
+        recording: recorded runs of the full model.
         plan: that the artifact was made from; the target itself, where that is a plan.
         model: that was planned for.
         runs: how many of the recorded ones are compared; None takes all.
@@ -112,13 +112,13 @@ def gather_report(
     graphs = _graphs(facts, optimized)
     if graphs is None:
         missing["graphs"] = NO_MODEL if isinstance(facts, PlanFacts) else _NO_GRAPHS
-    comparison, operators = _measured(facts, trajectory, runs, missing, say)
+    comparison, operators = _measured(facts, recording, runs, missing, say)
     errors = None
-    if optimized is None or trajectory is None:
-        missing["errors"] = NO_MODEL if optimized is None else NO_TRAJECTORY
+    if optimized is None or recording is None:
+        missing["errors"] = NO_MODEL if optimized is None else NO_RECORDING
     else:
         say("compare branch by branch")
-        errors = site_errors(optimized, trajectory)
+        errors = site_errors(optimized, recording)
     curves = _energy_curves(facts, optimized)
     if curves is None:
         missing["curves"] = NO_MODEL
@@ -169,7 +169,7 @@ def _graphs(
     facts: ArtifactFacts | PlanFacts, optimized: OptimizedModel | None
 ) -> ModelGraphs | None:
     if optimized is not None:
-        return view_graphs(optimized.captured, optimized.rewritten)
+        return view_graphs(optimized.captured, optimized.variant_set)
     if isinstance(facts, ArtifactFacts) and any(f.name == GRAPHS_FILE for f in facts.files):
         return read_graphs(facts.path)
     return None
@@ -177,7 +177,7 @@ def _graphs(
 
 def _measured(
     facts: ArtifactFacts | PlanFacts,
-    trajectory: Trajectory | None,
+    recording: Recording | None,
     runs: int | None,
     missing: dict[str, str],
     say: Callable[[str], None],
@@ -187,11 +187,11 @@ def _measured(
             "A plan runs nowhere by itself: export it, and report on the artifact."
         )
         return None, None
-    if trajectory is None:
-        missing["comparison"] = missing["operators"] = NO_TRAJECTORY
+    if recording is None:
+        missing["comparison"] = missing["operators"] = NO_RECORDING
         return None, None
     say("run full and optimised side by side")
-    comparison = compare(facts.path, trajectory, runs=runs)
+    comparison = compare(facts.path, recording, runs=runs)
     if facts.layout == Layout.SAMPLER.value:
         missing["operators"] = "The layout sampler makes its steps out of sight."
         return comparison, None
@@ -199,7 +199,7 @@ def _measured(
     calls = facts.calls_per_step
 
     def run_once(session: Session) -> None:
-        for k, call in enumerate(trajectory.runs[0]):
+        for k, call in enumerate(recording.runs[0]):
             session.step(k // calls, k % calls, **call)
 
     return comparison, tuple(profile(facts.path, run_once, runs=PROFILED))

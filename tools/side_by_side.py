@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calicache.export.session.session import Session
 from calicache.graph_passes.common.errors import CompareError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.timestep import Run
@@ -75,7 +75,7 @@ def run_steps(
     """
     latent, outputs, full_seconds = _run_full(session, run, dependence, first_step, on_step)
     sampler = find_sampler_steps(latent, [run.whole], [outputs], [run.end])
-    if isinstance(sampler, SiteRejection):
+    if isinstance(sampler, Rejection):
         raise _no_sampler(sampler)
     wanted = [
         recorded_next(run.whole, run.end, step, latent, sampler.parts)
@@ -162,7 +162,7 @@ def run_whole(
             "result",
             expected=f"latents {record.noise.shape}",
             got=str(tuple(run.end.shape)),
-            fix="Call trajectory.finish with the latents, before they are decoded.",
+            fix="Call recording.finish with the latents, before they are decoded.",
         )
     first = run.whole[0]
     inputs: dict[str, Any] = {spec.name: first[spec.name] for spec in record.inputs}
@@ -246,12 +246,12 @@ def _latent_of(
     call: Mapping[str, Tensor], output: Tensor, classes: Mapping[str, Dependence]
 ) -> str:
     found = find_latent(call, output, classes)
-    if isinstance(found, SiteRejection):
+    if isinstance(found, Rejection):
         raise _no_sampler(found)
     return found
 
 
-def _no_sampler(rejection: SiteRejection) -> CompareError:
+def _no_sampler(rejection: Rejection) -> CompareError:
     return CompareError(
         "sampler",
         expected="recorded latents that are fixed weighted sums of earlier ones and of the "

@@ -16,12 +16,12 @@ from torch import Tensor, fx
 
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import CompareError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 from calicache.graph_passes.recording.timestep import Call
-from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.update import SamplerSteps, match_channels
 from calicache.graph_passes.settings.choices import StepMode
@@ -48,26 +48,26 @@ class SiteErrors:
 
 def site_errors(
     optimized: OptimizedModel,
-    trajectory: Trajectory,
+    recording: Recording,
     on_step: Callable[[int, int], None] | None = None,
 ) -> SiteErrors:
     """Run the optimised model along recorded runs and compare it branch by branch.
 
     Args:
         optimized: of the model that was recorded.
-        trajectory: whole runs of a deterministic sampler, as long as the plan's schedule.
+        recording: whole runs of a deterministic sampler, as long as the plan's schedule.
         on_step: called as on_step(done, total), for a progress bar.
 
     Raises:
         CompareError: the sampler's update cannot be told from the recording.
     """
-    recorded, model = _recorded(optimized, trajectory)
+    recorded, model = _recorded(optimized, recording)
     sums = _Sums()
     steps, joins = len(model.plan.schedule), _joins(model)
     total = steps * len(recorded.runs)
     result: float | None = None
     for number, run in enumerate(recorded.runs):
-        walk = _Walk(model.captured, model.rewritten, model.plan.schedule, recorded.steps, joins)
+        walk = _Walk(model.captured, model.variant_set, model.plan.schedule, recorded.steps, joins)
         for step in range(steps):
             walk.advance(step, run[step], recorded.outputs[number][step], sums)
             if on_step:
@@ -108,7 +108,7 @@ class _Walk:
     """One run of the cached sampler."""
 
     captured: CapturedGraph
-    rewritten: Rewritten
+    variant_set: VariantSet
     schedule: Sequence[StepMode]
     sampler: SamplerSteps
     joins: Mapping[str, str]
@@ -135,14 +135,14 @@ class _Walk:
             self.before = terms
 
     def _run_variant(self, step: int, tensors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        rewritten, mode = self.rewritten, self.schedule[step]
-        variant = rewritten.variants[mode]
-        values = rewritten.read(variant.reads, self.kept, step, tensors[0].device)
+        variant_set, mode = self.variant_set, self.schedule[step]
+        variant = variant_set.variants[mode]
+        values = variant_set.read(variant.reads, self.kept, step, tensors[0].device)
         results, found = _tapped(variant.module, self.joins, [*tensors, *values])
         if mode is StepMode.REFRESH:
-            names = [cache.name for cache in rewritten.caches]
-            fresh = dict(zip(names, results[rewritten.outputs :], strict=True))
-            self.kept = (fresh, *self.kept)[: rewritten.history]
+            names = [cache.name for cache in variant_set.caches]
+            fresh = dict(zip(names, results[variant_set.outputs :], strict=True))
+            self.kept = (fresh, *self.kept)[: variant_set.history]
         return results[0], found
 
 
@@ -178,21 +178,21 @@ def _joins(model: OptimizedModel) -> dict[str, str]:
 
 
 def _recorded(
-    optimized: OptimizedModel, trajectory: Trajectory
+    optimized: OptimizedModel, recording: Recording
 ) -> tuple[RecordedSampler, OptimizedModel]:
-    model, settings, whole = optimized.batched(), optimized.plan.settings, trajectory
-    if trajectory.calls_per_step > 1:
-        batched = batch_calls(trajectory, batch_size(settings.signature, settings.dependence))
-        if isinstance(batched, SiteRejection):
+    model, settings, whole = optimized.batched(), optimized.plan.settings, recording
+    if recording.calls_per_step > 1:
+        batched = batch_calls(recording, batch_size(settings.signature, settings.dependence))
+        if isinstance(batched, Rejection):
             raise _no_sampler(batched)
         whole = batched
     found = recover_sampler(model.captured, whole, settings.dependence, len(settings.schedule))
-    if isinstance(found, SiteRejection):
+    if isinstance(found, Rejection):
         raise _no_sampler(found)
     return found, model
 
 
-def _no_sampler(rejection: SiteRejection) -> CompareError:
+def _no_sampler(rejection: Rejection) -> CompareError:
     return CompareError(
         "sampler",
         expected="whole runs of a deterministic sampler, recorded with this model",

@@ -1,4 +1,4 @@
-"""What a path given to a tool is: a plan, an artifact, a trajectory, or a bare ONNX file."""
+"""What a path given to a tool is: a plan, an artifact, a recording, or a bare ONNX file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest, load_artifact
 from calicache.graph_passes.api.plan import SETTINGS_FILE, STATISTICS_FILE, Plan
 from calicache.graph_passes.common.errors import TargetError, reason_of
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.looks_like import (
     SAFETENSORS,
     file_looks_like,
@@ -23,7 +23,7 @@ from calicache.tools.onnx_damage import where_damaged
 
 KINDS = (
     "a plan (the folder of Plan.save), an artifact (the folder of export_onnx), "
-    "a trajectory (the file of Trajectory.save) or an ONNX file"
+    "a recording (the file of Recording.save) or an ONNX file"
 )
 ONNX_SUFFIX = ".onnx"
 _HEAD = 4096  # bytes of a file that are looked at
@@ -47,11 +47,11 @@ class ArtifactTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class TrajectoryTarget:
+class RecordingTarget:
     """The file of a recording."""
 
     path: Path
-    trajectory: Trajectory
+    recording: Recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class OnnxTarget:
     model: ir.Model
 
 
-Target = PlanTarget | ArtifactTarget | TrajectoryTarget | OnnxTarget
+Target = PlanTarget | ArtifactTarget | RecordingTarget | OnnxTarget
 
 
 def read_target(path: Path | str) -> Target:
@@ -70,7 +70,7 @@ def read_target(path: Path | str) -> Target:
 
     Raises:
         TargetError: it is none of the four kinds, or a damaged ONNX file.
-        PlanError, ArtifactError, RecordError: a damaged plan, artifact or trajectory.
+        PlanError, ArtifactError, RecordError: a damaged plan, artifact or recording.
     """
     place = Path(path)
     try:
@@ -118,7 +118,7 @@ def _read_folder(folder: Path) -> PlanTarget | ArtifactTarget:
     raise _none_of_them(folder, folder_looks_like(names), fix)
 
 
-def _read_file(path: Path) -> TrajectoryTarget | OnnxTarget:
+def _read_file(path: Path) -> RecordingTarget | OnnxTarget:
     with path.open("rb") as file:
         head = file.read(_HEAD)
     known = file_looks_like(head)
@@ -134,18 +134,18 @@ def _read_file(path: Path) -> TrajectoryTarget | OnnxTarget:
     raise _none_of_them(path, known or "a file of bytes that no tool here knows", _folder_of(path))
 
 
-def _read_safetensors(path: Path) -> TrajectoryTarget:
+def _read_safetensors(path: Path) -> RecordingTarget:
     try:
         with safe_open(path, framework="pt") as file:
             owner = (file.metadata() or {}).get("calicache")
             names = sorted(file.keys())
     except SafetensorError:
-        owner, names = "trajectory", []  # damaged: Trajectory.load says how
-    if owner != "trajectory":
+        owner, names = "recording", []  # damaged: Recording.load says how
+    if owner != "recording":
         such = f" such as {names[0]}" if names else ""
         got = f"safetensors without calicache's metadata: {len(names)} tensors{such}"
         raise _none_of_them(path, got, _folder_of(path))
-    return TrajectoryTarget(path, Trajectory.load(path))
+    return RecordingTarget(path, Recording.load(path))
 
 
 def _folder_of(path: Path) -> str | None:

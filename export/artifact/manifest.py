@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from calicache.graph_passes.common.errors import ArtifactError
 from calicache.graph_passes.common.hashing import sha256_of
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.front import Front
@@ -135,7 +135,7 @@ class Manifest:
     modes: tuple[ModeRecord, ...]
     targets: tuple[TargetRecord, ...]
     branches: tuple[str, ...]
-    rejections: tuple[SiteRejection, ...]
+    rejections: tuple[Rejection, ...]
     sampler: SamplerRecord | None
     front: Front | None
 

@@ -18,7 +18,7 @@ from torch import fx
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.graph.surgery import graph_outputs
-from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 
 CONTRIB_VERSION = 1  # of com.microsoft, which not every variant uses
@@ -55,15 +55,15 @@ def check_names(optimized: OptimizedModel, added: Mapping[str, str]) -> None:
 
 
 def weight_nodes(
-    rewritten: Rewritten,
+    variant_set: VariantSet,
     step: ir.Value,
     pool: InitializerPool,
     names: Collection[str] | None = None,
 ) -> list[ir.Node]:
     """Look this step's weights up, each in its own table; all of them, or those named."""
     look_ups = []
-    for name in rewritten.tables if names is None else names:
-        table = np.array(rewritten.tables[name], dtype=np.float32)
+    for name in variant_set.tables if names is None else names:
+        table = np.array(variant_set.tables[name], dtype=np.float32)
         values = pool.shared(ir.tensor(table), f"{name}_table")
         look_up = ir.node("Gather", [values, step], name=name)
         describe(look_up, name, ir.DataType.FLOAT, ir.Shape(()))

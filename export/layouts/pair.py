@@ -40,13 +40,13 @@ def pair_models(optimized: OptimizedModel) -> dict[StepMode, ir.Model]:
     """
     names: dict[bytes, str] = {}
     return {
-        mode: _mode_model(optimized, mode, names) for mode in sorted(optimized.rewritten.variants)
+        mode: _mode_model(optimized, mode, names) for mode in sorted(optimized.variant_set.variants)
     }
 
 
 def _mode_model(optimized: OptimizedModel, mode: StepMode, names: dict[bytes, str]) -> ir.Model:
-    rewritten, specs = optimized.rewritten, optimized.plan.settings.signature.tensors
-    variant, slots = rewritten.variants[mode], rewritten.slots()
+    variant_set, specs = optimized.variant_set, optimized.plan.settings.signature.tensors
+    variant, slots = variant_set.variants[mode], variant_set.slots()
     arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
     kept = {
         name: argument(name, slots[name][0].shape, slots[name][0].dtype)
@@ -55,14 +55,14 @@ def _mode_model(optimized: OptimizedModel, mode: StepMode, names: dict[bytes, st
     }
     results = list(output_names(optimized))
     if mode is StepMode.REFRESH:
-        results += [next_name(cache.name) for cache in rewritten.caches]
+        results += [next_name(cache.name) for cache in variant_set.caches]
     added = {STEP_INPUT: "the step", **dict.fromkeys([*slots, *results], "another value")}
     check_names(optimized, added)
-    taken = {*added, *(spec.name for spec in specs), *rewritten.tables}
+    taken = {*added, *(spec.name for spec in specs), *variant_set.tables}
     pool = InitializerPool(taken, names)
     step = argument(STEP_INPUT, (), torch.int64)
-    tables = [name for name in rewritten.tables if name in variant.reads]
-    looked_up = weight_nodes(rewritten, step, pool, tables)
+    tables = [name for name in variant_set.tables if name in variant.reads]
+    looked_up = weight_nodes(variant_set, step, pool, tables)
     values = {**kept, **dict(zip(tables, (n.outputs[0] for n in looked_up), strict=True))}
     model = export_variant(variant)
     reads = [values[name] for name in variant.reads]

@@ -37,7 +37,7 @@ from calicache.export.samplers import Sampler
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
-from calicache.graph_passes.rewriting.variants import CacheSpec, Rewritten
+from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 
 INT64 = ir.DataType.INT64
@@ -72,12 +72,12 @@ def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
     check_names(optimized, {**added, LATENTS_OUTPUT: "the result"})
     noise, dependence = noise_spec(optimized, sampler), optimized.plan.settings.dependence
     before, variants = hoist_steps(
-        optimized.captured, dependence, optimized.rewritten.variants, sampler.inputs
+        optimized.captured, dependence, optimized.variant_set.variants, sampler.inputs
     )
-    rewritten = replace(optimized.rewritten, variants=variants)
+    variant_set = replace(optimized.variant_set, variants=variants)
     constant = run_specs(optimized, sampler)
     taken = {*added, LATENTS_OUTPUT, *(spec.name for spec in constant), *LOOK_UP_NAMES}
-    pool = InitializerPool(taken | set(rewritten.tables))
+    pool = InitializerPool(taken | set(variant_set.tables))
     given = {s.name: argument(s.name, s.shape, s.torch_dtype) for s in (noise, *constant)}
     if sampler.guidance is not None:
         given[GUIDANCE_INPUT] = argument(GUIDANCE_INPUT, (), torch.float32)
@@ -85,7 +85,7 @@ def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
     arithmetic = SamplerArithmetic(sampler, pool, given.get(GUIDANCE_INPUT))
     ahead, stacks = _all_steps(before, sampler, pool, given)
     schedule, specs = optimized.plan.schedule, optimized.plan.settings.signature.tensors
-    run = _Run(rewritten, schedule, specs, sampler, pool, given, models, arithmetic, stacks)
+    run = _Run(variant_set, schedule, specs, sampler, pool, given, models, arithmetic, stacks)
     nodes, latents = run.loop_over_segments()
     latents.name = LATENTS_OUTPUT
     like = models[StepMode.REFRESH]
@@ -117,7 +117,7 @@ def _step_table(name: str, sampler: Sampler, pool: InitializerPool) -> ir.Value:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    rewritten: Rewritten
+    variant_set: VariantSet
     schedule: Sequence[StepMode]
     specs: Sequence[TensorSpec]
     sampler: Sampler
@@ -163,7 +163,7 @@ class _Run:
     def _kept_before_the_first_segment(self, top: Body) -> dict[tuple[str, int], ir.Value]:
         """Zeros for every kept refresh that travels between segments; their weights are 0."""
         kept = {}
-        for cache in self.rewritten.caches:
+        for cache in self.variant_set.caches:
             dtype = tensor_adapters.from_torch_dtype(cache.dtype)
             zero = ir.tensor(np.zeros(1, dtype.numpy()), dtype=dtype)
             for back in range(self._travelling(cache)):
@@ -177,9 +177,9 @@ class _Run:
     def _travelling(self, cache: CacheSpec) -> int:
         """How many refreshes before the one of a segment its steps read."""
         count = 0
-        for mode, variant in self.rewritten.variants.items():
+        for mode, variant in self.variant_set.variants.items():
             ahead = 1 if mode is StepMode.REFRESH else 0  # REFRESH reads before it writes
-            for back in range(self.rewritten.history):
+            for back in range(self.variant_set.history):
                 if slot_name(cache.name, back) in variant.reads:
                     count = max(count, back + ahead)
         return count
@@ -192,7 +192,7 @@ class _Run:
         inputs, values = self._step_values(body, step, state.x, [StepMode.REFRESH])
         nodes, results = self._wired(StepMode.REFRESH, inputs, {**slots, **values})
         body.nodes += nodes
-        caches = zip(self.rewritten.caches, results[self.rewritten.outputs :], strict=True)
+        caches = zip(self.variant_set.caches, results[self.variant_set.outputs :], strict=True)
         fresh = {cache.name: value for cache, value in caches}
         return self.arithmetic.advance(body, step, state, results[0]), fresh
 
@@ -234,7 +234,7 @@ class _Run:
         self, mode: StepMode, inputs: Sequence[ir.Value], known: Values
     ) -> tuple[list[ir.Node], list[ir.Value]]:
         """The variant of a mode, fed with the model's inputs and what it reads."""
-        reads = [known[name] for name in self.rewritten.variants[mode].reads]
+        reads = [known[name] for name in self.variant_set.variants[mode].reads]
         return inline(self.models[mode], mode.name.lower(), [*inputs, *reads], self.pool)
 
     def _step_values(
@@ -250,9 +250,9 @@ class _Run:
                 inputs.append(self._look_up(body, table, step, spec.name))
             else:
                 inputs.append(self.given[spec.name])
-        reads = {name for mode in modes for name in self.rewritten.variants[mode].reads}
-        tables = [name for name in self.rewritten.tables if name in reads]
-        look_ups = weight_nodes(self.rewritten, step, self.pool, tables)
+        reads = {name for mode in modes for name in self.variant_set.variants[mode].reads}
+        tables = [name for name in self.variant_set.tables if name in reads]
+        look_ups = weight_nodes(self.variant_set, step, self.pool, tables)
         for node in look_ups:
             node.name = node.outputs[0].name = f"{body.prefix}/{node.name}"
         body.nodes += look_ups

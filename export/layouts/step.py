@@ -44,25 +44,28 @@ def step_model(optimized: OptimizedModel) -> ir.Model:
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
     """
-    rewritten, specs = optimized.rewritten, optimized.plan.settings.signature.tensors
+    variant_set, specs = optimized.variant_set, optimized.plan.settings.signature.tensors
     arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
     step = argument(STEP_INPUT, (), torch.int64)
     slots = {
         name: argument(name, (f"{name}_size", *cache.shape[1:]), cache.dtype)
-        for name, (cache, _) in rewritten.slots().items()
+        for name, (cache, _) in variant_set.slots().items()
     }
-    results = [*output_names(optimized), *(next_name(cache.name) for cache in rewritten.caches)]
+    results = [*output_names(optimized), *(next_name(cache.name) for cache in variant_set.caches)]
     added = {STEP_INPUT: "the step", **dict.fromkeys([*slots, *results], "another value")}
     check_names(optimized, added)
-    names = {*added, *(spec.name for spec in specs), *LOOK_UP_NAMES, *rewritten.tables}
+    names = {*added, *(spec.name for spec in specs), *LOOK_UP_NAMES, *variant_set.tables}
     pool = InitializerPool(names)
-    weights = weight_nodes(rewritten, step, pool)
-    values = {**slots, **dict(zip(rewritten.tables, (n.outputs[0] for n in weights), strict=True))}
+    weights = weight_nodes(variant_set, step, pool)
+    values = {
+        **slots,
+        **dict(zip(variant_set.tables, (n.outputs[0] for n in weights), strict=True)),
+    }
     branches: dict[StepMode, ir.Graph] = {}
-    for mode in sorted(rewritten.variants):
-        model = export_variant(rewritten.variants[mode])
-        reads = [values[name] for name in rewritten.variants[mode].reads]
-        branches[mode] = _branch(model, mode, [*arguments, *reads], pool, rewritten.caches)
+    for mode in sorted(variant_set.variants):
+        model = export_variant(variant_set.variants[mode])
+        reads = [values[name] for name in variant_set.variants[mode].reads]
+        branches[mode] = _branch(model, mode, [*arguments, *reads], pool, variant_set.caches)
     body = choose_by_mode(branches, step, optimized.plan.schedule, pool)
     outputs = list(body.outputs)
     for value, name in zip(outputs, results, strict=True):

@@ -17,10 +17,10 @@ from calicache.graph_passes.factors.statistics import check_statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.run_values import find_run_values
-from calicache.graph_passes.rewriting.checks import verify_rewritten
+from calicache.graph_passes.rewriting.checks import verify_variants
 from calicache.graph_passes.rewriting.cost import model_cost
 from calicache.graph_passes.rewriting.fold import choose_folds
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.graph_passes.settings.schedule import anchor_table
@@ -56,7 +56,7 @@ def _optimize(
     on_target: Callable[[int, int], None] | None = None,
 ) -> OptimizedModel:
     captured, sites, targets = analyse(model, plan.settings)
-    made, rewritten = rewrite_captured(captured, sites, targets, plan, on_target, factors)
+    made, variant_set = rewrite_captured(captured, sites, targets, plan, on_target, factors)
 
     def again(settings: PlanSettings) -> OptimizedModel:
         return _optimize(model, replace(plan, settings=settings), made)
@@ -68,8 +68,8 @@ def _optimize(
         sites=sites,
         targets=targets,
         factors=made,
-        rewritten=rewritten,
-        cost=model_cost(captured, sites, targets, rewritten),
+        variant_set=variant_set,
+        cost=model_cost(captured, sites, targets, variant_set),
         again=again,
     )
 
@@ -81,7 +81,7 @@ def rewrite_captured(
     plan: Plan,
     on_target: Callable[[int, int], None] | None = None,
     factors: dict[str, CalibrationFactors] | None = None,
-) -> tuple[dict[str, CalibrationFactors], Rewritten]:
+) -> tuple[dict[str, CalibrationFactors], VariantSet]:
     """Factors and variants of a captured graph under a plan; factors are made where none are given.
 
     Raises:
@@ -93,7 +93,7 @@ def rewrite_captured(
     if factors is None:
         factors = make_factors(captured, calibrated, plan.statistics, on_target)
     itemsize = next(captured.module.parameters()).element_size()
-    rewritten = rewrite(
+    variant_set = rewrite(
         captured,
         sites,
         targets,
@@ -105,7 +105,7 @@ def rewrite_captured(
         latent=settings.latent,
         run_values=find_run_values(captured, classify_nodes(captured, settings.dependence)),
     )
-    return factors, verify_rewritten(captured, rewritten)
+    return factors, verify_variants(captured, variant_set)
 
 
 def _check_weights(model: nn.Module, plan: Plan) -> None:

@@ -20,7 +20,7 @@ from calicache.graph_passes.describe.html import plan_html
 from calicache.graph_passes.factors.statistics import Statistics, named_statistics, named_tensors
 from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.recording.reads import find_reads
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.choices import (
     Granularity,
     SiteRule,
@@ -69,7 +69,7 @@ class Plan:
     @staticmethod
     def from_trajectory(
         model: nn.Module,
-        trajectory: Trajectory,
+        recording: Recording,
         *,
         interval: int = 3,
         rank: int = 128,
@@ -90,7 +90,7 @@ class Plan:
 
         Args:
             model: in eval mode; the one that was recorded.
-            trajectory: at least one whole run, from `record`.
+            recording: at least one whole run, from `record`.
             interval: steps from one REFRESH to the next.
             rank: r of every calibration branch, 0 .. the smaller side of each layer.
             mode: of the steps between two REFRESH steps.
@@ -112,7 +112,7 @@ class Plan:
         from calicache.graph_passes.api.planner import make_plan
 
         if schedule is None:
-            schedule = uniform_schedule(trajectory.steps, interval, mode)
+            schedule = uniform_schedule(recording.steps, interval, mode)
         settings = PlanSettings(
             schedule=tuple(schedule),
             rank=rank,
@@ -122,18 +122,18 @@ class Plan:
             rules=tuple(rules),
             include=tuple(include),
             exclude=tuple(exclude),
-            signature=trajectory.signature,
-            dependence=classify_inputs(trajectory),
-            timestep=trajectory.timestep,
+            signature=recording.signature,
+            dependence=classify_inputs(recording),
+            timestep=recording.timestep,
             weights_hash=hash_weights(model),
-            reads=find_reads(model, trajectory),
+            reads=find_reads(model, recording),
         )
-        return make_plan(model, trajectory, settings, correct=correct, on_step=on_step)
+        return make_plan(model, recording, settings, correct=correct, on_step=on_step)
 
     @staticmethod
     def search(
         model: nn.Module,
-        trajectory: Trajectory,
+        recording: Recording,
         *,
         budget: float | None = None,
         max_error: float | None = None,
@@ -151,7 +151,7 @@ class Plan:
 
         Args:
             model: in eval mode; the one that was recorded.
-            trajectory: three whole runs or more, each ended by `finish`.
+            recording: three whole runs or more, each ended by `finish`.
             budget: share of the full run's cost, above 0 and below 1.
             max_error: that 99 % of new samples stay below.
             latency: measured seconds, which the cost is then counted in; MACs without.
@@ -171,7 +171,7 @@ class Plan:
         from calicache.graph_passes.search.search import SearchRequest, search_plan
 
         request = SearchRequest(budget, max_error, latency, effort, tuple(include), tuple(exclude))
-        return search_plan(model, trajectory, request, folder, on_progress)
+        return search_plan(model, recording, request, folder, on_progress)
 
     def take(self, place: int) -> Plan:
         """The plan of another point of the front, numbered from 0.
@@ -266,7 +266,7 @@ class Plan:
                 str(directory),
                 expected="a folder written by Plan.save",
                 got=f"{type(error).__name__}: {error}",
-                fix="Make the plan again from the trajectory.",
+                fix="Make the plan again from the recording.",
             ) from error
         return Plan(written.settings, statistics, written.front)
 

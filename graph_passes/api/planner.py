@@ -1,4 +1,4 @@
-"""From a recorded trajectory to a plan: the stages, in one visible list."""
+"""From a recorded recording to a plan: the stages, in one visible list."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 from calicache.graph_passes.api.optimize import rewrite_captured
 from calicache.graph_passes.api.plan import FITTED, Plan
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size, one_call
 from calicache.graph_passes.sampler.recover import recover_sampler
 from calicache.graph_passes.sampler.replay import replay
@@ -27,21 +27,21 @@ from calicache.graph_passes.sites.targets import CalibrationTarget
 
 def make_plan(
     model: nn.Module,
-    trajectory: Trajectory,
+    recording: Recording,
     settings: PlanSettings,
     *,
     correct: bool,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Collect what the settings need along a recorded trajectory; see `Plan.from_trajectory`."""
+    """Collect what the settings need along a recorded recording; see `Plan.from_trajectory`."""
     _check_weights_are_there(model, settings, correct=correct)
     captured, sites, targets = analyse(model, settings)
-    settings = replace(settings, fixed=fixed_values(captured, trajectory, settings.dependence))
+    settings = replace(settings, fixed=fixed_values(captured, recording, settings.dependence))
     calibrated = targets if StepMode.CALIBRATE in settings.schedule else ()
     statistics = observe(
         captured,
         calibrated,
-        trajectory,
+        recording,
         settings.weighting,
         settings.schedule,
         settings.order,
@@ -50,8 +50,8 @@ def make_plan(
     plan = Plan(settings, statistics)
     if not correct:
         return plan
-    fitted = _fit(model, trajectory, plan, (captured, sites, targets), on_step)
-    if isinstance(fitted, SiteRejection):
+    fitted = _fit(model, recording, plan, (captured, sites, targets), on_step)
+    if isinstance(fitted, Rejection):
         correction = f"not fitted: {fitted.reason}"
         return replace(plan, settings=replace(settings, correction=correction))
     weights, latent = fitted
@@ -61,31 +61,31 @@ def make_plan(
 
 def _fit(
     model: nn.Module,
-    trajectory: Trajectory,
+    recording: Recording,
     plan: Plan,
     analysed: tuple[CapturedGraph, Sites, tuple[CalibrationTarget, ...]],
     on_step: Callable[[int, int], None] | None,
-) -> tuple[Table, str] | SiteRejection:
+) -> tuple[Table, str] | Rejection:
     """Output weights and the latent's name, fitted with the calls of a step in one batch."""
-    settings, calls = plan.settings, trajectory.calls_per_step
+    settings, calls = plan.settings, recording.calls_per_step
     if calls > 1:
         batch = batch_size(settings.signature, settings.dependence)
-        whole = batch_calls(trajectory, batch)
-        if isinstance(whole, SiteRejection):
+        whole = batch_calls(recording, batch)
+        if isinstance(whole, Rejection):
             return whole
-        trajectory = whole
+        recording = whole
         settings = replace(
             settings, signature=whole.signature, timestep=one_call(settings.timestep)
         )
         analysed = analyse(model, settings)
     captured, sites, targets = analysed
     recorded = recover_sampler(
-        captured, trajectory, settings.dependence, len(settings.schedule), on_step
+        captured, recording, settings.dependence, len(settings.schedule), on_step
     )
-    if isinstance(recorded, SiteRejection):
+    if isinstance(recorded, Rejection):
         return recorded
-    _, rewritten = rewrite_captured(captured, sites, targets, replace(plan, settings=settings))
-    made = replay(rewritten, recorded, settings.schedule, settings.order, on_step=on_step)
+    _, variant_set = rewrite_captured(captured, sites, targets, replace(plan, settings=settings))
+    made = replay(variant_set, recorded, settings.schedule, settings.order, on_step=on_step)
     return made.weights, recorded.steps.latent
 
 

@@ -20,7 +20,7 @@ from calicache.graph_passes.recording.signature import CallSignature, flatten_ca
 from calicache.graph_passes.recording.step_calls import batch_signature, batch_size, one_call
 from calicache.graph_passes.recording.timestep import Timestep, calls_of
 from calicache.graph_passes.rewriting.cost import ModelCost
-from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.graph_passes.sites.sites import Sites
@@ -39,7 +39,7 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         original: the model as it was.
-        plan, captured, sites, targets, factors, rewritten, cost: what each stage of `optimize`
+        plan, captured, sites, targets, factors, variant_set, cost: what each stage of `optimize`
             made.
         step: index of the next step in the running denoising; `call` the next call in it.
     """
@@ -53,7 +53,7 @@ class OptimizedModel(nn.Module):
         sites: Sites,
         targets: Sequence[CalibrationTarget],
         factors: dict[str, CalibrationFactors],
-        rewritten: Rewritten,
+        variant_set: VariantSet,
         cost: ModelCost,
         again: Callable[[PlanSettings], OptimizedModel],
     ) -> None:
@@ -61,9 +61,9 @@ class OptimizedModel(nn.Module):
         self.original = original
         self.plan, self.captured, self.sites = plan, captured, sites
         self.targets, self.factors = targets, factors
-        self.rewritten, self.cost = rewritten, cost
+        self.variant_set, self.cost = variant_set, cost
         self.variants = nn.ModuleDict(
-            {mode.name: variant.module for mode, variant in rewritten.variants.items()}
+            {mode.name: variant.module for mode, variant in variant_set.variants.items()}
         )
         self._calls = calls_of(plan.settings.timestep)
         self._again = again
@@ -98,8 +98,8 @@ class OptimizedModel(nn.Module):
         mode = self._next_mode(call.tensors)
         if mode is StepMode.REFRESH:
             check_fixed(self.plan.settings.fixed, call.tensors)
-        reads, kept = self.rewritten.variants[mode].reads, self._kept[self.call]
-        values = self.rewritten.read(reads, kept, self.step, tensors[0].device)
+        reads, kept = self.variant_set.variants[mode].reads, self._kept[self.call]
+        values = self.variant_set.read(reads, kept, self.step, tensors[0].device)
         return self, self.variants[mode.name], tensors, values
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -109,7 +109,7 @@ class OptimizedModel(nn.Module):
             self._kept[self.call] = self._keep(outputs, tensors, self._kept[self.call])
         self.call = (self.call + 1) % self._calls
         self.step += self.call == 0
-        flat = list(outputs[: self.rewritten.outputs])
+        flat = list(outputs[: self.variant_set.outputs])
         return pytree.tree_unflatten(flat, self.captured.output_tree)
 
     def for_call(self, *args: Any, **kwargs: Any) -> OptimizedModel:
@@ -189,18 +189,18 @@ class OptimizedModel(nn.Module):
         kept: Sequence[dict[str, Tensor]],
     ) -> list[dict[str, Tensor]]:
         """Take over the caches of a REFRESH step; copy what the caller may write to."""
-        own = self.rewritten.outputs
+        own = self.variant_set.outputs
         theirs = [v for v in (*tensors, *outputs[:own]) if isinstance(v, Tensor)]
         shared = {value.untyped_storage().data_ptr() for value in theirs}
         fresh = {
             cache.name: value.clone() if value.untyped_storage().data_ptr() in shared else value
-            for cache, value in zip(self.rewritten.caches, outputs[own:], strict=True)
+            for cache, value in zip(self.variant_set.caches, outputs[own:], strict=True)
         }
         older = [
-            {c.name: values[c.name] for c in self.rewritten.caches if back < c.history}
+            {c.name: values[c.name] for c in self.variant_set.caches if back < c.history}
             for back, values in enumerate(kept, start=1)
         ]
-        return [fresh, *older][: self.rewritten.history]
+        return [fresh, *older][: self.variant_set.history]
 
     def _next_mode(self, tensors: Mapping[str, Tensor]) -> StepMode:
         """Mode of this call, after starting a new run where one begins."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class SiteRejection:
+class Rejection:
     """Something that looked like a site or a branch and is left alone, with the reason."""
 
     name: str

@@ -23,7 +23,7 @@ from calicache.graph_passes.describe.parts import (
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.macs import node_macs
 from calicache.graph_passes.graph.surgery import graph_outputs, module_path
-from calicache.graph_passes.rewriting.variants import Rewritten, Variant
+from calicache.graph_passes.rewriting.variants import Variant, VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 
 PLAIN = "plain"
@@ -136,12 +136,12 @@ class ModelGraphs:
         return self.modes[mode]
 
 
-def view_graphs(captured: CapturedGraph, rewritten: Rewritten) -> ModelGraphs:
+def view_graphs(captured: CapturedGraph, variant_set: VariantSet) -> ModelGraphs:
     """The plain graph and that of every mode.
 
     Args:
         captured: the plain graph, `OptimizedModel.captured`.
-        rewritten: its variants, `OptimizedModel.rewritten`.
+        variant_set: its variants, `OptimizedModel.variant_set`.
 
     Raises:
         VerifyError: the names of a variant do not agree with the plain graph.
@@ -156,8 +156,8 @@ def view_graphs(captured: CapturedGraph, rewritten: Rewritten) -> ModelGraphs:
     )
     plain = GraphView(PLAIN, nodes, _names(graph_outputs(captured.graph)))
     modes = {
-        mode: _view_variant(variant, plain, rewritten, lists, counted)
-        for mode, variant in sorted(rewritten.variants.items())
+        mode: _view_variant(variant, plain, variant_set, lists, counted)
+        for mode, variant in sorted(variant_set.variants.items())
     }
     ran = dict.fromkeys((*(parts[node.name] for node in calls), *parts.values()))
     blocks = tuple(part for part in ran if part not in (*RESTS, WHOLE))
@@ -167,13 +167,13 @@ def view_graphs(captured: CapturedGraph, rewritten: Rewritten) -> ModelGraphs:
 def _view_variant(
     variant: Variant,
     plain: GraphView,
-    rewritten: Rewritten,
+    variant_set: VariantSet,
     lists: Sequence[str],
     counted: dict[str, int],
 ) -> GraphView:
     graph, known = variant.module.graph, {node.name: node for node in plain.nodes}
-    marks = _marks(variant, known, rewritten.slots())
-    places = _cache_places(graph, known, rewritten, lists)
+    marks = _marks(variant, known, variant_set.slots())
+    places = _cache_places(graph, known, variant_set, lists)
     given = {name: node.block for name, node in known.items()}
     parts = find_parts(graph, lists, given | {name: part for name, (part, _) in places.items()})
     views: dict[str, NodeView] = {}
@@ -191,16 +191,16 @@ def _view_variant(
         _check_name(view, old, variant)
         views[name] = view
     values, own = _names(graph_outputs(graph)), len(plain.outputs)
-    kept = zip(rewritten.caches, values[own:], strict=False)  # REFRESH alone has more
+    kept = zip(variant_set.caches, values[own:], strict=False)  # REFRESH alone has more
     writes = tuple(CacheWrite(cache.name, node) for cache, node in kept)
     return GraphView(variant.mode.name.lower(), tuple(views.values()), values[:own], writes)
 
 
 def _cache_places(
-    graph: fx.Graph, known: Mapping[str, NodeView], rewritten: Rewritten, lists: Sequence[str]
+    graph: fx.Graph, known: Mapping[str, NodeView], variant_set: VariantSet, lists: Sequence[str]
 ) -> dict[str, tuple[str, str]]:
     """Part and module of every kept value that a variant reads: those of what is kept."""
-    slots = rewritten.slots()
+    slots = variant_set.slots()
     places = {}
     for node in graph.nodes:
         if node.op == "placeholder" and node.name not in known and str(node.target) in slots:

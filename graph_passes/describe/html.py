@@ -46,7 +46,7 @@ def model_html(optimized: OptimizedModel) -> str:
     """Schedule, sites, share of the full run, cost by mode and caches."""
     plan, cost = optimized.plan, optimized.cost
     sites = f"{len(optimized.sites.linears)} in {len(optimized.sites.branches)} residual branches"
-    caches, history = len(optimized.rewritten.caches), optimized.rewritten.history
+    caches, history = len(optimized.variant_set.caches), optimized.variant_set.history
     kept = f"{history} refresh{'es' if history > 1 else ''}"
     facts = [
         *_schedule_facts(plan.schedule),

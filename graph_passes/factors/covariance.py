@@ -127,5 +127,5 @@ def _check_finite(*values: Tensor) -> None:
             "weight or statistics",
             expected="finite values",
             got="NaN or Inf",
-            fix="Check the checkpoint and the recorded trajectory.",
+            fix="Check the checkpoint and the recorded recording.",
         )

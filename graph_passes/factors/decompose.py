@@ -116,7 +116,7 @@ def decompose(
             "weight or statistics",
             expected="finite values",
             got="NaN or Inf",
-            fix="Check the checkpoint and the recorded trajectory.",
+            fix="Check the checkpoint and the recorded recording.",
         )
     tall = out_features > in_features
     gram = scaled.T @ scaled if tall else scaled @ scaled.T

@@ -1,4 +1,4 @@
-"""Recorded trajectories to the statistics that factors are made from; streaming, step by step."""
+"""Recorded recordings to the statistics that factors are made from; streaming, step by step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calicache.graph_passes.common.errors import ObserveError
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.factors.streams import Channels, KeptValues, Moments, stream_of
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.choices import StepMode, Weighting
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
@@ -20,7 +20,7 @@ from calicache.graph_passes.sites.targets import CalibrationTarget
 def observe(
     captured: CapturedGraph,
     targets: Sequence[CalibrationTarget],
-    trajectory: Trajectory,
+    recording: Recording,
     weighting: Weighting,
     schedule: Sequence[StepMode],
     order: int = 0,
@@ -37,7 +37,7 @@ def observe(
     Args:
         captured: the graph of the recorded model.
         targets: where to look; those of rank 0 need nothing.
-        trajectory: calls of the same form as the graph's.
+        recording: calls of the same form as the graph's.
         weighting: what the statistics are for.
         schedule: mode of every step.
         order: of the anchors.
@@ -60,9 +60,9 @@ def observe(
         if target.name in streams
         for node in (target.input_node, *target.nodes)
     }
-    total = sum(min(len(run), len(schedule)) for run in trajectory.runs)
+    total = sum(min(len(run), len(schedule)) for run in recording.runs)
     done = 0
-    for run in trajectory.runs:
+    for run in recording.runs:
         kept.start()
         for stream in streams.values():
             stream.start()

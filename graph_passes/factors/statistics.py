@@ -39,7 +39,7 @@ def check_statistics(
                 else f"shapes {shapes}"
                 if shapes
                 else "none",
-                fix="Make the plan again from the trajectory, with the steps it will run.",
+                fix="Make the plan again from the recording, with the steps it will run.",
             )
 
 

@@ -177,7 +177,7 @@ class _NormalisedMean:
 def no_increment(expected: str) -> ObserveError:
     """A recording in which nothing could be subtracted."""
     return ObserveError(
-        "trajectory",
+        "recording",
         expected=expected,
         got="no increment",
         fix="Record a whole sampler run.",

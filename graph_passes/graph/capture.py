@@ -69,7 +69,7 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
 
     Args:
         model: in eval mode; may be on the meta device.
-        signature: from a recorded trajectory.
+        signature: from a recorded recording.
         reads: what the model read off its tensors in every recorded call, from `find_reads`.
 
     Raises:

@@ -1,6 +1,6 @@
 """What every value of the graph depends on: constant < run < step < latent.
 
-The inputs are classed by how they behaved over a recorded trajectory; every other node has
+The inputs are classed by how they behaved over a recorded recording; every other node has
 the highest class among what it is computed from.
 """
 

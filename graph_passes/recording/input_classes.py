@@ -7,7 +7,7 @@ from enum import IntEnum
 import torch
 
 from calicache.graph_passes.common.errors import DependenceError
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 
 
@@ -20,7 +20,7 @@ class Dependence(IntEnum):
     LATENT = 3
 
 
-def classify_inputs(trajectory: Trajectory) -> dict[str, Dependence]:
+def classify_inputs(recording: Recording) -> dict[str, Dependence]:
     """Class every tensor argument by its recorded values.
 
     An input that never changes inside a run is `run`. One that changes is `step` where it is
@@ -30,15 +30,15 @@ def classify_inputs(trajectory: Trajectory) -> dict[str, Dependence]:
     Raises:
         DependenceError: no run has two steps, or no input depends on the latent.
     """
-    runs = trajectory.runs
-    if trajectory.steps < 2:
+    runs = recording.runs
+    if recording.steps < 2:
         raise DependenceError(
-            "trajectory",
+            "recording",
             expected="a run of at least 2 steps",
-            got=f"{trajectory.steps} step",
+            got=f"{recording.steps} step",
             fix="Record a whole sampler run.",
         )
-    names = [spec.name for spec in trajectory.signature.tensors]
+    names = [spec.name for spec in recording.signature.tensors]
     moving = [name for name in names if any(_moves(run, name) for run in runs)]
     repeated = {name for name in moving if len(runs) > 1 and _repeats(runs, name)}
     classes = dict.fromkeys(names, Dependence.RUN)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from calicache.graph_passes.common.errors import CaptureError, RunError
 from calicache.graph_passes.common.hashing import digest
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 
 NOTHING, DIFFERENT = "[]", "null"
 Answer = Any  # numbers, booleans and lists of them
@@ -34,7 +34,7 @@ _SCALARS: Mapping[Callable[..., Any], Callable[[Any], Any]] = {
 }
 
 
-def find_reads(model: nn.Module, trajectory: Trajectory) -> str:
+def find_reads(model: nn.Module, recording: Recording) -> str:
     """The answers to all that the model reads, as JSON; `[]` where it reads nothing.
 
     The first call of every run is run, and the last of the first run. Nothing is run for a
@@ -45,10 +45,10 @@ def find_reads(model: nn.Module, trajectory: Trajectory) -> str:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return NOTHING
-    runs = trajectory.runs
-    first = _answers(model, trajectory, runs[0][0])
+    runs = recording.runs
+    first = _answers(model, recording, runs[0][0])
     calls = [runs[0][-1], *(run[0] for run in runs[1:])]
-    if first != NOTHING and any(_answers(model, trajectory, call) != first for call in calls):
+    if first != NOTHING and any(_answers(model, recording, call) != first for call in calls):
         return DIFFERENT
     return first
 
@@ -192,15 +192,15 @@ class _Answers(_Reads):
                 "reads",
                 expected=f"the {len(self.answers)} values that every recorded call read",
                 got="another one",
-                fix="Make the plan again from the trajectory.",
+                fix="Make the plan again from the recording.",
             )
         self.seen.append(tensor)
         return self.answers[len(self.seen) - 1]
 
 
-def _answers(model: nn.Module, trajectory: Trajectory, call: Mapping[str, Tensor]) -> str:
+def _answers(model: nn.Module, recording: Recording, call: Mapping[str, Tensor]) -> str:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    arguments = trajectory.signature.unflatten([value.to(device) for value in call.values()])
+    arguments = recording.signature.unflatten([value.to(device) for value in call.values()])
     with torch.no_grad(), _Recorder() as recorder:
         model(**arguments)
     return json.dumps(recorder.answers)

@@ -8,30 +8,30 @@ from typing import Any
 
 from torch import nn
 
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[Trajectory]:
+def record(model: nn.Module) -> Iterator[Recording]:
     """Keep the inputs of every call of `model` made inside the `with` block.
 
     Args:
         model: the denoiser that the user's sampler or pipeline calls.
 
     Yields:
-        A Trajectory that grows with every call.
+        A Recording that grows with every call.
 
     Examples:
-        >>> with record(pipe.transformer) as trajectory:
+        >>> with record(pipe.transformer) as recording:
         ...     pipe(class_labels=[1, 2], num_inference_steps=50)
     """
-    trajectory = Trajectory()
+    recording = Recording()
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trajectory.append(module, args, kwargs)
+        recording.append(module, args, kwargs)
 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        yield trajectory
+        yield recording
     finally:
         handle.remove()

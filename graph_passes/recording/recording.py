@@ -38,7 +38,7 @@ from calicache.graph_passes.recording.timestep import (
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class Recording:
     """The recorded calls of one model, oldest first.
 
     Attributes:
@@ -60,10 +60,10 @@ class Trajectory:
         """
         if not self.signatures:
             raise RecordError(
-                "trajectory",
+                "recording",
                 expected="at least one call of the model",
                 got="none",
-                fix="Run the sampler inside `with record(model) as trajectory:`.",
+                fix="Run the sampler inside `with record(model) as recording:`.",
             )
         return self.signatures[0]
 
@@ -103,14 +103,14 @@ class Trajectory:
         """Steps of the longest run."""
         return max(len(run) for run in self.runs)
 
-    def take_runs(self, places: Sequence[int]) -> Trajectory:
-        """A trajectory of some runs, for a recording with one call a step.
+    def take_runs(self, places: Sequence[int]) -> Recording:
+        """A recording of some runs, for a recording with one call a step.
 
         Args:
             places: in `runs`.
         """
         runs, ends = self.runs, self.ends
-        taken = Trajectory(signatures=self.signatures[:1])
+        taken = Recording(signatures=self.signatures[:1])
         for place in places:
             taken.calls.extend(runs[place])
             end = ends[place]
@@ -167,7 +167,7 @@ class Trajectory:
                     tensors[keys[id(value)]] = value.contiguous()
             table.append({name: keys[id(value)] for name, value in call.items()})
         metadata = {
-            "calicache": "trajectory",
+            "calicache": "recording",
             "signature": json.dumps(
                 TypeAdapter(CallSignature).dump_python(self.signature, mode="json")
             ),
@@ -179,7 +179,7 @@ class Trajectory:
             save_file(tensors, temporary, metadata)
 
     @staticmethod
-    def load(path: Path | str) -> Trajectory:
+    def load(path: Path | str) -> Recording:
         """Read what `save` wrote.
 
         Raises:
@@ -188,8 +188,8 @@ class Trajectory:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("calicache") != "trajectory":
-                    raise ValueError("not a trajectory")
+                if metadata.get("calicache") != "recording":
+                    raise ValueError("not a recording")
                 signature = TypeAdapter(CallSignature).validate_json(metadata["signature"])
                 table = TypeAdapter(list[dict[str, str]]).validate_json(metadata["calls"])
                 values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -202,13 +202,13 @@ class Trajectory:
         except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
             raise RecordError(
                 str(path),
-                expected="a trajectory written by Trajectory.save",
+                expected="a recording written by Recording.save",
                 got=f"{type(error).__name__}: {error}",
-                fix="Record the trajectory again.",
+                fix="Record the recording again.",
             ) from error
         for call in calls:
             _check_loaded(call, signature, path)
-        return Trajectory(list(calls), [signature], results)
+        return Recording(list(calls), [signature], results)
 
 
 def _keep(value: Tensor, last: Tensor | None) -> Tensor:
@@ -245,5 +245,5 @@ def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> Non
                 f"{path}: {spec.name}",
                 expected=str(spec),
                 got="nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}",
-                fix="The file is damaged; record the trajectory again.",
+                fix="The file is damaged; record the recording again.",
             )

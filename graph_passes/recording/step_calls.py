@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.timestep import Call, Timestep, calls_of, cut_runs
 
@@ -41,31 +41,31 @@ def one_call(timestep: Timestep | None) -> Timestep | None:
     return None if timestep is None else replace(timestep, calls=1)
 
 
-def batch_calls(trajectory: Trajectory, batch: int) -> Trajectory | SiteRejection:
+def batch_calls(recording: Recording, batch: int) -> Recording | Rejection:
     """The same recording with the calls of every step in one batch.
 
     Args:
-        trajectory: with several calls a step.
+        recording: with several calls a step.
         batch: first dimension of the latent.
 
     Returns:
         The recording, or why the calls cannot be one: they differ in what has no batch dimension.
     """
-    timestep = trajectory.timestep
+    timestep = recording.timestep
     beside = calls_of(timestep)
     made: list[Call] = []
-    for run in cut_runs(timestep, trajectory.calls, trajectory.results):
+    for run in cut_runs(timestep, recording.calls, recording.results):
         for first in range(0, len(run), beside):
             call = _one_call(run[first : first + beside], batch)
-            if isinstance(call, SiteRejection):
+            if isinstance(call, Rejection):
                 return call
             made.append(call)
-    signature = batch_signature(trajectory.signature, beside, batch)
-    results = {count // beside: value for count, value in trajectory.results.items()}
-    return Trajectory(made, [signature], results)
+    signature = batch_signature(recording.signature, beside, batch)
+    results = {count // beside: value for count, value in recording.results.items()}
+    return Recording(made, [signature], results)
 
 
-def _one_call(calls: Sequence[Call], batch: int) -> Call | SiteRejection:
+def _one_call(calls: Sequence[Call], batch: int) -> Call | Rejection:
     merged: dict[str, Tensor] = {}
     for name, first in calls[0].items():
         values = [call[name] for call in calls]
@@ -75,5 +75,5 @@ def _one_call(calls: Sequence[Call], batch: int) -> Call | SiteRejection:
             merged[name] = first
         else:
             reason = f"the calls of a step differ in {name}, which has no batch dimension"
-            return SiteRejection("sampler", "", reason)
+            return Rejection("sampler", "", reason)
     return merged

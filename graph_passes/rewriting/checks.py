@@ -10,35 +10,35 @@ from torch import Tensor, fx
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.checks import defect, is_inner_graph, verify_functional
 from calicache.graph_passes.graph.surgery import graph_outputs, shape_of
-from calicache.graph_passes.rewriting.variants import Rewritten, Variant
+from calicache.graph_passes.rewriting.variants import Variant, VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 
 
-def verify_rewritten(captured: CapturedGraph, rewritten: Rewritten) -> Rewritten:
+def verify_variants(captured: CapturedGraph, variant_set: VariantSet) -> VariantSet:
     """Check the variants against the plain graph and each other, and hand them on.
 
     Raises:
         VerifyError: a variant takes or returns something else than it must.
     """
-    values = {name: (c.shape, c.dtype) for name, (c, _) in rewritten.slots().items()}
-    values |= dict.fromkeys(rewritten.tables, ((), torch.float32))
+    values = {name: (c.shape, c.dtype) for name, (c, _) in variant_set.slots().items()}
+    values |= dict.fromkeys(variant_set.tables, ((), torch.float32))
     plain = _output_forms(captured.graph)
-    for mode, variant in rewritten.variants.items():
+    for mode, variant in variant_set.variants.items():
         verify_functional(variant.module.graph)
         allowed = values
         if mode is StepMode.REFRESH:  # of all caches, only kept outputs are there to be mixed
             own = {str(value) for value in graph_outputs(captured.graph)}
-            held = {n for n, (c, _) in rewritten.slots().items() if c.folded or c.node not in own}
+            held = {n for n, (c, _) in variant_set.slots().items() if c.folded or c.node not in own}
             allowed = {name: form for name, form in values.items() if name not in held}
         _verify_placeholders(captured, variant, allowed)
         expected = list(plain)
         if mode is StepMode.REFRESH:
-            expected += [(cache.shape, cache.dtype) for cache in rewritten.caches]
+            expected += [(cache.shape, cache.dtype) for cache in variant_set.caches]
         forms = _output_forms(variant.module.graph)
         if forms != expected:
             raise defect(f"outputs of {mode.name}", str(expected), str(forms))
         _verify_attributes(variant)
-    return rewritten
+    return variant_set
 
 
 def _verify_placeholders(

@@ -14,7 +14,7 @@ import torch
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.macs import graph_macs, node_macs
 from calicache.graph_passes.rewriting.fold import fold_macs
-from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.choices import Granularity, StepMode
 from calicache.graph_passes.sites.sites import LinearSite, Sites
 from calicache.graph_passes.sites.targets import CalibrationTarget
@@ -67,7 +67,7 @@ def model_cost(
     captured: CapturedGraph,
     sites: Sites,
     targets: Sequence[CalibrationTarget],
-    rewritten: Rewritten,
+    variant_set: VariantSet,
 ) -> ModelCost:
     """Cost of every mode, counted on the rewritten graphs from their shapes.
 
@@ -75,7 +75,7 @@ def model_cost(
         captured: the plain graph.
         sites: sites and branches.
         targets: what CALIBRATE replaces.
-        rewritten: the variants; weights may be on the meta device.
+        variant_set: the variants; weights may be on the meta device.
     """
     macs = {node.name: node_macs(node) for node in captured.graph.nodes}
     owner = {target.nodes[0]: target for target in targets}
@@ -84,15 +84,15 @@ def model_cost(
     readers: dict[str, str] = {}
     for target in targets:
         readers.setdefault(target.input_node, target.name)
-    for cache in rewritten.caches:
+    for cache in variant_set.caches:
         name = cache.folded or by_node.get(cache.node) or readers.get(cache.node)
         if name in bytes_by_target:
             bytes_by_target[name] += cache.nbytes * cache.history
-    folded = {cache.folded for cache in rewritten.caches}
+    folded = {cache.folded for cache in variant_set.caches}
     return ModelCost(
         plain_macs=sum(macs.values()),
-        modes={mode: graph_macs(v.module.graph) for mode, v in rewritten.variants.items()},
-        cache_bytes=sum(cache.nbytes * cache.history for cache in rewritten.caches),
+        modes={mode: graph_macs(v.module.graph) for mode, v in variant_set.variants.items()},
+        cache_bytes=sum(cache.nbytes * cache.history for cache in variant_set.caches),
         targets={
             target.name: _target_cost(
                 captured,

@@ -76,7 +76,7 @@ def _input_node(graph: fx.Graph, captured: CapturedGraph, name: str) -> fx.Node:
             "latent",
             expected=" | ".join(names),
             got=name,
-            fix="Make the plan again from the trajectory.",
+            fix="Make the plan again from the recording.",
         )
     placeholders: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
     return placeholders[names.index(name)]
@@ -102,6 +102,6 @@ def _missing_channels(latent: tuple[int, ...], output: tuple[int, ...]) -> int:
             "latent",
             expected=f"an input of the first output's shape {tuple(output)}, or fewer channels",
             got=str(tuple(latent)),
-            fix="Make the plan again from the trajectory.",
+            fix="Make the plan again from the recording.",
         )
     return output[1] - latent[1] if len(output) > 1 else 0

@@ -79,7 +79,7 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Rewritten:
+class VariantSet:
     """All variants of one model and the caches they share.
 
     Attributes:
@@ -105,7 +105,7 @@ class Rewritten:
             if back < cache.history
         }
 
-    def scheduled(self, anchors: Table) -> Rewritten:
+    def scheduled(self, anchors: Table) -> VariantSet:
         """The same variants with the anchor weights of another schedule (T, K or fewer)."""
         missing = (0.0,) * (self.history - len(anchors[0]))
         padded = tuple((*row, *missing) for row in anchors)
@@ -156,7 +156,7 @@ def rewrite(
     outputs: Table | None = None,
     latent: str | None = None,
     run_values: Collection[str] = (),
-) -> Rewritten:
+) -> VariantSet:
     """Make the variants for some modes.
 
     Args:
@@ -201,7 +201,7 @@ def rewrite(
     variants = {StepMode.REFRESH: build.refresh(caches), **variants}
     read = {name for variant in variants.values() for name in variant.reads}
     tables = {**_columns(ANCHOR_WEIGHT, anchors), **_columns(OUTPUT_WEIGHT, outputs or ())}
-    return Rewritten(
+    return VariantSet(
         variants,
         caches,
         history,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.sampler.update import (
     SamplerSteps,
@@ -41,16 +41,16 @@ class RecordedSampler:
 
 def recover_sampler(
     captured: CapturedGraph,
-    trajectory: Trajectory,
+    recording: Recording,
     dependence: Mapping[str, Dependence],
     length: int,
     on_step: Callable[[int, int], None] | None = None,
-) -> RecordedSampler | SiteRejection:
+) -> RecordedSampler | Rejection:
     """Run the plain model along the recorded runs of one length and find the sampler's update.
 
     Args:
         captured: the plain graph.
-        trajectory: the recorded runs.
+        recording: the recorded runs.
         dependence: class of every tensor argument.
         length: of the runs to use, in steps.
         on_step: called as on_step(done, total), for a progress bar.
@@ -62,13 +62,13 @@ def recover_sampler(
     meta = returned[0].meta.get("val") if isinstance(returned[0], fx.Node) else None
     if len(returned) != 1 or not (isinstance(meta, Tensor) and meta.is_floating_point()):
         reason = f"the model returns {len(returned)} values, not one floating-point tensor"
-        return SiteRejection("sampler", "", reason)
-    runs, ends = _runs_of_length(trajectory, length, captured.device)
+        return Rejection("sampler", "", reason)
+    runs, ends = _runs_of_length(recording, length, captured.device)
     if not runs or length < 2:
         reason = f"no recorded run has the plan's {length} steps"
-        return SiteRejection("sampler", "", reason)
+        return Rejection("sampler", "", reason)
     latent = find_latent(runs[0][0], run_plain(captured, runs[0][0]), dependence)
-    if isinstance(latent, SiteRejection):
+    if isinstance(latent, Rejection):
         return latent
     outputs: list[list[Tensor]] = []
     for run in runs:
@@ -80,15 +80,15 @@ def recover_sampler(
             if on_step:
                 on_step(sum(len(done) for done in outputs), len(runs) * length)
     found = find_sampler_steps(latent, runs, outputs, ends)
-    if isinstance(found, SiteRejection):
+    if isinstance(found, Rejection):
         return found
     return RecordedSampler(tuple(runs), tuple(tuple(made) for made in outputs), tuple(ends), found)
 
 
 def _runs_of_length(
-    trajectory: Trajectory, length: int, device: torch.device
+    recording: Recording, length: int, device: torch.device
 ) -> tuple[list[Run], list[Tensor | None]]:
-    both = zip(trajectory.runs, trajectory.ends, strict=True)
+    both = zip(recording.runs, recording.ends, strict=True)
     chosen = [(run, end) for run, end in both if len(run) == length]
     runs: list[Run] = [
         [{name: value.to(device) for name, value in call.items()} for call in run]

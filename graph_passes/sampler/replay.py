@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from calicache.graph_passes.recording.timestep import Run
-from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.correct import fit_step, mix
 from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler
@@ -50,7 +50,7 @@ class Replay:
 
 
 def replay(
-    rewritten: Rewritten,
+    variant_set: VariantSet,
     recorded: RecordedSampler,
     schedule: Sequence[StepMode],
     order: int,
@@ -60,7 +60,7 @@ def replay(
     """Run the cached sampler from the recorded noise, all runs step by step.
 
     Args:
-        rewritten: the variants, without output weights of their own; they keep order + 1
+        variant_set: the variants, without output weights of their own; they keep order + 1
             refreshes or more. FORECAST needs no variant.
         recorded: runs as long as the schedule, and the sampler's update.
         schedule: mode of every step.
@@ -71,7 +71,7 @@ def replay(
     """
     plain = tuple((*row, 0.0) for row in output_table(schedule, order))
     anchors = anchor_table(schedule, order)
-    sweep = _Sweep(rewritten.scheduled(anchors), recorded, schedule, weights or plain, order + 1)
+    sweep = _Sweep(variant_set.scheduled(anchors), recorded, schedule, weights or plain, order + 1)
     runs = [
         _CachedRun(run, end, recorded.outputs[k] if recorded.outputs else None)
         for k, (run, end) in enumerate(zip(recorded.runs, recorded.ends, strict=True))
@@ -108,7 +108,7 @@ Features = tuple[list[Tensor], list[Tensor | None]]
 
 @dataclass(frozen=True, slots=True)
 class _Sweep:
-    rewritten: Rewritten
+    variant_set: VariantSet
     recorded: RecordedSampler
     schedule: Sequence[StepMode]
     weights: Table
@@ -156,7 +156,7 @@ class _Sweep:
     def _run_variant(
         self, run: _CachedRun, mode: StepMode, step: int, tensors: Sequence[Tensor]
     ) -> Tensor:
-        first, run.kept = run_step(self.rewritten, mode, run.kept, step, tensors, self.history)
+        first, run.kept = run_step(self.variant_set, mode, run.kept, step, tensors, self.history)
         return first
 
 

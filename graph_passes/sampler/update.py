@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.timestep import Call, Run
 
@@ -55,9 +55,7 @@ class SamplerSteps:
         return torch.cat([x] * self.parts)  # type: ignore[list-item]
 
 
-def find_latent(
-    call: Call, output: Tensor, classes: Mapping[str, Dependence]
-) -> str | SiteRejection:
+def find_latent(call: Call, output: Tensor, classes: Mapping[str, Dependence]) -> str | Rejection:
     """The input that the sampler makes from the output: of its shape, but for extra channels."""
     found = [
         name
@@ -67,7 +65,7 @@ def find_latent(
     if len(found) == 1:
         return found[0]
     reason = f"{len(found)} inputs have the output's shape {tuple(output.shape)}"
-    return SiteRejection("sampler", "", reason)
+    return Rejection("sampler", "", reason)
 
 
 def match_channels(output: Tensor, latent: Tensor) -> Tensor | None:
@@ -95,7 +93,7 @@ def find_sampler_steps(
     outputs: Sequence[Sequence[Tensor]],
     ends: Sequence[Tensor | None],
     parts: int | None = None,
-) -> SamplerSteps | SiteRejection:
+) -> SamplerSteps | Rejection:
     """Fit the update of every step over some runs of one length.
 
     Args:
@@ -111,7 +109,7 @@ def find_sampler_steps(
         x = run[-1][latent]
         if end is not None and not _is_end_of(end, x, parts):
             reason = f"a run's result has the shape {tuple(end.shape)}, its latent {tuple(x.shape)}"
-            return SiteRejection("sampler", latent, reason)
+            return Rejection("sampler", latent, reason)
     steps = len(runs[0]) - any(end is None for end in ends)
     # Recorded in half precision, the latents themselves are rounded.
     tolerance = max(TOLERANCE, torch.finfo(runs[0][0][latent].dtype).eps)
@@ -133,7 +131,7 @@ def find_sampler_steps(
                 f"step {step} to {step + 1} is no fixed weighted sum of latents and outputs "
                 "(a sampler that adds noise, clips, or looks back further)"
             )
-            return SiteRejection("sampler", latent, reason)
+            return Rejection("sampler", latent, reason)
         weights.append(found)
     return SamplerSteps(latent, parts, tuple(weights))
 

@@ -124,7 +124,7 @@ class Explorer:
         cost = family.shares.run_share(schedule, order)
 
         def run() -> object:
-            made = replay(family.rewritten, ground.recorded, schedule, order)
+            made = replay(family.variant_set, ground.recorded, schedule, order)
             return _REPLAY.dump_python(made, mode="json")
 
         fit = _REPLAY.validate_python(ground.journal.numbers(name, run))
@@ -137,7 +137,7 @@ class Explorer:
 
         def run() -> list[float]:
             weights = measured.fit.weights
-            return list(replay(family.rewritten, recorded, schedule, order, weights).errors)
+            return list(replay(family.variant_set, recorded, schedule, order, weights).errors)
 
         found = self.ground.journal.numbers(_name(name, family, order, schedule), run)
         self.ground.meter.add(measured.cost * self.ground.steps * len(recorded.runs))

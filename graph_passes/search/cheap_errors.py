@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
-from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler
 from calicache.graph_passes.sampler.update import match_channels
@@ -15,7 +15,7 @@ from calicache.graph_passes.settings.schedule import anchor_table, kept_refreshe
 
 
 def cheap_errors(
-    rewritten: Rewritten,
+    variant_set: VariantSet,
     recorded: RecordedSampler,
     schedule: Sequence[StepMode],
     modes: Collection[StepMode],
@@ -24,7 +24,7 @@ def cheap_errors(
     """Run cheap modes along the recorded latents, with anchors of all orders in turn.
 
     Args:
-        rewritten: the variants of the modes, without output weights.
+        variant_set: the variants of the modes, without output weights.
         recorded: runs with their outputs.
         schedule: which steps REFRESH; all others are tried in every mode, but for FORECAST ones,
             which are not run.
@@ -36,15 +36,15 @@ def cheap_errors(
         (K, T), the root mean square over the parts of e and the sum over the runs. Steps where
         an order was not tried take their neighbours' values.
     """
-    history = rewritten.history
-    views = [rewritten.scheduled(anchor_table(schedule, order)) for order in range(history)]
+    history = variant_set.history
+    views = [variant_set.scheduled(anchor_table(schedule, order)) for order in range(history)]
     squares: dict[StepMode, list[dict[int, float]]] = {m: [{} for _ in views] for m in modes}
     for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
         kept: Kept = ()
         for step, call in enumerate(run):
             tensors, latent = list(call.values()), call[recorded.steps.latent]
             if schedule[step] is StepMode.REFRESH:
-                _, kept = run_step(rewritten, StepMode.REFRESH, kept, step, tensors, history)
+                _, kept = run_step(variant_set, StepMode.REFRESH, kept, step, tensors, history)
             elif schedule[step] is not StepMode.FORECAST:
                 order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
                 for mode in modes:

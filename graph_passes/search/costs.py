@@ -12,7 +12,7 @@ from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.macs import graph_macs, node_macs
 from calicache.graph_passes.rewriting.fold import fold_groups, fold_macs, reads_per_refresh
-from calicache.graph_passes.rewriting.variants import Rewritten
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve
 from calicache.graph_passes.settings.choices import Granularity, StepMode
 from calicache.graph_passes.settings.latency import BranchChoice, LatencyTable, group_of
@@ -116,13 +116,13 @@ def branch_options(
 
 
 def macs_shares(
-    rewritten: Rewritten, captured: CapturedGraph, targets: Sequence[CalibrationTarget]
+    variant_set: VariantSet, captured: CapturedGraph, targets: Sequence[CalibrationTarget]
 ) -> StepShares:
     """Costs in MACs, counted on the variants; caches cost the products that fold them."""
     plain = graph_macs(captured.graph)
     steps: dict[StepMode, float] = {
         mode: graph_macs(variant.module.graph) / plain
-        for mode, variant in rewritten.variants.items()
+        for mode, variant in variant_set.variants.items()
         if mode is not StepMode.REFRESH
     }
     itemsize = next(captured.module.parameters()).element_size()

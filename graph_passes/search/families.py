@@ -15,9 +15,9 @@ from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import SecondMoments, named_statistics, named_tensors
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.run_values import find_run_values
-from calicache.graph_passes.rewriting.checks import verify_rewritten
+from calicache.graph_passes.rewriting.checks import verify_variants
 from calicache.graph_passes.rewriting.fold import choose_folds
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.search.allocate import MULTIPLE, Allocation, allocate
 from calicache.graph_passes.search.cheap_errors import cheap_errors
 from calicache.graph_passes.search.costs import (
@@ -49,7 +49,7 @@ class Family:
     Attributes:
         name: for the journal.
         allocation: what a CALIBRATE step does; None for none.
-        rewritten: its variants, without output weights.
+        variant_set: its variants, without output weights.
         shares: what steps cost.
         scales: errors of cheap steps, see `Rehearsal`.
         orders: of the anchors, to try.
@@ -57,7 +57,7 @@ class Family:
 
     name: str
     allocation: Allocation | None
-    rewritten: Rewritten
+    variant_set: VariantSet
     shares: StepShares
     scales: Mapping[StepMode, Scales]
     orders: tuple[int, ...]
@@ -113,7 +113,7 @@ def find_families(
             ground,
             latency,
             f"calibrate-{level:g}",
-            frozenset({StepMode.CALIBRATE, *families[-1].rewritten.variants}),
+            frozenset({StepMode.CALIBRATE, *families[-1].variant_set.variants}),
             highest,
             allocation,
             known,
@@ -167,7 +167,7 @@ def _family(
     itemsize = next(ground.captured.module.parameters()).element_size()
     history = MAX_ORDER + 1
     classes = classify_nodes(ground.captured, ground.dependence)
-    rewritten = rewrite(
+    variant_set = rewrite(
         ground.captured,
         ground.sites,
         targets,
@@ -177,7 +177,7 @@ def _family(
         anchors=anchor_table(schedule, MAX_ORDER),
         run_values=find_run_values(ground.captured, classes),
     )
-    verify_rewritten(ground.captured, rewritten)
+    verify_variants(ground.captured, variant_set)
     tried = [StepMode.CALIBRATE] if allocation else [*modes]  # REUSE was measured before
     found = (
         {}
@@ -186,7 +186,7 @@ def _family(
             f"errors-{name}",
             lambda: _SCALES.dump_python(
                 cheap_errors(
-                    rewritten,
+                    variant_set,
                     ground.recorded,
                     probe_schedule(ground.steps),
                     tried,
@@ -198,10 +198,10 @@ def _family(
     )
     scales = _SCALES.validate_python(found)
     if latency is None:
-        shares = macs_shares(rewritten, ground.captured, targets)
+        shares = macs_shares(variant_set, ground.captured, targets)
     else:
         shares = latency_shares(ground.sites, latency, modes, allocation)
-    return Family(name, allocation, rewritten, shares, scales, orders)
+    return Family(name, allocation, variant_set, shares, scales, orders)
 
 
 def _candidates(ground: Ground) -> Candidates | None:
@@ -247,7 +247,7 @@ def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, 
         found = observe(
             ground.captured,
             targets,
-            ground.trajectory,
+            ground.recording,
             Weighting.COVARIANCE,
             probe_schedule(ground.steps),
             MAX_ORDER,

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import tensor_bytes
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size, one_call
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler, run_plain
@@ -67,7 +67,7 @@ class Ground:
     Attributes:
         settings: of the plan to make, in the form of the user's calls.
         captured, sites: in the form with all calls of a step in one.
-        trajectory: the runs to fit and search with, in that form.
+        recording: the runs to fit and search with, in that form.
         recorded: the same runs with their outputs, and the sampler's update.
         choice: runs to choose with; `report` runs that have no part in the search.
         journal, meter: what is done.
@@ -76,7 +76,7 @@ class Ground:
     settings: PlanSettings
     captured: CapturedGraph
     sites: Sites
-    trajectory: Trajectory
+    recording: Recording
     recorded: RecordedSampler
     choice: RecordedSampler
     report: RecordedSampler
@@ -102,7 +102,7 @@ class Ground:
 
 def prepare_ground(
     model: nn.Module,
-    trajectory: Trajectory,
+    recording: Recording,
     settings: PlanSettings,
     journal: Journal,
     meter: Meter,
@@ -120,14 +120,14 @@ def prepare_ground(
             got="a model on the meta device",
             fix="Load the weights.",
         )
-    check_runs(trajectory, settings)
+    check_runs(recording, settings)
     meter.stage("capture the model")
     captured, sites, _ = analyse(model, settings)
-    settings = replace(settings, fixed=fixed_values(captured, trajectory, settings.dependence))
-    whole = trajectory
-    if trajectory.calls_per_step > 1:
-        batched = batch_calls(trajectory, batch_size(settings.signature, settings.dependence))
-        if isinstance(batched, SiteRejection):
+    settings = replace(settings, fixed=fixed_values(captured, recording, settings.dependence))
+    whole = recording
+    if recording.calls_per_step > 1:
+        batched = batch_calls(recording, batch_size(settings.signature, settings.dependence))
+        if isinstance(batched, Rejection):
             raise _no_sampler(batched)
         whole = batched
         form = replace(
@@ -139,31 +139,31 @@ def prepare_ground(
     recorded = recover_sampler(
         captured, parts[0], settings.dependence, len(settings.schedule), lambda *_: meter.add()
     )
-    if isinstance(recorded, SiteRejection):
+    if isinstance(recorded, Rejection):
         raise _no_sampler(recorded)
     choice, report = (_without_outputs(part, recorded, captured) for part in parts[1:])
     return Ground(settings, captured, sites, parts[0], recorded, choice, report, journal, meter)
 
 
-def check_runs(trajectory: Trajectory, settings: PlanSettings) -> None:
+def check_runs(recording: Recording, settings: PlanSettings) -> None:
     """Refuse what a search cannot be made with.
 
     Raises:
         PlanError: too few runs or steps, runs without a result, or runs of several kinds.
     """
-    runs, calls = trajectory.runs, trajectory.calls_per_step
+    runs, calls = recording.runs, recording.calls_per_step
     count = len(runs) // calls
     if count < LEAST_RUNS:
         raise PlanError(
-            "trajectory",
+            "recording",
             expected=f"{LEAST_RUNS} runs or more: to search, to choose and to report with",
             got=f"{count}",
-            fix="Record more runs, with other seeds: `with record(model) as trajectory:`.",
+            fix="Record more runs, with other seeds: `with record(model) as recording:`.",
         )
     lengths = {len(run) for run in runs}
     if min(lengths) < LEAST_STEPS:
         raise PlanError(
-            "trajectory",
+            "recording",
             expected=f"runs of {LEAST_STEPS} steps or more",
             got=f"{min(lengths)}",
             fix="Record whole runs of the sampler that you are going to use.",
@@ -177,19 +177,19 @@ def check_runs(trajectory: Trajectory, settings: PlanSettings) -> None:
     )
     if not same:
         raise PlanError(
-            "trajectory",
+            "recording",
             expected="runs of one sampler, with the same steps",
             got=f"runs of {' and '.join(map(str, sorted(lengths)))} steps"
             if len(lengths) > 1
             else f"runs that differ in {', '.join(names)}",
             fix="Record all runs with the sampler and the steps that you are going to use.",
         )
-    if any(end is None for end in trajectory.ends):
+    if any(end is None for end in recording.ends):
         raise PlanError(
-            "trajectory",
+            "recording",
             expected="the result of every run",
             got="none for some",
-            fix="Call trajectory.finish(latents) after every run.",
+            fix="Call recording.finish(latents) after every run.",
         )
 
 
@@ -199,10 +199,10 @@ def share_out(runs: int) -> tuple[range, range, range]:
     return range(runs - 2 * each), range(runs - 2 * each, runs - each), range(runs - each, runs)
 
 
-def search_key(trajectory: Trajectory, settings: PlanSettings, request: object) -> str:
+def search_key(recording: Recording, settings: PlanSettings, request: object) -> str:
     """What the results of a search depend on, as text."""
     digest = hashlib.sha256()
-    for tensors in (*trajectory.calls, {str(k): v for k, v in trajectory.results.items()}):
+    for tensors in (*recording.calls, {str(k): v for k, v in recording.results.items()}):
         for name, value in tensors.items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             digest.update(tensor_bytes(value))
@@ -210,7 +210,7 @@ def search_key(trajectory: Trajectory, settings: PlanSettings, request: object) 
 
 
 def _without_outputs(
-    part: Trajectory, like: RecordedSampler, captured: CapturedGraph
+    part: Recording, like: RecordedSampler, captured: CapturedGraph
 ) -> RecordedSampler:
     def there(value: Tensor) -> Tensor:
         return value.to(captured.device)
@@ -236,14 +236,14 @@ def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> N
     off = float((made - found).norm() / found.norm())
     if off > MOST_OFF:
         raise PlanError(
-            "trajectory",
+            "recording",
             expected="runs of one sampler, with the same settings",
             got=f"a run whose step {step} is off by {off:.2g} of the latent",
             fix="Record all runs with the sampler and the guidance that you are going to use.",
         )
 
 
-def _no_sampler(rejection: SiteRejection) -> PlanError:
+def _no_sampler(rejection: Rejection) -> PlanError:
     return PlanError(
         "sampler",
         expected="a deterministic sampler, recorded with this model",

@@ -35,7 +35,7 @@ class Journal:
 
         Args:
             folder: for the results; None keeps nothing.
-            key: what the results depend on: model, trajectory, request.
+            key: what the results depend on: model, recording, request.
 
         Raises:
             PlanError: the folder holds something else, or another search.
@@ -52,7 +52,7 @@ class Journal:
         except (OSError, ValueError) as error:
             raise _not_this_search(path, f"{type(error).__name__}: {error}") from error
         if found != written:
-            raise _not_this_search(path, "a search of another model, trajectory or request")
+            raise _not_this_search(path, "a search of another model, recording or request")
         return Journal(path)
 
     def numbers(self, name: str, make: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.recording.reads import find_reads
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.search.allocate import MULTIPLE
 from calicache.graph_passes.search.candidates import Explorer, Measured
 from calicache.graph_passes.search.costs import Candidates
@@ -74,7 +74,7 @@ class SearchRequest:
 
 def search_plan(
     model: nn.Module,
-    trajectory: Trajectory,
+    recording: Recording,
     request: SearchRequest,
     folder: Path | str | None = None,
     on_progress: Callable[[SearchProgress], None] | None = None,
@@ -85,14 +85,14 @@ def search_plan(
         CalicacheError: the request cannot be met, or a stage refuses; it names itself.
     """
     _check_request(request)
-    settings = _settings(model, trajectory, request)
-    check_runs(trajectory, settings)
+    settings = _settings(model, recording, request)
+    check_runs(recording, settings)
     _check_latency(request.latency, settings)
-    journal = Journal.open(folder, search_key(trajectory, settings, request))
-    searched, _, _ = share_out(len(trajectory.runs) // trajectory.calls_per_step)
+    journal = Journal.open(folder, search_key(recording, settings, request))
+    searched, _, _ = share_out(len(recording.runs) // recording.calls_per_step)
     calls = RUNS * len(searched) * len(settings.schedule)
     meter = Meter(calls * request.effort, on_progress)
-    ground = prepare_ground(model, trajectory, settings, journal, meter)
+    ground = prepare_ground(model, recording, settings, journal, meter)
     families, known = find_families(ground, request.latency, request.budget, request.effort)
     least = min(family.least_share(ground.steps) for family in families)
     _check_least(request, least)
@@ -224,9 +224,9 @@ def _plan(
     return plan.take(front.index(chosen))
 
 
-def _settings(model: nn.Module, trajectory: Trajectory, request: SearchRequest) -> PlanSettings:
+def _settings(model: nn.Module, recording: Recording, request: SearchRequest) -> PlanSettings:
     return PlanSettings(
-        schedule=uniform_schedule(trajectory.steps, 1),
+        schedule=uniform_schedule(recording.steps, 1),
         rank=MULTIPLE,
         order=MAX_ORDER,
         weighting=Weighting.COVARIANCE,
@@ -234,11 +234,11 @@ def _settings(model: nn.Module, trajectory: Trajectory, request: SearchRequest) 
         rules=(),
         include=request.include,
         exclude=request.exclude,
-        signature=trajectory.signature,
-        dependence=classify_inputs(trajectory),
-        timestep=trajectory.timestep,
+        signature=recording.signature,
+        dependence=classify_inputs(recording),
+        timestep=recording.timestep,
         weights_hash=hash_weights(model),
-        reads=find_reads(model, trajectory),
+        reads=find_reads(model, recording),
     )
 
 
@@ -277,7 +277,7 @@ def _check_samples(request: SearchRequest, samples: int) -> None:
     """Refuse an error that is to be kept by samples, where too few tell how they spread."""
     if request.max_error is not None and samples < LEAST_SAMPLES:
         raise PlanError(
-            "trajectory",
+            "recording",
             expected=f"{LEAST_SAMPLES} samples or more to choose with, for a max_error",
             got=str(samples),
             fix="Record more runs: a third of them is for choosing.",

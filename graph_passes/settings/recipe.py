@@ -91,7 +91,7 @@ def _check_output_weights(settings: PlanSettings) -> None:
             "latent",
             expected="a name beside output weights, and none without",
             got=str(settings.latent),
-            fix="Make the plan again from the trajectory.",
+            fix="Make the plan again from the recording.",
         )
     if table is None:
         return
@@ -102,5 +102,5 @@ def _check_output_weights(settings: PlanSettings) -> None:
             "output_weights",
             expected=f"{len(settings.schedule)} rows of {width} finite numbers",
             got=f"{len(table)} rows of {sorted({len(row) for row in table})}",
-            fix="Make the plan again from the trajectory.",
+            fix="Make the plan again from the recording.",
         )

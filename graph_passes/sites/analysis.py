@@ -14,7 +14,7 @@ from calicache.graph_passes.graph.checks import verify_captured
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.pointwise import pointwise_to_linear
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.choices import StepMode, Weighting
 from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.graph_passes.sites.sites import Sites, find_sites
@@ -22,7 +22,7 @@ from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 
 def fixed_values(
-    captured: CapturedGraph, trajectory: Trajectory, dependence: Mapping[str, Dependence]
+    captured: CapturedGraph, recording: Recording, dependence: Mapping[str, Dependence]
 ) -> dict[str, tuple[str, ...]]:
     """Digests of the recorded values of the inputs that are built into the graph.
 
@@ -37,7 +37,7 @@ def fixed_values(
                 got=f"some that depend on {name}, which changes from step to step",
                 fix="A graph cannot follow such a decision; compute both sides, or mask.",
             )
-    firsts = [run[0] for run in trajectory.runs]
+    firsts = [run[0] for run in recording.runs]
     return {
         name: tuple(dict.fromkeys(digest(call[name]) for call in firsts)) for name in captured.fixed
     }

@@ -17,7 +17,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.operations import ADD, DATA_MOVEMENT, LINEAR
 from calicache.graph_passes.graph.surgery import module_path
 from calicache.graph_passes.recording.input_classes import Dependence
@@ -56,7 +56,7 @@ class _Join:
 
 def find_branches(
     graph: fx.Graph, classes: Mapping[str, Dependence]
-) -> tuple[list[ResidualBranch], list[SiteRejection]]:
+) -> tuple[list[ResidualBranch], list[Rejection]]:
     """Find the residual branches that hold a linear layer and no chain of other branches.
 
     Args:
@@ -74,7 +74,7 @@ def find_branches(
     # An add without a linear layer, as in an activation written by hand, hides no branch.
     bare = [join for join in joins if not _linears(join.inside, by_name)]
     rejections = [
-        SiteRejection(_label([join.node]), join.node.name, "the branch has no linear layer")
+        Rejection(_label([join.node]), join.node.name, "the branch has no linear layer")
         for join in bare
     ]
     accepted: list[_Join] = []
@@ -84,7 +84,7 @@ def find_branches(
         if inner and not _takes_in(join, inner, by_name, flow):
             label = _label(_linears(join.inside, by_name))
             reason = f"contains other residual branches (joined at {inner[0].node.name})"
-            rejections.append(SiteRejection(label, join.node.name, reason))
+            rejections.append(Rejection(label, join.node.name, reason))
         else:
             accepted.append(join)
     all_joins = frozenset(join.node.name for join in accepted)
@@ -96,7 +96,7 @@ def find_branches(
         if not linears:
             reason = "all its linear layers are also used outside it"
             label = _label([group[0].node])
-            rejections.append(SiteRejection(label, group[0].node.name, reason))
+            rejections.append(Rejection(label, group[0].node.name, reason))
             continue
         label = _label(linears)
         taken[label] += 1

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from calicache.graph_passes.common.errors import SiteError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.operations import LINEAR, MATRIX_PRODUCTS
 from calicache.graph_passes.graph.surgery import module_path, shape_of
@@ -63,7 +63,7 @@ class Sites:
     linears: tuple[LinearSite, ...]
     groups: tuple[SiblingGroup, ...]
     branches: tuple[ResidualBranch, ...]
-    rejections: tuple[SiteRejection, ...]
+    rejections: tuple[Rejection, ...]
 
 
 def find_sites(
@@ -96,13 +96,13 @@ def find_sites(
             continue
         if _takes_weights(node, classes):
             label = module_path(node) or node.name
-            rejections.append(SiteRejection(label, node.name, EXPERTS))
+            rejections.append(Rejection(label, node.name, EXPERTS))
         if node.target is not LINEAR:
             continue
         site = _linear_site(node, names[node.name], owner.get(node.name), between)
         if isinstance(site, LinearSite):
             reason = _pattern_reason(site.name, include, exclude)
-            site = SiteRejection(site.name, site.node, reason) if reason else site
+            site = Rejection(site.name, site.node, reason) if reason else site
         if isinstance(site, LinearSite):
             linears.append(site)
         else:
@@ -144,21 +144,21 @@ def _between_branches(graph: fx.Graph, branches: Sequence[ResidualBranch]) -> fr
 
 def _linear_site(
     node: fx.Node, name: str, branch: str | None, between: frozenset[str]
-) -> LinearSite | SiteRejection:
+) -> LinearSite | Rejection:
     source, weight, bias = (*node.args, None)[:3]
     assert isinstance(source, fx.Node)
     assert isinstance(weight, fx.Node)
     bias = bias or node.kwargs.get("bias")
     if weight.op != "get_attr" or (isinstance(bias, fx.Node) and bias.op != "get_attr"):
-        return SiteRejection(name, node.name, "its weight or bias is computed, not a parameter")
+        return Rejection(name, node.name, "its weight or bias is computed, not a parameter")
     shape = shape_of(source)
     if len(shape) < 2:
-        return SiteRejection(name, node.name, f"not token-wise: its input has shape {shape}")
+        return Rejection(name, node.name, f"not token-wise: its input has shape {shape}")
     if branch is None and node.name not in between:
-        return SiteRejection(name, node.name, "before the first residual branch or after the last")
+        return Rejection(name, node.name, "before the first residual branch or after the last")
     out_features, in_features = shape_of(weight)
     if not (out_features and in_features):
-        return SiteRejection(name, node.name, "it has no channels")
+        return Rejection(name, node.name, "it has no channels")
     return LinearSite(
         name=name,
         node=node.name,

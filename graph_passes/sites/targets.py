@@ -9,7 +9,7 @@ from math import prod
 from types import MappingProxyType
 
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import shape_of
 from calicache.graph_passes.settings.choices import Granularity, SiteMode, SiteRule
@@ -59,7 +59,7 @@ def assign(
     rules: Sequence[SiteRule] = (),
     joint: bool = False,
     ranks: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[tuple[CalibrationTarget, ...], tuple[SiteRejection, ...]]:
+) -> tuple[tuple[CalibrationTarget, ...], tuple[Rejection, ...]]:
     """Choose what every CALIBRATE step corrects.
 
     Args:
@@ -79,7 +79,7 @@ def assign(
     """
     _check_rules(rules, sites)
     targets: list[CalibrationTarget] = []
-    rejections: list[SiteRejection] = []
+    rejections: list[Rejection] = []
     for branch in sites.branches:
         inside = [site for site in sites.linears if site.branch == branch.name]
         rule = _first(rules, branch.name)
@@ -176,18 +176,18 @@ def _branch_target(
     rank: int,
     *,
     capped: bool,
-) -> CalibrationTarget | SiteRejection:
+) -> CalibrationTarget | Rejection:
     shapes = [shape_of(captured.node(name)) for name in branch.exits]
     entry = branch.entry or branch.exits[0]
     if rank:
         if branch.entry is None or len(shapes) > 1:
             reason = "not one map as a whole: several latent values go in or come out"
-            return SiteRejection(branch.name, branch.exits[0], reason)
+            return Rejection(branch.name, branch.exits[0], reason)
         before = shape_of(captured.node(entry))
         rank = min(rank, before[-1], shapes[0][-1]) if capped else rank
         if len(before) < 2 or before[:-1] != shapes[0][:-1]:
             reason = f"not token-wise as a whole: from {before} to {shapes[0]}"
-            return SiteRejection(branch.name, branch.exits[0], reason)
+            return Rejection(branch.name, branch.exits[0], reason)
     return CalibrationTarget(
         name=branch.name,
         granularity=Granularity.BRANCH,

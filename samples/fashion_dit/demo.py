@@ -99,8 +99,8 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
     sampler = GuidedDDIM(arguments.steps, GUIDANCE, FashionDiT().null_class)
     task = progress.add_task("record one sampler run")
-    with record(model) as trajectory:
-        trajectory.finish(sampler.sample(model, *draw(arguments.images, RECORD_SEED)))
+    with record(model) as recording:
+        recording.finish(sampler.sample(model, *draw(arguments.images, RECORD_SEED)))
     progress.update(task, completed=100)
     schedules = {"full": uniform_schedule(arguments.steps, 1)} | {
         mode.name: uniform_schedule(arguments.steps, arguments.interval, mode)
@@ -111,7 +111,7 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
     for name, schedule in schedules.items():
         plan = Plan.from_trajectory(
             model,
-            trajectory,
+            recording,
             schedule=schedule,
             rank=arguments.rank,
             order=arguments.order,

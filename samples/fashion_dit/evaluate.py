@@ -27,7 +27,7 @@ from tqdm import tqdm
 from weights import DIT_WEIGHTS, load_weights, save_atomic
 
 from calicache.export import Session, export_onnx
-from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, uniform_schedule
+from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
 from calicache.tools.environment import environment
 
 BATCH = 32
@@ -58,10 +58,10 @@ def main() -> None:
     settings = Settings(arguments.images, arguments.repeats, arguments.out)
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
     rows = methods()
-    trajectory = record_runs(model, [RECORD_SEED])
+    recording = record_runs(model, [RECORD_SEED])
     searched = record_runs(model, SEARCH_SEEDS)
     for method in tqdm(rows, desc="plan and export"):
-        prepare(method, model, searched if method.searched else trajectory, settings.out)
+        prepare(method, model, searched if method.searched else recording, settings.out)
     fine = reference(settings.out, rows[0])
     scores = SetScores()
     for method in tqdm(rows, desc="sample and score"):
@@ -73,12 +73,12 @@ def main() -> None:
     write_report(result, arguments.docs)
 
 
-def record_runs(model: nn.Module, seeds: Sequence[int]) -> Trajectory:
+def record_runs(model: nn.Module, seeds: Sequence[int]) -> Recording:
     """One batch of the full sampler for every seed."""
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed in seeds:
-            trajectory.finish(Method("full", "recorded").sample(model, *draw(seed)))
-    return trajectory
+            recording.finish(Method("full", "recorded").sample(model, *draw(seed)))
+    return recording
 
 
 def draw(seed: int) -> tuple[Tensor, Tensor]:
@@ -87,20 +87,20 @@ def draw(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 1, 28, 28, generator=generator), torch.arange(BATCH) % 10
 
 
-def prepare(method: Method, model: nn.Module, trajectory: Trajectory, out: Path) -> None:
+def prepare(method: Method, model: nn.Module, recording: Recording, out: Path) -> None:
     """Choose the schedule, optimise, export; plain methods share one artifact."""
     if artifact(method, out).exists():
         return
     if method.searched:
-        plan = search(method, model, trajectory, out)
+        plan = search(method, model, recording, out)
     elif method.schedules is None:
         plan = Plan.from_trajectory(
-            model, trajectory, schedule=uniform_schedule(STEPS, 1), rank=1, correct=False
+            model, recording, schedule=uniform_schedule(STEPS, 1), rank=1, correct=False
         )
     else:
         plans = [
             Plan.from_trajectory(
-                model, trajectory, schedule=schedule, **{"rank": 1, **method.options}
+                model, recording, schedule=schedule, **{"rank": 1, **method.options}
             )
             for schedule in method.schedules
         ]
@@ -108,12 +108,12 @@ def prepare(method: Method, model: nn.Module, trajectory: Trajectory, out: Path)
     export_onnx(optimize(model, plan), artifact(method, out))
 
 
-def search(method: Method, model: nn.Module, trajectory: Trajectory, out: Path) -> Plan:
+def search(method: Method, model: nn.Module, recording: Recording, out: Path) -> Plan:
     """A plan for the method's budget or error, and beside it how long the search took."""
     start = time.perf_counter()
     Method("full", "timed").sample(model, *draw(RECORD_SEED))
     full = time.perf_counter() - start
-    plan = Plan.search(model, trajectory, budget=method.budget, max_error=method.max_error)
+    plan = Plan.search(model, recording, budget=method.budget, max_error=method.max_error)
     seconds = time.perf_counter() - start - full
     out.mkdir(parents=True, exist_ok=True)
     facts = {"search_runs": seconds / full, "held_out": asdict(plan.front.held_out)}

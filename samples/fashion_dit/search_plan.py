@@ -17,7 +17,7 @@ from model import FashionDiT
 from rich.console import Console
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.graph_passes import Plan, Trajectory, record
+from calicache.graph_passes import Plan, Recording, record
 
 STEPS, GUIDANCE, IMAGES = 35, 1.5, 10
 SEEDS = range(21, 30)
@@ -35,10 +35,10 @@ def main() -> None:
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
     console = Console(highlight=False)
     with console.status("record") as status:
-        trajectory = record_runs(model)
+        recording = record_runs(model)
         plan = Plan.search(
             model,
-            trajectory,
+            recording,
             budget=arguments.budget,
             on_progress=lambda now: status.update(f"{now.stage}: {now.done:.0f}/{now.total:.0f}"),
         )
@@ -46,15 +46,15 @@ def main() -> None:
     console.print(f"Written: {arguments.out}. Held-out error: {plan.front.held_out.mean:.4f}")
 
 
-def record_runs(model: FashionDiT) -> Trajectory:
+def record_runs(model: FashionDiT) -> Recording:
     """One run for every seed, of every class once."""
     sampler = GuidedDDIM(STEPS, GUIDANCE, model.null_class)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed in SEEDS:
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(IMAGES, 1, 28, 28, generator=generator)
-            trajectory.finish(sampler.sample(model, noise, torch.arange(IMAGES) % 10))
-    return trajectory
+            recording.finish(sampler.sample(model, noise, torch.arange(IMAGES) % 10))
+    return recording
 
 
 if __name__ == "__main__":

@@ -39,21 +39,21 @@ def run(session: Session, calls: list[dict[str, torch.Tensor]]) -> list[torch.Te
 
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_steps_agree_with_torch_and_caches_stay_on_the_device(
-    layout: str, fast, dit_trajectory, tmp_path
+    layout: str, fast, dit_recording, tmp_path
 ) -> None:
     export_onnx(fast, tmp_path / "d", layout)
     session = Session(tmp_path / "d", CUDA)
     fast.reset()
-    for got, call in zip(run(session, dit_trajectory.calls), dit_trajectory.calls, strict=True):
+    for got, call in zip(run(session, dit_recording.calls), dit_recording.calls, strict=True):
         assert relative(got, fast(**call)) < SAME
     kept = [value for caches in kept_refreshes(session) for value in caches.values()]
     assert {value.device_name() for value in kept} == {"cuda"}
 
 
 def test_sampler_agrees_with_torch(dit, fast, tmp_path) -> None:
-    with record(dit) as trajectory:
-        trajectory.finish(sample_dit(dit))
-    export_onnx(fast, tmp_path / "d", "sampler", read_sampler(fast, trajectory))
+    with record(dit) as recording:
+        recording.finish(sample_dit(dit))
+    export_onnx(fast, tmp_path / "d", "sampler", read_sampler(fast, recording))
     noise = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(3))
     labels = torch.tensor([4, 7, 10, 10])
     got = Session(tmp_path / "d", CUDA).sample(noise, class_labels=labels)
@@ -62,13 +62,13 @@ def test_sampler_agrees_with_torch(dit, fast, tmp_path) -> None:
     assert relative(torch.from_numpy(got), expected) < SAME
 
 
-def test_cuda_graphs_replay_what_the_plain_session_runs(fast, dit_trajectory, tmp_path) -> None:
+def test_cuda_graphs_replay_what_the_plain_session_runs(fast, dit_recording, tmp_path) -> None:
     export_onnx(fast, tmp_path / "d", "pair")
     plain, captured = Session(tmp_path / "d", CUDA), Session(tmp_path / "d", CUDA, cuda_graphs=True)
-    expected = run(plain, dit_trajectory.calls)
+    expected = run(plain, dit_recording.calls)
     counts = []
     for _ in range(4):  # allocate, capture, replay, replay
-        got = run(captured, dit_trajectory.calls)
+        got = run(captured, dit_recording.calls)
         # The same kernels on the same values; CUDA sums in an order of its own.
         assert all(relative(a, b) < 1e-5 for a, b in zip(got, expected, strict=True))
         counts.append(len(captured._graphs))
@@ -78,12 +78,12 @@ def test_cuda_graphs_replay_what_the_plain_session_runs(fast, dit_trajectory, tm
 def test_float16_agrees_with_float32(tmp_path) -> None:
     torch.manual_seed(0)
     model = shake(FashionDiT(FashionDiTConfig(width=32, depth=2, frequency_channels=32))).half()
-    with record(model) as trajectory:
+    with record(model) as recording:
         sample_dit(lambda **inputs: model(**{k: _half(v) for k, v in inputs.items()}).float())
-    plan = Plan.from_trajectory(model, trajectory, interval=3, rank=4)
+    plan = Plan.from_trajectory(model, recording, interval=3, rank=4)
     export_onnx(optimize(model, plan), tmp_path / "d", "pair")
     session, exact = Session(tmp_path / "d", CUDA), model.float()
-    for step, call in enumerate(trajectory.calls):
+    for step, call in enumerate(recording.calls):
         got = torch.from_numpy(session.step(step, **call).astype(np.float32))
         if plan.schedule[step] is StepMode.REFRESH:
             wide = {k: v.float() if v.is_floating_point() else v for k, v in call.items()}

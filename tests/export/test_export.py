@@ -62,19 +62,19 @@ class Residual(nn.Module):
 
 def compiled(op: Callable[[Tensor], Tensor]) -> OptimizedModel:
     model = Residual(op).eval().requires_grad_(False)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for step in range(3):
             model(torch.randn(2, 5, 16), torch.full((2,), 1 - 0.1 * step))
-    plan = Plan.from_trajectory(model, trajectory, rank=2, order=0, correct=False)
+    plan = Plan.from_trajectory(model, recording, rank=2, order=0, correct=False)
     return optimize(model, plan)
 
 
 @pytest.fixture(scope="module")
-def fast(dit, dit_trajectory) -> OptimizedModel:
+def fast(dit, dit_recording) -> OptimizedModel:
     """All four modes, order 2, output weights, one branch as a whole, one layer excluded."""
     plan = Plan.from_trajectory(
         dit,
-        dit_trajectory,
+        dit_recording,
         rank=4,
         schedule=(R, C, U, R, C, FORECAST),
         rules=[SiteRule("blocks.0.mlp", SiteMode.CALIBRATE, granularity=Granularity.BRANCH)],
@@ -147,10 +147,10 @@ def test_manifest_macs_are_those_of_the_cost_model(fast, manifest) -> None:
 
 def test_modes_are_those_of_the_schedule_with_the_kept_values_they_read(fast, manifest) -> None:
     assert [record.mode for record in manifest.modes] == sorted(set(manifest.schedule))
-    rewritten = fast.rewritten
+    variant_set = fast.variant_set
     for record_ in manifest.modes:
-        reads = rewritten.variants[record_.mode].reads
-        assert record_.reads == tuple(name for name in reads if name in rewritten.slots())
+        reads = variant_set.variants[record_.mode].reads
+        assert record_.reads == tuple(name for name in reads if name in variant_set.slots())
     # Only the output is forecast: nothing inside the model is read.
     assert len(manifest.mode(FORECAST).reads) == manifest.history == 3
 
@@ -169,17 +169,17 @@ def test_run_share_is_macs_of_the_whole_run_over_plain(manifest) -> None:
 
 
 def test_manifest_caches_are_those_of_the_rewritten_model(fast, manifest) -> None:
-    caches = fast.rewritten.caches
+    caches = fast.variant_set.caches
     assert [(spec.name, spec.shape, spec.torch_dtype) for spec in manifest.caches] == [
         (cache.name, cache.shape, cache.dtype) for cache in caches
     ]
-    assert manifest.history == fast.rewritten.history == 3
+    assert manifest.history == fast.variant_set.history == 3
     assert manifest.cache_bytes == 3 * sum(cache.nbytes for cache in caches)
 
 
-def test_cache_bytes_are_those_of_the_values_a_run_keeps(artifact, manifest, dit_trajectory):
+def test_cache_bytes_are_those_of_the_values_a_run_keeps(artifact, manifest, dit_recording):
     session = Session(artifact)
-    for step, call in enumerate(dit_trajectory.calls):
+    for step, call in enumerate(dit_recording.calls):
         session.step(step, **call)
     kept = [value for caches in kept_refreshes(session) for value in caches.values()]
     held = manifest.cache_bytes // manifest.history * len(kept_refreshes(session))
@@ -205,10 +205,10 @@ def test_target_records_agree_with_targets_factors_and_costs(fast, manifest) -> 
     assert manifest.branches == tuple(branch.name for branch in fast.sites.branches)
 
 
-def test_target_that_is_reused_has_no_energy_and_no_factors(dit, dit_trajectory, tmp_path) -> None:
+def test_target_that_is_reused_has_no_energy_and_no_factors(dit, dit_recording, tmp_path) -> None:
     plan = Plan.from_trajectory(
         dit,
-        dit_trajectory,
+        dit_recording,
         rank=4,
         rules=[SiteRule("blocks.*.attn", SiteMode.REUSE)],
         correct=False,
@@ -233,11 +233,11 @@ def test_manifest_lists_every_other_file_with_size_and_digest(artifact, manifest
         assert file.sha256 == sha256_of(artifact / file.name)
 
 
-def test_folder_can_be_moved_to_a_path_with_spaces(artifact, dit_trajectory, tmp_path) -> None:
-    expected = Session(artifact).step(0, **dit_trajectory.calls[0])
+def test_folder_can_be_moved_to_a_path_with_spaces(artifact, dit_recording, tmp_path) -> None:
+    expected = Session(artifact).step(0, **dit_recording.calls[0])
     copy = shutil.copytree(artifact, tmp_path / "first")
     moved = shutil.move(copy, tmp_path / "my models (1) é")
-    assert np.array_equal(Session(moved).step(0, **dit_trajectory.calls[0]), expected)
+    assert np.array_equal(Session(moved).step(0, **dit_recording.calls[0]), expected)
 
 
 def test_second_export_replaces_the_folder_with_the_same_bytes(tiny, tmp_path) -> None:

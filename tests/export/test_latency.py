@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calicache.export import Layout, read_manifest
 from calicache.export.latency import _Case, _cases, _schedule, measure_latency
-from calicache.graph_passes import Plan, StepMode, Trajectory, record
+from calicache.graph_passes import Plan, Recording, StepMode, record
 from calicache.graph_passes.common.errors import BenchError, ExportError, PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.settings.latency import (
@@ -86,7 +86,7 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def trajectory(model: nn.Module) -> Trajectory:
+def recording(model: nn.Module) -> Recording:
     torch.manual_seed(1)
     x, text = torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, WIDTH)
     with record(model) as recorded, torch.no_grad():
@@ -97,12 +97,12 @@ def trajectory(model: nn.Module) -> Trajectory:
 
 @pytest.fixture(scope="module")
 def measured(
-    model: nn.Module, trajectory: Trajectory, tmp_path_factory: pytest.TempPathFactory
+    model: nn.Module, recording: Recording, tmp_path_factory: pytest.TempPathFactory
 ) -> Measured:
     folder, seen = tmp_path_factory.mktemp("latency"), list[tuple[int, int]]()
     table = measure_latency(
         model,
-        trajectory,
+        recording,
         ranks=(RANK,),
         repeats=2,
         folder=folder,
@@ -112,8 +112,8 @@ def measured(
 
 
 @pytest.fixture(scope="module")
-def cases(model: nn.Module, trajectory: Trajectory) -> Callable[..., list[_Case]]:
-    plan = Plan.from_trajectory(model, trajectory, rank=0, correct=False)
+def cases(model: nn.Module, recording: Recording) -> Callable[..., list[_Case]]:
+    plan = Plan.from_trajectory(model, recording, rank=0, correct=False)
     captured, sites, _ = analyse(model, plan.settings)
 
     def make(ranks: tuple[int, ...] | None = None, *, keeps: bool = True) -> list[_Case]:
@@ -260,28 +260,28 @@ def test_schedule_fills_what_is_kept_and_ends_cheap(
     assert _schedule(steps, order) == expected
 
 
-def test_run_too_short_for_the_order_is_refused(model: nn.Module, trajectory: Trajectory) -> None:
-    short = replace(trajectory, calls=trajectory.calls[:3])
+def test_run_too_short_for_the_order_is_refused(model: nn.Module, recording: Recording) -> None:
+    short = replace(recording, calls=recording.calls[:3])
     with pytest.raises(BenchError, match="4 steps or more, got 3"):
         measure_latency(model, short)
 
 
-def test_unknown_order_is_refused(model: nn.Module, trajectory: Trajectory) -> None:
+def test_unknown_order_is_refused(model: nn.Module, recording: Recording) -> None:
     with pytest.raises(PlanError, match="0, 1 or 2"):
-        measure_latency(model, trajectory, order=3)
+        measure_latency(model, recording, order=3)
 
 
 @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"ranks": (4, 0)}])
 def test_nothing_to_measure_is_refused(
-    model: nn.Module, trajectory: Trajectory, wrong: dict[str, object]
+    model: nn.Module, recording: Recording, wrong: dict[str, object]
 ) -> None:
     with pytest.raises(BenchError, match="expected 1 or more, got 0"):
-        measure_latency(model, trajectory, **wrong)
+        measure_latency(model, recording, **wrong)
 
 
-def test_unknown_provider_is_refused(model: nn.Module, trajectory: Trajectory) -> None:
+def test_unknown_provider_is_refused(model: nn.Module, recording: Recording) -> None:
     with pytest.raises(ExportError, match=r"CPUExecutionProvider.*got 'FastProvider'"):
-        measure_latency(model, trajectory, provider="FastProvider")
+        measure_latency(model, recording, provider="FastProvider")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from calicache.export import Sampler, read_sampler
 from calicache.export.samplers import replay_scheduler
-from calicache.graph_passes import OptimizedModel, Plan, StepMode, Trajectory, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ExportError
 
 GUIDANCE, NULL = 1.5, 10
@@ -107,16 +107,16 @@ def walk(rows: Sequence[Sequence[float]], x: Tensor, outputs: Sequence[Tensor]) 
 
 
 def assert_walks(
-    sampler: Sampler, x: Tensor, trajectory: Trajectory, model: nn.Module, end: Tensor, bound: float
+    sampler: Sampler, x: Tensor, recording: Recording, model: nn.Module, end: Tensor, bound: float
 ) -> None:
     """The tables along the recorded outputs give every latent of the run and its result."""
     with torch.no_grad():
-        outputs = [model(**call) for call in trajectory.calls]
+        outputs = [model(**call) for call in recording.calls]
     mixed = [
         sum(share * part for share, part in zip(shares, output.chunk(sampler.parts), strict=True))
         for shares, output in zip(sampler.mix, outputs, strict=True)
     ]
-    recorded = [call["hidden_states"][:2] for call in trajectory.calls]
+    recorded = [call["hidden_states"][:2] for call in recording.calls]
     got = walk(sampler.updates, x, mixed)
     scales = [*sampler.scales, 1.0]
     for latent, scale, expected in zip(got, scales, [*recorded, end], strict=True):
@@ -124,19 +124,19 @@ def assert_walks(
 
 
 @pytest.fixture(scope="module")
-def finished(dit) -> Trajectory:
+def finished(dit) -> Recording:
     """The sample's DDIM with guidance 1.5, two runs, and their results."""
-    with record(dit) as trajectory:
+    with record(dit) as recording:
         for seed in (1, 2):
-            trajectory.finish(sample_dit(dit, seed=seed))
-    return trajectory
+            recording.finish(sample_dit(dit, seed=seed))
+    return recording
 
 
-def compiled(model: nn.Module, trajectory: Trajectory) -> OptimizedModel:
+def compiled(model: nn.Module, recording: Recording) -> OptimizedModel:
     """All steps REFRESH: nothing here depends on the modes."""
-    schedule = [StepMode.REFRESH] * trajectory.steps
+    schedule = [StepMode.REFRESH] * recording.steps
     wishes: dict[str, Any] = {"rank": 4, "order": 0, "correct": False}
-    return optimize(model, Plan.from_trajectory(model, trajectory, schedule=schedule, **wishes))
+    return optimize(model, Plan.from_trajectory(model, recording, schedule=schedule, **wishes))
 
 
 @pytest.fixture(scope="module")
@@ -182,66 +182,66 @@ def test_inputs_that_change_with_the_step_alone_are_tables(sampler: Sampler) -> 
 
 
 def test_recording_without_its_result_is_refused_with_both_ways_out(
-    dit, dit_trajectory, fast
+    dit, dit_recording, fast
 ) -> None:
     with pytest.raises(ExportError, match="without its result") as caught:
-        read_sampler(fast, dit_trajectory)
-    assert "trajectory.finish(latents)" in caught.value.fix
+        read_sampler(fast, dit_recording)
+    assert "recording.finish(latents)" in caught.value.fix
     assert "scheduler" in caught.value.fix
 
 
 def test_result_of_another_shape_is_refused_with_both_shapes(dit, fast) -> None:
-    with record(dit) as trajectory:
-        trajectory.finish(sample_dit(dit)[:, :, :14])
+    with record(dit) as recording:
+        recording.finish(sample_dit(dit)[:, :, :14])
     with pytest.raises(ExportError, match=r"\(2, 1, 14, 28\), its latent \(4, 1, 28, 28\)"):
-        read_sampler(fast, trajectory)
+        read_sampler(fast, recording)
 
 
 def test_sampler_that_adds_noise_is_refused_with_the_step(dit) -> None:
     torch.manual_seed(3)
-    with record(dit) as trajectory:
+    with record(dit) as recording:
         scheduler = ready(EulerAncestralDiscreteScheduler(**LINEAR), 4)
-        trajectory.finish(sample_with(dit, scheduler))
+        recording.finish(sample_with(dit, scheduler))
     with pytest.raises(ExportError, match=r"step 0 to 1 is no fixed weighted sum.*adds noise"):
-        read_sampler(compiled(dit, trajectory), trajectory)
+        read_sampler(compiled(dit, recording), recording)
 
 
 def test_model_whose_outputs_are_zero_is_refused(dit) -> None:
     model = copy.deepcopy(dit)
     model.final_proj.weight.zero_()  # as untrained adaLN-Zero models are
     model.final_proj.bias.zero_()
-    with record(model) as trajectory:
-        trajectory.finish(sample_dit(model))
+    with record(model) as recording:
+        recording.finish(sample_dit(model))
     with pytest.raises(ExportError, match=r"sampler: .*zero"):
-        read_sampler(compiled(model, trajectory), trajectory)
+        read_sampler(compiled(model, recording), recording)
 
 
 @pytest.mark.parametrize("conditional", [0, 1, None])
 def test_conditional_part_may_come_second_or_guidance_be_absent(conditional, dit) -> None:
-    with record(dit) as trajectory:
+    with record(dit) as recording:
         end = sample_with(dit, ready(SOLVERS["ddim"](), 4), conditional)
-        trajectory.finish(end)
-    found = read_sampler(compiled(dit, trajectory), trajectory)
+        recording.finish(end)
+    found = read_sampler(compiled(dit, recording), recording)
     assert found.conditional == conditional
     if conditional is None:
         assert (found.parts, found.guidance, found.mix) == (1, None, ((1.0,),) * 4)
     else:
         assert found.guidance == pytest.approx(GUIDANCE, rel=1e-4)  # see RECORDED
     # float32 sampling, 4 steps, and weights fitted to it.
-    assert_walks(found, draw(1, 2, 1, 28, 28), trajectory, dit, end, 1e-5)
+    assert_walks(found, draw(1, 2, 1, 28, 28), recording, dit, end, 1e-5)
 
 
 def test_guidance_that_changes_over_the_steps_has_no_scale_but_shares(dit) -> None:
     scales = [1.0, 3.0, 3.0, 1.0]
-    with record(dit) as trajectory:
+    with record(dit) as recording:
         scheduler = ready(SOLVERS["ddim"](), 4)
         end = sample_with(dit, scheduler, scales=scales)
-        trajectory.finish(end)
-    found = read_sampler(compiled(dit, trajectory), trajectory)
+        recording.finish(end)
+    found = read_sampler(compiled(dit, recording), recording)
     assert (found.parts, found.conditional, found.guidance) == (2, None, None)
     # Quotients of fitted weights, see RECORDED; the parts differ by some per cent alone.
     assert [shares[0] for shares in found.mix] == pytest.approx(scales, abs=1e-3)
-    assert_walks(found, draw(1, 2, 1, 28, 28), trajectory, dit, end, 1e-5)  # as above
+    assert_walks(found, draw(1, 2, 1, 28, 28), recording, dit, end, 1e-5)  # as above
 
 
 # --- a recording and its scheduler -------------------------------------------------------------
@@ -253,19 +253,19 @@ def test_guidance_that_changes_over_the_steps_has_no_scale_but_shares(dit) -> No
 )
 def test_scheduler_of_the_recorded_run_gives_the_whole_run(name: str, conditional, dit) -> None:
     scheduler = ready(SOLVERS[name](), 4)
-    with record(dit) as trajectory:
+    with record(dit) as recording:
         end = sample_with(dit, scheduler, conditional)
-    found = read_sampler(compiled(dit, trajectory), trajectory, scheduler)  # used up by the run
+    found = read_sampler(compiled(dit, recording), recording, scheduler)  # used up by the run
     assert (found.conditional, found.parts) == (conditional, 1 if conditional is None else 2)
-    assert len(found.updates) == len(trajectory.calls)
+    assert len(found.updates) == len(recording.calls)
     assert found.looks_back == (name in ("dpm 2m", "heun"))
     # The recorded outputs, and the scheduler's own coefficients.
-    assert_walks(found, start(scheduler), trajectory, dit, end, WALKED)
+    assert_walks(found, start(scheduler), recording, dit, end, WALKED)
 
 
 @pytest.mark.parametrize("name", ["flow", "euler", "dpm 2m"])
 def test_other_scheduler_than_the_recorded_one_is_refused(
-    name: str, fast, finished: Trajectory
+    name: str, fast, finished: Recording
 ) -> None:
     with pytest.raises(ExportError, match=r"it misses the latent of step 1 by \d"):
         read_sampler(fast, finished, ready(SOLVERS[name](), STEPS))

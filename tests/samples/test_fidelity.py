@@ -38,12 +38,12 @@ def errors() -> dict[str, float]:
         noise = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
         return sampler.sample(denoiser, noise, torch.arange(16) % 10)
 
-    with record(model) as trajectory:
+    with record(model) as recording:
         sample(model, seed=11)
     full = sample(model, seed=12)
     errors = {}
     for name, options in METHODS.items():
-        plan = Plan.from_trajectory(model, trajectory, interval=INTERVAL, rank=RANK, **options)
+        plan = Plan.from_trajectory(model, recording, interval=INTERVAL, rank=RANK, **options)
         errors[name] = relative(sample(optimize(model, plan), seed=12), full)
     return errors
 

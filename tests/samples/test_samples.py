@@ -65,7 +65,7 @@ def test_quickstart_agrees_in_torch_and_onnx_runtime(tmp_path: Path) -> None:
     printed = run("quickstart.py", cwd=tmp_path)
     torch_error, ort_error = (float(line.rpartition(" ")[2]) for line in printed.splitlines())
     assert torch_error < 0.2
-    # Both print four digits of the same trajectory, computed by two runtimes.
+    # Both print four digits of the same recording, computed by two runtimes.
     assert abs(torch_error - ort_error) <= 2e-4
 
 

@@ -12,7 +12,7 @@ from diffusion import GuidedDDIM
 from torch import Tensor, nn
 
 from calicache.export import Layout
-from calicache.graph_passes import StepMode, Trajectory, record
+from calicache.graph_passes import Recording, StepMode, record
 from calicache.graph_passes.settings.front import ErrorSummary
 from calicache.tools.compare import Comparison, ModeTime, StepComparison
 from calicache.tools.image_measures import ImageMeasures, PictureKind
@@ -115,15 +115,15 @@ def euler(model: Callable[..., Any], x: Tensor) -> Latents:
 
 def recorded(
     model: nn.Module, denoise: Denoise, noises: Sequence[Tensor], *, finish: bool = True
-) -> tuple[Trajectory, list[Latents]]:
+) -> tuple[Recording, list[Latents]]:
     """A recording of one run for every noise, and the latents after every step of each."""
     latents = []
-    with record(model) as trajectory:
+    with record(model) as recording:
         for noise in noises:
             latents.append(denoise(model, noise))
             if finish:
-                trajectory.finish(latents[-1][-1])
-    return trajectory, latents
+                recording.finish(latents[-1][-1])
+    return recording, latents
 
 
 def errors_of(got: Sequence[Latents], wanted: Sequence[Latents]) -> list[list[float]]:

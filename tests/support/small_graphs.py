@@ -31,10 +31,10 @@ def small_model(order: int) -> OptimizedModel:
     """Two blocks of width 8; anchors of an order."""
     torch.manual_seed(0)
     model = FashionDiT(FashionDiTConfig(width=8, depth=2, heads=2, frequency_channels=8))
-    with record(shake(model)) as trajectory:
+    with record(shake(model)) as recording:
         sample_dit(model, batch=1, steps=len(SCHEDULE))
     plan = Plan.from_trajectory(
-        model, trajectory, schedule=SCHEDULE, rank=2, order=order, correct=False
+        model, recording, schedule=SCHEDULE, rank=2, order=order, correct=False
     )
     return optimize(model, plan)
 
@@ -43,7 +43,7 @@ def small_model(order: int) -> OptimizedModel:
 def small_graphs(order: int) -> ModelGraphs:
     """The graphs of `small_model`."""
     optimized = small_model(order)
-    return view_graphs(optimized.captured, optimized.rewritten)
+    return view_graphs(optimized.captured, optimized.variant_set)
 
 
 class Mix(nn.Module):
@@ -87,12 +87,12 @@ class Towers(nn.Module):
 
 def compiled(model: nn.Module, *shape: int, schedule: str = "RCC") -> OptimizedModel:
     letters = dict(zip("RCUF", StepMode, strict=True))
-    with record(shake(model)) as trajectory:
+    with record(shake(model)) as recording:
         for step in range(len(schedule)):
             torch.manual_seed(step)
             model(torch.randn(*shape))
     modes = [letters[letter] for letter in schedule]
-    plan = Plan.from_trajectory(model, trajectory, schedule=modes, rank=2, order=0, correct=False)
+    plan = Plan.from_trajectory(model, recording, schedule=modes, rank=2, order=0, correct=False)
     return optimize(model, plan)
 
 

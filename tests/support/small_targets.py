@@ -16,7 +16,7 @@ from support.models import shake
 from torch import Tensor, nn
 
 from calicache.export import Layout, export_onnx, read_sampler
-from calicache.graph_passes import Plan, SiteMode, SiteRule, StepMode, Trajectory, optimize, record
+from calicache.graph_passes import Plan, Recording, SiteMode, SiteRule, StepMode, optimize, record
 
 LETTERS = dict(zip("RCUF", StepMode, strict=True))
 STEPS = 6
@@ -58,17 +58,17 @@ def small_model(seed: int = 0) -> nn.Module:
     return shake(Small())
 
 
-def small_runs(model: nn.Module, runs: int = 1, *, finish: bool = True) -> Trajectory:
+def small_runs(model: nn.Module, runs: int = 1, *, finish: bool = True) -> Recording:
     """Runs of Euler's method from different noise."""
     draw = torch.Generator().manual_seed(3)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for _ in range(runs):
             x = torch.randn(2, 5, 4, generator=draw)
             for step in range(STEPS):
                 x = x - 0.1 * model(x, torch.full((2,), 1 - step / STEPS))
             if finish:
-                trajectory.finish(x)
-    return trajectory
+                recording.finish(x)
+    return recording
 
 
 def schedule_of(letters: str) -> list[StepMode]:
@@ -77,14 +77,14 @@ def schedule_of(letters: str) -> list[StepMode]:
 
 def small_plan(
     model: nn.Module,
-    trajectory: Trajectory,
+    recording: Recording,
     letters: str = "RCRURF",
     rules: Sequence[SiteRule] = RULES,
     rank: int = 4,
 ) -> Plan:
     """All modes, one branch that is reused, one layer in full, one rank of its own."""
     return Plan.from_trajectory(
-        model, trajectory, schedule=schedule_of(letters), rank=rank, order=1, rules=rules
+        model, recording, schedule=schedule_of(letters), rank=rank, order=1, rules=rules
     )
 
 
@@ -125,9 +125,9 @@ def small_folder() -> Path:
     """`plan`, `dit.onnx.d`, `runs.safetensors` and `small.onnx`, made once for all test files."""
     folder = _scratch("a path with spaces ")
     model = small_model()
-    trajectory = small_runs(model)
-    plan = small_plan(model, trajectory)
-    trajectory.save(folder / "runs.safetensors")
+    recording = small_runs(model)
+    plan = small_plan(model, recording)
+    recording.save(folder / "runs.safetensors")
     plan.save(folder / "plan")
     export_onnx(optimize(model, plan), folder / "dit.onnx.d")
     onnx.save(small_onnx(), folder / "small.onnx")
@@ -138,10 +138,10 @@ def small_folder() -> Path:
 def other_artifact(letters: str = "RCCRCC", layout: Layout = Layout.STEP) -> Path:
     """Without rules, at rank 2; in another layout with another schedule."""
     model = small_model()
-    trajectory = small_runs(model)
-    fast = optimize(model, small_plan(model, trajectory, letters, rules=(), rank=2))
+    recording = small_runs(model)
+    fast = optimize(model, small_plan(model, recording, letters, rules=(), rank=2))
     folder = _scratch("other ") / f"{layout}.onnx.d"
-    sampler = read_sampler(fast, trajectory) if layout is Layout.SAMPLER else None
+    sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
     export_onnx(fast, folder, layout, sampler)
     return folder
 

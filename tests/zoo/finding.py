@@ -22,10 +22,10 @@ from calicache.graph_passes import (
     Dependence,
     OptimizedModel,
     Plan,
+    Recording,
     SiteMode,
     SiteRule,
     Sites,
-    Trajectory,
     classify_nodes,
     optimize,
     record,
@@ -109,11 +109,11 @@ def take(entry: ZooEntry, *, sampler: bool = True) -> Finding:
     finding = Finding(entry.name)
     try:
         model = make_model(entry)
-        with record(model) as trajectory:
+        with record(model) as recording:
             run = run_sampler(model, entry, linear=True)
-        trajectory.finish(run.latents)
+        recording.finish(run.latents)
         plan = Plan.from_trajectory(
-            model, trajectory, interval=3, rank=0, order=0, weighting="none", correct=False
+            model, recording, interval=3, rank=0, order=0, weighting="none", correct=False
         )
         stale = optimize(model, plan)
         error = _error_of_run(stale, entry, run)
@@ -124,9 +124,9 @@ def take(entry: ZooEntry, *, sampler: bool = True) -> Finding:
     except Exception as error:
         finding = replace(finding, full_rank=Check(reason=one_line(error)))
     else:
-        finding = replace(finding, onnx=_guarded(lambda: _step_layout_error(fast, trajectory)))
+        finding = replace(finding, onnx=_guarded(lambda: _step_layout_error(fast, recording)))
         if sampler:
-            finding = replace(finding, sampler=_check_sampler(fast, entry, trajectory))
+            finding = replace(finding, sampler=_check_sampler(fast, entry, recording))
     return replace(finding, seconds=time.perf_counter() - start)
 
 
@@ -182,25 +182,25 @@ def _error_of_run(model: nn.Module, entry: ZooEntry, run: DenoisingRun) -> float
     return _worst(run_sampler(model, entry, linear=True).outputs, run.outputs)
 
 
-def _step_layout_error(fast: OptimizedModel, trajectory: Trajectory) -> float:
+def _step_layout_error(fast: OptimizedModel, recording: Recording) -> float:
     """Both get the recorded calls, so that errors do not add up."""
-    signature = trajectory.signature
+    signature = recording.signature
     names = [spec.name for spec in signature.tensors]
     fast.reset()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         export_onnx(fast, Path(folder) / "d")
         session = Session(Path(folder) / "d")
         expected, got = [], []
-        for step, call in enumerate(trajectory.calls):
+        for step, call in enumerate(recording.calls):
             inputs = signature.unflatten([call[name] for name in names])
             expected.append(first_tensor(fast(**inputs)))
             got.append(torch.from_numpy(session.step(step, **call)))
     return _worst(got, expected)
 
 
-def _check_sampler(fast: OptimizedModel, entry: ZooEntry, trajectory: Trajectory) -> Check:
+def _check_sampler(fast: OptimizedModel, entry: ZooEntry, recording: Recording) -> Check:
     try:
-        sampler = read_sampler(fast, trajectory)
+        sampler = read_sampler(fast, recording)
     except CalicacheError as error:
         return Check(None, ONNX_BOUND, f"n/a: {' '.join(error.got.split())}")
     except Exception as error:
@@ -213,7 +213,7 @@ def _check_sampler(fast: OptimizedModel, entry: ZooEntry, trajectory: Trajectory
             manifest = export_onnx(fast, Path(folder) / "d", "sampler", sampler)
             assert manifest.sampler is not None
             inputs: dict[str, Any] = {
-                spec.name: trajectory.calls[0][spec.name] for spec in manifest.sampler.inputs
+                spec.name: recording.calls[0][spec.name] for spec in manifest.sampler.inputs
             }
             latents = Session(Path(folder) / "d").sample(run.noise, **inputs)
         # The noise itself is in both and would hide an error of what the run adds.

@@ -52,7 +52,7 @@
   const redraw = () => {
     show("before", "plain");
     show("after", mode.value);
-    document.getElementById("after-caption").textContent = `Rewritten: ${mode.value}`;
+    document.getElementById("after-caption").textContent = `VariantSet: ${mode.value}`;
   };
 
   const steps = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] };

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calicache.export import read_sampler
 from calicache.export.layouts.hoist_runs import HoistInvariants
 from calicache.export.layouts.sampler import sampler_model
-from calicache.graph_passes import OptimizedModel, Plan, StepMode, Trajectory, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 
 R, C, U, FORECAST = StepMode
 STEPS = 6
@@ -52,20 +52,20 @@ def draw(seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def recorded() -> tuple[OptimizedModel, Trajectory]:
+def recorded() -> tuple[OptimizedModel, Recording]:
     torch.manual_seed(0)
     model = TextDiT().eval().requires_grad_(False)
-    with record(model) as trajectory:
-        trajectory.finish(euler(model, *draw(1)))
+    with record(model) as recording:
+        recording.finish(euler(model, *draw(1)))
     schedule = (R, C, U, R, FORECAST, C)
-    plan = Plan.from_trajectory(model, trajectory, schedule=schedule, rank=4)
-    return optimize(model, plan), trajectory
+    plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=4)
+    return optimize(model, plan), recording
 
 
 @pytest.fixture(scope="module")
-def hoisted(recorded: tuple[OptimizedModel, Trajectory]) -> ir.Model:
-    fast, trajectory = recorded
-    return sampler_model(fast, read_sampler(fast, trajectory))
+def hoisted(recorded: tuple[OptimizedModel, Recording]) -> ir.Model:
+    fast, recording = recorded
+    return sampler_model(fast, read_sampler(fast, recording))
 
 
 def inside(graph: ir.Graph) -> Iterator[ir.Node]:
@@ -104,7 +104,7 @@ def test_no_node_stays_that_could_move(hoisted: ir.Model) -> None:
 
 
 def test_run_is_the_one_of_the_eager_variants(
-    recorded: tuple[OptimizedModel, Trajectory], hoisted: ir.Model
+    recorded: tuple[OptimizedModel, Recording], hoisted: ir.Model
 ) -> None:
     fast, _ = recorded
     session = ort.InferenceSession(ir.to_proto(hoisted).SerializeToString())

@@ -46,10 +46,10 @@ def compiled(batch: int = 2) -> tuple[OptimizedModel, dict[str, Tensor]]:
     """A model and the table of its timesteps, (T, B)."""
     torch.manual_seed(0)
     model = Modulated().eval().requires_grad_(False)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for step in range(STEPS):
             model(**call(step, batch))
-    plan = Plan.from_trajectory(model, trajectory, schedule=(R, C, U, R, U), rank=4, correct=False)
+    plan = Plan.from_trajectory(model, recording, schedule=(R, C, U, R, U), rank=4, correct=False)
     table = torch.stack([call(step, batch)["timestep"] for step in range(STEPS)])
     return optimize(model, plan), {"timestep": table}
 
@@ -63,7 +63,7 @@ def fast() -> tuple[OptimizedModel, dict[str, Tensor]]:
 def hoisted(fast: tuple[OptimizedModel, dict[str, Tensor]]) -> tuple[StepValues, dict]:
     model, tables = fast
     dependence = model.plan.settings.dependence
-    before, variants = hoist_steps(model.captured, dependence, model.rewritten.variants, tables)
+    before, variants = hoist_steps(model.captured, dependence, model.variant_set.variants, tables)
     assert before is not None
     return before, dict(variants)
 
@@ -75,7 +75,7 @@ def linears(variant: Variant) -> int:
 def test_variants_lose_embedder_and_modulation(fast, hoisted) -> None:
     model, (_, variants) = fast[0], hoisted
     for mode in (R, C):
-        assert linears(variants[mode]) == linears(model.rewritten.variants[mode]) - 2
+        assert linears(variants[mode]) == linears(model.variant_set.variants[mode]) - 2
     names = [node.name for node in variants[R].module.graph.nodes if node.op == "placeholder"]
     assert [name for name in names if name.startswith("step_")] == list(variants[R].reads[-2:])
 
@@ -112,7 +112,7 @@ def test_given_variants_are_not_changed(fast, hoisted) -> None:
     model, _ = fast
     assert not any(
         name.startswith("step_")
-        for variant in model.rewritten.variants.values()
+        for variant in model.variant_set.variants.values()
         for name in variant.reads
     )
 
@@ -132,7 +132,7 @@ def test_second_time_there_is_nothing_to_hoist(fast, hoisted) -> None:
 def test_tables_larger_than_the_weights_are_not_made() -> None:
     # 5 steps of 64 samples of 4 x 32 numbers, against 33 x 32 + 32 x 96 weights.
     model, tables = compiled(batch=64)
-    variants = model.rewritten.variants
+    variants = model.variant_set.variants
     before, same = hoist_steps(model.captured, model.plan.settings.dependence, variants, tables)
     assert before is None
     assert same is variants
@@ -140,5 +140,5 @@ def test_tables_larger_than_the_weights_are_not_made() -> None:
 
 def test_no_step_inputs_mean_no_values(fast) -> None:
     model, _ = fast
-    variants = model.rewritten.variants
+    variants = model.variant_set.variants
     assert hoist_steps(model.captured, model.plan.settings.dependence, variants, {})[0] is None

@@ -96,11 +96,11 @@ def call(step: int) -> tuple[Tensor, Tensor]:
 def compiled(model: nn.Module, schedule: Sequence[StepMode], **options: Any) -> OptimizedModel:
     """Under the paper's method, but for the options."""
     model.eval().requires_grad_(False)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for step in range(len(schedule)):
             model(*call(step))
     wishes = {**PAPER, "rank": 2, **options}
-    plan = Plan.from_trajectory(model, trajectory, schedule=schedule, **wishes)
+    plan = Plan.from_trajectory(model, recording, schedule=schedule, **wishes)
     return optimize(model, plan)
 
 
@@ -129,14 +129,14 @@ def stored_as(model: onnx.ModelProto, weight: Tensor) -> list[str]:
 def empty_caches(optimized: OptimizedModel) -> dict[str, np.ndarray]:
     return {
         name: np.zeros((0, *cache.shape[1:]), np.float32)
-        for name, (cache, _) in optimized.rewritten.slots().items()
+        for name, (cache, _) in optimized.variant_set.slots().items()
     }
 
 
 def zero_caches(optimized: OptimizedModel) -> dict[str, np.ndarray]:
     return {
         name: np.zeros(cache.shape, np.float32)
-        for name, (cache, _) in optimized.rewritten.slots().items()
+        for name, (cache, _) in optimized.variant_set.slots().items()
     }
 
 
@@ -168,8 +168,8 @@ def forecast_model(forecast_fast) -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="module")
-def diffusers_model(diffusers_dit, diffusers_trajectory) -> onnx.ModelProto:
-    plan = Plan.from_trajectory(diffusers_dit, diffusers_trajectory, rank=4, schedule=MIXED)
+def diffusers_model(diffusers_dit, diffusers_recording) -> onnx.ModelProto:
+    plan = Plan.from_trajectory(diffusers_dit, diffusers_recording, rank=4, schedule=MIXED)
     return proto(optimize(diffusers_dit, plan))
 
 
@@ -185,7 +185,7 @@ def test_full_check_accepts_a_model_with_several_modes(
 
 
 def test_inputs_are_the_models_own_then_step_then_caches(dit_fast, dit_model) -> None:
-    caches = [cache.name for cache in dit_fast.rewritten.caches]
+    caches = [cache.name for cache in dit_fast.variant_set.caches]
     own = ["hidden_states", "timestep", "class_labels"]
     assert [value.name for value in dit_model.graph.input] == [*own, "step", *caches]
     step = dit_model.graph.input[3].type.tensor_type
@@ -193,7 +193,7 @@ def test_inputs_are_the_models_own_then_step_then_caches(dit_fast, dit_model) ->
 
 
 def test_every_kept_refresh_is_an_input_newest_first(forecast_fast, forecast_model) -> None:
-    caches = [cache.name for cache in forecast_fast.rewritten.caches]
+    caches = [cache.name for cache in forecast_fast.variant_set.caches]
     slots = [f"{name}{back}" for back in ("", "_back1", "_back2") for name in caches]
     names = [value.name for value in forecast_model.graph.input]
     assert names == ["hidden_states", "timestep", "class_labels", "step", *slots]
@@ -203,7 +203,7 @@ def test_every_kept_refresh_is_an_input_newest_first(forecast_fast, forecast_mod
 def test_outputs_are_the_models_own_then_the_next_caches(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    caches = request.getfixturevalue(f"{name}_fast").rewritten.caches
+    caches = request.getfixturevalue(f"{name}_fast").variant_set.caches
     model = request.getfixturevalue(f"{name}_model")
     nexts = [f"{cache.name}_next" for cache in caches]
     assert [value.name for value in model.graph.output] == ["output", *nexts]
@@ -213,7 +213,7 @@ def test_outputs_are_the_models_own_then_the_next_caches(
 def test_cache_inputs_have_an_open_first_size_and_fixed_others(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    slots = request.getfixturevalue(f"{name}_fast").rewritten.slots()
+    slots = request.getfixturevalue(f"{name}_fast").variant_set.slots()
     model = request.getfixturevalue(f"{name}_model")
     values = {value.name: value.type.tensor_type for value in model.graph.input}
     for slot, (cache, _) in slots.items():
@@ -247,7 +247,7 @@ def test_four_modes_are_three_nested_ifs_and_forecast_multiplies_no_weights(fore
 def test_weights_of_every_step_are_tables_in_the_graph_with_the_plans_values(
     forecast_fast, forecast_model
 ) -> None:
-    tables = forecast_fast.rewritten.tables
+    tables = forecast_fast.variant_set.tables
     # Own output, three kept ones and the latent; anchors of three kept refreshes.
     assert sorted(tables) == [
         *(f"anchor_weight_{k}" for k in range(3)),
@@ -271,7 +271,7 @@ def test_a_table_is_an_initializer_of_its_own_name(forecast_model) -> None:
 
 
 def test_order_zero_without_output_weights_has_no_tables(dit_fast, dit_model) -> None:
-    assert dit_fast.rewritten.tables == {}
+    assert dit_fast.variant_set.tables == {}
     assert not any("weight_" in name and "table" in name for name in arrays(dit_model))
 
 
@@ -279,7 +279,7 @@ def test_order_zero_without_output_weights_has_no_tables(dit_fast, dit_model) ->
 def test_forecast_alone_keeps_the_output_and_nothing_else(schedule: Sequence[StepMode]) -> None:
     optimized = compiled(Residual(), schedule)
     onnx.checker.check_model(proto(optimized), full_check=True)
-    assert len(optimized.rewritten.caches) == 1
+    assert len(optimized.variant_set.caches) == 1
 
 
 @pytest.mark.parametrize("other", [C, U, FORECAST])
@@ -333,7 +333,7 @@ def test_initializers_weigh_as_much_as_weights_and_factors(
     fast = request.getfixturevalue(f"{name}_fast")
     weights = [*fast.original.parameters(), *fast.original.buffers()]
     factors = [part for made in fast.factors.values() for part in (made.down, made.up)]
-    folded = {cache.folded for cache in fast.rewritten.caches}
+    folded = {cache.folded for cache in fast.variant_set.caches}
     for target in fast.targets:
         if target.name in folded and reads_output(target):  # K, and K b of the same rank
             read = fast.factors[target.name].read
@@ -381,9 +381,9 @@ def test_input_with_a_name_of_the_layout_is_refused() -> None:
         step_model(compiled(ReservedInputs(), (R, C)))
 
 
-def test_only_refresh_returns_caches_and_it_reads_none(dit_fast, dit_trajectory, dit_model) -> None:
-    feed = {name: value.numpy() for name, value in dit_trajectory.calls[0].items()}
-    caches = dit_fast.rewritten.caches
+def test_only_refresh_returns_caches_and_it_reads_none(dit_fast, dit_recording, dit_model) -> None:
+    feed = {name: value.numpy() for name, value in dit_recording.calls[0].items()}
+    caches = dit_fast.variant_set.caches
     first = run(dit_model, **feed, **empty_caches(dit_fast), step=np.array(0))
     assert [first[f"{cache.name}_next"].shape for cache in caches] == [c.shape for c in caches]
     kept = {cache.name: first[f"{cache.name}_next"] for cache in caches}

@@ -85,10 +85,10 @@ def outside(model: onnx.ModelProto) -> dict[str, Place]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_is_that_of_the_step_layout(name: str, pairs, steps, dit_trajectory) -> None:
+def test_every_step_is_that_of_the_step_layout(name: str, pairs, steps, dit_recording) -> None:
     pair, step = Session(pairs[name]), Session(steps[name])
     for _ in range(2):  # the second run starts with the first one's caches
-        for k, call in enumerate(dit_trajectory.calls):
+        for k, call in enumerate(dit_recording.calls):
             got, expected = (torch.from_numpy(s.step(k, **call)) for s in (pair, step))
             assert relative(got, expected) < SAME, k
     one, other = kept_refreshes(pair), kept_refreshes(step)
@@ -114,9 +114,9 @@ def test_whole_run_in_closed_loop_agrees_with_eager(name: str, fasts, pairs) -> 
     assert relative(got, sampler.sample(fasts[name].original, noise, labels)) > 1e-4
 
 
-def test_cheap_step_before_any_refresh_is_refused(pairs, dit_trajectory) -> None:
+def test_cheap_step_before_any_refresh_is_refused(pairs, dit_recording) -> None:
     with pytest.raises(RunError, match="step 1: expected a REFRESH step before it"):
-        Session(pairs["paper"]).step(1, **dit_trajectory.calls[1])
+        Session(pairs["paper"]).step(1, **dit_recording.calls[1])
 
 
 # --- the files ---------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ def test_second_export_gives_the_same_bytes(fasts, pairs, tmp_path: Path) -> Non
     assert manifest == Session(pairs["paper"]).manifest  # digests of all files
 
 
-def test_folder_can_be_moved(damaged, pairs, dit_trajectory, tmp_path: Path) -> None:
+def test_folder_can_be_moved(damaged, pairs, dit_recording, tmp_path: Path) -> None:
     moved = shutil.move(damaged, tmp_path / "my models (1) é")
     got, expected = (
-        Session(folder).step(0, **dit_trajectory.calls[0]) for folder in (moved, pairs["paper"])
+        Session(folder).step(0, **dit_recording.calls[0]) for folder in (moved, pairs["paper"])
     )
     # Bit by bit: the same files.
     assert np.array_equal(got, expected)

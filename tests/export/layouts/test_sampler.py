@@ -22,7 +22,7 @@ from support.models import STEPS, relative, sample_dit
 from torch import Tensor, nn
 
 from calicache.export import Sampler, Session, export_onnx, read_sampler
-from calicache.graph_passes import OptimizedModel, Plan, StepMode, Trajectory, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ExportError, RunError
 
 R, C, U, FORECAST = StepMode
@@ -119,20 +119,20 @@ def ddim_of_diffusers(model: Callable[..., Any], x: Tensor) -> Tensor:
     return x
 
 
-def recorded(model: nn.Module, denoise: Denoise, noise: Tensor) -> Trajectory:
-    with record(model) as trajectory:
-        trajectory.finish(denoise(model, noise))
-    return trajectory
+def recorded(model: nn.Module, denoise: Denoise, noise: Tensor) -> Recording:
+    with record(model) as recording:
+        recording.finish(denoise(model, noise))
+    return recording
 
 
 def compiled(
-    model: nn.Module, trajectory: Trajectory, schedule: Sequence[StepMode], **options: Any
+    model: nn.Module, recording: Recording, schedule: Sequence[StepMode], **options: Any
 ) -> tuple[OptimizedModel, Sampler]:
     plan = Plan.from_trajectory(
-        model, trajectory, schedule=schedule, **{"rank": 3, "correct": False, **options}
+        model, recording, schedule=schedule, **{"rank": 3, "correct": False, **options}
     )
     fast = optimize(model, plan)
-    return fast, read_sampler(fast, trajectory)
+    return fast, read_sampler(fast, recording)
 
 
 def small_sampler(
@@ -143,8 +143,8 @@ def small_sampler(
 ) -> tuple[OptimizedModel, Sampler]:
     torch.manual_seed(0)
     model = Residual().eval().requires_grad_(False).to(dtype)
-    trajectory = recorded(model, denoise, draw(1, 2, 5, 8))
-    return compiled(model, trajectory, schedule, **options)
+    recording = recorded(model, denoise, draw(1, 2, 5, 8))
+    return compiled(model, recording, schedule, **options)
 
 
 def export_small(
@@ -183,10 +183,10 @@ def identities(graph: onnx.GraphProto) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(dit) -> Trajectory:
-    with record(dit) as trajectory:
-        trajectory.finish(sample_dit(dit))
-    return trajectory
+def finished(dit) -> Recording:
+    with record(dit) as recording:
+        recording.finish(sample_dit(dit))
+    return recording
 
 
 @pytest.fixture(scope="module")
@@ -285,20 +285,20 @@ def test_sampler_that_scales_the_models_input_agrees_with_eager(tmp_path: Path) 
     torch.manual_seed(0)
     model = Residual().eval().requires_grad_(False)
     start = euler_scheduler().init_noise_sigma
-    trajectory = recorded(model, euler, start * draw(1, 2, 5, 8))
+    recording = recorded(model, euler, start * draw(1, 2, 5, 8))
     plan = Plan.from_trajectory(
-        model, trajectory, schedule=(R, U, R, FORECAST, U), rank=3, order=0, correct=False
+        model, recording, schedule=(R, U, R, FORECAST, U), rank=3, order=0, correct=False
     )
     fast = optimize(model, plan)
-    sampler = read_sampler(fast, trajectory, euler_scheduler())
+    sampler = read_sampler(fast, recording, euler_scheduler())
     assert len(set(sampler.scales)) == 5
     export_onnx(fast, tmp_path / "d", "sampler", sampler)
     assert_runs_agree((fast, tmp_path / "d"), euler, start * draw(3, 2, 5, 8), [1, 2])
 
 
 def test_model_with_learned_variance_agrees_with_eager(diffusers_dit, tmp_path: Path) -> None:
-    trajectory = recorded(diffusers_dit, ddim_of_diffusers, draw(1, 2, 4, 8, 8))
-    fast, sampler = compiled(diffusers_dit, trajectory, (R, FORECAST, R, FORECAST))
+    recording = recorded(diffusers_dit, ddim_of_diffusers, draw(1, 2, 4, 8, 8))
+    fast, sampler = compiled(diffusers_dit, recording, (R, FORECAST, R, FORECAST))
     export_onnx(fast, tmp_path / "d", "sampler", sampler)
     labels = [1, 2, NULL, NULL]
     assert_runs_agree((fast, tmp_path / "d"), ddim_of_diffusers, draw(3, 2, 4, 8, 8), labels)
@@ -347,10 +347,10 @@ def test_only_older_refreshes_travel_between_segments(exports, models) -> None:
     fast, _ = exports["forecast"]
     outer, inner = loops(models["forecast"].graph)
     assert len(inner.input) == 3
-    caches = len(fast.rewritten.caches)
+    caches = len(fast.variant_set.caches)
     # x, and at most the `history` refreshes before; the newest is read where it was made.
-    assert caches * (fast.rewritten.history - 1) <= len(outer.input) - 3
-    assert len(outer.input) - 3 <= caches * fast.rewritten.history
+    assert caches * (fast.variant_set.history - 1) <= len(outer.input) - 3
+    assert len(outer.input) - 3 <= caches * fast.variant_set.history
     assert len(body(outer).output) == len(outer.input) - 1
 
 
@@ -431,8 +431,8 @@ def test_guidance_scale_of_a_sampler_without_one_is_refused(small, tmp_path: Pat
 def test_model_argument_with_a_name_of_the_layout_is_refused(tmp_path: Path) -> None:
     model = NoiseArgument().eval().requires_grad_(False)
     denoise = flow(4, "noise")
-    trajectory = recorded(model, denoise, draw(1, 2, 5, 8))
-    fast, sampler = compiled(model, trajectory, (R,) * 4)
+    recording = recorded(model, denoise, draw(1, 2, 5, 8))
+    fast, sampler = compiled(model, recording, (R,) * 4)
     with pytest.raises(ExportError, match="input noise: expected a name that the layout does not"):
         export_onnx(fast, tmp_path / "d", "sampler", sampler)
     assert not (tmp_path / "d").exists()

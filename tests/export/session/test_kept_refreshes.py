@@ -128,14 +128,14 @@ def pair(dit, forecast_plan, tmp_path_factory) -> Path:
     return folder
 
 
-def test_runs_of_pair_repeat_their_addresses(pair, dit_trajectory) -> None:
+def test_runs_of_pair_repeat_their_addresses(pair, dit_recording) -> None:
     session = Session(pair)
     caches = {cache.name for cache in session.manifest.caches}
     assert caches & set(session.manifest.mode(StepMode.REFRESH).reads)
     session._graphs = {}  # counts the combinations of addresses; no CUDA graph on a CPU
     counts, outputs = [], []
     for _ in range(4):
-        run = [session.step(step, **call) for step, call in enumerate(dit_trajectory.calls)]
+        run = [session.step(step, **call) for step, call in enumerate(dit_recording.calls)]
         outputs.append(run)
         counts.append(len(session._graphs))
     assert counts[1] == counts[2] == counts[3] == len(session.manifest.schedule)
@@ -144,9 +144,9 @@ def test_runs_of_pair_repeat_their_addresses(pair, dit_trajectory) -> None:
         assert all(map(np.array_equal, run, outputs[0]))
 
 
-def test_an_output_is_the_callers_own(pair, dit_trajectory) -> None:
+def test_an_output_is_the_callers_own(pair, dit_recording) -> None:
     session = Session(pair)
-    call = dit_trajectory.calls[0]
+    call = dit_recording.calls[0]
     first = session.step(0, **call)
     copy = first.copy()
     session.step(0, **{name: value * 0 for name, value in call.items()})

@@ -25,10 +25,10 @@ from calicache.graph_passes import (
     Granularity,
     OptimizedModel,
     Plan,
+    Recording,
     SiteMode,
     SiteRule,
     StepMode,
-    Trajectory,
     optimize,
     record,
     uniform_schedule,
@@ -81,11 +81,11 @@ def export_residual(
 ) -> Exported:
     """Under the paper's method, but for the options."""
     model = Residual().eval().requires_grad_(False).to(dtype)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for step in range(len(schedule)):
             model(**residual_call(step, dtype))
     wishes = {"order": 0, "weighting": "increment", "correct": False, **options}
-    plan = Plan.from_trajectory(model, trajectory, rank=rank, schedule=schedule, **wishes)
+    plan = Plan.from_trajectory(model, recording, rank=rank, schedule=schedule, **wishes)
     fast = optimize(model, plan)
     export_onnx(fast, folder)
     return fast, folder
@@ -100,14 +100,14 @@ def assert_session_agrees(fast: OptimizedModel, folder: Path) -> None:
 
 
 def assert_recorded_calls_agree(
-    model: nn.Module, plan: Plan, trajectory: Trajectory, folder: Path
+    model: nn.Module, plan: Plan, recording: Recording, folder: Path
 ) -> None:
     """Session against eager variants, call by call."""
     fast = optimize(model, plan)
     export_onnx(fast, folder)
     session = Session(folder)
     with torch.no_grad():
-        for step, call in enumerate(trajectory.calls):
+        for step, call in enumerate(recording.calls):
             got = torch.from_numpy(session.step(step, **call))
             assert relative(got, fast(**call)) < SAME, step
 
@@ -171,8 +171,8 @@ def session(exports) -> Session:
 
 
 @pytest.fixture
-def calls(dit_trajectory) -> list[dict[str, np.ndarray]]:
-    return [{name: v.numpy() for name, v in call.items()} for call in dit_trajectory.calls]
+def calls(dit_recording) -> list[dict[str, np.ndarray]]:
+    return [{name: v.numpy() for name, v in call.items()} for call in dit_recording.calls]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -194,10 +194,10 @@ def test_cheap_steps_are_far_enough_from_plain_ones_for_the_bound_to_tell(export
 
 
 def test_diffusers_dit_agrees_with_eager_over_its_loop(
-    diffusers_dit, diffusers_trajectory, tmp_path
+    diffusers_dit, diffusers_recording, tmp_path
 ) -> None:
     schedule = (R, C, U, R, FORECAST, C)
-    plan = Plan.from_trajectory(diffusers_dit, diffusers_trajectory, rank=4, schedule=schedule)
+    plan = Plan.from_trajectory(diffusers_dit, diffusers_recording, rank=4, schedule=schedule)
     fast = optimize(diffusers_dit, plan)
     export_onnx(fast, tmp_path / "d")
     got = diffusers_calls(DrivenDiffusers(Session(tmp_path / "d")))
@@ -221,7 +221,7 @@ def test_any_schedule_rank_and_order_agrees_with_eager(
 
 
 def test_whole_branches_in_one_run_with_rules_agree_with_eager(
-    dit, dit_trajectory, tmp_path
+    dit, dit_recording, tmp_path
 ) -> None:
     rules = [
         SiteRule("blocks.0.attn", SiteMode.REUSE),
@@ -231,26 +231,26 @@ def test_whole_branches_in_one_run_with_rules_agree_with_eager(
         SiteRule("blocks.1.mlp.fc1", SiteMode.CALIBRATE, rank=7),
     ]
     schedule = [LETTERS[letter] for letter in "RCRCRC"]
-    plan = Plan.from_trajectory(dit, dit_trajectory, schedule=schedule, rank=4, rules=rules)
-    assert_recorded_calls_agree(dit, plan, dit_trajectory, tmp_path / "d")
+    plan = Plan.from_trajectory(dit, dit_recording, schedule=schedule, rank=4, rules=rules)
+    assert_recorded_calls_agree(dit, plan, dit_recording, tmp_path / "d")
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_branch_granularity_agrees_with_eager(order: int, dit, dit_trajectory, tmp_path) -> None:
+def test_branch_granularity_agrees_with_eager(order: int, dit, dit_recording, tmp_path) -> None:
     plan = Plan.from_trajectory(
         dit,
-        dit_trajectory,
+        dit_recording,
         schedule=[LETTERS[letter] for letter in "RCRCFU"],
         rank=4,
         order=order,
         granularity="branch",
     )
-    assert_recorded_calls_agree(dit, plan, dit_trajectory, tmp_path / "d")
+    assert_recorded_calls_agree(dit, plan, dit_recording, tmp_path / "d")
 
 
-def test_numpy_and_torch_inputs_give_the_same(session, calls, dit_trajectory) -> None:
+def test_numpy_and_torch_inputs_give_the_same(session, calls, dit_recording) -> None:
     from_numpy = session.step(0, **calls[0])
-    assert np.array_equal(session.step(0, **dit_trajectory.calls[0]), from_numpy)
+    assert np.array_equal(session.step(0, **dit_recording.calls[0]), from_numpy)
     spread = np.asfortranarray(calls[0]["hidden_states"])
     assert np.array_equal(session.step(0, **calls[0] | {"hidden_states": spread}), from_numpy)
 
@@ -292,10 +292,10 @@ def test_kept_refreshes_move_back_without_a_copy(forecast, calls) -> None:
 
 
 def test_forecast_plan_agrees_with_eager_at_every_step(
-    dit, forecast_plan, dit_trajectory, tmp_path
+    dit, forecast_plan, dit_recording, tmp_path
 ) -> None:
     assert forecast_plan.settings.output_weights is not None
-    assert_recorded_calls_agree(dit, forecast_plan, dit_trajectory, tmp_path / "d")
+    assert_recorded_calls_agree(dit, forecast_plan, dit_recording, tmp_path / "d")
 
 
 def test_steps_of_the_forecast_plan_differ_from_the_plain_model(forecast, calls) -> None:
@@ -321,15 +321,15 @@ def test_output_weights_act_in_the_artifact(dit, forecast, calls, tmp_path) -> N
     assert max(relative(*map(torch.from_numpy, pair)) for pair in zip(*outputs, strict=True)) > SAME
 
 
-def test_full_rank_at_order_two_is_exact(dit, dit_trajectory, tmp_path) -> None:
+def test_full_rank_at_order_two_is_exact(dit, dit_recording, tmp_path) -> None:
     schedule = [LETTERS[letter] for letter in "RCRCRC"]
     plan = Plan.from_trajectory(
-        dit, dit_trajectory, schedule=schedule, rank=32, weighting="none", correct=False
+        dit, dit_recording, schedule=schedule, rank=32, weighting="none", correct=False
     )
     assert plan.settings.order == 2
     export_onnx(optimize(dit, plan), tmp_path / "d")
     session = Session(tmp_path / "d")
-    for step, call in enumerate(dit_trajectory.calls):
+    for step, call in enumerate(dit_recording.calls):
         got = torch.from_numpy(session.step(step, **call))
         # B A is W: y* + W (x - x*) is y whatever the anchors. float32 rounds at 6e-8, and the
         # extrapolation weights (sum of magnitudes 7) and two blocks multiply it.
@@ -339,7 +339,7 @@ def test_full_rank_at_order_two_is_exact(dit, dit_trajectory, tmp_path) -> None:
 def test_refresh_not_yet_there_has_weight_zero(forecast, calls) -> None:
     fast, folder = forecast
     first_cheap = fast.plan.schedule.index(C)
-    for name, table in fast.rewritten.tables.items():
+    for name, table in fast.variant_set.tables.items():
         if name in ("anchor_weight_1", "anchor_weight_2"):
             assert table[first_cheap] == 0.0
     session = Session(folder)
@@ -397,7 +397,7 @@ def test_caches_do_not_change_with_the_callers_arrays(tmp_path: Path) -> None:
     # At rank 16 after many REFRESH steps nothing is folded: x itself is a cache.
     schedule = (*[R] * 8, C)
     fast, folder = export_residual(schedule, 16, tmp_path / "d")
-    assert any(cache.node == "x" and not cache.folded for cache in fast.rewritten.caches)
+    assert any(cache.node == "x" and not cache.folded for cache in fast.variant_set.caches)
     session = Session(folder)
     outputs = []
     for spoil in (False, True):

@@ -21,9 +21,9 @@ from calicache.graph_passes import (
     CapturedGraph,
     OptimizedModel,
     Plan,
+    Recording,
     Sites,
     StepMode,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -35,7 +35,7 @@ from calicache.graph_passes import (
 from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.rewriting.checks import verify_rewritten
+from calicache.graph_passes.rewriting.checks import verify_variants
 from calicache.graph_passes.rewriting.variants import rewrite
 from calicache.graph_passes.settings.schedule import anchor_table, kept_refreshes, output_table
 from calicache.graph_passes.sites.targets import assign
@@ -61,7 +61,7 @@ class Subject:
 
     model: nn.Module
     sample: Callable[[nn.Module], Tensor | list[Tensor]]
-    trajectory: Trajectory
+    recording: Recording
     plan: Plan
     captured: CapturedGraph
     sites: Sites
@@ -70,7 +70,7 @@ class Subject:
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """What a model returns for the recorded calls."""
         with torch.no_grad():
-            results = [model(**call) for call in self.trajectory.calls]
+            results = [model(**call) for call in self.recording.calls]
         return [result if isinstance(result, Tensor) else result.sample for result in results]
 
     def build(
@@ -81,7 +81,7 @@ class Subject:
         factors = make_factors(self.captured, targets, self.plan.statistics)
         plan = self.plan.with_schedule(schedule)
         plan = replace(plan, settings=replace(plan.settings, order=order))
-        rewritten = rewrite(
+        variant_set = rewrite(
             self.captured,
             self.sites,
             targets,
@@ -98,8 +98,8 @@ class Subject:
             sites=self.sites,
             targets=targets,
             factors=factors,
-            rewritten=verify_rewritten(self.captured, rewritten),
-            cost=model_cost(self.captured, self.sites, targets, rewritten),
+            variant_set=verify_variants(self.captured, variant_set),
+            cost=model_cost(self.captured, self.sites, targets, variant_set),
             again=pytest.fail,  # no call here has another form
         )
 
@@ -112,15 +112,15 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     else:
         model = shake(copy.deepcopy(request.getfixturevalue("diffusers_dit")), 0.2)
         sample = diffusers_calls
-    with record(model) as trajectory:
+    with record(model) as recording:
         sample(model)
-    captured = capture(model, trajectory.signature)
-    sites = find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+    captured = capture(model, recording.signature)
+    sites = find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
     width = min(min(site.in_features, site.out_features) for site in sites.linears)
     plan = Plan.from_trajectory(
-        model, trajectory, rank=width, order=0, weighting="increment", correct=False
+        model, recording, rank=width, order=0, weighting="increment", correct=False
     )
-    return Subject(model, sample, trajectory, plan, captured, sites, width)
+    return Subject(model, sample, recording, plan, captured, sites, width)
 
 
 Compute = Callable[[], Tensor]
@@ -299,8 +299,8 @@ def test_calibrate_is_the_low_rank_correction_by_hand(subject: Subject) -> None:
 def test_folding_changes_nothing(subject: Subject, rank: int) -> None:
     plain = subject.build(CALIBRATED, rank, fold=False)
     folded = subject.build(CALIBRATED, rank, fold=True)
-    assert all(cache.folded is None for cache in plain.rewritten.caches)
-    assert {c.folded for c in folded.rewritten.caches} > {s.name for s in subject.sites.linears}
+    assert all(cache.folded is None for cache in plain.variant_set.caches)
+    assert {c.folded for c in folded.variant_set.caches} > {s.name for s in subject.sites.linears}
     assert_same(subject.outputs(folded), subject.outputs(plain))
 
 
@@ -385,7 +385,7 @@ def test_output_weights_mix_own_and_kept_outputs_and_the_latent(subject: Subject
         kept = kept_refreshes(schedule, step, order + 1)
         expected = sum(w * own[k] for w, k in zip(table[step][1:-1], kept, strict=False))
         expected = expected + table[step][0] * own[step]
-        x = subject.trajectory.calls[step]["hidden_states"]
+        x = subject.recording.calls[step]["hidden_states"]
         expected[:, : x.shape[1]] += table[step][-1] * x  # diffusers' has a learned variance
         # Weights of size 1 in float32, and one sum of four terms.
         assert relative(got[step], expected) < EXTRAPOLATED, step
@@ -395,16 +395,16 @@ def test_output_weights_mix_own_and_kept_outputs_and_the_latent(subject: Subject
 def test_cheap_steps_leave_the_caches_alone(
     subject: Subject, three_modes: OptimizedModel, mode: StepMode
 ) -> None:
-    first, second = (list(call.values()) for call in subject.trajectory.calls[:2])
-    rewritten = three_modes.rewritten
+    first, second = (list(call.values()) for call in subject.recording.calls[:2])
+    variant_set = three_modes.variant_set
     with torch.no_grad():
-        kept = rewritten.variants[REFRESH].module(*first)[rewritten.outputs :]
-        caches = dict(zip([cache.name for cache in rewritten.caches], kept, strict=True))
+        kept = variant_set.variants[REFRESH].module(*first)[variant_set.outputs :]
+        caches = dict(zip([cache.name for cache in variant_set.caches], kept, strict=True))
         before = {name: value.clone() for name, value in caches.items()}
-        variant = rewritten.variants[mode]
-        values = rewritten.read(variant.reads, [caches], 1, second[0].device)
+        variant = variant_set.variants[mode]
+        values = variant_set.read(variant.reads, [caches], 1, second[0].device)
         outputs = variant.module(*second, *values)
     assert len(variant.reads) > 0
-    assert len(outputs) == rewritten.outputs  # nothing that could be written back
+    assert len(outputs) == variant_set.outputs  # nothing that could be written back
     for name, value in caches.items():
         assert torch.equal(value, before[name]), name  # bitwise: not written at all

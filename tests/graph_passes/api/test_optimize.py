@@ -18,10 +18,10 @@ from calicache.graph_passes import (
     Granularity,
     OptimizedModel,
     Plan,
+    Recording,
     SiteMode,
     SiteRule,
     StepMode,
-    Trajectory,
     Weighting,
     optimize,
     record,
@@ -38,8 +38,8 @@ def fast(dit: FashionDiT, dit_plan: Plan) -> OptimizedModel:
 
 
 @pytest.fixture(scope="module")
-def diffusers_plan(diffusers_dit: DiTTransformer2DModel, diffusers_trajectory: Trajectory) -> Plan:
-    return Plan.from_trajectory(diffusers_dit, diffusers_trajectory, interval=3, rank=4)
+def diffusers_plan(diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording) -> Plan:
+    return Plan.from_trajectory(diffusers_dit, diffusers_recording, interval=3, rank=4)
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_only_the_modes_of_the_schedule_are_made(
 ) -> None:
     seen: list[tuple[int, int]] = []
     fast = optimize(dit, dit_plan.with_schedule(schedule), lambda *step: seen.append(step))
-    assert set(fast.rewritten.variants) == set(schedule)
+    assert set(fast.variant_set.variants) == set(schedule)
     # No layer is decomposed for nothing.
     layers = 12 if CALIBRATE in schedule else 0
     assert seen == [(done, layers) for done in range(1, layers + 1)]
@@ -178,7 +178,7 @@ def test_model_of_diffusers_is_not_changed(
 def test_weights_are_shared_by_all_variants(dit: FashionDiT, fast: OptimizedModel) -> None:
     own = {name: value.data_ptr() for name, value in tensors(dit).items()}
     seen: dict[str, int] = {}
-    for variant in fast.rewritten.variants.values():
+    for variant in fast.variant_set.variants.values():
         for name, value in tensors(variant.module).items():
             assert seen.setdefault(name, value.data_ptr()) == value.data_ptr(), name
     assert {name: seen[name] for name in own if name in seen} == own
@@ -205,18 +205,18 @@ def test_result_keeps_what_each_stage_made(fast: OptimizedModel, dit: FashionDiT
 def test_plan_with_everything_makes_all_modes(dit: FashionDiT, forecast_plan: Plan) -> None:
     seen: list[tuple[int, int]] = []
     fast = optimize(dit, forecast_plan, on_target=lambda *step: seen.append(step))
-    assert set(fast.rewritten.variants) == set(StepMode)
+    assert set(fast.variant_set.variants) == set(StepMode)
     # q, k and v together, proj, fc1, fc2; twice.
     assert [len(target.sites) for target in fast.targets] == [3, 1, 1, 1] * 2
     assert seen == [(done, 8) for done in range(1, 9)]
     assert fast.cost.modes[FORECAST] == 0
-    assert set(fast.rewritten.tables) == {
+    assert set(fast.variant_set.tables) == {
         *(f"anchor_weight_{k}" for k in range(3)),
         *(f"output_weight_{k}" for k in range(5)),
     }
     for place in range(5):
         column = tuple(row[place] for row in forecast_plan.settings.output_weights)
-        assert fast.rewritten.tables[f"output_weight_{place}"] == column
+        assert fast.variant_set.tables[f"output_weight_{place}"] == column
 
 
 def test_saved_plan_makes_the_same_model(
@@ -228,13 +228,13 @@ def test_saved_plan_makes_the_same_model(
     assert torch.equal(sample_dit(fast), sample_dit(again))
 
 
-def test_rules_decide_what_a_step_calibrates(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
+def test_rules_decide_what_a_step_calibrates(dit: FashionDiT, dit_recording: Recording) -> None:
     rules = (
         SiteRule("blocks.0.attn", SiteMode.REUSE),
         SiteRule("blocks.0.mlp", SiteMode.CALIBRATE, 3, Granularity.BRANCH),
         SiteRule("blocks.1.mlp.fc1", SiteMode.FULL),
     )
-    plan = Plan.from_trajectory(dit, dit_trajectory, rank=4, rules=rules, correct=False)
+    plan = Plan.from_trajectory(dit, dit_recording, rank=4, rules=rules, correct=False)
     fast = optimize(dit, plan)
     assert [(target.name, target.granularity, target.rank) for target in fast.targets] == [
         ("blocks.0.attn", Granularity.BRANCH, 0),
@@ -250,10 +250,10 @@ def test_rules_decide_what_a_step_calibrates(dit: FashionDiT, dit_trajectory: Tr
 
 
 def test_branch_granularity_calibrates_every_branch_as_a_whole(
-    dit: FashionDiT, dit_trajectory: Trajectory
+    dit: FashionDiT, dit_recording: Recording
 ) -> None:
     plan = Plan.from_trajectory(
-        dit, dit_trajectory, rank=4, granularity="branch", correct=False, order=1
+        dit, dit_recording, rank=4, granularity="branch", correct=False, order=1
     )
     fast = optimize(dit, plan)
     assert {target.granularity for target in fast.targets} == {Granularity.BRANCH}
@@ -277,10 +277,10 @@ class Turned(nn.Module):
 
 def test_branch_that_is_not_token_wise_falls_back_to_its_layers() -> None:
     model = shake(Turned())
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for _ in range(3):
             model(torch.randn(2, 5, 8))
-    plan = Plan.from_trajectory(model, trajectory, rank=2, granularity="branch", correct=False)
+    plan = Plan.from_trajectory(model, recording, rank=2, granularity="branch", correct=False)
     fast = optimize(model, plan)
     assert [(t.name, t.granularity) for t in fast.targets] == [("inner", Granularity.LINEAR)]
     (rejection,) = [r for r in fast.sites.rejections if "not token-wise" in r.reason]
@@ -288,9 +288,9 @@ def test_branch_that_is_not_token_wise_falls_back_to_its_layers() -> None:
 
 
 def test_statistics_of_other_steps_than_the_schedule_are_refused(
-    dit: FashionDiT, dit_trajectory: Trajectory
+    dit: FashionDiT, dit_recording: Recording
 ) -> None:
-    plan = Plan.from_trajectory(dit, dit_trajectory, rank=4, mode=REUSE, correct=False)
+    plan = Plan.from_trajectory(dit, dit_recording, rank=4, mode=REUSE, correct=False)
     assert plan.statistics == {}
     with pytest.raises(PlanError, match="with the steps it will run"):
         optimize(dit, plan.with_schedule((REFRESH, CALIBRATE)))

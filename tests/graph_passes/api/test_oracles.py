@@ -13,8 +13,8 @@ from torch import nn
 
 from calicache.graph_passes import (
     CapturedGraph,
+    Recording,
     Sites,
-    Trajectory,
     find_sites,
     record,
     uniform_schedule,
@@ -42,15 +42,15 @@ Replay = dict[str, list[tuple[np.ndarray, np.ndarray]]]
 
 
 @pytest.fixture(scope="module")
-def two_runs(dit: FashionDiT) -> Trajectory:
-    with record(dit) as trajectory:
+def two_runs(dit: FashionDiT) -> Recording:
+    with record(dit) as recording:
         sample_dit(dit, seed=1)
         sample_dit(dit, seed=2)
-    return trajectory
+    return recording
 
 
 @pytest.fixture(scope="module")
-def replay(dit: FashionDiT, two_runs: Trajectory) -> Replay:
+def replay(dit: FashionDiT, two_runs: Recording) -> Replay:
     seen: Replay = {name: [] for name in LAYERS}
     handles = []
     for name in LAYERS:
@@ -129,7 +129,7 @@ def weighting(request: pytest.FixtureRequest) -> Weighting:
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, two_runs: Trajectory) -> tuple[CapturedGraph, Sites]:
+def found(dit: FashionDiT, two_runs: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(dit, two_runs.signature)
     return captured, find_sites(captured, classify_nodes(captured, classify_inputs(two_runs)))
 
@@ -137,7 +137,7 @@ def found(dit: FashionDiT, two_runs: Trajectory) -> tuple[CapturedGraph, Sites]:
 @pytest.fixture(scope="module")
 def pairs(
     dit: FashionDiT,
-    two_runs: Trajectory,
+    two_runs: Recording,
     found: tuple[CapturedGraph, Sites],
     replay: Replay,
     weighting: Weighting,

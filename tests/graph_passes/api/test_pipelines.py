@@ -19,8 +19,8 @@ from calicache.graph_passes import (
     CalicacheError,
     OptimizedModel,
     Plan,
+    Recording,
     StepMode,
-    Trajectory,
     optimize,
     record,
 )
@@ -50,7 +50,7 @@ def built(case: PipelineCase) -> Any:
 
 
 @cache
-def recorded(case: PipelineCase) -> Trajectory:
+def recorded(case: PipelineCase) -> Recording:
     with record(built(case).transformer) as recorded:
         case.latents(built(case), "A dog", seed=3)
     return recorded
@@ -78,7 +78,7 @@ def original(case: PipelineCase) -> Any:
 
 
 @pytest.fixture
-def trajectory(case: PipelineCase) -> Trajectory:
+def recording(case: PipelineCase) -> Recording:
     return recorded(case)
 
 
@@ -119,20 +119,20 @@ def break_off() -> None:
 
 
 def test_recording_shows_how_many_calls_a_step_has(
-    case: PipelineCase, trajectory: Trajectory, plan: Plan
+    case: PipelineCase, recording: Recording, plan: Plan
 ) -> None:
-    assert len(trajectory.calls) == STEPS * case.calls
-    assert trajectory.calls_per_step == case.calls
-    assert len(plan.schedule) == trajectory.steps == STEPS
+    assert len(recording.calls) == STEPS * case.calls
+    assert recording.calls_per_step == case.calls
+    assert len(plan.schedule) == recording.steps == STEPS
 
 
 def test_refresh_on_every_step_equals_the_original(
-    case: PipelineCase, original: Any, trajectory: Trajectory
+    case: PipelineCase, original: Any, recording: Recording
 ) -> None:
     schedule = [StepMode.REFRESH] * STEPS
     pipe, model = case.build(), original.transformer
     pipe.transformer = optimize(
-        model, Plan.from_trajectory(model, trajectory, schedule=schedule, rank=4)
+        model, Plan.from_trajectory(model, recording, schedule=schedule, rank=4)
     )
     for prompt, seed in ((PROMPT, 1), (OTHER, 2)):
         expected = case.latents(original, prompt, seed)
@@ -251,25 +251,25 @@ def test_guidance_switched_off_is_refused_or_right(
 
 @only(lambda case: case.calls > 1)
 def test_calls_of_one_step_never_mix_their_caches(
-    case: PipelineCase, trajectory: Trajectory, pipe: Any
+    case: PipelineCase, recording: Recording, pipe: Any
 ) -> None:
     """The recorded calls again, twice; the second time, one call of a step is another."""
-    first = replay(pipe.transformer, trajectory, scale=1.0)
+    first = replay(pipe.transformer, recording, scale=1.0)
     pipe.transformer.reset()
-    second = replay(pipe.transformer, trajectory, scale=0.5)
+    second = replay(pipe.transformer, recording, scale=0.5)
     for number, (before, after) in enumerate(zip(first, second, strict=True)):
         assert torch.equal(before, after) == (number % case.calls == 0), f"call {number}"
 
 
-def replay(model: OptimizedModel, trajectory: Trajectory, scale: float) -> list[torch.Tensor]:
+def replay(model: OptimizedModel, recording: Recording, scale: float) -> list[torch.Tensor]:
     """Outputs of the recorded calls, the text of every second one scaled."""
     outputs = []
-    for number, call in enumerate(trajectory.calls):
+    for number, call in enumerate(recording.calls):
         tensors = dict(call)
         tensors["encoder_hidden_states"] = call["encoder_hidden_states"] * (
-            scale if number % trajectory.calls_per_step else 1.0
+            scale if number % recording.calls_per_step else 1.0
         )
-        outputs.append(model(**trajectory.signature.unflatten(list(tensors.values())))[0].clone())
+        outputs.append(model(**recording.signature.unflatten(list(tensors.values())))[0].clone())
     return outputs
 
 

@@ -23,11 +23,11 @@ from calicache.graph_passes import (
     Dependence,
     Granularity,
     Plan,
+    Recording,
     SiteMode,
     SiteRule,
     Sites,
     StepMode,
-    Trajectory,
     Weighting,
     classify_inputs,
     classify_nodes,
@@ -70,9 +70,9 @@ def assert_equal(one: Plan, other: Plan) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
-    captured = capture(dit, dit_trajectory.signature)
-    classes = classify_nodes(captured, classify_inputs(dit_trajectory))
+def found(dit: FashionDiT, dit_recording: Recording) -> tuple[CapturedGraph, Sites]:
+    captured = capture(dit, dit_recording.signature)
+    classes = classify_nodes(captured, classify_inputs(dit_recording))
     return captured, find_sites(captured, classes)
 
 
@@ -86,9 +86,9 @@ def check(plan: Plan, targets: Sequence[CalibrationTarget]) -> None:
     check_statistics(plan.statistics, plan.settings.weighting, targets)
 
 
-def test_plan_holds_what_the_trajectory_showed(
+def test_plan_holds_what_the_recording_showed(
     dit: FashionDiT,
-    dit_trajectory: Trajectory,
+    dit_recording: Recording,
     dit_plan: Plan,
     found: tuple[CapturedGraph, Sites],
     targets: tuple[CalibrationTarget, ...],
@@ -97,7 +97,7 @@ def test_plan_holds_what_the_trajectory_showed(
     assert dit_plan.schedule == kept.schedule == (R, C, C, R, C, C)
     assert (kept.rank, kept.weighting) == (4, Weighting.INCREMENT)
     assert (kept.include, kept.exclude) == (("*",), ())
-    assert kept.signature == dit_trajectory.signature
+    assert kept.signature == dit_recording.signature
     assert kept.dependence == {
         "hidden_states": Dependence.LATENT,
         "timestep": Dependence.STEP,
@@ -109,18 +109,18 @@ def test_plan_holds_what_the_trajectory_showed(
     assert (kept.output_weights, kept.latent) == (None, None)
     assert kept.correction == "not asked for"
     assert list(dit_plan.statistics) == [site.name for site in found[1].linears]
-    expected = observe(found[0], targets, dit_trajectory, Weighting.INCREMENT, kept.schedule)
+    expected = observe(found[0], targets, dit_recording, Weighting.INCREMENT, kept.schedule)
     assert_equal(dit_plan, Plan(kept, expected))
 
 
-def test_options_reach_the_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
+def test_options_reach_the_plan(dit: FashionDiT, dit_recording: Recording) -> None:
     seen: list[tuple[int, int]] = []
     names = {"include": ["blocks.1.*"], "exclude": ["*.fc?"]}
     rules = (SiteRule("*.v", SiteMode.FULL), SiteRule("*.proj", SiteMode.CALIBRATE, 2))
     options = {"interval": 2, "rank": 8, "weighting": "activation", "rules": rules, **names}
     plan = Plan.from_trajectory(
         dit,
-        dit_trajectory,
+        dit_recording,
         **options,
         order=1,
         correct=False,
@@ -135,11 +135,11 @@ def test_options_reach_the_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> 
 
 
 def test_given_schedule_overrides_interval_and_mode(
-    dit: FashionDiT, dit_trajectory: Trajectory
+    dit: FashionDiT, dit_recording: Recording
 ) -> None:
     plan = Plan.from_trajectory(
         dit,
-        dit_trajectory,
+        dit_recording,
         schedule=[R, U, C, R],
         interval=2,
         mode=C,
@@ -292,14 +292,14 @@ def test_damaged_plan_is_refused_with_its_path_and_reason(
     with pytest.raises(PlanError, match=f"^{re.escape(start)}") as caught:
         Plan.load(tmp_path / "plan")
     assert reason in str(caught.value)
-    assert str(caught.value).endswith("Make the plan again from the trajectory.")
+    assert str(caught.value).endswith("Make the plan again from the recording.")
 
 
 @pytest.mark.parametrize(
     ("schedule", "got"), [((), "no steps"), ((C, R), "CALIBRATE"), ((U,), "REUSE")]
 )
 def test_schedule_must_start_with_refresh(
-    dit: FashionDiT, dit_trajectory: Trajectory, dit_plan: Plan, schedule: tuple, got: str
+    dit: FashionDiT, dit_recording: Recording, dit_plan: Plan, schedule: tuple, got: str
 ) -> None:
     message = (
         f"plan: schedule: expected a first step that is REFRESH, got {got}. "
@@ -308,7 +308,7 @@ def test_schedule_must_start_with_refresh(
     with refuses(message):
         dit_plan.with_schedule(schedule)
     with refuses(message):
-        Plan.from_trajectory(dit, dit_trajectory, rank=4, schedule=schedule)
+        Plan.from_trajectory(dit, dit_recording, rank=4, schedule=schedule)
 
 
 def test_rank_must_not_be_negative(dit_plan: Plan) -> None:
@@ -317,7 +317,7 @@ def test_rank_must_not_be_negative(dit_plan: Plan) -> None:
 
 
 def test_rank_above_a_layer_in_a_rule_names_the_layer(
-    dit: FashionDiT, dit_trajectory: Trajectory, found: tuple[CapturedGraph, Sites]
+    dit: FashionDiT, dit_recording: Recording, found: tuple[CapturedGraph, Sites]
 ) -> None:
     message = (
         "plan: rank of blocks.0.attn.q: expected 0 .. 32 for 32 -> 32, got 33. "
@@ -328,15 +328,13 @@ def test_rank_above_a_layer_in_a_rule_names_the_layer(
         with refuses(message):
             assign(*found, rank=32, rules=rules, joint=joint)
     with refuses(message):
-        Plan.from_trajectory(dit, dit_trajectory, rank=32, rules=rules)
+        Plan.from_trajectory(dit, dit_recording, rank=32, rules=rules)
 
 
-def test_unknown_weighting_lists_the_valid_ones(
-    dit: FashionDiT, dit_trajectory: Trajectory
-) -> None:
+def test_unknown_weighting_lists_the_valid_ones(dit: FashionDiT, dit_recording: Recording) -> None:
     valid = " | ".join(Weighting)
     with refuses(f"plan: weighting: expected {valid}, got 'svd'. Choose one of these."):
-        Plan.from_trajectory(dit, dit_trajectory, rank=4, weighting="svd")
+        Plan.from_trajectory(dit, dit_recording, rank=4, weighting="svd")
 
 
 def test_changing_a_plan_leaves_the_original(dit_plan: Plan) -> None:
@@ -399,7 +397,7 @@ def test_statistics_that_do_not_fit_are_refused(
     message = (
         f"plan: statistics of {name}: expected finite values of shapes "
         f"{{'input': (32,), 'output': (128,)}}, got {got}. "
-        "Make the plan again from the trajectory, with the steps it will run."
+        "Make the plan again from the recording, with the steps it will run."
     )
     with refuses(message):
         check(bad, targets)
@@ -418,7 +416,7 @@ def test_weighting_none_needs_no_statistics(
 
 
 def test_defaults_are_forecasts_covariance_and_fitted_outputs(
-    forecast_plan: Plan, dit_trajectory: Trajectory
+    forecast_plan: Plan, dit_recording: Recording
 ) -> None:
     kept = forecast_plan.settings
     assert (kept.order, kept.weighting) == (2, Weighting.COVARIANCE)
@@ -431,13 +429,13 @@ def test_defaults_are_forecasts_covariance_and_fitted_outputs(
     assert kept.output_weights[0][1:4] == (0.0, 0.0, 0.0)
     assert kept.output_weights[1][2:4] == (0.0, 0.0)
     assert kept.output_weights[1][4] != 0.0
-    assert len(dit_trajectory.runs) == 1
+    assert len(dit_recording.runs) == 1
 
 
 def test_options_that_are_left_out_are_the_best_known(
-    dit: FashionDiT, dit_trajectory: Trajectory
+    dit: FashionDiT, dit_recording: Recording
 ) -> None:
-    kept = Plan.from_trajectory(dit, dit_trajectory, rank=4).settings
+    kept = Plan.from_trajectory(dit, dit_recording, rank=4).settings
     assert (kept.order, kept.weighting, kept.rules) == (2, Weighting.COVARIANCE, ())
     assert kept.granularity is Granularity.LINEAR
     assert kept.output_weights is not None
@@ -451,10 +449,10 @@ RULES = (
 
 
 @pytest.fixture(scope="module")
-def ruled_plan(dit: FashionDiT, dit_trajectory: Trajectory) -> Plan:
+def ruled_plan(dit: FashionDiT, dit_recording: Recording) -> Plan:
     """Rules of every kind, over a schedule of all modes."""
     return Plan.from_trajectory(
-        dit, dit_trajectory, schedule=(R, C, R, U, C, F), rank=4, order=1, rules=RULES
+        dit, dit_recording, schedule=(R, C, R, U, C, F), rank=4, order=1, rules=RULES
     )
 
 
@@ -517,20 +515,20 @@ def test_what_was_fitted_is_dropped_with_what_it_was_fitted_to(
 
 @pytest.mark.parametrize("order", [-1, 3])
 def test_order_must_be_known(
-    dit: FashionDiT, dit_trajectory: Trajectory, dit_plan: Plan, order: int
+    dit: FashionDiT, dit_recording: Recording, dit_plan: Plan, order: int
 ) -> None:
     message = f"plan: order: expected 0, 1 or 2, got {order}. Choose one of these."
     with refuses(message):
         replace(dit_plan.settings, order=order)
     with refuses(message):
-        Plan.from_trajectory(dit, dit_trajectory, rank=4, order=order)
+        Plan.from_trajectory(dit, dit_recording, rank=4, order=order)
 
 
 def test_unknown_granularity_lists_the_valid_ones(
-    dit: FashionDiT, dit_trajectory: Trajectory
+    dit: FashionDiT, dit_recording: Recording
 ) -> None:
     with refuses("plan: granularity: expected linear | branch, got 'head'. Choose one of these."):
-        Plan.from_trajectory(dit, dit_trajectory, rank=4, granularity="head")
+        Plan.from_trajectory(dit, dit_recording, rank=4, granularity="head")
 
 
 @pytest.mark.parametrize(
@@ -561,7 +559,7 @@ def test_latent_is_named_where_there_are_output_weights_and_only_there(
 ) -> None:
     with refuses(
         "plan: latent: expected a name beside output weights, and none without, "
-        f"got {latent}. Make the plan again from the trajectory."
+        f"got {latent}. Make the plan again from the recording."
     ):
         replace(dit_plan.settings, output_weights=weights, latent=latent)
 
@@ -574,27 +572,27 @@ def test_outputs_are_mixed_only_where_something_is_forecast(dit_plan: Plan) -> N
 
 
 def test_sampler_that_adds_noise_gets_no_output_weights(dit: FashionDiT) -> None:
-    with record(dit) as trajectory, torch.no_grad():
+    with record(dit) as recording, torch.no_grad():
         for now in (900, 500, 100):
             latents, labels = torch.randn(2, 1, 28, 28), torch.tensor([1, 10])
             dit(latents, torch.full((2,), now), labels)  # noise that no update explains
-    plan = Plan.from_trajectory(dit, trajectory, rank=4, interval=3)
+    plan = Plan.from_trajectory(dit, recording, rank=4, interval=3)
     assert plan.settings.output_weights is None
     assert plan.settings.correction.startswith("not fitted: ")
     assert "no fixed weighted sum" in plan.settings.correction
 
 
 def test_run_of_another_length_gets_no_output_weights(
-    dit: FashionDiT, dit_trajectory: Trajectory
+    dit: FashionDiT, dit_recording: Recording
 ) -> None:
-    plan = Plan.from_trajectory(dit, dit_trajectory, rank=4, schedule=(R, C, C))
+    plan = Plan.from_trajectory(dit, dit_recording, rank=4, schedule=(R, C, C))
     assert plan.settings.correction == "not fitted: no recorded run has the plan's 3 steps"
 
 
-def test_rule_that_fits_nothing_is_refused(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
+def test_rule_that_fits_nothing_is_refused(dit: FashionDiT, dit_recording: Recording) -> None:
     rule = SiteRule("blocks.7.*", SiteMode.FULL)
     with pytest.raises(PlanError, match=r"rule blocks\.7\.\*: expected a pattern that fits"):
-        Plan.from_trajectory(dit, dit_trajectory, rank=4, rules=(rule,))
+        Plan.from_trajectory(dit, dit_recording, rank=4, rules=(rule,))
 
 
 def test_second_moments_of_another_width_are_refused(

@@ -47,13 +47,13 @@ def made(
 ):
     dtype: torch.dtype = request.param
     model = copy.deepcopy(diffusers_dit).to(dtype)
-    with record(model) as trajectory:
-        trajectory.finish(sample(model, draw(1), dtype))
-    plan = Plan.from_trajectory(model, trajectory, schedule=SCHEDULE, rank=4, order=1)
+    with record(model) as recording:
+        recording.finish(sample(model, draw(1), dtype))
+    plan = Plan.from_trajectory(model, recording, schedule=SCHEDULE, rank=4, order=1)
     fast = optimize(model, plan)
     folder = tmp_path_factory.mktemp("precision")
     for layout in Layout:
-        sampler = read_sampler(fast, trajectory) if layout is Layout.SAMPLER else None
+        sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
         export_onnx(fast, folder / layout, layout, sampler)
     return dtype, fast, folder
 
@@ -68,7 +68,7 @@ def test_weights_and_caches_have_the_models_dtype(made, layout: Layout) -> None:
         stored = onnx.load(path, load_external_data=False).graph.initializer
         large = {tensor.data_type for tensor in stored if len(tensor.dims) == 2}
         assert wanted[dtype] in large
-    assert {cache.dtype for cache in fast.rewritten.caches} == {dtype}
+    assert {cache.dtype for cache in fast.variant_set.caches} == {dtype}
 
 
 def test_sampler_takes_and_returns_float32(made) -> None:

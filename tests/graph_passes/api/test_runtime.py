@@ -14,7 +14,7 @@ from model import FashionDiT
 from support.models import STEPS, relative, sample_dit, shake
 from torch import Tensor, nn
 
-from calicache.graph_passes import OptimizedModel, Plan, StepMode, Trajectory, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import RunError
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
@@ -35,16 +35,16 @@ def fast(made: OptimizedModel) -> OptimizedModel:
 
 
 @pytest.fixture
-def calls(dit_trajectory: Trajectory) -> Calls:
-    return [dict(call) for call in dit_trajectory.calls]
+def calls(dit_recording: Recording) -> Calls:
+    return [dict(call) for call in dit_recording.calls]
 
 
 @pytest.fixture(scope="module")
 def fast_diffusers(
-    diffusers_dit: DiTTransformer2DModel, diffusers_trajectory: Trajectory
+    diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording
 ) -> OptimizedModel:
     plan = Plan.from_trajectory(
-        diffusers_dit, diffusers_trajectory, rank=4, schedule=(REFRESH, CALIBRATE, CALIBRATE)
+        diffusers_dit, diffusers_recording, rank=4, schedule=(REFRESH, CALIBRATE, CALIBRATE)
     )
     return optimize(diffusers_dit, plan)
 
@@ -62,10 +62,10 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def test_output_object_of_diffusers_comes_back(
-    fast_diffusers: OptimizedModel, diffusers_trajectory: Trajectory
+    fast_diffusers: OptimizedModel, diffusers_recording: Recording
 ) -> None:
     fast_diffusers.reset()
-    for call in diffusers_trajectory.calls[:3]:
+    for call in diffusers_recording.calls[:3]:
         output = fast_diffusers(**call)
         assert type(output) is Transformer2DModelOutput
         assert output.sample.shape == (4, 8, 8, 8)
@@ -74,12 +74,12 @@ def test_output_object_of_diffusers_comes_back(
 
 def test_tuple_comes_back_where_one_was_recorded(diffusers_dit: DiTTransformer2DModel) -> None:
     inputs = {"class_labels": torch.tensor([1, 2])}
-    with record(diffusers_dit) as trajectory:
+    with record(diffusers_dit) as recording:
         for t in (9, 5):
             x = torch.randn(2, 4, 8, 8)
             inputs["timestep"] = torch.full((2,), t)
             expected = diffusers_dit(x, **inputs, return_dict=False)
-    plan = Plan.from_trajectory(diffusers_dit, trajectory, rank=2, schedule=(REFRESH, REFRESH))
+    plan = Plan.from_trajectory(diffusers_dit, recording, rank=2, schedule=(REFRESH, REFRESH))
     fast = optimize(diffusers_dit, plan)
     got = fast(x, **inputs, return_dict=False)
     assert type(got) is tuple
@@ -216,10 +216,10 @@ class Residual(nn.Module):
 @pytest.fixture(scope="module")
 def fast_residual() -> OptimizedModel:
     model = shake(Residual())
-    with record(model) as trajectory:
+    with record(model) as recording:
         for _ in range(3):
             model(torch.randn(2, 5, 64))
-    plan = Plan.from_trajectory(model, trajectory, rank=4, schedule=(REFRESH, CALIBRATE, REUSE))
+    plan = Plan.from_trajectory(model, recording, rank=4, schedule=(REFRESH, CALIBRATE, REUSE))
     return optimize(model, plan)
 
 
@@ -238,15 +238,15 @@ def test_model_without_a_timestep_starts_again_after_the_last_step(
 @pytest.mark.parametrize("written", ["input", "output"])
 def test_caches_survive_a_sampler_that_writes_in_place(written: str) -> None:
     model = shake(Residual())
-    with record(model) as trajectory:
+    with record(model) as recording:
         for _ in range(3):
             model(torch.randn(2, 5, 64))
     schedule = (REFRESH, CALIBRATE, REFRESH)  # one cheap step for two: folding does not pay
     plan = Plan.from_trajectory(
-        model, trajectory, rank=64, schedule=schedule, order=0, correct=False
+        model, recording, rank=64, schedule=schedule, order=0, correct=False
     )
     fast = optimize(model, plan)
-    assert all(cache.folded is None for cache in fast.rewritten.caches)  # x_ref itself is kept
+    assert all(cache.folded is None for cache in fast.variant_set.caches)  # x_ref itself is kept
     first, second = torch.randn(2, 2, 5, 64)
     fast(first)
     expected = fast(second)[1]
@@ -355,12 +355,12 @@ def test_forecast_survives_a_sampler_that_writes_in_place(
 @pytest.mark.parametrize("order", [0, 2])
 def test_plain_forecast_survives_a_sampler_that_writes_in_place(order: int) -> None:
     model = shake(Residual())
-    with record(model) as trajectory:
+    with record(model) as recording:
         for _ in range(3):
             model(torch.randn(2, 5, 64))
     schedule = (REFRESH, REUSE, FORECAST)
     plan = Plan.from_trajectory(
-        model, trajectory, rank=4, schedule=schedule, order=order, correct=False
+        model, recording, rank=4, schedule=schedule, order=order, correct=False
     )
     fast = optimize(model, plan)
     inputs = torch.randn(3, 2, 5, 64)
@@ -401,10 +401,10 @@ def test_other_argument_is_refused(
 
 
 def test_argument_that_was_not_recorded_is_refused(
-    fast_diffusers: OptimizedModel, diffusers_trajectory: Trajectory
+    fast_diffusers: OptimizedModel, diffusers_recording: Recording
 ) -> None:
     fast_diffusers.reset()
-    call = diffusers_trajectory.calls[0]
+    call = diffusers_recording.calls[0]
     for options, where in (
         ({"return_dict": False}, "return_dict"),
         ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs.scale"),

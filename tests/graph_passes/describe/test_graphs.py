@@ -40,7 +40,7 @@ def optimized(request: pytest.FixtureRequest) -> OptimizedModel:
 
 @pytest.fixture(scope="module")
 def graphs(optimized: OptimizedModel) -> ModelGraphs:
-    return view_graphs(optimized.captured, optimized.rewritten)
+    return view_graphs(optimized.captured, optimized.variant_set)
 
 
 def test_every_mode_has_the_nodes_of_its_graph_in_order(
@@ -48,7 +48,7 @@ def test_every_mode_has_the_nodes_of_its_graph_in_order(
 ) -> None:
     assert list(graphs.modes) == list(StepMode)
     sources = {None: optimized.captured.graph}
-    sources |= {mode: v.module.graph for mode, v in optimized.rewritten.variants.items()}
+    sources |= {mode: v.module.graph for mode, v in optimized.variant_set.variants.items()}
     for mode, source in sources.items():
         nodes = [node for node in source.nodes if node.op != "output"]
         assert [node.name for node in graphs.graph(mode).nodes] == [node.name for node in nodes]
@@ -65,7 +65,7 @@ def test_names_of_copied_nodes_are_those_of_the_plain_graph(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
     plain = named(graphs.plain.nodes)
-    for mode, variant in optimized.rewritten.variants.items():
+    for mode, variant in optimized.variant_set.variants.items():
         views = named(graphs.modes[mode].nodes)
         kept = [view for view in views.values() if view.mark is Mark.PLAIN]
         assert all(
@@ -79,8 +79,8 @@ def test_names_of_copied_nodes_are_those_of_the_plain_graph(
 def test_reads_are_caches_or_weights_of_the_step(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
-    slots = optimized.rewritten.slots()
-    for mode, variant in optimized.rewritten.variants.items():
+    slots = optimized.variant_set.slots()
+    for mode, variant in optimized.variant_set.variants.items():
         read = [v for v in graphs.modes[mode].nodes if v.mark in (Mark.CACHE, Mark.WEIGHT)]
         assert tuple(view.name for view in read) == variant.reads
         assert {view.name for view in read if view.mark is Mark.CACHE} == set(slots) & set(
@@ -93,9 +93,9 @@ def test_refresh_alone_writes_every_cache_by_the_node_that_makes_it(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
     writes = graphs.modes[REFRESH].writes
-    assert [write.cache for write in writes] == [c.name for c in optimized.rewritten.caches]
+    assert [write.cache for write in writes] == [c.name for c in optimized.variant_set.caches]
     made = named(graphs.modes[REFRESH].nodes)
-    for write, cache in zip(writes, optimized.rewritten.caches, strict=True):
+    for write, cache in zip(writes, optimized.variant_set.caches, strict=True):
         assert made[write.node].shape == cache.shape
     assert not any(graphs.modes[mode].writes for mode in (CALIBRATE, REUSE, FORECAST))
     assert graphs.plain.outputs == ("_unsafe_view_1",)
@@ -128,14 +128,16 @@ def test_nodes_are_frozen() -> None:
 
 def test_variant_that_uses_a_name_for_something_else_is_refused() -> None:
     model = small_model(0)
-    variant = model.rewritten.variants[CALIBRATE]
+    variant = model.variant_set.variants[CALIBRATE]
     changed = replace(variant, inserted=variant.inserted[1:])
-    rewritten = replace(model.rewritten, variants={**model.rewritten.variants, CALIBRATE: changed})
+    variant_set = replace(
+        model.variant_set, variants={**model.variant_set.variants, CALIBRATE: changed}
+    )
     name = variant.inserted[0]
     with pytest.raises(
         VerifyError, match=rf"{name} of CALIBRATE: expected an inserted node.*got plain reshape"
     ):
-        view_graphs(model.captured, rewritten)
+        view_graphs(model.captured, variant_set)
 
 
 def test_parts_of_a_dit_are_its_blocks_and_what_is_before_and_after(graphs: ModelGraphs) -> None:
@@ -156,13 +158,13 @@ def test_inserted_nodes_and_caches_are_in_the_block_of_what_they_stand_for(
     parts = {node.name: node.block for node in graphs.plain.nodes}
     views = named(graphs.modes[CALIBRATE].nodes)
     read = 0
-    for cache in optimized.rewritten.caches:
+    for cache in optimized.variant_set.caches:
         for back in range(cache.history):
             view = views.get(slot_name(cache.name, back))
             if view is not None:
                 read += 1
                 assert view.block == parts[cache.node]
-    assert read == len(optimized.rewritten.variants[CALIBRATE].reads) - len(
+    assert read == len(optimized.variant_set.variants[CALIBRATE].reads) - len(
         [view for view in views.values() if view.mark is Mark.WEIGHT]
     )
     for mode in StepMode:  # what is inserted outside the blocks mixes the output
@@ -196,7 +198,7 @@ def test_block_lists_are_found_by_structure(paths: list[str], lists: tuple[str, 
 
 def test_branch_that_reads_the_block_before_is_in_its_own_block() -> None:
     model = compiled(Stack(), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.rewritten)
+    graphs = view_graphs(model.captured, model.variant_set)
     for node in graphs.modes[CALIBRATE].nodes:
         if node.module.startswith("layers."):
             assert node.block == node.module[:8], node
@@ -204,7 +206,7 @@ def test_branch_that_reads_the_block_before_is_in_its_own_block() -> None:
 
 def test_second_call_of_a_block_is_a_block() -> None:
     model = compiled(Stack(times=2), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.rewritten)
+    graphs = view_graphs(model.captured, model.variant_set)
     assert graphs.blocks == ("layers.0", "layers.1", "layers.0@1", "layers.1@1")
     edges = {(e.source, e.target) for e in fold_blocks(graphs).edges}
     assert {("layers.1", "layers.0@1"), ("layers.0@1", "layers.1@1")} <= edges
@@ -214,7 +216,7 @@ def test_second_call_of_a_block_is_a_block() -> None:
 
 def test_what_is_between_blocks_is_a_part_of_its_own() -> None:
     model = compiled(Stack(between=True), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.rewritten)
+    graphs = view_graphs(model.captured, model.variant_set)
     assert graphs.parts == ("before", "layers.0", "layers.1", "between", "after")
     parts = {node.name: node.block for node in graphs.plain.nodes}
     assert (parts["tanh"], parts["tanh_1"]) == ("between", "after")
@@ -222,7 +224,7 @@ def test_what_is_between_blocks_is_a_part_of_its_own() -> None:
 
 def test_model_without_blocks_is_one_part() -> None:
     model = compiled(Mix(), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.rewritten)
+    graphs = view_graphs(model.captured, model.variant_set)
     assert (graphs.blocks, graphs.parts) == ((), ("model",))
     view = view_block(graphs, "model", CALIBRATE)
     assert (view.enters, len(view.leaves)) == ((), 1)

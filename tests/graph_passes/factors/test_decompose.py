@@ -246,7 +246,7 @@ def test_values_that_are_not_finite_are_refused(place: str, bad: float) -> None:
     statistics = ChannelStatistics(values["input"], values["output"])
     message = (
         "decompose: weight or statistics: expected finite values, got NaN or Inf. "
-        "Check the checkpoint and the recorded trajectory."
+        "Check the checkpoint and the recorded recording."
     )
     with pytest.raises(DecomposeError, match=re.escape(message)):
         decompose(values["weight"], 2, statistics)

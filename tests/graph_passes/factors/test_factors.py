@@ -15,8 +15,8 @@ from calicache.graph_passes import (
     CalibrationTarget,
     CapturedGraph,
     Granularity,
+    Recording,
     Sites,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -34,9 +34,9 @@ FC1, QKV, MLP = "blocks.1.mlp.fc1", "blocks.1.attn.q+k+v", "blocks.1.mlp"
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_trajectory: Trajectory) -> Found:
-    captured = capture(dit, dit_trajectory.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(dit_trajectory)))
+def found(dit: FashionDiT, dit_recording: Recording) -> Found:
+    captured = capture(dit, dit_recording.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(dit_recording)))
 
 
 def targets_of(found: Found, rank: int = 4, **options: object) -> dict[str, CalibrationTarget]:
@@ -107,7 +107,7 @@ def test_error_names_the_target(found: Found) -> None:
         make_factors(found[0], [targets_of(found, joint=True)[QKV]], {QKV: bad})
     assert str(caught.value) == (
         f"decompose: {QKV}: weight or statistics: expected finite values, got NaN or Inf. "
-        "Check the checkpoint and the recorded trajectory."
+        "Check the checkpoint and the recorded recording."
     )
 
 
@@ -120,11 +120,11 @@ def test_error_names_the_target(found: Found) -> None:
     ],
 )
 def test_meta_weights_give_meta_factors_without_statistics(
-    dit: FashionDiT, dit_trajectory: Trajectory, name: str, options: dict[str, object]
+    dit: FashionDiT, dit_recording: Recording, name: str, options: dict[str, object]
 ) -> None:
     meta = copy.deepcopy(dit).to("meta")
-    captured = capture(meta, dit_trajectory.signature)
-    sites = find_sites(captured, classify_nodes(captured, classify_inputs(dit_trajectory)))
+    captured = capture(meta, dit_recording.signature)
+    sites = find_sites(captured, classify_nodes(captured, classify_inputs(dit_recording)))
     target = targets_of((captured, sites), **options)[name]
     factors = make_factors(captured, [target], {})[name]
     assert tuple(factors.down.shape) == (target.rank, target.in_features)

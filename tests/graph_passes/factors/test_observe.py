@@ -15,9 +15,9 @@ from calicache.graph_passes import (
     CalibrationTarget,
     CapturedGraph,
     Granularity,
+    Recording,
     Sites,
     StepMode,
-    Trajectory,
     find_sites,
     record,
 )
@@ -48,46 +48,46 @@ def modes(text: str) -> tuple[StepMode, ...]:
 PAPER = modes("RCCRCC")
 
 
-def find(model: nn.Module, trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
-    captured = capture(model, trajectory.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+def find(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Sites]:
+    captured = capture(model, recording.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
 
 
 def seen_by(
     found: tuple[CapturedGraph, Sites],
-    trajectory: Trajectory,
+    recording: Recording,
     weighting: Weighting,
     schedule: tuple[StepMode, ...] = PAPER,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of every linear layer on its own, against stale anchors."""
     targets, _ = assign(*found, rank=1)
-    return observe(found[0], targets, trajectory, weighting, schedule, 0, on_step)
+    return observe(found[0], targets, recording, weighting, schedule, 0, on_step)
 
 
-def part(trajectory: Trajectory, *indices: int) -> Trajectory:
-    return Trajectory([trajectory.calls[k] for k in indices], trajectory.signatures)
+def part(recording: Recording, *indices: int) -> Recording:
+    return Recording([recording.calls[k] for k in indices], recording.signatures)
 
 
-def replaced(trajectory: Trajectory, step: int, name: str, value: Tensor) -> Trajectory:
-    calls = list(trajectory.calls)
+def replaced(recording: Recording, step: int, name: str, value: Tensor) -> Recording:
+    calls = list(recording.calls)
     calls[step] = {**calls[step], name: value}
-    return Trajectory(calls, trajectory.signatures)
+    return Recording(calls, recording.signatures)
 
 
 @pytest.fixture(scope="module")
-def dit_found(dit: FashionDiT, dit_trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
-    return find(dit, dit_trajectory)
+def dit_found(dit: FashionDiT, dit_recording: Recording) -> tuple[CapturedGraph, Sites]:
+    return find(dit, dit_recording)
 
 
 @pytest.fixture(scope="module")
-def second_run(dit: FashionDiT) -> Trajectory:
-    with record(dit) as trajectory:
+def second_run(dit: FashionDiT) -> Recording:
+    with record(dit) as recording:
         sample_dit(dit, seed=2)
-    return trajectory
+    return recording
 
 
-def hooked(model: nn.Module, names: list[str], trajectory: Trajectory) -> dict[str, list[Tensor]]:
+def hooked(model: nn.Module, names: list[str], recording: Recording) -> dict[str, list[Tensor]]:
     """Inputs and outputs of layers over all steps, each stacked to (steps, B, N, C)."""
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
     handles = []
@@ -99,8 +99,8 @@ def hooked(model: nn.Module, names: list[str], trajectory: Trajectory) -> dict[s
 
         handles.append(model.get_submodule(name).register_forward_hook(keep))
     with torch.no_grad():
-        for call in trajectory.calls:
-            model(**trajectory.signature.unflatten(list(call.values())))
+        for call in recording.calls:
+            model(**recording.signature.unflatten(list(call.values())))
     for handle in handles:
         handle.remove()
     return {name: [torch.stack(side).double() for side in both] for name, both in seen.items()}
@@ -124,12 +124,12 @@ def test_streaming_statistics_equal_those_over_everything_at_once(
     which: str, weighting: Weighting, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue("dit" if which == "dit" else "diffusers_dit")
-    trajectory = request.getfixturevalue(f"{which}_trajectory")
-    captured, sites = find(model, trajectory)
-    statistics = seen_by((captured, sites), trajectory, weighting)
+    recording = request.getfixturevalue(f"{which}_recording")
+    captured, sites = find(model, recording)
+    statistics = seen_by((captured, sites), recording, weighting)
     names = [site.name for site in sites.linears]
     assert list(statistics) == names
-    for name, sides in hooked(model, names, trajectory).items():
+    for name, sides in hooked(model, names, recording).items():
         if weighting is Weighting.INCREMENT:
             sides = [side.diff(dim=0) for side in sides]
         x, y = (magnitude(side) for side in sides)
@@ -139,9 +139,9 @@ def test_streaming_statistics_equal_those_over_everything_at_once(
 
 @pytest.mark.parametrize("weighting", MEASURED)
 def test_statistics_are_float32_shares_on_the_cpu(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, weighting: Weighting
 ) -> None:
-    statistics = seen_by(dit_found, dit_trajectory, weighting)
+    statistics = seen_by(dit_found, dit_recording, weighting)
     for site in dit_found[1].linears:
         found = statistics[site.name]
         assert (found.input.shape, found.output.shape) == (
@@ -155,14 +155,14 @@ def test_statistics_are_float32_shares_on_the_cpu(
 
 
 def test_increments_never_cross_from_one_run_to_the_next(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, second_run: Trajectory
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, second_run: Recording
 ) -> None:
     short = part(second_run, 0, 1, 2)
-    both = Trajectory([*dit_trajectory.calls, *short.calls], dit_trajectory.signatures)
+    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signatures)
     assert [len(run) for run in both.runs] == [STEPS, 3]
     joint, first, second = (
-        seen_by(dit_found, trajectory, Weighting.INCREMENT)
-        for trajectory in (both, dit_trajectory, short)
+        seen_by(dit_found, recording, Weighting.INCREMENT)
+        for recording in (both, dit_recording, short)
     )
     for name, statistics in joint.items():
         # 5 increments of the first run and 2 of the second.
@@ -175,10 +175,10 @@ def test_increments_never_cross_from_one_run_to_the_next(
 
 
 def test_weighting_none_runs_nothing(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording
 ) -> None:
     bad = torch.full((4, 1, 28, 28), math.nan)
-    poisoned = replaced(dit_trajectory, 0, "hidden_states", bad)
+    poisoned = replaced(dit_recording, 0, "hidden_states", bad)
     seen: list[tuple[int, int]] = []
     statistics = seen_by(
         dit_found,
@@ -193,11 +193,11 @@ def test_weighting_none_runs_nothing(
 @pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_every_step_of_every_run_is_reported(
     dit_found: tuple[CapturedGraph, Sites],
-    dit_trajectory: Trajectory,
-    second_run: Trajectory,
+    dit_recording: Recording,
+    second_run: Recording,
     weighting: Weighting,
 ) -> None:
-    both = Trajectory([*dit_trajectory.calls, *second_run.calls], dit_trajectory.signatures)
+    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signatures)
     seen: list[tuple[int, int]] = []
     seen_by(dit_found, both, weighting, on_step=lambda done, total: seen.append((done, total)))
     assert seen == [(k, 2 * STEPS) for k in range(1, 2 * STEPS + 1)]
@@ -208,14 +208,14 @@ def test_every_step_of_every_run_is_reported(
 @pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_bad_input_names_the_first_node_and_the_step(
     dit_found: tuple[CapturedGraph, Sites],
-    dit_trajectory: Trajectory,
+    dit_recording: Recording,
     weighting: Weighting,
     step: int,
     bad: float,
 ) -> None:
-    images = dit_trajectory.calls[step]["hidden_states"].clone()
+    images = dit_recording.calls[step]["hidden_states"].clone()
     images[2, 0, 5, 5] = bad
-    poisoned = replaced(dit_trajectory, step, "hidden_states", images)
+    poisoned = replaced(dit_recording, step, "hidden_states", images)
     with pytest.raises(ObserveError) as caught:
         seen_by(dit_found, poisoned, weighting)
     node = dit_found[1].linears[0].input_node
@@ -224,27 +224,27 @@ def test_bad_input_names_the_first_node_and_the_step(
 
 @pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_bad_weight_names_the_first_node_it_reaches(
-    dit: FashionDiT, dit_trajectory: Trajectory, weighting: Weighting
+    dit: FashionDiT, dit_recording: Recording, weighting: Weighting
 ) -> None:
     broken = FashionDiT(dit.config).eval()
     broken.load_state_dict(dit.state_dict())
     with torch.no_grad():
         broken.blocks[1].mlp.fc1.weight[3, 3] = math.nan
-    captured, sites = find(broken, dit_trajectory)
+    captured, sites = find(broken, dit_recording)
     node = next(site.node for site in sites.linears if site.name == "blocks.1.mlp.fc1")
     with pytest.raises(ObserveError) as caught:
-        seen_by((captured, sites), dit_trajectory, weighting)
+        seen_by((captured, sites), dit_recording, weighting)
     assert str(caught.value) == NAN_MESSAGE.format(node=node, step=0)
 
 
 def test_runs_of_one_step_have_no_increment(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording
 ) -> None:
-    single = part(dit_trajectory, 0)
+    single = part(dit_recording, 0)
     with pytest.raises(ObserveError) as caught:
         seen_by(dit_found, single, Weighting.INCREMENT)
     assert str(caught.value) == (
-        "observe: trajectory: expected a run of at least 2 steps, got no increment. "
+        "observe: recording: expected a run of at least 2 steps, got no increment. "
         "Record a whole sampler run."
     )
     assert len(seen_by(dit_found, single, Weighting.ACTIVATION)) == 12
@@ -258,13 +258,13 @@ def test_half_precision_model_is_accumulated_in_float64(
     half.load_state_dict(dit.state_dict())
     half.half()
     images = torch.randn(4, 1, 28, 28).half()
-    with record(half) as trajectory, torch.no_grad():
+    with record(half) as recording, torch.no_grad():
         for now in (900, 600, 300):
             images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
-    captured, sites = find(half, trajectory)
-    statistics = seen_by((captured, sites), trajectory, weighting)
+    captured, sites = find(half, recording)
+    statistics = seen_by((captured, sites), recording, weighting)
     names = [site.name for site in sites.linears]
-    for name, sides in hooked(half, names, trajectory).items():
+    for name, sides in hooked(half, names, recording).items():
         if weighting is Weighting.INCREMENT:
             sides = [side.diff(dim=0) for side in sides]
         # From the float16 values on, all is float64; differences or sums in float16 are off
@@ -273,12 +273,12 @@ def test_half_precision_model_is_accumulated_in_float64(
 
 
 def test_observing_a_diffusers_model_leaves_no_hook_and_no_change(
-    diffusers_dit: DiTTransformer2DModel, diffusers_trajectory: Trajectory
+    diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording
 ) -> None:
     before = diffusers_calls(diffusers_dit, steps=2)
-    found = find(diffusers_dit, diffusers_trajectory)
+    found = find(diffusers_dit, diffusers_recording)
     for weighting in (Weighting.INCREMENT, Weighting.COVARIANCE):
-        seen_by(found, diffusers_trajectory, weighting)
+        seen_by(found, diffusers_recording, weighting)
     after = diffusers_calls(diffusers_dit, steps=2)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
@@ -286,10 +286,10 @@ def test_observing_a_diffusers_model_leaves_no_hook_and_no_change(
 # --- second moments against the plan's own anchors ----------------------------------------------
 
 
-def values_of(captured: CapturedGraph, trajectory: Trajectory, names: set[str]) -> list[Values]:
+def values_of(captured: CapturedGraph, recording: Recording, names: set[str]) -> list[Values]:
     """float64 rows (T, C) of some nodes in every call, as the plain graph has them."""
     seen = []
-    for call in trajectory.calls:
+    for call in recording.calls:
         values: Values = {}
         environment = dict(
             zip(
@@ -328,14 +328,14 @@ def increment(run: list[Tensor], schedule: tuple[StepMode, ...], step: int, orde
 def expected_moments(
     captured: CapturedGraph,
     target: CalibrationTarget,
-    runs: list[Trajectory],
+    runs: list[Recording],
     schedule: tuple[StepMode, ...],
     order: int,
 ) -> dict[str, Tensor]:
     """Mean outer products, and squared lengths, over all tokens of all CALIBRATE steps."""
     xs, ys = [], []
-    for trajectory in runs:
-        values = values_of(captured, trajectory, {target.input_node, *target.nodes})
+    for recording in runs:
+        values = values_of(captured, recording, {target.input_node, *target.nodes})
         x = [step[target.input_node] for step in values]
         y = [torch.cat([step[name] for name in target.nodes], dim=-1) for step in values]
         for step in range(len(values)):
@@ -372,33 +372,33 @@ SCHEDULES = ["RCCRCC", "RRCRCC", "RRRCUC", "RCRURC", "RFCRRC"]
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_moments_are_those_of_the_increments_against_the_anchors(
     dit_found: tuple[CapturedGraph, Sites],
-    dit_trajectory: Trajectory,
+    dit_recording: Recording,
     schedule: str,
     order: int,
     granularity: Granularity,
 ) -> None:
     captured, steps = dit_found[0], modes(schedule)
     targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
-    got = observe(captured, targets, dit_trajectory, Weighting.COVARIANCE, steps, order)
+    got = observe(captured, targets, dit_recording, Weighting.COVARIANCE, steps, order)
     assert list(got) == [target.name for target in targets]
     for target in targets:
-        expected = expected_moments(captured, target, [dit_trajectory], steps, order)
+        expected = expected_moments(captured, target, [dit_recording], steps, order)
         assert_moments(got[target.name], expected)
 
 
 def test_steps_that_nothing_looks_at_are_not_run(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording
 ) -> None:
     """FORECAST steps need no statistics: values there may be anything, and change nothing."""
     targets, _ = assign(*dit_found, rank=2, joint=True)
     schedule = modes("RCFRFC")
-    calls = [dict(call) for call in dit_trajectory.calls]
+    calls = [dict(call) for call in dit_recording.calls]
     for step in (2, 4):
         calls[step]["hidden_states"] = torch.full_like(calls[step]["hidden_states"], float("nan"))
-    poisoned = Trajectory(calls, dit_trajectory.signatures)
+    poisoned = Recording(calls, dit_recording.signatures)
     plain, got = (
-        observe(dit_found[0], targets, trajectory, Weighting.COVARIANCE, schedule, 1)
-        for trajectory in (dit_trajectory, poisoned)
+        observe(dit_found[0], targets, recording, Weighting.COVARIANCE, schedule, 1)
+        for recording in (dit_recording, poisoned)
     )
     for name, moments in plain.items():
         for key, value in moments.tensors().items():
@@ -408,10 +408,10 @@ def test_steps_that_nothing_looks_at_are_not_run(
 
 
 def test_moments_are_of_the_smaller_side(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording
 ) -> None:
     targets, _ = assign(*dit_found, rank=2, joint=True)
-    got = observe(dit_found[0], targets, dit_trajectory, Weighting.COVARIANCE, PAPER)
+    got = observe(dit_found[0], targets, dit_recording, Weighting.COVARIANCE, PAPER)
     shapes = {
         name.removeprefix("blocks.1."): {n: tuple(v.shape) for n, v in found.tensors().items()}
         for name, found in got.items()
@@ -428,18 +428,18 @@ def test_moments_are_of_the_smaller_side(
 @pytest.mark.parametrize("granularity", list(Granularity))
 def test_moments_of_two_runs_are_the_mean_of_both(
     dit_found: tuple[CapturedGraph, Sites],
-    dit_trajectory: Trajectory,
-    second_run: Trajectory,
+    dit_recording: Recording,
+    second_run: Recording,
     granularity: Granularity,
 ) -> None:
     captured, schedule = dit_found[0], modes("RCRRCC")
     targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
     short = part(second_run, 0, 1, 2, 3, 4)  # 2 CALIBRATE steps, where the first run has 3
-    both = Trajectory([*dit_trajectory.calls, *short.calls], dit_trajectory.signatures)
+    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signatures)
     assert [len(run) for run in both.runs] == [STEPS, 5]
     joint, first, second = (
-        observe(captured, targets, trajectory, Weighting.COVARIANCE, schedule, 2)
-        for trajectory in (both, dit_trajectory, short)
+        observe(captured, targets, recording, Weighting.COVARIANCE, schedule, 2)
+        for recording in (both, dit_recording, short)
     )
     for target in targets:
         one, other = first[target.name].tensors(), second[target.name].tensors()
@@ -449,25 +449,25 @@ def test_moments_of_two_runs_are_the_mean_of_both(
             atol = 3e-7 * float(expected.abs().max())
             torch.testing.assert_close(value.double(), expected, rtol=0, atol=atol)
             assert relative(one[name], other[name]) > 1e-3
-        runs = [dit_trajectory, short]
+        runs = [dit_recording, short]
         assert_moments(joint[target.name], expected_moments(captured, target, runs, schedule, 2))
 
 
 @pytest.mark.parametrize("weighting", list(Weighting))
 def test_whole_branches_always_need_moments(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, weighting: Weighting
 ) -> None:
     targets, _ = assign(*dit_found, rank=2, granularity=Granularity.BRANCH)
-    got = observe(dit_found[0], targets, dit_trajectory, weighting, PAPER)
+    got = observe(dit_found[0], targets, dit_recording, weighting, PAPER)
     assert [list(found.tensors()) for found in got.values()] == [["input", "cross", "energy"]] * 4
 
 
 @pytest.mark.parametrize("weighting", list(Weighting))
 def test_targets_of_rank_0_run_nothing(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, weighting: Weighting
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, weighting: Weighting
 ) -> None:
     bad = torch.full((4, 1, 28, 28), math.nan)
-    poisoned = replaced(dit_trajectory, 0, "hidden_states", bad)
+    poisoned = replaced(dit_recording, 0, "hidden_states", bad)
     targets, _ = assign(*dit_found, rank=0, granularity=Granularity.BRANCH)
     assert observe(dit_found[0], targets, poisoned, weighting, PAPER) == {}
     assert observe(dit_found[0], (), poisoned, weighting, PAPER) == {}
@@ -475,21 +475,21 @@ def test_targets_of_rank_0_run_nothing(
 
 @pytest.mark.parametrize("schedule", ["R", "RURFRU", "RRRRRC"])
 def test_runs_without_a_calibrate_step_have_no_moments(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, schedule: str
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, schedule: str
 ) -> None:
-    short = part(dit_trajectory, 0, 1, 2, 3, 4)  # the last step is never reached
+    short = part(dit_recording, 0, 1, 2, 3, 4)  # the last step is never reached
     with pytest.raises(ObserveError) as caught:
         seen_by(dit_found, short, Weighting.COVARIANCE, modes(schedule))
     assert str(caught.value) == (
-        "observe: trajectory: expected a run with a CALIBRATE step after a REFRESH step, "
+        "observe: recording: expected a run with a CALIBRATE step after a REFRESH step, "
         "got no increment. Record a whole sampler run."
     )
 
 
 def test_steps_beyond_the_schedule_are_not_run_and_not_promised(
-    dit_found: tuple[CapturedGraph, Sites], dit_trajectory: Trajectory, second_run: Trajectory
+    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, second_run: Recording
 ) -> None:
-    both = Trajectory([*dit_trajectory.calls, *second_run.calls], dit_trajectory.signatures)
+    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signatures)
     seen: list[tuple[int, int]] = []
     got = seen_by(
         dit_found,
@@ -499,7 +499,7 @@ def test_steps_beyond_the_schedule_are_not_run_and_not_promised(
         lambda done, total: seen.append((done, total)),
     )
     assert seen == [(k, 6) for k in range(1, 7)]
-    runs = [part(dit_trajectory, 0, 1, 2), part(second_run, 0, 1, 2)]
+    runs = [part(dit_recording, 0, 1, 2), part(second_run, 0, 1, 2)]
     targets, _ = assign(*dit_found, rank=1)
     expected = expected_moments(dit_found[0], targets[0], runs, modes("RCC"), 0)
     assert_moments(got[targets[0].name], expected)
@@ -510,17 +510,17 @@ def test_half_precision_increments_are_taken_in_float32(dit: FashionDiT) -> None
     half.load_state_dict(dit.state_dict())
     half.half()
     images = torch.randn(4, 1, 28, 28).half()
-    with record(half) as trajectory, torch.no_grad():
+    with record(half) as recording, torch.no_grad():
         for now in (900, 600, 300):
             images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
-    captured, sites = find(half, trajectory)
+    captured, sites = find(half, recording)
     targets, _ = assign(captured, sites, rank=2, joint=True)
     schedule = modes("RRC")
-    got = observe(captured, targets, trajectory, Weighting.COVARIANCE, schedule, 1)
+    got = observe(captured, targets, recording, Weighting.COVARIANCE, schedule, 1)
     for target in targets:
         # Differences in float16 would be off by 1e-3 and more.
         assert_moments(
-            got[target.name], expected_moments(captured, target, [trajectory], schedule, 1)
+            got[target.name], expected_moments(captured, target, [recording], schedule, 1)
         )
 
 
@@ -540,14 +540,14 @@ class Loud(nn.Module):
 
 def test_large_values_are_no_bad_ones() -> None:
     model = Loud().eval()
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for _ in range(2):
             x = torch.randn(2, 5, 8)
             model(x)
     stream = 1e38 * (1 + x.abs().clamp(max=1.0))
     assert stream.isfinite().all()
     assert stream.sum().isinf()
-    found = seen_by(find(model, trajectory), trajectory, Weighting.ACTIVATION, modes("RC"))
+    found = seen_by(find(model, recording), recording, Weighting.ACTIVATION, modes("RC"))
     for name in ("first", "second"):
         statistics = found[name]
         assert isinstance(statistics, ChannelStatistics)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from calicache.graph_passes.common.errors import CaptureError
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.surgery import find_node, finish, module_path, shape_of
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
 
 aten = torch.ops.aten
@@ -60,30 +60,30 @@ def called_linears(model: nn.Module, arguments: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Real:
-    """A real model, its trajectory and its graph."""
+    """A real model, its recording and its graph."""
 
     model: nn.Module
-    trajectory: Trajectory
+    recording: Recording
     captured: CapturedGraph
 
 
 @pytest.fixture(scope="module", params=["dit", "diffusers"])
 def real(request: pytest.FixtureRequest) -> Real:
     model = request.getfixturevalue("dit" if request.param == "dit" else "diffusers_dit")
-    trajectory = request.getfixturevalue(f"{request.param}_trajectory")
-    return Real(model, trajectory, capture(model, trajectory.signature))
+    recording = request.getfixturevalue(f"{request.param}_recording")
+    return Real(model, recording, capture(model, recording.signature))
 
 
 @pytest.fixture(scope="module")
-def dit_graph(dit: nn.Module, dit_trajectory: Trajectory) -> CapturedGraph:
-    return capture(dit, dit_trajectory.signature)
+def dit_graph(dit: nn.Module, dit_recording: Recording) -> CapturedGraph:
+    return capture(dit, dit_recording.signature)
 
 
 # --- two real models --------------------------------------------------------------------------
 
 
 def test_graph_equals_the_model_at_every_step(real: Real) -> None:
-    for call in real.trajectory.calls:
+    for call in real.recording.calls:
         got, expected = run(real.captured, *call.values()), real.model(**call)
         assert type(got) is type(expected)
         if not isinstance(expected, Tensor):
@@ -106,7 +106,7 @@ def test_graph_is_pure_without_asserts_or_dead_code(real: Real) -> None:
 
 def test_module_paths_are_those_of_the_modules_called(real: Real) -> None:
     nodes = [n for n in real.captured.graph.nodes if n.target is aten.linear.default]
-    expected = called_linears(real.model, dict(real.trajectory.calls[0]))
+    expected = called_linears(real.model, dict(real.recording.calls[0]))
     assert [module_path(node) for node in nodes] == expected
 
 

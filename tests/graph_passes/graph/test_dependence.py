@@ -20,7 +20,7 @@ from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.surgery import module_path
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
 from calicache.graph_passes.recording.recorder import record
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 
 CONSTANT, RUN, STEP, LATENT = Dependence
 
@@ -32,15 +32,15 @@ class Denoiser(nn.Module):
         return x, timestep, cond
 
 
-def recorded(calls: Iterable[dict[str, Any]]) -> Trajectory:
+def recorded(calls: Iterable[dict[str, Any]]) -> Recording:
     model = Denoiser()
-    with record(model) as trajectory:
+    with record(model) as recording:
         for call in calls:
             model(**call)
-    return trajectory
+    return recording
 
 
-def sampled(condition: Callable[[int, int], Any], runs: int = 2) -> Trajectory:
+def sampled(condition: Callable[[int, int], Any], runs: int = 2) -> Recording:
     """Runs over the timesteps 9, 5, 1 with fresh noise; `condition(run, t)` is one more input."""
     return recorded(
         {"x": torch.randn(2, 3), "timestep": torch.tensor([t, t]), "cond": condition(run, t)}
@@ -50,10 +50,10 @@ def sampled(condition: Callable[[int, int], Any], runs: int = 2) -> Trajectory:
 
 
 def graph_and_classes(
-    model: nn.Module, trajectory: Trajectory
+    model: nn.Module, recording: Recording
 ) -> tuple[CapturedGraph, dict[str, Dependence]]:
-    captured = capture(model, trajectory.signature)
-    return captured, classify_nodes(captured, classify_inputs(trajectory))
+    captured = capture(model, recording.signature)
+    return captured, classify_nodes(captured, classify_inputs(recording))
 
 
 class Watch(fx.Interpreter):
@@ -82,24 +82,24 @@ def changed(a: Watch, b: Watch) -> set[str]:
 
 @pytest.fixture(scope="module")
 def dit_classes(
-    dit: nn.Module, dit_trajectory: Trajectory
+    dit: nn.Module, dit_recording: Recording
 ) -> tuple[CapturedGraph, dict[str, Dependence]]:
-    return graph_and_classes(dit, dit_trajectory)
+    return graph_and_classes(dit, dit_recording)
 
 
 @pytest.fixture(scope="module")
 def diffusers_classes(
-    diffusers_dit: nn.Module, diffusers_trajectory: Trajectory
+    diffusers_dit: nn.Module, diffusers_recording: Recording
 ) -> tuple[CapturedGraph, dict[str, Dependence]]:
-    return graph_and_classes(diffusers_dit, diffusers_trajectory)
+    return graph_and_classes(diffusers_dit, diffusers_recording)
 
 
 def test_inputs_of_the_real_models(
-    dit_trajectory: Trajectory, diffusers_trajectory: Trajectory
+    dit_recording: Recording, diffusers_recording: Recording
 ) -> None:
     expected = {"hidden_states": LATENT, "timestep": STEP, "class_labels": RUN}
-    assert classify_inputs(dit_trajectory) == expected
-    assert classify_inputs(diffusers_trajectory) == expected
+    assert classify_inputs(dit_recording) == expected
+    assert classify_inputs(diffusers_recording) == expected
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_every_value_changes_no_more_often_than_its_class_says(
     dit: nn.Module, dit_classes: tuple[CapturedGraph, dict[str, Dependence]]
 ) -> None:
     captured, classes = dit_classes
-    with record(dit) as trajectory:
+    with record(dit) as recording:
         sample_dit(dit, seed=2)
         sample_dit(dit, seed=3)
-    (first, later), (other, _) = (run[1:3] for run in trajectory.runs)
+    (first, later), (other, _) = (run[1:3] for run in recording.runs)
     start = Watch(captured, dict(first))
     over_steps = changed(start, Watch(captured, dict(later)))
     over_noise = changed(start, Watch(captured, dict(other)))
@@ -159,23 +159,23 @@ def test_every_value_changes_no_more_often_than_its_class_says(
 
 def test_labels_change_only_what_is_at_least_run(
     diffusers_classes: tuple[CapturedGraph, dict[str, Dependence]],
-    diffusers_trajectory: Trajectory,
+    diffusers_recording: Recording,
 ) -> None:
     captured, classes = diffusers_classes
-    call = dict(diffusers_trajectory.calls[0])
+    call = dict(diffusers_recording.calls[0])
     other = Watch(captured, call | {"class_labels": torch.tensor([3, 4, 10, 10])})
     touched = {classes[name] for name in changed(Watch(captured, call), other)}
     assert touched == {RUN, STEP, LATENT}
 
 
 def test_classes_do_not_depend_on_how_many_runs_were_recorded(
-    diffusers_dit: nn.Module, diffusers_trajectory: Trajectory
+    diffusers_dit: nn.Module, diffusers_recording: Recording
 ) -> None:
-    with record(diffusers_dit) as trajectory:
+    with record(diffusers_dit) as recording:
         diffusers_calls(diffusers_dit, seed=1)
         diffusers_calls(diffusers_dit, seed=2)
-    assert len(trajectory.runs) == 2
-    assert classify_inputs(trajectory) == classify_inputs(diffusers_trajectory)
+    assert len(recording.runs) == 2
+    assert classify_inputs(recording) == classify_inputs(diffusers_recording)
 
 
 # --- inputs of other kinds --------------------------------------------------------------------
@@ -183,10 +183,10 @@ def test_classes_do_not_depend_on_how_many_runs_were_recorded(
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
 def test_timestep_of_any_shape_is_step(shape: tuple[int, ...]) -> None:
-    trajectory = recorded(
+    recording = recorded(
         {"x": torch.randn(2, 3), "timestep": torch.full(shape, t)} for t in (0.9, 0.5, 0.1)
     )
-    assert classify_inputs(trajectory) == {"x": LATENT, "timestep": STEP}
+    assert classify_inputs(recording) == {"x": LATENT, "timestep": STEP}
 
 
 def test_text_that_differs_only_between_runs_is_run() -> None:
@@ -214,8 +214,8 @@ def test_two_runs_from_the_same_noise_leave_the_latent_latent() -> None:
 
 
 def test_an_input_that_moves_in_one_run_only_is_not_run() -> None:
-    trajectory = sampled(lambda run, t: torch.tensor(float(t == 1 and run == 1)))
-    assert classify_inputs(trajectory)["cond"] is STEP
+    recording = sampled(lambda run, t: torch.tensor(float(t == 1 and run == 1)))
+    assert classify_inputs(recording)["cond"] is STEP
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_an_input_that_moves_in_one_run_only_is_not_run() -> None:
     ],
 )
 def test_timesteps_that_come_twice_are_step(times: list[int], calls: int) -> None:
-    trajectory = recorded({"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in times)
-    assert classify_inputs(trajectory) == {"x": LATENT, "timestep": STEP}
-    assert trajectory.calls_per_step == calls
+    recording = recorded({"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in times)
+    assert classify_inputs(recording) == {"x": LATENT, "timestep": STEP}
+    assert recording.calls_per_step == calls
 
 
 def test_random_numbers_drawn_in_the_graph_are_not_folded() -> None:
@@ -238,10 +238,10 @@ def test_random_numbers_drawn_in_the_graph_are_not_folded() -> None:
             return x + timestep + torch.randn(3)
 
     model = Dithering().eval()
-    with record(model) as trajectory:
+    with record(model) as recording:
         for t in (2, 1):
             model(torch.randn(2, 3), torch.tensor(t))
-    captured, classes = graph_and_classes(model, trajectory)
+    captured, classes = graph_and_classes(model, recording)
     drawn = [n.name for n in captured.graph.nodes if n.target is torch.ops.aten.randn.default]
     assert [classes[name] for name in drawn] == [LATENT]
 
@@ -264,10 +264,10 @@ def formed(
     op: Callable[[SimpleNamespace], Tensor],
 ) -> tuple[CapturedGraph, dict[str, Dependence]]:
     model, text = Forms(op).eval(), torch.randn(2, 3)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for t in (9.0, 5.0, 1.0):
             model(torch.randn(2, 3), torch.full((2, 3), t), text)
-    return graph_and_classes(model, trajectory)
+    return graph_and_classes(model, recording)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ class Formed(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def formed_run() -> tuple[nn.Module, Trajectory, Callable[[Any, int], Tensor]]:
+def formed_run() -> tuple[nn.Module, Recording, Callable[[Any, int], Tensor]]:
     torch.manual_seed(0)
     model = Formed().eval().requires_grad_(False)
 
@@ -339,20 +339,20 @@ def formed_run() -> tuple[nn.Module, Trajectory, Callable[[Any, int], Tensor]]:
                 x = 0.9 * x - 0.1 * denoise(x=x, timestep=timestep, text=text)
         return x
 
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed in (1, 2):
-            trajectory.finish(sample(model, seed))
-    return model, trajectory, sample
+            recording.finish(sample(model, seed))
+    return model, recording, sample
 
 
 @pytest.mark.parametrize("layout", ["step", "pair", "sampler"])
 def test_every_layout_agrees_where_the_latent_lends_its_form(
-    layout: str, formed_run: tuple[nn.Module, Trajectory, Any], tmp_path: Path
+    layout: str, formed_run: tuple[nn.Module, Recording, Any], tmp_path: Path
 ) -> None:
-    model, trajectory, sample = formed_run
-    plan = Plan.from_trajectory(model, trajectory, rank=8, correct=False)
+    model, recording, sample = formed_run
+    plan = Plan.from_trajectory(model, recording, rank=8, correct=False)
     fast = optimize(model, plan)
-    found = read_sampler(fast, trajectory) if layout == "sampler" else None
+    found = read_sampler(fast, recording) if layout == "sampler" else None
     export_onnx(fast, tmp_path / "out", layout, found)
     session = Session(tmp_path / "out")
     if layout == "sampler":
@@ -373,7 +373,7 @@ def test_single_steps_are_refused() -> None:
     with pytest.raises(DependenceError) as caught:
         classify_inputs(recorded([{"x": torch.randn(2, 3), "timestep": torch.tensor(9)}]))
     message = str(caught.value)
-    assert "dependence: trajectory: expected a run of at least 2 steps, got 1 step." in message
+    assert "dependence: recording: expected a run of at least 2 steps, got 1 step." in message
     assert "Record a whole sampler run." in message
 
 

@@ -234,10 +234,10 @@ def test_what_was_read_in_a_form_is_fixed_by_its_value_alone() -> None:
         return latent[:, : int(length.type_as(latent))] * timestep
 
     model, length = Toy(function).eval(), torch.tensor([3])
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for time in (3.0, 2.0, 1.0):
             model(torch.randn(2, 5), length, torch.tensor(time))
-    graph = capture(model, trajectory.signature, find_reads(model, trajectory))
+    graph = capture(model, recording.signature, find_reads(model, recording))
     assert graph.fixed == ("length",)
     values = torch.randn(2, 5), length, torch.tensor(4.0)
     assert torch.equal(graph.module(*values)[0], function(*values))  # the same product

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from calicache.export import Session, export_onnx
-from calicache.graph_passes import OptimizedModel, Plan, Trajectory, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 from calicache.graph_passes.common.errors import PlanError, RunError
 
 STEPS = 6
@@ -61,7 +61,7 @@ def test_factors_are_not_made_again(fast) -> None:
     noise, labels = torch.zeros(16, 1, 28, 28), torch.zeros(16, dtype=torch.int64)
     other = fast.for_call(noise, timestep=torch.zeros(16, dtype=torch.int64), class_labels=labels)
     assert other.factors is fast.factors
-    assert other.rewritten.caches[0].shape[0] == 4 * fast.rewritten.caches[0].shape[0]
+    assert other.variant_set.caches[0].shape[0] == 4 * fast.variant_set.caches[0].shape[0]
     assert fast.for_call(noise[:4], timestep=labels[:4], class_labels=labels[:4]) is fast
 
 
@@ -114,9 +114,9 @@ def test_a_half_precision_model_keeps_its_dtype(dtype: torch.dtype, dit) -> None
         wide = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         return wide["model"](**wide) if "model" in wide else model(**wide)
 
-    with record(model) as trajectory:
+    with record(model) as recording:
         exact = sample_dit(cast)
-    fast = optimize(model, Plan.from_trajectory(model, trajectory, interval=3, rank=8))
+    fast = optimize(model, Plan.from_trajectory(model, recording, interval=3, rank=8))
 
     def run(**inputs: Tensor) -> Tensor:
         output = fast(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
@@ -130,18 +130,18 @@ def test_a_half_precision_model_keeps_its_dtype(dtype: torch.dtype, dit) -> None
 # --- no weights --------------------------------------------------------------------------------
 
 
-def test_costs_can_be_planned_without_weights(dit, dit_trajectory: Trajectory) -> None:
+def test_costs_can_be_planned_without_weights(dit, dit_recording: Recording) -> None:
     options = {"interval": 3, "rank": 4, "weighting": "none", "correct": False}
     meta = copy.deepcopy(dit).to("meta")
-    fast = optimize(meta, Plan.from_trajectory(meta, dit_trajectory, **options))
-    real = optimize(dit, Plan.from_trajectory(dit, dit_trajectory, **options))
+    fast = optimize(meta, Plan.from_trajectory(meta, dit_recording, **options))
+    real = optimize(dit, Plan.from_trajectory(dit, dit_recording, **options))
     assert fast.cost == real.cost
     assert fast.cost.modes
 
 
-def test_statistics_without_weights_are_refused_with_the_way_out(dit, dit_trajectory) -> None:
+def test_statistics_without_weights_are_refused_with_the_way_out(dit, dit_recording) -> None:
     with pytest.raises(PlanError, match=r"meta device.*weighting='none', correct=False"):
-        Plan.from_trajectory(copy.deepcopy(dit).to("meta"), dit_trajectory)
+        Plan.from_trajectory(copy.deepcopy(dit).to("meta"), dit_recording)
 
 
 # --- torch.compile -----------------------------------------------------------------------------

@@ -260,10 +260,10 @@ def test_a_conv_mlp_is_calibrated_and_exact_at_full_rank(options: dict[str, bool
     model = shake(ConvMLP(**options))
     inputs = [latent(2) for _ in range(4)]
     times = [torch.full((2,), t) for t in (0.9, 0.6, 0.3, 0.1)]
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for x, now in zip(inputs, times, strict=True):
             model(x, now)
-    plan = Plan.from_trajectory(model, trajectory, rank=IN, order=0, correct=False)
+    plan = Plan.from_trajectory(model, recording, rank=IN, order=0, correct=False)
     fast = optimize(model, plan)
     assert StepMode.CALIBRATE in plan.schedule
     sites = [(s.name, s.in_features, s.out_features, s.tokens) for s in fast.sites.linears]

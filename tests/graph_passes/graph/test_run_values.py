@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calicache.export import Session, export_onnx, read_sampler
-from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, uniform_schedule
+from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.graph.macs import graph_macs
 
@@ -79,61 +79,61 @@ def sample(model, seed: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def trajectory(model: nn.Module) -> Trajectory:
-    with record(model) as trajectory:
+def recording(model: nn.Module) -> Recording:
+    with record(model) as recording:
         for seed in (1, 2):  # two texts: the recording tells that they change from run to run
-            trajectory.finish(sample(model, seed))
-    return trajectory
+            recording.finish(sample(model, seed))
+    return recording
 
 
-def optimised(model, trajectory, mode=StepMode.CALIBRATE, **options) -> OptimizedModel:
+def optimised(model, recording, mode=StepMode.CALIBRATE, **options) -> OptimizedModel:
     schedule = uniform_schedule(STEPS, 3, mode)
     settings = {"rank": WIDTH, "order": 2, "correct": False, **options}
-    return optimize(model, Plan.from_trajectory(model, trajectory, schedule=schedule, **settings))
+    return optimize(model, Plan.from_trajectory(model, recording, schedule=schedule, **settings))
 
 
 @pytest.fixture(scope="module")
-def fast(model, trajectory) -> OptimizedModel:
-    return optimised(model, trajectory)
+def fast(model, recording) -> OptimizedModel:
+    return optimised(model, recording)
 
 
 def run_caches(fast: OptimizedModel) -> list:
-    return [cache for cache in fast.rewritten.caches if cache.history == 1]
+    return [cache for cache in fast.variant_set.caches if cache.history == 1]
 
 
 def test_keys_and_values_of_the_text_are_kept_once(fast: OptimizedModel) -> None:
     kept = run_caches(fast)
     assert len(kept) == 4  # k and v of two blocks; the caption's own projection is behind them
     assert {cache.shape for cache in kept} == {(2 * TEXT, WIDTH)}
-    slots = fast.rewritten.slots()
+    slots = fast.variant_set.slots()
     assert all(f"{cache.name}_back1" not in slots for cache in kept)
-    others = [cache for cache in fast.rewritten.caches if cache not in kept]
+    others = [cache for cache in fast.variant_set.caches if cache not in kept]
     assert all(f"{cache.name}_back2" in slots for cache in others)
 
 
 def test_cheap_modes_make_no_product_of_the_text(fast: OptimizedModel) -> None:
-    reads = fast.rewritten.variants[StepMode.CALIBRATE].reads
+    reads = fast.variant_set.variants[StepMode.CALIBRATE].reads
     assert {cache.name for cache in run_caches(fast)} <= set(reads)
-    graph = fast.rewritten.variants[StepMode.CALIBRATE].module.graph
+    graph = fast.variant_set.variants[StepMode.CALIBRATE].module.graph
     weights = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     assert not {name for name in weights if ".k." in name or ".v." in name or "caption" in name}
     assert any(name.startswith("labels") for name in weights)  # costs no product: left in place
 
 
 def test_cost_counts_what_is_saved_and_kept(fast: OptimizedModel) -> None:
-    graph = fast.rewritten.variants[StepMode.CALIBRATE].module.graph
+    graph = fast.variant_set.variants[StepMode.CALIBRATE].module.graph
     assert fast.cost.modes[StepMode.CALIBRATE] == graph_macs(graph)
     held = sum(cache.nbytes for cache in run_caches(fast))
-    others = sum(c.nbytes for c in fast.rewritten.caches if c.history == 3)
+    others = sum(c.nbytes for c in fast.variant_set.caches if c.history == 3)
     assert fast.cost.cache_bytes == held + 3 * others
 
 
 @pytest.mark.parametrize("mode", [StepMode.CALIBRATE, StepMode.REUSE])
 @pytest.mark.parametrize("order", [0, 2])
 def test_full_rank_is_exact_with_another_text_in_every_run(
-    model, trajectory, mode: StepMode, order: int
+    model, recording, mode: StepMode, order: int
 ) -> None:
-    fast = optimised(model, trajectory, mode, order=order)
+    fast = optimised(model, recording, mode, order=order)
     for seed in (3, 4):
         found, exact = sample(fast, seed), sample(model, seed)
         if mode is StepMode.CALIBRATE:
@@ -143,8 +143,8 @@ def test_full_rank_is_exact_with_another_text_in_every_run(
             assert (found - exact).norm() < 0.2 * exact.norm()
 
 
-def test_kept_values_do_not_pile_up(model, trajectory) -> None:
-    fast = optimised(model, trajectory)
+def test_kept_values_do_not_pile_up(model, recording) -> None:
+    fast = optimised(model, recording)
     sample(fast, 3)
     ((newest, *older),) = fast._kept  # one call a step
     names = {cache.name for cache in run_caches(fast)}
@@ -170,8 +170,8 @@ def test_sessions_agree_with_torch(fast, layout: str, tmp_path) -> None:
     assert all(not names & set(kept) for kept in kept_refreshes(session)[1:])
 
 
-def test_sampler_agrees_with_torch(fast, trajectory, tmp_path) -> None:
-    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, trajectory))
+def test_sampler_agrees_with_torch(fast, recording, tmp_path) -> None:
+    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, recording))
     inputs = draw(5)
     found = Session(tmp_path / "run").sample(inputs.pop("x"), **inputs)
     fast.reset()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calicache.export import Session, export_onnx, read_sampler
-from calicache.graph_passes import OptimizedModel, Plan, StepMode, Trajectory, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import CaptureError, RunError
 from calicache.graph_passes.common.hashing import digest
 from calicache.graph_passes.graph.capture import capture
@@ -75,25 +75,25 @@ def run_of(model: nn.Module, mask: Tensor = MASK, seed: int = 1, times: Any = TI
     return x
 
 
-def recorded(model: nn.Module, *masks: Tensor) -> Trajectory:
+def recorded(model: nn.Module, *masks: Tensor) -> Recording:
     """One run with every mask."""
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed, mask in enumerate(masks or (MASK,)):
-            trajectory.finish(run_of(model, mask, seed))
-    return trajectory
+            recording.finish(run_of(model, mask, seed))
+    return recording
 
 
-def watched(model: nn.Module, calls: int = 3) -> Trajectory:
+def watched(model: nn.Module, calls: int = 3) -> Recording:
     """The calls of one run, for a model that gives back any shape."""
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for now in TIMES[:calls]:
             model(torch.randn(ROWS, TOKENS, WIDTH), torch.full((ROWS,), now), MASK)
-    return trajectory
+    return recording
 
 
-def planned(model: nn.Module, trajectory: Trajectory, **options: Any) -> Plan:
+def planned(model: nn.Module, recording: Recording, **options: Any) -> Plan:
     settings = {"rank": WIDTH, "order": 0, "correct": False, **options}
-    return Plan.from_trajectory(model, trajectory, **settings)
+    return Plan.from_trajectory(model, recording, **settings)
 
 
 # --- every way to read --------------------------------------------------------------------------
@@ -164,30 +164,30 @@ READS: dict[str, tuple[Reading, list[Any]]] = {
 def test_the_graph_equals_the_model_on_recorded_and_on_other_latents(way: str) -> None:
     path, answers = READS[way]
     model = Reader(path).eval()
-    trajectory = watched(model)
-    reads = find_reads(model, trajectory)
+    recording = watched(model)
+    reads = find_reads(model, recording)
     assert json.loads(reads) == answers
-    captured = capture(model, trajectory.signature, reads)
+    captured = capture(model, recording.signature, reads)
     assert captured.fixed == ("mask",)
     others = {"x": torch.randn(ROWS, TOKENS, WIDTH), "timestep": torch.tensor([3.0, 7.0])}
-    for call in (*trajectory.calls, {**trajectory.calls[0], **others}):
+    for call in (*recording.calls, {**recording.calls[0], **others}):
         torch.testing.assert_close(captured.module(*call.values())[0], model(**call), **CLOSE)
 
 
 def test_a_mask_of_one_boolean_adds_a_dimension_as_in_torch() -> None:
     model = Reader(lambda m, x, mask: m.fc(x)[mask.any()]).eval()
-    trajectory = watched(model)
-    captured = capture(model, trajectory.signature, find_reads(model, trajectory))
-    call = trajectory.calls[0]
+    recording = watched(model)
+    captured = capture(model, recording.signature, find_reads(model, recording))
+    call = recording.calls[0]
     torch.testing.assert_close(captured.module(*call.values())[0], model(**call), **CLOSE)
 
 
 def test_numpy_of_an_argument_is_read() -> None:
     model = Reader(lambda m, x, mask: m.fc(x) * int(mask.numpy().sum())).eval()
-    trajectory = watched(model)
-    captured = capture(model, trajectory.signature, find_reads(model, trajectory))
+    recording = watched(model)
+    captured = capture(model, recording.signature, find_reads(model, recording))
     assert captured.fixed == ("mask",)
-    call = trajectory.calls[0]
+    call = recording.calls[0]
     torch.testing.assert_close(captured.module(*call.values())[0], model(**call), **CLOSE)
 
 
@@ -196,17 +196,17 @@ def test_repeats_by_keyword_alone_are_read() -> None:
         return m.fc(x)[torch.repeat_interleave(repeats=mask.sum(1))]
 
     model = Reader(path).eval()
-    trajectory = watched(model)
-    captured = capture(model, trajectory.signature, find_reads(model, trajectory))
-    call = trajectory.calls[0]
+    recording = watched(model)
+    captured = capture(model, recording.signature, find_reads(model, recording))
+    call = recording.calls[0]
     torch.testing.assert_close(captured.module(*call.values())[0], model(**call), **CLOSE)
 
 
 def test_a_model_that_reads_nothing_has_no_fixed_inputs() -> None:
     model = Reader(lambda m, x, mask: m.fc(x) * mask[..., None]).eval()
-    trajectory = watched(model)
-    assert find_reads(model, trajectory) == "[]"
-    assert capture(model, trajectory.signature).fixed == ()
+    recording = watched(model)
+    assert find_reads(model, recording) == "[]"
+    assert capture(model, recording.signature).fixed == ()
 
 
 def test_an_integer_index_and_a_slice_of_numbers_are_no_reads() -> None:
@@ -216,10 +216,10 @@ def test_an_integer_index_and_a_slice_of_numbers_are_no_reads() -> None:
 
 def test_a_weight_that_is_read_fixes_no_input() -> None:
     model = Reader(lambda m, x, _: x if m.fc.bias.sum() > 9 else m.fc(x)).eval()
-    trajectory = watched(model)
-    reads = find_reads(model, trajectory)
+    recording = watched(model)
+    reads = find_reads(model, recording)
     assert reads == "[false]"
-    assert capture(model, trajectory.signature, reads).fixed == ()
+    assert capture(model, recording.signature, reads).fixed == ()
 
 
 def test_only_the_inputs_that_decide_are_fixed() -> None:
@@ -229,11 +229,11 @@ def test_only_the_inputs_that_decide_are_fixed() -> None:
             return y * mask[..., None] if ends.max() < TOKENS else y
 
     model = TwoMasks(lambda m, x, _: m.fc(x)).eval()
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for now in TIMES:
             arguments = torch.randn(ROWS, TOKENS, WIDTH), torch.full((ROWS,), now), MASK
             model(*arguments, torch.tensor([3, 1]))
-    captured = capture(model, trajectory.signature, find_reads(model, trajectory))
+    captured = capture(model, recording.signature, find_reads(model, recording))
     assert captured.fixed == ("ends",)
 
 
@@ -271,10 +271,10 @@ def same_shape(m: Any, x: Tensor, mask: Tensor) -> Tensor:
 
 def test_only_the_first_call_of_every_run_and_the_last_of_one_are_run() -> None:
     model = Counted(same_shape).eval()
-    trajectory = recorded(model, MASK, MOVED, MASK)
+    recording = recorded(model, MASK, MOVED, MASK)
     model.seen.clear()
-    assert find_reads(model, trajectory) == "[3]"
-    first, second, third = trajectory.runs
+    assert find_reads(model, recording) == "[3]"
+    first, second, third = recording.runs
     expected = [first[0], first[-1], second[0], third[0]]
     assert len(model.seen) == 4
     for got, call in zip(model.seen, expected, strict=True):
@@ -283,25 +283,25 @@ def test_only_the_first_call_of_every_run_and_the_last_of_one_are_run() -> None:
 
 def test_a_model_that_reads_nothing_is_run_once() -> None:
     model = Counted(lambda m, x, _: m.fc(x)).eval()
-    trajectory = recorded(model, MASK, MASK)
+    recording = recorded(model, MASK, MASK)
     model.seen.clear()
-    assert find_reads(model, trajectory) == "[]"
+    assert find_reads(model, recording) == "[]"
     assert len(model.seen) == 1
 
 
 def test_a_model_on_meta_is_not_run() -> None:
     model = Counted(same_shape).eval()
-    trajectory = recorded(model, MASK)
+    recording = recorded(model, MASK)
     model.seen.clear()
-    assert find_reads(model.to("meta"), trajectory) == "[]"
+    assert find_reads(model.to("meta"), recording) == "[]"
     assert model.seen == []
 
 
 def test_a_model_with_reads_is_captured_on_meta() -> None:
     model = Reader(rows_of_lengths).eval()
-    trajectory = watched(model)
-    reads = find_reads(model, trajectory)
-    on_meta = capture(model.to("meta"), trajectory.signature, reads)
+    recording = watched(model)
+    reads = find_reads(model, recording)
+    on_meta = capture(model.to("meta"), recording.signature, reads)
     assert on_meta.fixed == ("mask",)
     (output,) = on_meta.graph.output_node().args[0]
     assert tuple(output.meta["val"].shape) == (ROWS, TOKENS, WIDTH)
@@ -321,8 +321,8 @@ def test_the_model_object_is_as_it_was() -> None:
 
 def test_the_model_reads_by_itself_again_after_capture() -> None:
     model = Reader(same_shape).eval()
-    trajectory = recorded(model, MASK)
-    capture(model, trajectory.signature, find_reads(model, trajectory))
+    recording = recorded(model, MASK)
+    capture(model, recording.signature, find_reads(model, recording))
     x, now = torch.randn(ROWS, TOKENS, WIDTH), torch.full((ROWS,), 5.0)
     # Rows of 3 and of 2 tokens: the division differs. Two roundings of float32.
     expected = model(x, now, MASK) * 3 / 2
@@ -361,10 +361,10 @@ def flips(m: Any, x: Tensor, mask: Tensor) -> Tensor:
 
 def test_runs_whose_reads_differ_are_refused_with_the_reason() -> None:
     model = Reader(flips).eval()
-    trajectory = recorded(model, MASK, torch.ones_like(MASK))
-    assert find_reads(model, trajectory) == "null"
+    recording = recorded(model, MASK, torch.ones_like(MASK))
+    assert find_reads(model, recording) == "null"
     with pytest.raises(CaptureError) as caught:
-        planned(model, trajectory)
+        planned(model, recording)
     message = str(caught.value)
     assert message.startswith("capture: Reader: expected a model that torch.export captures, got")
     assert "data-dependent expression" in message
@@ -373,10 +373,10 @@ def test_runs_whose_reads_differ_are_refused_with_the_reason() -> None:
 
 def test_sizes_that_differ_from_run_to_run_are_refused_with_the_layer() -> None:
     model = Reader(lambda m, x, mask: x + m.fc(x[mask]).sum()).eval()
-    trajectory = recorded(model, MASK, torch.ones_like(MASK))
-    assert find_reads(model, trajectory) == "null"
+    recording = recorded(model, MASK, torch.ones_like(MASK))
+    assert find_reads(model, recording) == "null"
     with pytest.raises(CaptureError) as caught:
-        planned(model, trajectory)
+        planned(model, recording)
     message = str(caught.value)
     assert "expected shapes that the shapes of the inputs give" in message
     assert "which depends on values" in message
@@ -419,10 +419,10 @@ def test_a_read_that_depends_on_what_changes_in_a_run_is_refused_with_its_name(
 
 def test_a_decision_that_changes_in_a_run_is_refused_with_the_reason() -> None:
     model = Decides(lambda _, t: t.max() > TIMES[1]).eval()
-    trajectory = recorded(model, MASK)
-    assert find_reads(model, trajectory) == "null"
+    recording = recorded(model, MASK)
+    assert find_reads(model, recording) == "null"
     with pytest.raises(CaptureError, match=r"data-dependent.*that differ from call to call"):
-        planned(model, trajectory)
+        planned(model, recording)
 
 
 # --- run time -----------------------------------------------------------------------------------
@@ -435,13 +435,13 @@ def packed() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def trajectory(packed: nn.Module) -> Trajectory:
+def recording(packed: nn.Module) -> Recording:
     return recorded(packed, MASK, MASK)
 
 
 @pytest.fixture(scope="module")
-def plan(packed: nn.Module, trajectory: Trajectory) -> Plan:
-    return planned(packed, trajectory)
+def plan(packed: nn.Module, recording: Recording) -> Plan:
+    return planned(packed, recording)
 
 
 @pytest.fixture(scope="module")
@@ -538,9 +538,9 @@ def test_a_session_of_steps_takes_the_recorded_mask_alone(
 
 
 def test_a_session_of_whole_runs_takes_the_recorded_mask_alone(
-    fast: OptimizedModel, trajectory: Trajectory, tmp_path: Path
+    fast: OptimizedModel, recording: Recording, tmp_path: Path
 ) -> None:
-    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, trajectory))
+    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, recording))
     session = Session(tmp_path / "run")
     noise = torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(4))
     found = session.sample(noise, mask=MASK)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calicache.graph_passes.common.errors import RecordError
 from calicache.graph_passes.recording.recorder import record
-from calicache.graph_passes.recording.recording import Timestep, Trajectory
+from calicache.graph_passes.recording.recording import Recording, Timestep
 
 
 class Denoiser(nn.Module):
@@ -32,34 +32,34 @@ class Denoiser(nn.Module):
         return x, timestep, labels, cond
 
 
-def recorded(*calls: dict[str, Any]) -> Trajectory:
+def recorded(*calls: dict[str, Any]) -> Recording:
     model = Denoiser()
-    with record(model) as trajectory:
+    with record(model) as recording:
         for call in calls:
             model(**call)
-    return trajectory
+    return recording
 
 
-def sampled(*runs: Sequence[float]) -> Trajectory:
+def sampled(*runs: Sequence[float]) -> Recording:
     """One call for every timestep, the latent fresh in each."""
     return recorded(
         *({"x": torch.randn(2, 3), "timestep": torch.full((2,), float(t))} for r in runs for t in r)
     )
 
 
-def lengths(trajectory: Trajectory) -> list[int]:
-    return [len(run) for run in trajectory.runs]
+def lengths(recording: Recording) -> list[int]:
+    return [len(run) for run in recording.runs]
 
 
 # --- what is kept -----------------------------------------------------------------------------
 
 
-def test_every_call_of_a_real_sampler_is_kept(dit_trajectory: Trajectory) -> None:
-    assert len(dit_trajectory.calls) == dit_trajectory.steps == STEPS
-    times = [int(call["timestep"][0]) for call in dit_trajectory.calls]
+def test_every_call_of_a_real_sampler_is_kept(dit_recording: Recording) -> None:
+    assert len(dit_recording.calls) == dit_recording.steps == STEPS
+    times = [int(call["timestep"][0]) for call in dit_recording.calls]
     assert times == [999, 799, 599, 400, 200, 0]
-    assert dit_trajectory.timestep == Timestep("timestep", descends=True)
-    assert set(dit_trajectory.calls[0]) == {"hidden_states", "timestep", "class_labels"}
+    assert dit_recording.timestep == Timestep("timestep", descends=True)
+    assert set(dit_recording.calls[0]) == {"hidden_states", "timestep", "class_labels"}
 
 
 def test_recording_changes_no_result(dit: nn.Module) -> None:
@@ -73,11 +73,11 @@ def test_recording_changes_no_result(dit: nn.Module) -> None:
 def test_changing_an_input_later_does_not_change_the_record() -> None:
     x = torch.zeros(2, 3)
     model = Denoiser()
-    with record(model) as trajectory:
+    with record(model) as recording:
         for _ in range(3):
             model(x)
             x += 1
-    assert [float(call["x"][0, 0]) for call in trajectory.calls] == [0.0, 1.0, 2.0]
+    assert [float(call["x"][0, 0]) for call in recording.calls] == [0.0, 1.0, 2.0]
 
 
 def test_kept_values_are_detached_and_on_the_cpu() -> None:
@@ -90,20 +90,20 @@ def test_kept_values_are_detached_and_on_the_cpu() -> None:
 
 def test_values_that_stay_the_same_are_kept_once() -> None:
     labels = torch.tensor([1, 2])
-    trajectory = recorded(*({"x": torch.randn(2, 3), "labels": labels.clone()} for _ in range(3)))
-    assert len({id(call["labels"]) for call in trajectory.calls}) == 1
-    assert len({id(call["x"]) for call in trajectory.calls}) == 3
+    recording = recorded(*({"x": torch.randn(2, 3), "labels": labels.clone()} for _ in range(3)))
+    assert len({id(call["labels"]) for call in recording.calls}) == 1
+    assert len({id(call["x"]) for call in recording.calls}) == 3
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError()])
 def test_hook_is_gone_and_calls_are_kept_after_the_block(error: Exception | None) -> None:
     model = Denoiser()
-    with suppress(ZeroDivisionError), record(model) as trajectory:
+    with suppress(ZeroDivisionError), record(model) as recording:
         model(torch.zeros(1))
         if error:
             raise error
     model(torch.zeros(1))
-    assert len(trajectory.calls) == 1
+    assert len(recording.calls) == 1
     assert not model._forward_pre_hooks
 
 
@@ -115,13 +115,13 @@ def test_a_diffusers_pipeline_is_recorded_through_its_own_sampler() -> None:
     )
     pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
-    with record(pipe.transformer) as trajectory:
+    with record(pipe.transformer) as recording:
         images = pipe(class_labels=[1, 2], num_inference_steps=4, output_type="np").images
     assert images.shape == (2, 8, 8, 3)
-    assert [int(call["timestep"][0]) for call in trajectory.calls] == [750, 500, 250, 0]
+    assert [int(call["timestep"][0]) for call in recording.calls] == [750, 500, 250, 0]
     # Guidance doubles the batch; 1000 is the class that means none.
-    assert trajectory.calls[0]["hidden_states"].shape == (4, 4, 8, 8)
-    assert trajectory.calls[3]["class_labels"].tolist() == [1, 2, 1000, 1000]
+    assert recording.calls[0]["hidden_states"].shape == (4, 4, 8, 8)
+    assert recording.calls[3]["class_labels"].tolist() == [1, 2, 1000, 1000]
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -136,18 +136,18 @@ def test_a_diffusers_pipeline_is_recorded_through_its_own_sampler() -> None:
 def test_runs_end_where_the_timestep_turns_back(
     schedule: list[int], runs: int, descends: bool
 ) -> None:
-    trajectory = sampled(*[sorted(schedule, reverse=descends)] * runs)
+    recording = sampled(*[sorted(schedule, reverse=descends)] * runs)
     # Timesteps that all come n times, as [0, 0, 1, 1], are n calls of one step.
     counts = [schedule.count(value) for value in set(schedule)]
     calls = min(counts) if all(count % min(counts) == 0 for count in counts) else 1
-    assert trajectory.timestep == Timestep("timestep", descends, calls=calls)
-    assert lengths(trajectory) == [len(schedule) // calls] * runs * calls
-    assert trajectory.steps == len(schedule) // calls
+    assert recording.timestep == Timestep("timestep", descends, calls=calls)
+    assert lengths(recording) == [len(schedule) // calls] * runs * calls
+    assert recording.steps == len(schedule) // calls
 
 
 def test_runs_may_differ_in_length() -> None:
-    trajectory = sampled([9, 5, 1], [9, 1], [9, 7, 5, 3])
-    assert (lengths(trajectory), trajectory.steps) == ([3, 2, 4], 4)
+    recording = sampled([9, 5, 1], [9, 1], [9, 7, 5, 3])
+    assert (lengths(recording), recording.steps) == ([3, 2, 4], 4)
 
 
 def test_timestep_without_a_batch_is_seen() -> None:
@@ -161,17 +161,17 @@ def test_labels_of_a_single_image_are_not_mistaken_for_the_timestep() -> None:
             return x, labels, timestep
 
     model = LabelsFirst()
-    with record(model) as trajectory:
+    with record(model) as recording:
         for label in (3, 7):
             for t in (9, 5, 1):
                 model(torch.randn(1, 3), torch.tensor([label]), torch.tensor([t]))
-    assert trajectory.timestep == Timestep("timestep", descends=True)
-    assert lengths(trajectory) == [3, 3]
+    assert recording.timestep == Timestep("timestep", descends=True)
+    assert lengths(recording) == [3, 3]
 
 
 def test_calls_without_a_timestep_are_one_run() -> None:
-    trajectory = recorded(*({"x": torch.randn(2, 3)} for _ in range(3)))
-    assert (trajectory.timestep, lengths(trajectory)) == (None, [3])
+    recording = recorded(*({"x": torch.randn(2, 3)} for _ in range(3)))
+    assert (recording.timestep, lengths(recording)) == (None, [3])
 
 
 # --- what cannot be recorded ------------------------------------------------------------------
@@ -182,8 +182,8 @@ def test_nothing_recorded_is_an_error_that_tells_how_to_record(read: str) -> Non
     with pytest.raises(RecordError) as caught:
         getattr(recorded(), read)
     message = str(caught.value)
-    assert "record: trajectory: expected at least one call of the model, got none." in message
-    assert "with record(model) as trajectory:" in message
+    assert "record: recording: expected at least one call of the model, got none." in message
+    assert "with record(model) as recording:" in message
 
 
 X = torch.zeros(2, 3)
@@ -215,20 +215,20 @@ def test_calls_of_another_form_are_refused_with_advice(
 def test_the_order_of_dict_keys_is_not_part_of_the_form() -> None:
     a, b = torch.zeros(1), torch.ones(1)
     conditions = ({"a": a, "b": b}, {"b": b, "a": a})
-    trajectory = recorded(*({"x": X, "cond": cond} for cond in conditions))
-    assert [float(call["cond.b"]) for call in trajectory.calls] == [1.0, 1.0]
+    recording = recorded(*({"x": X, "cond": cond} for cond in conditions))
+    assert [float(call["cond.b"]) for call in recording.calls] == [1.0, 1.0]
 
 
 # --- the file --------------------------------------------------------------------------------
 
 
-def test_file_gives_back_the_trajectory(dit_trajectory: Trajectory, tmp_path: Path) -> None:
+def test_file_gives_back_the_recording(dit_recording: Recording, tmp_path: Path) -> None:
     path = tmp_path / "my runs" / "a.safetensors"
-    dit_trajectory.save(path)
-    loaded = Trajectory.load(path)
-    assert loaded.signature == dit_trajectory.signature
-    assert (loaded.timestep, loaded.steps) == (dit_trajectory.timestep, dit_trajectory.steps)
-    for got, expected in zip(loaded.calls, dit_trajectory.calls, strict=True):
+    dit_recording.save(path)
+    loaded = Recording.load(path)
+    assert loaded.signature == dit_recording.signature
+    assert (loaded.timestep, loaded.steps) == (dit_recording.timestep, dit_recording.steps)
+    for got, expected in zip(loaded.calls, dit_recording.calls, strict=True):
         assert list(got) == list(expected)
         # Bytes on disk: bitwise.
         torch.testing.assert_close(dict(got), dict(expected), rtol=0, atol=0)
@@ -253,19 +253,19 @@ def test_file_round_trip_for_any_form(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     calls = [{"x": (9 * torch.rand(shape)).to(dtype).mT, "cond": [constant]} for _ in range(steps)]
-    trajectory = recorded(*calls)
-    trajectory.save(path)
-    loaded = Trajectory.load(path)
-    assert loaded.signature == trajectory.signature
+    recording = recorded(*calls)
+    recording.save(path)
+    loaded = Recording.load(path)
+    assert loaded.signature == recording.signature
     assert len(loaded.calls) == steps
     for got, call in zip(loaded.calls, calls, strict=True):
         assert torch.equal(got["x"], call["x"])
 
 
 def test_infinite_numbers_survive_the_file(tmp_path: Path) -> None:
-    trajectory = recorded({"x": X, "labels": float("inf"), "cond": float("-inf")})
-    trajectory.save(tmp_path / "a")
-    assert Trajectory.load(tmp_path / "a").signature == trajectory.signature
+    recording = recorded({"x": X, "labels": float("inf"), "cond": float("-inf")})
+    recording.save(tmp_path / "a")
+    assert Recording.load(tmp_path / "a").signature == recording.signature
 
 
 def test_values_shared_by_steps_are_stored_once(tmp_path: Path) -> None:
@@ -273,13 +273,13 @@ def test_values_shared_by_steps_are_stored_once(tmp_path: Path) -> None:
     calls = ({"x": torch.randn(2, 3), "cond": text} for _ in range(10))
     recorded(*calls).save(tmp_path / "a")
     assert 65_536 < (tmp_path / "a").stat().st_size < 2 * 65_536
-    loaded = Trajectory.load(tmp_path / "a")
+    loaded = Recording.load(tmp_path / "a")
     assert len({id(call["cond"]) for call in loaded.calls}) == 1
 
 
 def test_nothing_is_written_where_nothing_was_recorded(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="at least one call"):
-        Trajectory().save(tmp_path / "a")
+        Recording().save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,9 +297,9 @@ def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     path = saved(tmp_path / "a")
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(RecordError) as caught:
-        Trajectory.load(path)
-    assert str(caught.value).startswith(f"record: {path}: expected a trajectory written by")
-    assert "Record the trajectory again." in caught.value.fix
+        Recording.load(path)
+    assert str(caught.value).startswith(f"record: {path}: expected a recording written by")
+    assert "Record the recording again." in caught.value.fix
 
 
 def form(dtype: str, tree: str) -> str:
@@ -325,34 +325,34 @@ def form(dtype: str, tree: str) -> str:
 def test_damaged_file_is_refused(tmp_path: Path, metadata: dict[str, str]) -> None:
     path = saved(tmp_path / "a", **metadata)
     with pytest.raises(RecordError, match=r"(?s)^record: .*: expected .*, got .*ecord .*again"):
-        Trajectory.load(path)
+        Recording.load(path)
 
 
 def test_missing_file_folder_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("hello, this is not a trajectory")
+    (tmp_path / "text").write_text("hello, this is not a recording")
     save_file({"a": X}, tmp_path / "weights")
     for path in (tmp_path / "none", tmp_path, tmp_path / "text", tmp_path / "weights"):
-        with pytest.raises(RecordError, match="expected a trajectory written by Trajectory"):
-            Trajectory.load(path)
+        with pytest.raises(RecordError, match="expected a recording written by Recording"):
+            Recording.load(path)
 
 
 # --- results ---------------------------------------------------------------------------------
 
 
-def finished(*runs: tuple[Sequence[float], float | None]) -> Trajectory:
+def finished(*runs: tuple[Sequence[float], float | None]) -> Recording:
     """Calls by timestep, and where a number is given a result full of it."""
     model = Denoiser()
-    with record(model) as trajectory:
+    with record(model) as recording:
         for times, result in runs:
             for t in times:
                 model(torch.randn(2, 3), torch.full((2,), float(t)))
             if result is not None:
-                trajectory.finish(torch.full((2, 3), result))
-    return trajectory
+                recording.finish(torch.full((2, 3), result))
+    return recording
 
 
-def results(trajectory: Trajectory) -> list[float | None]:
-    return [None if end is None else float(end[0, 0]) for end in trajectory.ends]
+def results(recording: Recording) -> list[float | None]:
+    return [None if end is None else float(end[0, 0]) for end in recording.ends]
 
 
 @settings(max_examples=30, deadline=None)
@@ -362,33 +362,33 @@ def results(trajectory: Trajectory) -> list[float | None]:
     )
 )
 def test_ends_are_aligned_with_runs(runs: list[tuple[int, int | None]]) -> None:
-    trajectory = finished(*((range(count, 0, -1), result) for count, result in runs))
-    assert lengths(trajectory) == [count for count, _ in runs]
-    assert results(trajectory) == [result for _, result in runs]
+    recording = finished(*((range(count, 0, -1), result) for count, result in runs))
+    assert lengths(recording) == [count for count, _ in runs]
+    assert results(recording) == [result for _, result in runs]
 
 
 def test_run_ends_at_finish_even_where_the_timestep_goes_on() -> None:
-    trajectory = finished(([9, 8, 7], 1.0), ([6, 5], 2.0), ([4, 3], None))
-    assert (lengths(trajectory), results(trajectory)) == ([3, 2, 2], [1.0, 2.0, None])
+    recording = finished(([9, 8, 7], 1.0), ([6, 5], 2.0), ([4, 3], None))
+    assert (lengths(recording), results(recording)) == ([3, 2, 2], [1.0, 2.0, None])
     assert lengths(sampled([9, 8, 7], [6, 5], [4, 3])) == [7]
 
 
 def test_run_ends_at_finish_without_any_timestep() -> None:
     model = Denoiser()
-    with record(model) as trajectory:
+    with record(model) as recording:
         for count in (2, 3):
             for _ in range(count):
                 model(torch.randn(2, 3))
-            trajectory.finish(torch.full((2, 3), float(count)))
-    assert trajectory.timestep is None
-    assert (lengths(trajectory), results(trajectory)) == ([2, 3], [2.0, 3.0])
+            recording.finish(torch.full((2, 3), float(count)))
+    assert recording.timestep is None
+    assert (lengths(recording), results(recording)) == ([2, 3], [2.0, 3.0])
 
 
 def test_result_is_a_detached_copy_on_the_cpu() -> None:
-    trajectory = finished(([2, 1], None))
+    recording = finished(([2, 1], None))
     latents = torch.zeros(2, 3, requires_grad=True)
-    trajectory.finish(latents * 1.0)
-    (end,) = trajectory.ends
+    recording.finish(latents * 1.0)
+    (end,) = recording.ends
     assert end is not None
     assert (end.requires_grad, end.device.type) == (False, "cpu")
     given = torch.zeros(2, 3)
@@ -399,32 +399,32 @@ def test_result_is_a_detached_copy_on_the_cpu() -> None:
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
-    trajectory = finished(([3, 2, 1], 7.0), ([3, 2, 1], None), ([3, 2], 9.0))
-    trajectory.save(tmp_path / "a")
-    loaded = Trajectory.load(tmp_path / "a")
+    recording = finished(([3, 2, 1], 7.0), ([3, 2, 1], None), ([3, 2], 9.0))
+    recording.save(tmp_path / "a")
+    loaded = Recording.load(tmp_path / "a")
     assert lengths(loaded) == [3, 3, 2]
     assert list(loaded.results) == [3, 8]
-    for got, expected in zip(loaded.ends, trajectory.ends, strict=True):
+    for got, expected in zip(loaded.ends, recording.ends, strict=True):
         assert (got is None) == (expected is None)
         assert expected is None or torch.equal(got, expected)
     bare = finished(([2, 1], None))
     bare.save(tmp_path / "b")
-    assert Trajectory.load(tmp_path / "b").ends == (None,)
+    assert Recording.load(tmp_path / "b").ends == (None,)
 
 
 @pytest.mark.parametrize("case", ["before any call", "twice"])
 def test_finish_without_a_run_since_the_last_is_refused(case: str) -> None:
-    trajectory = Trajectory() if case == "before any call" else finished(([2, 1], 5.0))
-    before = dict(trajectory.results)
+    recording = Recording() if case == "before any call" else finished(([2, 1], 5.0))
+    before = dict(recording.results)
     with pytest.raises(
         RecordError, match="finish: expected calls of the model before it, got none"
     ):
-        trajectory.finish(torch.zeros(2, 3))
-    assert trajectory.results == before
+        recording.finish(torch.zeros(2, 3))
+    assert recording.results == before
 
 
 @pytest.mark.parametrize("metadata", [{"results": "nonsense"}, {"results": "[1]"}])
 def test_file_with_damaged_results_is_refused(tmp_path: Path, metadata: dict[str, str]) -> None:
     path = saved(tmp_path / "a", **metadata)  # it holds one call and no result
-    with pytest.raises(RecordError, match="expected a trajectory written by Trajectory"):
-        Trajectory.load(path)
+    with pytest.raises(RecordError, match="expected a recording written by Recording"):
+        Recording.load(path)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from calicache.graph_passes.common.errors import RecordError, RunError
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import (
     CallSignature,
     TensorSpec,
@@ -125,9 +125,9 @@ def test_two_arguments_of_one_dotted_name_are_refused() -> None:
         flat(X, T, cond={"a.b": X, "a": {"b": torch.ones(1)}})
 
 
-def test_recorded_call_can_be_made_again(dit: nn.Module, dit_trajectory: Trajectory) -> None:
-    call = dit_trajectory.calls[2]
-    arguments = dit_trajectory.signature.unflatten(list(call.values()))
+def test_recorded_call_can_be_made_again(dit: nn.Module, dit_recording: Recording) -> None:
+    call = dit_recording.calls[2]
+    arguments = dit_recording.signature.unflatten(list(call.values()))
     again = dit(**arguments)
     expected = dit(call["hidden_states"], call["timestep"], call["class_labels"])
     # The same operations on the same values: bitwise.

@@ -13,9 +13,9 @@ from support.models import relative
 from support.tiny_pipelines import CASES, PipelineCase
 
 from calicache.export import Session, export_onnx, read_sampler
-from calicache.graph_passes import OptimizedModel, Plan, Trajectory, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 from calicache.graph_passes.common.errors import RunError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 
@@ -34,60 +34,60 @@ def build(case: PipelineCase) -> Any:
 
 
 @cache
-def recorded(case: PipelineCase) -> tuple[Any, Trajectory]:
+def recorded(case: PipelineCase) -> tuple[Any, Recording]:
     pipe = build(case)
-    with record(pipe.transformer) as trajectory:
+    with record(pipe.transformer) as recording:
         for seed, prompt in enumerate(["A dog", "Two ships"]):
-            trajectory.finish(case.latents(pipe, prompt, seed))
-    return pipe, trajectory
+            recording.finish(case.latents(pipe, prompt, seed))
+    return pipe, recording
 
 
 @cache
 def optimized(case: PipelineCase) -> OptimizedModel:
-    pipe, trajectory = recorded(case)
-    plan = Plan.from_trajectory(pipe.transformer, trajectory, interval=2, rank=4)
+    pipe, recording = recorded(case)
+    plan = Plan.from_trajectory(pipe.transformer, recording, interval=2, rank=4)
     return optimize(pipe.transformer, plan)
 
 
-def whole(trajectory: Trajectory) -> Trajectory:
-    batch = batch_size(trajectory.signature, classify_inputs(trajectory))
-    made = batch_calls(trajectory, batch)
-    assert isinstance(made, Trajectory)
+def whole(recording: Recording) -> Recording:
+    batch = batch_size(recording.signature, classify_inputs(recording))
+    made = batch_calls(recording, batch)
+    assert isinstance(made, Recording)
     return made
 
 
 def test_calls_of_a_step_become_one_batch(case: PipelineCase) -> None:
-    _, trajectory = recorded(case)
-    made = whole(trajectory)
+    _, recording = recorded(case)
+    made = whole(recording)
     assert made.calls_per_step == 1
-    assert len(made.calls) * 2 == len(trajectory.calls)
-    assert made.steps == trajectory.steps
-    assert len(made.runs) * 2 == len(trajectory.runs)
-    assert [end.shape for end in made.ends] == [end.shape for end in trajectory.ends[::2]]
+    assert len(made.calls) * 2 == len(recording.calls)
+    assert made.steps == recording.steps
+    assert len(made.runs) * 2 == len(recording.runs)
+    assert [end.shape for end in made.ends] == [end.shape for end in recording.ends[::2]]
     (text,) = (s for s in made.signature.tensors if s.name == "encoder_hidden_states")
-    first, second = (call["encoder_hidden_states"] for call in trajectory.calls[:2])
+    first, second = (call["encoder_hidden_states"] for call in recording.calls[:2])
     assert text.shape == (2 * first.shape[0], *first.shape[1:])
     assert torch.equal(made.calls[0]["encoder_hidden_states"], torch.cat([first, second]))
 
 
 def test_calls_that_differ_without_a_batch_dimension_are_told(case: PipelineCase) -> None:
-    _, trajectory = recorded(case)
-    made = batch_calls(trajectory, batch=1000)  # no first dimension is that
-    assert isinstance(made, SiteRejection)
+    _, recording = recorded(case)
+    made = batch_calls(recording, batch=1000)  # no first dimension is that
+    assert isinstance(made, Rejection)
     assert "encoder_hidden_states, which has no batch dimension" in made.reason
 
 
 def test_output_weights_are_fitted_to_both_calls(case: PipelineCase) -> None:
-    pipe, trajectory = recorded(case)
+    pipe, recording = recorded(case)
     fast = optimized(case)
     assert fast.plan.settings.correction == "fitted to the recorded runs"
-    plain = Plan.from_trajectory(pipe.transformer, trajectory, interval=2, rank=4, correct=False)
+    plain = Plan.from_trajectory(pipe.transformer, recording, interval=2, rank=4, correct=False)
     errors = {}
     for name, model in (("fitted", fast), ("plain", optimize(fast.original, plain))):
         own = build(case)
         own.transformer = model
         errors[name] = [
-            relative(case.latents(own, prompt, seed), trajectory.ends[2 * seed])
+            relative(case.latents(own, prompt, seed), recording.ends[2 * seed])
             for seed, prompt in enumerate(["A dog", "Two ships"])
         ]
     # On the runs that they were fitted to the weights can only help.
@@ -95,18 +95,18 @@ def test_output_weights_are_fitted_to_both_calls(case: PipelineCase) -> None:
 
 
 def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None:
-    _, trajectory = recorded(case)
+    _, recording = recorded(case)
     fast = optimized(case)
     fast.reset()
     both = fast.batched()
     both.reset()
     assert both is fast.batched()
-    made = whole(trajectory)
+    made = whole(recording)
     for number in range(made.steps):
-        calls = trajectory.calls[2 * number : 2 * number + 2]
+        calls = recording.calls[2 * number : 2 * number + 2]
         apart = [
             fast(
-                **trajectory.signature.unflatten([*c.values()]),
+                **recording.signature.unflatten([*c.values()]),
             )[0]
             for c in calls
         ]
@@ -116,13 +116,13 @@ def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None
 
 
 def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: Path) -> None:
-    _, trajectory = recorded(case)
+    _, recording = recorded(case)
     fast = optimized(case)
-    sampler = read_sampler(fast, trajectory)
+    sampler = read_sampler(fast, recording)
     assert sampler.parts == 2
     assert sampler.guidance == pytest.approx(case.scale, rel=1e-3)  # found by least squares
     manifest = export_onnx(fast, tmp_path / "d", "sampler", sampler)
-    made = whole(trajectory)
+    made = whole(recording)
     first = made.calls[0]
     inputs = {spec.name: first[spec.name] for spec in manifest.sampler.inputs}
     noise = first[sampler.latent].chunk(2)[0]
@@ -132,22 +132,22 @@ def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: 
     fast.reset()
     expected = case.latents(own, "A dog", 0)
     assert relative(got, expected) < SAME
-    assert relative(expected, trajectory.ends[0]) > 10 * SAME
+    assert relative(expected, recording.ends[0]) > 10 * SAME
 
 
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_session_keeps_the_calls_of_a_step_apart(
     case: PipelineCase, layout: str, tmp_path: Path
 ) -> None:
-    _, trajectory = recorded(case)
+    _, recording = recorded(case)
     fast = optimized(case)
     fast.reset()
     export_onnx(fast, tmp_path / "d", layout)
     session = Session(tmp_path / "d")
     assert session.manifest.calls_per_step == 2
-    for number, call in enumerate(trajectory.calls[: 2 * trajectory.steps]):
+    for number, call in enumerate(recording.calls[: 2 * recording.steps]):
         got = session.step(number // 2, number % 2, **call)
-        expected = fast(**trajectory.signature.unflatten([*call.values()]))[0]
+        expected = fast(**recording.signature.unflatten([*call.values()]))[0]
         assert relative(torch.from_numpy(got), expected) < SAME, number
     with pytest.raises(RunError, match=r"call 2: expected 0 \.\. 1"):
-        session.step(0, 2, **trajectory.calls[0])
+        session.step(0, 2, **recording.calls[0])

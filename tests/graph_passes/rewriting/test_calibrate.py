@@ -18,11 +18,11 @@ from calicache.graph_passes import (
     CapturedGraph,
     Granularity,
     Plan,
+    Recording,
     SiteMode,
     SiteRule,
     Sites,
     StepMode,
-    Trajectory,
     Weighting,
     classify_inputs,
     classify_nodes,
@@ -37,8 +37,8 @@ from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
 from calicache.graph_passes.graph.operations import LINEAR
-from calicache.graph_passes.rewriting.checks import verify_rewritten
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.checks import verify_variants
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.settings.schedule import Table, anchor_table, output_table
 from calicache.graph_passes.sites.targets import assign
 
@@ -86,20 +86,20 @@ class Case:
     sites: Sites
     targets: tuple[CalibrationTarget, ...]
     factors: dict[str, CalibrationFactors]
-    rewritten: Rewritten
+    variant_set: VariantSet
 
     def play(self) -> list[Tensor]:
         """The outputs of all steps of SCHEDULE."""
         kept: tuple[dict[str, Tensor], ...] = ()
         made: list[Tensor] = []
         for step, (mode, x) in enumerate(zip(SCHEDULE, self.inputs, strict=True)):
-            variant = self.rewritten.variants[mode]
-            values = self.rewritten.read(variant.reads, kept, step, x.device)
+            variant = self.variant_set.variants[mode]
+            values = self.variant_set.read(variant.reads, kept, step, x.device)
             results = variant.module(x, *values)
             if mode is REFRESH:
-                names = [cache.name for cache in self.rewritten.caches]
+                names = [cache.name for cache in self.variant_set.caches]
                 fresh = dict(zip(names, results[1:], strict=True))
-                kept = (fresh, *kept)[: self.rewritten.history]
+                kept = (fresh, *kept)[: self.variant_set.history]
             made.append(results[0])
         return made
 
@@ -108,7 +108,7 @@ class Case:
         return self.factors[target].up @ self.factors[target].down
 
     def graph(self, mode: StepMode) -> fx.Graph:
-        return self.rewritten.variants[mode].module.graph
+        return self.variant_set.variants[mode].module.graph
 
 
 def make(
@@ -124,18 +124,18 @@ def make(
 ) -> Case:
     model = shake(Siblings(head=head), 0.2)
     inputs = [torch.randn(2, 5, 8) for _ in SCHEDULE]
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for x in inputs:
             model(x)
-    captured = capture(model, trajectory.signature)
-    sites = find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+    captured = capture(model, recording.signature)
+    sites = find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
     targets, _ = assign(
         captured, sites, rank=rank, granularity=granularity, rules=rules, joint=joint
     )
     weighting = Weighting.COVARIANCE if joint else Weighting.NONE
-    statistics = observe(captured, targets, trajectory, weighting, SCHEDULE, order)
+    statistics = observe(captured, targets, recording, weighting, SCHEDULE, order)
     factors = make_factors(captured, targets, statistics)
-    rewritten = rewrite(
+    variant_set = rewrite(
         captured,
         sites,
         targets,
@@ -145,8 +145,8 @@ def make(
         anchors=anchor_table(SCHEDULE, order),
         outputs=output_table(SCHEDULE, order) if outputs is None else outputs,
     )
-    verify_rewritten(captured, rewritten)
-    return Case(model, inputs, captured, sites, targets, factors, rewritten)
+    verify_variants(captured, variant_set)
+    return Case(model, inputs, captured, sites, targets, factors, variant_set)
 
 
 def kept_before(step: int, order: int) -> list[int]:
@@ -223,11 +223,11 @@ def test_calibrated_values_never_enter_the_history() -> None:
 
 
 def test_optimized_model_keeps_order_plus_one_refreshes_newest_first(
-    dit: FashionDiT, forecast_plan: Plan, dit_trajectory: Trajectory
+    dit: FashionDiT, forecast_plan: Plan, dit_recording: Recording
 ) -> None:
     fast = optimize(dit, forecast_plan)  # R C R U R F
     seen = []
-    for call in dit_trajectory.calls:
+    for call in dit_recording.calls:
         (before,) = map(list, fast._kept)  # one call a step
         fast(**call)
         (kept,) = fast._kept
@@ -294,7 +294,7 @@ def test_rank_zero_returns_the_anchor_of_the_last_layer_alone() -> None:
     case = make(1, rank=0)
     assert case.factors == {}
     # The branch ends in `out`: its anchor is all that a CALIBRATE step needs, as on REUSE.
-    variants = case.rewritten.variants
+    variants = case.variant_set.variants
     assert set(variants[CALIBRATE].reads) == set(variants[REUSE].reads)
     assert graph_macs(case.graph(CALIBRATE)) == graph_macs(case.graph(REUSE))
     model, got = case.model, case.play()
@@ -313,7 +313,7 @@ def test_full_site_stays_as_in_the_plain_graph() -> None:
     (node,) = [n for n in case.graph(CALIBRATE).nodes if n.name == site.node]
     assert node.format_node() == plain.format_node()
     assert [user.name for user in node.users] == [user.name for user in plain.users]
-    assert not [c for c in case.rewritten.caches if c.node == site.node]
+    assert not [c for c in case.variant_set.caches if c.node == site.node]
 
 
 def test_full_branch_is_the_model_itself() -> None:
@@ -398,11 +398,11 @@ def test_forecast_of_an_output_that_is_no_float_is_refused() -> None:
             return y, y.argmax(dim=-1)
 
     model = shake(Labels())
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for _ in range(3):
             model(torch.randn(2, 5, 8))
     plan = Plan.from_trajectory(
-        model, trajectory, rank=2, schedule=modes("RCU"), correct=False, order=1
+        model, recording, rank=2, schedule=modes("RCU"), correct=False, order=1
     )
     optimize(model, plan)  # fits
     with pytest.raises(PlanError, match=r"output argmax: expected a floating-point.*int64"):
@@ -414,13 +414,13 @@ def test_forecast_of_an_output_that_is_no_float_is_refused() -> None:
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_full_rank_calibration_equals_the_model(
-    dit: FashionDiT, dit_trajectory: Trajectory, order: int
+    dit: FashionDiT, dit_recording: Recording, order: int
 ) -> None:
     plan = Plan.from_trajectory(
-        dit, dit_trajectory, rank=32, schedule=modes("RCRRCC"), order=order, correct=False
+        dit, dit_recording, rank=32, schedule=modes("RCRRCC"), order=order, correct=False
     )
     fast = optimize(dit, plan)
-    for call in dit_trajectory.calls:
+    for call in dit_recording.calls:
         # Full rank leaves float32 rounding: 6e-8, times weights of anchors up to 10 in
         # magnitude (order 2, two steps ahead), through two blocks. Measured: below 1e-7.
         assert relative(fast(**call), dit(**call)) < 1e-6
@@ -428,14 +428,14 @@ def test_full_rank_calibration_equals_the_model(
 
 @pytest.mark.parametrize("order", [0, 2])
 def test_all_refresh_is_the_model_bit_for_bit(
-    dit: FashionDiT, dit_trajectory: Trajectory, order: int
+    dit: FashionDiT, dit_recording: Recording, order: int
 ) -> None:
     plan = Plan.from_trajectory(
-        dit, dit_trajectory, rank=4, schedule=(REFRESH,) * 6, order=order, correct=False
+        dit, dit_recording, rank=4, schedule=(REFRESH,) * 6, order=order, correct=False
     )
     fast = optimize(dit, plan)
-    assert fast.rewritten.caches == ()
-    for call in dit_trajectory.calls:
+    assert fast.variant_set.caches == ()
+    for call in dit_recording.calls:
         assert torch.equal(fast(**call), dit(**call))  # the same kernels on the same numbers
 
 
@@ -443,10 +443,10 @@ def test_all_refresh_is_the_model_bit_for_bit(
 def test_weights_of_anchors_do_not_change_the_dtype(dtype: torch.dtype) -> None:
     case = make(2)
     model = case.model.to(dtype)
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for x in case.inputs:
             model(x.to(dtype))
-    plan = Plan.from_trajectory(model, trajectory, rank=3, schedule=SCHEDULE, correct=False)
+    plan = Plan.from_trajectory(model, recording, rank=3, schedule=SCHEDULE, correct=False)
     fast = optimize(model, plan)
     for x in case.inputs:
         assert fast(x.to(dtype)).dtype is dtype

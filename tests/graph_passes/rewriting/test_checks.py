@@ -14,23 +14,23 @@ from calicache.graph_passes import (
     CapturedGraph,
     OptimizedModel,
     Plan,
+    Recording,
     StepMode,
-    Trajectory,
     optimize,
 )
 from calicache.graph_passes.common.errors import VerifyError
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.checks import verify_captured, verify_functional
-from calicache.graph_passes.rewriting.checks import verify_rewritten
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.checks import verify_variants
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 aten = torch.ops.aten
 
 
 @pytest.fixture
-def captured(dit: FashionDiT, dit_trajectory: Trajectory) -> CapturedGraph:
-    return capture(dit, dit_trajectory.signature)
+def captured(dit: FashionDiT, dit_recording: Recording) -> CapturedGraph:
+    return capture(dit, dit_recording.signature)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
 
 
 @pytest.fixture
-def made(fast: OptimizedModel) -> tuple[CapturedGraph, Rewritten]:
+def made(fast: OptimizedModel) -> tuple[CapturedGraph, VariantSet]:
     """Variants of its own for every test to break."""
-    folded = frozenset(cache.folded for cache in fast.rewritten.caches if cache.folded)
+    folded = frozenset(cache.folded for cache in fast.variant_set.caches if cache.folded)
     return fast.captured, rewrite(
         fast.captured,
         fast.sites,
@@ -69,22 +69,22 @@ def named(graph: fx.Graph, name: str) -> fx.Node:
     return next(node for node in graph.nodes if node.name == name)
 
 
-def test_good_graphs_are_handed_on(made: tuple[CapturedGraph, Rewritten]) -> None:
-    captured, rewritten = made
+def test_good_graphs_are_handed_on(made: tuple[CapturedGraph, VariantSet]) -> None:
+    captured, variant_set = made
     assert verify_captured(captured) is captured
-    assert verify_rewritten(captured, rewritten) is rewritten
+    assert verify_variants(captured, variant_set) is variant_set
 
 
 def test_graphs_with_a_history_are_good(fast_forecast: OptimizedModel) -> None:
-    rewritten = fast_forecast.rewritten
-    assert (rewritten.history, set(rewritten.variants)) == (3, set(StepMode))
-    assert verify_rewritten(fast_forecast.captured, rewritten) is rewritten
+    variant_set = fast_forecast.variant_set
+    assert (variant_set.history, set(variant_set.variants)) == (3, set(StepMode))
+    assert verify_variants(fast_forecast.captured, variant_set) is variant_set
 
 
 def test_graph_of_diffusers_is_good(
-    diffusers_dit: nn.Module, diffusers_trajectory: Trajectory
+    diffusers_dit: nn.Module, diffusers_recording: Recording
 ) -> None:
-    captured = capture(diffusers_dit, diffusers_trajectory.signature)
+    captured = capture(diffusers_dit, diffusers_recording.signature)
     assert verify_captured(captured) is captured
 
 
@@ -144,124 +144,126 @@ def test_plain_function_is_allowed() -> None:
 
 @pytest.mark.parametrize("mode", StepMode)
 def test_variant_that_returns_too_little_is_refused(
-    made: tuple[CapturedGraph, Rewritten], mode: StepMode
+    made: tuple[CapturedGraph, VariantSet], mode: StepMode
 ) -> None:
-    captured, rewritten = made
-    output = rewritten.variants[mode].module.graph.output_node()
+    captured, variant_set = made
+    output = variant_set.variants[mode].module.graph.output_node()
     output.args = (output.args[0][:-1],)
-    refuses(lambda: verify_rewritten(captured, rewritten), f"outputs of {mode.name}")
+    refuses(lambda: verify_variants(captured, variant_set), f"outputs of {mode.name}")
 
 
 @pytest.mark.parametrize("mode", [CALIBRATE, REUSE, FORECAST])
 def test_cheap_variant_that_returns_a_cache_is_refused(
-    made: tuple[CapturedGraph, Rewritten], mode: StepMode
+    made: tuple[CapturedGraph, VariantSet], mode: StepMode
 ) -> None:
-    captured, rewritten = made
-    variant = rewritten.variants[mode]
+    captured, variant_set = made
+    variant = variant_set.variants[mode]
     output = variant.module.graph.output_node()
     output.args = ((*output.args[0], named(variant.module.graph, variant.reads[0])),)
-    refuses(lambda: verify_rewritten(captured, rewritten), f"outputs of {mode.name}")
+    refuses(lambda: verify_variants(captured, variant_set), f"outputs of {mode.name}")
 
 
 def test_variant_with_a_result_of_another_shape_is_refused(
-    made: tuple[CapturedGraph, Rewritten],
+    made: tuple[CapturedGraph, VariantSet],
 ) -> None:
-    captured, rewritten = made
-    result = rewritten.variants[REUSE].module.graph.output_node().args[0][0]
+    captured, variant_set = made
+    result = variant_set.variants[REUSE].module.graph.output_node().args[0][0]
     result.meta["val"] = result.meta["val"].new_empty(4, 1, 28, 27)
-    refuses(lambda: verify_rewritten(captured, rewritten), "outputs of REUSE")
+    refuses(lambda: verify_variants(captured, variant_set), "outputs of REUSE")
 
 
-def with_variant(rewritten: Rewritten, mode: StepMode, **changes: object) -> Rewritten:
-    variant = dataclasses.replace(rewritten.variants[mode], **changes)
-    return dataclasses.replace(rewritten, variants={**rewritten.variants, mode: variant})
+def with_variant(variant_set: VariantSet, mode: StepMode, **changes: object) -> VariantSet:
+    variant = dataclasses.replace(variant_set.variants[mode], **changes)
+    return dataclasses.replace(variant_set, variants={**variant_set.variants, mode: variant})
 
 
-def test_reads_in_another_order_are_refused(made: tuple[CapturedGraph, Rewritten]) -> None:
-    captured, rewritten = made
-    reads = rewritten.variants[CALIBRATE].reads
-    wrong = with_variant(rewritten, CALIBRATE, reads=reads[::-1])
-    refuses(lambda: verify_rewritten(captured, wrong), "placeholders of CALIBRATE")
+def test_reads_in_another_order_are_refused(made: tuple[CapturedGraph, VariantSet]) -> None:
+    captured, variant_set = made
+    reads = variant_set.variants[CALIBRATE].reads
+    wrong = with_variant(variant_set, CALIBRATE, reads=reads[::-1])
+    refuses(lambda: verify_variants(captured, wrong), "placeholders of CALIBRATE")
 
 
-def test_refresh_that_reads_a_cache_is_refused(made: tuple[CapturedGraph, Rewritten]) -> None:
-    captured, rewritten = made
-    reuse = rewritten.variants[REUSE]
-    wrong = with_variant(rewritten, REFRESH, module=reuse.module, reads=reuse.reads)
-    refuses(lambda: verify_rewritten(captured, wrong), "cache_")
+def test_refresh_that_reads_a_cache_is_refused(made: tuple[CapturedGraph, VariantSet]) -> None:
+    captured, variant_set = made
+    reuse = variant_set.variants[REUSE]
+    wrong = with_variant(variant_set, REFRESH, module=reuse.module, reads=reuse.reads)
+    refuses(lambda: verify_variants(captured, wrong), "cache_")
 
 
 def test_cache_that_refresh_does_not_write_is_refused(
-    made: tuple[CapturedGraph, Rewritten],
+    made: tuple[CapturedGraph, VariantSet],
 ) -> None:
-    captured, rewritten = made
-    gone = rewritten.variants[CALIBRATE].reads[3]
-    kept = tuple(cache for cache in rewritten.caches if cache.name != gone)
-    output = rewritten.variants[REFRESH].module.graph.output_node()
-    at = 1 + [cache.name for cache in rewritten.caches].index(gone)
+    captured, variant_set = made
+    gone = variant_set.variants[CALIBRATE].reads[3]
+    kept = tuple(cache for cache in variant_set.caches if cache.name != gone)
+    output = variant_set.variants[REFRESH].module.graph.output_node()
+    at = 1 + [cache.name for cache in variant_set.caches].index(gone)
     output.args = (tuple(value for i, value in enumerate(output.args[0]) if i != at),)
-    wrong = dataclasses.replace(rewritten, caches=kept)
-    refuses(lambda: verify_rewritten(captured, wrong), gone)
+    wrong = dataclasses.replace(variant_set, caches=kept)
+    refuses(lambda: verify_variants(captured, wrong), gone)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype"])
 def test_cache_of_another_form_than_written_is_refused(
-    made: tuple[CapturedGraph, Rewritten], change: str
+    made: tuple[CapturedGraph, VariantSet], change: str
 ) -> None:
-    captured, rewritten = made
-    variant = rewritten.variants[CALIBRATE]
+    captured, variant_set = made
+    variant = variant_set.variants[CALIBRATE]
     node = named(variant.module.graph, variant.reads[1])
     value = node.meta["val"]
     node.meta["val"] = value[:1] if change == "shape" else value.half()
-    refuses(lambda: verify_rewritten(captured, rewritten), variant.reads[1])
+    refuses(lambda: verify_variants(captured, variant_set), variant.reads[1])
 
 
 def test_refresh_that_writes_another_dtype_is_refused(
-    made: tuple[CapturedGraph, Rewritten],
+    made: tuple[CapturedGraph, VariantSet],
 ) -> None:
-    captured, rewritten = made
-    value = rewritten.variants[REFRESH].module.graph.output_node().args[0][1]
+    captured, variant_set = made
+    value = variant_set.variants[REFRESH].module.graph.output_node().args[0][1]
     value.meta["val"] = value.meta["val"].half()
-    refuses(lambda: verify_rewritten(captured, rewritten), "outputs of REFRESH")
+    refuses(lambda: verify_variants(captured, variant_set), "outputs of REFRESH")
 
 
 @pytest.mark.parametrize("mode", [REFRESH, CALIBRATE, REUSE])  # FORECAST reads no weight
 def test_weight_of_another_shape_is_refused(
-    made: tuple[CapturedGraph, Rewritten], mode: StepMode
+    made: tuple[CapturedGraph, VariantSet], mode: StepMode
 ) -> None:
-    captured, rewritten = made
-    node = next(n for n in rewritten.variants[mode].module.graph.nodes if n.op == "get_attr")
+    captured, variant_set = made
+    node = next(n for n in variant_set.variants[mode].module.graph.nodes if n.op == "get_attr")
     node.meta["val"] = node.meta["val"].new_empty(5, 5)
-    refuses(lambda: verify_rewritten(captured, rewritten), node.name)
+    refuses(lambda: verify_variants(captured, variant_set), node.name)
 
 
-def test_weight_that_is_not_there_is_refused(made: tuple[CapturedGraph, Rewritten]) -> None:
-    captured, rewritten = made
-    module = rewritten.variants[REUSE].module
+def test_weight_that_is_not_there_is_refused(made: tuple[CapturedGraph, VariantSet]) -> None:
+    captured, variant_set = made
+    module = variant_set.variants[REUSE].module
     del module.final_proj.weight
-    refuses(lambda: verify_rewritten(captured, rewritten), "final_proj_weight")
+    refuses(lambda: verify_variants(captured, variant_set), "final_proj_weight")
 
 
 @pytest.mark.parametrize("mode", StepMode)
 def test_weight_that_no_table_holds_is_refused(
     fast_forecast: OptimizedModel, mode: StepMode
 ) -> None:
-    captured, rewritten = fast_forecast.captured, fast_forecast.rewritten
-    name = next(read for read in rewritten.variants[mode].reads if read in rewritten.tables)
-    tables = {key: table for key, table in rewritten.tables.items() if key != name}
-    refuses(lambda: verify_rewritten(captured, dataclasses.replace(rewritten, tables=tables)), name)
+    captured, variant_set = fast_forecast.captured, fast_forecast.variant_set
+    name = next(read for read in variant_set.variants[mode].reads if read in variant_set.tables)
+    tables = {key: table for key, table in variant_set.tables.items() if key != name}
+    refuses(
+        lambda: verify_variants(captured, dataclasses.replace(variant_set, tables=tables)), name
+    )
 
 
 def test_slot_that_is_not_kept_is_refused(fast_forecast: OptimizedModel) -> None:
-    captured, rewritten = fast_forecast.captured, fast_forecast.rewritten
-    wrong = dataclasses.replace(rewritten, history=2)
-    refuses(lambda: verify_rewritten(captured, wrong), "_back2")
+    captured, variant_set = fast_forecast.captured, fast_forecast.variant_set
+    wrong = dataclasses.replace(variant_set, history=2)
+    refuses(lambda: verify_variants(captured, wrong), "_back2")
 
 
 def test_weight_that_is_no_single_number_is_refused(
-    made: tuple[CapturedGraph, Rewritten],
+    made: tuple[CapturedGraph, VariantSet],
 ) -> None:
-    captured, rewritten = made
-    node = named(rewritten.variants[FORECAST].module.graph, "output_weight_1")
+    captured, variant_set = made
+    node = named(variant_set.variants[FORECAST].module.graph, "output_weight_1")
     node.meta["val"] = torch.zeros(1, device="meta")
-    refuses(lambda: verify_rewritten(captured, rewritten), "output_weight_1")
+    refuses(lambda: verify_variants(captured, variant_set), "output_weight_1")

@@ -19,9 +19,9 @@ from calicache.graph_passes import (
     Granularity,
     ModelCost,
     Plan,
+    Recording,
     Sites,
     StepMode,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -46,9 +46,9 @@ SHARES = {  # whole run at intervals 2, 3, 4
 }
 
 
-def found(model: nn.Module, trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
-    captured = capture(model, trajectory.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+def found(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Sites]:
+    captured = capture(model, recording.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
 
 
 def cost_of(
@@ -67,7 +67,7 @@ def cost_of(
         factors = make_factors(captured, targets, {})
     else:
         factors = {target.name: zeros(captured, target) for target in targets if target.rank}
-    rewritten = rewrite(
+    variant_set = rewrite(
         captured,
         sites,
         targets,
@@ -76,7 +76,7 @@ def cost_of(
         folded=frozenset(factors if fold else ()),
         anchors=anchor_table(modes, order),
     )
-    return model_cost(captured, sites, targets, rewritten)
+    return model_cost(captured, sites, targets, variant_set)
 
 
 def zeros(captured: CapturedGraph, target: CalibrationTarget) -> CalibrationFactors:
@@ -104,14 +104,14 @@ class DiTXL:
                 sample_size=latent,
                 patch_size=2,
             ).eval()
-        trajectory = Trajectory()
+        recording = Recording()
         for timestep in (9, 5):
-            trajectory.append(
+            recording.append(
                 self.model,
                 (torch.randn(2, 4, latent, latent),),
                 {"timestep": torch.full((2,), timestep), "class_labels": torch.tensor([1, 2])},
             )
-        self.captured, self.sites = found(self.model, trajectory)
+        self.captured, self.sites = found(self.model, recording)
         self.cost = cost_of(self.captured, self.sites, 128)
 
 
@@ -227,9 +227,9 @@ PRODUCTS = {
 def test_macs_of_one_operation(name: str) -> None:
     function, a, b, macs = PRODUCTS[name]
     model = Apply(function).eval()
-    trajectory = Trajectory()
-    trajectory.append(model, (torch.randn(a), torch.randn(b)), {})
-    assert graph_macs(capture(model, trajectory.signature).graph) == macs
+    recording = Recording()
+    recording.append(model, (torch.randn(a), torch.randn(b)), {})
+    assert graph_macs(capture(model, recording.signature).graph) == macs
 
 
 @pytest.mark.parametrize("which", ["dit", "diffusers"])
@@ -237,7 +237,7 @@ def test_macs_of_a_model_are_half_of_what_pytorch_counts(
     which: str, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue("dit" if which == "dit" else "diffusers_dit")
-    signature = request.getfixturevalue(f"{which}_trajectory").signature
+    signature = request.getfixturevalue(f"{which}_recording").signature
     # On the meta device: attention on the CPU is not counted by PyTorch.
     inputs = [
         torch.empty(spec.shape, dtype=spec.torch_dtype, device="meta") for spec in signature.tensors
@@ -251,7 +251,8 @@ def test_macs_of_a_model_are_half_of_what_pytorch_counts(
 def test_cost_is_that_of_the_emitted_graphs(dit: FashionDiT, dit_plan: Plan, rank: int) -> None:
     fast = optimize(dit, dit_plan.with_rank(rank).with_schedule(tuple(StepMode)))
     emitted = {
-        mode: graph_macs(variant.module.graph) for mode, variant in fast.rewritten.variants.items()
+        mode: graph_macs(variant.module.graph)
+        for mode, variant in fast.variant_set.variants.items()
     }
     assert fast.cost.plain_macs == graph_macs(fast.captured.graph)
     assert emitted == fast.cost.modes
@@ -268,8 +269,8 @@ def test_cost_is_that_of_the_emitted_graphs(dit: FashionDiT, dit_plan: Plan, ran
 
 
 @pytest.fixture(scope="module")
-def small(dit: FashionDiT, dit_trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
-    return found(dit, dit_trajectory)
+def small(dit: FashionDiT, dit_recording: Recording) -> tuple[CapturedGraph, Sites]:
+    return found(dit, dit_recording)
 
 
 @pytest.fixture(scope="module")
@@ -288,14 +289,14 @@ def test_cost_of_one_site_by_hand(rank_4: ModelCost) -> None:
     assert cost.cache_bytes == 4 * tokens * (128 + 32)  # y_ref and x_ref
 
 
-def test_half_the_precision_is_half_the_bytes(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
+def test_half_the_precision_is_half_the_bytes(dit: FashionDiT, dit_recording: Recording) -> None:
     half = copy.deepcopy(dit).bfloat16()
-    full_cost = cost_of(*found(dit, dit_trajectory), 4).targets["blocks.1.attn.q"]
-    trajectory = Trajectory()
-    for call in dit_trajectory.calls:
+    full_cost = cost_of(*found(dit, dit_recording), 4).targets["blocks.1.attn.q"]
+    recording = Recording()
+    for call in dit_recording.calls:
         images = call["hidden_states"].bfloat16()
-        trajectory.append(half, (), {**call, "hidden_states": images})
-    half_cost = cost_of(*found(half, trajectory), 4).targets["blocks.1.attn.q"]
+        recording.append(half, (), {**call, "hidden_states": images})
+    half_cost = cost_of(*found(half, recording), 4).targets["blocks.1.attn.q"]
     assert half_cost.full_macs == full_cost.full_macs
     assert half_cost.full_bytes * 2 == full_cost.full_bytes
     assert half_cost.factor_bytes * 2 == full_cost.factor_bytes

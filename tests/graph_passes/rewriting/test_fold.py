@@ -39,7 +39,7 @@ from calicache.graph_passes.rewriting.fold import (
     fold_macs,
     reads_output,
 )
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.settings.schedule import anchor_table
 from calicache.graph_passes.sites.targets import assign
 
@@ -175,7 +175,7 @@ def test_schedule_without_calibrate_folds_nothing(schedule: tuple[StepMode, ...]
 def test_optimize_folds_what_the_rule_says(dit: nn.Module, dit_plan: Plan) -> None:
     # Two cheap steps a REFRESH in float32: folded where the group's ranks sum to less than 240.
     few, many = optimize(dit, dit_plan), optimize(dit, dit_plan.with_rank(16))
-    folded = [{c.folded for c in fast.rewritten.caches} - {None} for fast in (few, many)]
+    folded = [{c.folded for c in fast.variant_set.caches} - {None} for fast in (few, many)]
     names = {site.name for site in few.sites.linears}
     assert folded[0] == names
     # 3 x 16 is more than the 32 channels that q, k and v read.
@@ -199,14 +199,14 @@ class Chain(nn.Module):
 def found(request: pytest.FixtureRequest) -> Found:
     if request.param == "chain":
         model = shake(Chain())
-        with record(model) as trajectory:
+        with record(model) as recording:
             for _ in range(2):
                 model(torch.randn(2, 5, 8))
     else:
         model = request.getfixturevalue("dit" if request.param == "dit" else "diffusers_dit")
-        trajectory = request.getfixturevalue(f"{request.param}_trajectory")
-    captured = capture(model, trajectory.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+        recording = request.getfixturevalue(f"{request.param}_recording")
+    captured = capture(model, recording.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
 
 
 def emit(
@@ -217,7 +217,7 @@ def emit(
     fold: bool,
     order: int = 0,
     joint: bool = False,
-) -> tuple[Rewritten, ModelCost]:
+) -> tuple[VariantSet, ModelCost]:
     captured, sites = found
     targets, _ = assign(captured, sites, rank=rank, joint=joint)
     # Of W alone: a joint group takes the moments of increments that are all alike.
@@ -227,7 +227,7 @@ def emit(
         if len(target.nodes) > 1
     }
     factors = make_factors(captured, targets, statistics)
-    rewritten = rewrite(
+    variant_set = rewrite(
         captured,
         sites,
         targets,
@@ -236,7 +236,7 @@ def emit(
         folded=frozenset(factors if fold else ()),
         anchors=anchor_table([REFRESH, CALIBRATE], order),
     )
-    return rewritten, model_cost(captured, sites, targets, rewritten)
+    return variant_set, model_cost(captured, sites, targets, variant_set)
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -245,8 +245,8 @@ def emit(
 def test_macs_are_those_of_the_emitted_graphs(
     found: Found, rank: int, fold: bool, joint: bool
 ) -> None:
-    rewritten, cost = emit(found, rank, PLAIN, fold=fold, joint=joint)
-    emitted = {mode: graph_macs(rewritten.variants[mode].module.graph) for mode in PLAIN}
+    variant_set, cost = emit(found, rank, PLAIN, fold=fold, joint=joint)
+    emitted = {mode: graph_macs(variant_set.variants[mode].module.graph) for mode in PLAIN}
     assert emitted == cost.modes
     assert cost.plain_macs == graph_macs(found[0].graph)
     folding = sum(target.fold_macs for target in cost.targets.values())
@@ -260,8 +260,8 @@ def test_macs_are_those_of_the_emitted_graphs(
 def test_bytes_are_those_of_the_emitted_caches(
     found: Found, fold: bool, order: int, joint: bool
 ) -> None:
-    rewritten, cost = emit(found, 3, {CALIBRATE}, fold=fold, order=order, joint=joint)
-    emitted = (order + 1) * sum(cache.nbytes for cache in rewritten.caches)
+    variant_set, cost = emit(found, 3, {CALIBRATE}, fold=fold, order=order, joint=joint)
+    emitted = (order + 1) * sum(cache.nbytes for cache in variant_set.caches)
     assert cost.cache_bytes == emitted
     assert emitted == sum(target.cache_bytes for target in cost.targets.values())
 

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
     CapturedGraph,
+    Recording,
     Sites,
     StepMode,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -26,7 +26,7 @@ from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import read_attribute
 from calicache.graph_passes.rewriting.insertion import Insertion, cache_name
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.settings.schedule import anchor_table, output_table
 from calicache.graph_passes.sites.targets import assign
 
@@ -37,12 +37,12 @@ SCHEDULE = (REFRESH, CALIBRATE, REFRESH, REUSE, REFRESH, FORECAST)
 Found = tuple[CapturedGraph, Sites]
 
 
-def find(model: nn.Module, trajectory: Trajectory) -> Found:
-    captured = capture(model, trajectory.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+def find(model: nn.Module, recording: Recording) -> Found:
+    captured = capture(model, recording.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
 
 
-def emit(found: Found, *, fold: bool, order: int = 0, mix: bool = False) -> Rewritten:
+def emit(found: Found, *, fold: bool, order: int = 0, mix: bool = False) -> VariantSet:
     captured, sites = found
     targets, _ = assign(captured, sites, rank=2)
     factors = make_factors(captured, targets, {})
@@ -99,15 +99,15 @@ class Adapter(Branch):
 
 
 def find_tiny(model: nn.Module) -> Found:
-    with record(shake(model)) as trajectory:
+    with record(shake(model)) as recording:
         for _ in range(2):
             model(torch.randn(2, 5, 8))
-    return find(model, trajectory)
+    return find(model, recording)
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_trajectory: Trajectory) -> Found:
-    return find(dit, dit_trajectory)
+def found(dit: FashionDiT, dit_recording: Recording) -> Found:
+    return find(dit, dit_recording)
 
 
 def calibrated_first(*, fold: bool) -> tuple[str, str, str]:
@@ -143,19 +143,19 @@ def test_refresh_applies_down_to_what_the_layer_reads() -> None:
 
 def test_refresh_reads_the_folded_value_off_a_narrow_output() -> None:
     found = find_tiny(Branch())
-    rewritten = emit(found, fold=True)
-    graph = rewritten.variants[REFRESH].module.graph
-    folded = graph.output_node().args[0][1:][[c.folded for c in rewritten.caches].index("second")]
+    variant_set = emit(found, fold=True)
+    graph = variant_set.variants[REFRESH].module.graph
+    folded = graph.output_node().args[0][1:][[c.folded for c in variant_set.caches].index("second")]
     assert folded.target is LINEAR
     product, read, offset = folded.args
     assert str(product.args[1].target) == "second.weight"
     assert str(read.target).endswith("second.read_factor")
     x = torch.randn(10, 16, dtype=torch.float64)
     weight, bias = (found[0].attribute(f"second.{n}").double() for n in ("weight", "bias"))
-    module = rewritten.variants[REFRESH].module
+    module = variant_set.variants[REFRESH].module
     k, shift = (read_attribute(module, str(n.target)).double() for n in (read, offset))
     down = read_attribute(
-        rewritten.variants[CALIBRATE].module, "calibration.second.down_factor"
+        variant_set.variants[CALIBRATE].module, "calibration.second.down_factor"
     ).double()
     # K (W x + b) - K b = A x; the factors are float32.
     torch.testing.assert_close(
@@ -194,19 +194,19 @@ class Watch(fx.Interpreter):
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("mode", StepMode)
 def test_new_nodes_say_what_they_are(
-    found: Found, dit_trajectory: Trajectory, mode: StepMode, fold: bool, order: int
+    found: Found, dit_recording: Recording, mode: StepMode, fold: bool, order: int
 ) -> None:
     mix = order > 0 or mode is StepMode.FORECAST
-    rewritten = emit(found, fold=fold, order=order, mix=mix)
-    variant = rewritten.variants[mode]
+    variant_set = emit(found, fold=fold, order=order, mix=mix)
+    variant = variant_set.variants[mode]
     made = [node for node in variant.module.graph.nodes if node.name in variant.inserted]
     assert len(made) > (20 if mode in (REFRESH, CALIBRATE) else 0 if order else -1)
     for node in made:
         # Weighted sums of kept values belong to no module; everything else does.
         if not (mix and node.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor)):
             assert node.meta["nn_module_stack"], node.name
-    inputs = list(dit_trajectory.calls[0].values())
-    values = rewritten.read(variant.reads, (), SCHEDULE.index(mode), torch.device("cpu"))
+    inputs = list(dit_recording.calls[0].values())
+    values = variant_set.read(variant.reads, (), SCHEDULE.index(mode), torch.device("cpu"))
     assert Watch(variant.module).run(*inputs, *values)[0].shape == (4, 1, 28, 28)
 
 

@@ -15,11 +15,11 @@ from test_variants import text
 from torch import Tensor, nn
 
 from calicache.export import Session, export_onnx
-from calicache.graph_passes import CapturedGraph, Plan, Sites, StepMode, Trajectory, optimize
+from calicache.graph_passes import CapturedGraph, Plan, Recording, Sites, StepMode, optimize
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.rewriting.insertion import cache_name
 from calicache.graph_passes.rewriting.output_mix import output_nodes
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.settings.schedule import anchor_table
 
 R, C, U, F = StepMode
@@ -53,7 +53,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     return torch.randn(shape, generator=draw).to(dtype), torch.tensor(0.5)
 
 
-def emit(graph: CapturedGraph, latent: str | None) -> Rewritten:
+def emit(graph: CapturedGraph, latent: str | None) -> VariantSet:
     table = TABLE if latent else tuple(row[:-1] for row in TABLE)
     anchors = anchor_table(SCHEDULE, 1)
     return rewrite(graph, NOWHERE, (), {}, {F}, anchors=anchors, outputs=table, latent=latent)
@@ -221,7 +221,7 @@ def refuses(message: str) -> pytest.RaisesExc[PlanError]:
 
 def test_name_of_no_input_is_refused() -> None:
     with refuses(
-        "plan: latent: expected x | t, got noise. Make the plan again from the trajectory."
+        "plan: latent: expected x | t, got noise. Make the plan again from the recording."
     ):
         emit(captured(same, *inputs(2, 3)), "noise")
 
@@ -242,7 +242,7 @@ def test_latent_of_another_shape_is_refused(
 ) -> None:
     with refuses(
         f"plan: latent: expected an input of the first output's shape {output}, or fewer "
-        f"channels, got {got}. Make the plan again from the trajectory."
+        f"channels, got {got}. Make the plan again from the recording."
     ):
         emit(captured(function, *inputs(2, 3)), latent)
 
@@ -250,7 +250,7 @@ def test_latent_of_another_shape_is_refused(
 def test_latent_of_another_size_is_refused() -> None:
     with refuses(
         "plan: latent: expected an input of the first output's shape (2, 3, 2), or fewer "
-        "channels, got (2, 3, 4). Make the plan again from the trajectory."
+        "channels, got (2, 3, 4). Make the plan again from the recording."
     ):
         emit(captured(lambda x, t: x[..., :2] * t, *inputs(2, 3, 4)), "x")
 
@@ -272,10 +272,10 @@ FITTED = range(1, 5)  # the first step is exact, and what follows the last was n
 
 
 def test_exported_run_of_a_model_with_a_learned_variance_gives_what_torch_gives(
-    diffusers_dit: DiTTransformer2DModel, diffusers_trajectory: Trajectory, tmp_path: Path
+    diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording, tmp_path: Path
 ) -> None:
     plan = Plan.from_trajectory(
-        diffusers_dit, diffusers_trajectory, schedule=(R, F, R, C, U, F), rank=4
+        diffusers_dit, diffusers_recording, schedule=(R, F, R, C, U, F), rank=4
     )
     table = plan.settings.output_weights
     assert table is not None
@@ -284,7 +284,7 @@ def test_exported_run_of_a_model_with_a_learned_variance_gives_what_torch_gives(
     export_onnx(fast, tmp_path / "d")
     session = Session(tmp_path / "d")
     refreshed = list[Tensor]()
-    for step, call in enumerate(diffusers_trajectory.calls):
+    for step, call in enumerate(diffusers_recording.calls):
         got = torch.from_numpy(session.step(step, **call))
         eager = first_of(fast, call)
         assert (eager.shape[1], call["hidden_states"].shape[1]) == (8, 4)

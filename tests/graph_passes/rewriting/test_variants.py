@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from calicache.graph_passes import (
     CapturedGraph,
     Plan,
+    Recording,
     Sites,
     StepMode,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -29,8 +29,8 @@ from calicache.graph_passes import (
 from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
-from calicache.graph_passes.rewriting.checks import verify_rewritten
-from calicache.graph_passes.rewriting.variants import CacheSpec, Rewritten, rewrite
+from calicache.graph_passes.rewriting.checks import verify_variants
+from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet, rewrite
 from calicache.graph_passes.settings.schedule import anchor_table, output_table
 from calicache.graph_passes.sites.targets import assign
 
@@ -42,17 +42,17 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 Found = tuple[CapturedGraph, Sites]
 
 
-def find(model: nn.Module, trajectory: Trajectory, exclude: Collection[str] = ()) -> Found:
-    captured = capture(model, trajectory.signature)
-    classes = classify_nodes(captured, classify_inputs(trajectory))
+def find(model: nn.Module, recording: Recording, exclude: Collection[str] = ()) -> Found:
+    captured = capture(model, recording.signature)
+    classes = classify_nodes(captured, classify_inputs(recording))
     return captured, find_sites(captured, classes, exclude=tuple(exclude))
 
 
 def find_tiny(model: nn.Module) -> Found:
-    with record(shake(model)) as trajectory:
+    with record(shake(model)) as recording:
         for _ in range(2):
             model(torch.randn(2, 5, 8))
-    return find(model, trajectory)
+    return find(model, recording)
 
 
 def emit(
@@ -60,16 +60,16 @@ def emit(
     folded: Collection[str] = (),
     rank: int = 2,
     modes: Collection[StepMode] = CHEAP,
-) -> Rewritten:
+) -> VariantSet:
     captured, sites = found
     targets, _ = assign(captured, sites, rank=rank)
     factors = make_factors(captured, targets, {})
-    rewritten = rewrite(captured, sites, targets, factors, modes, folded=frozenset(folded))
-    return verify_rewritten(captured, rewritten)
+    variant_set = rewrite(captured, sites, targets, factors, modes, folded=frozenset(folded))
+    return verify_variants(captured, variant_set)
 
 
-def graph(rewritten: Rewritten, mode: StepMode) -> fx.Graph:
-    return rewritten.variants[mode].module.graph
+def graph(variant_set: VariantSet, mode: StepMode) -> fx.Graph:
+    return variant_set.variants[mode].module.graph
 
 
 def weights(source: fx.Graph) -> set[str]:
@@ -112,20 +112,20 @@ class Twice(Branch):
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_trajectory: Trajectory) -> Found:
-    return find(dit, dit_trajectory)
+def found(dit: FashionDiT, dit_recording: Recording) -> Found:
+    return find(dit, dit_recording)
 
 
 @pytest.fixture(scope="module")
-def rewritten(found: Found) -> Rewritten:
+def variant_set(found: Found) -> VariantSet:
     return emit(found)
 
 
 def test_calibrate_replaces_every_site_and_keeps_attention(
-    found: Found, rewritten: Rewritten
+    found: Found, variant_set: VariantSet
 ) -> None:
     captured, sites = found
-    cheap = graph(rewritten, CALIBRATE)
+    cheap = graph(variant_set, CALIBRATE)
     replaced = {site.weight for site in sites.linears} | {site.bias for site in sites.linears}
     factors = weights(cheap) - weights(captured.graph)
     assert weights(cheap) - factors == weights(captured.graph) - replaced
@@ -133,8 +133,8 @@ def test_calibrate_replaces_every_site_and_keeps_attention(
     assert count(cheap, ATTENTION) == count(captured.graph, ATTENTION) == 2
 
 
-def test_reuse_drops_whole_branches(found: Found, rewritten: Rewritten) -> None:
-    cheap, sites = graph(rewritten, REUSE), found[1]
+def test_reuse_drops_whole_branches(found: Found, variant_set: VariantSet) -> None:
+    cheap, sites = graph(variant_set, REUSE), found[1]
     assert count(cheap, ATTENTION) == 0
     assert not [name for name in weights(cheap) if name.startswith("blocks.")]
     left = {node.name for node in cheap.nodes}
@@ -214,7 +214,7 @@ def test_every_kept_refresh_has_a_slot_and_a_weight(found: Found, order: int) ->
         anchors=anchor_table(schedule, order),
         outputs=output_table(schedule, order),
     )
-    verify_rewritten(captured, made)
+    verify_variants(captured, made)
     assert made.history == order + 1
     slots = {cache.name for cache in made.caches}
     slots |= {f"{cache.name}_back{back}" for cache in made.caches for back in range(1, order + 1)}
@@ -256,15 +256,15 @@ def test_forecast_needs_no_other_cache_than_the_output(found: Found) -> None:
         anchors=anchor_table(schedule, 2),
         outputs=output_table(schedule, 2),
     )
-    verify_rewritten(captured, made)
+    verify_variants(captured, made)
     assert set(made.variants) == {REFRESH, FORECAST}
     (cache,) = made.caches
     assert cache.shape == (4, 1, 28, 28)
     assert weights(graph(made, FORECAST)) == set()
 
 
-def test_excluded_sites_stay_full(dit: FashionDiT, dit_trajectory: Trajectory) -> None:
-    part = find(dit, dit_trajectory, exclude=["*.mlp.fc?", "*.k"])
+def test_excluded_sites_stay_full(dit: FashionDiT, dit_recording: Recording) -> None:
+    part = find(dit, dit_recording, exclude=["*.mlp.fc?", "*.k"])
     variants = emit(part)
     cheap = weights(graph(variants, CALIBRATE))
     assert {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in ("mlp.fc1", "attn.k")} < cheap
@@ -274,11 +274,11 @@ def test_excluded_sites_stay_full(dit: FashionDiT, dit_trajectory: Trajectory) -
     assert "blocks.1.mlp.fc1.weight" in weights(graph(variants, REUSE))
 
 
-def run(rewritten: Rewritten, mode: StepMode, first: Tensor, second: Tensor) -> Tensor:
+def run(variant_set: VariantSet, mode: StepMode, first: Tensor, second: Tensor) -> Tensor:
     """REFRESH on one input, then a cheap step on another."""
-    kept = rewritten.variants[REFRESH].module(first)[rewritten.outputs :]
-    caches = dict(zip([cache.name for cache in rewritten.caches], kept, strict=True))
-    variant = rewritten.variants[mode]
+    kept = variant_set.variants[REFRESH].module(first)[variant_set.outputs :]
+    caches = dict(zip([cache.name for cache in variant_set.caches], kept, strict=True))
+    variant = variant_set.variants[mode]
     return variant.module(second, *(caches[name] for name in variant.reads))[0]
 
 
@@ -336,15 +336,15 @@ def test_layer_called_twice_is_two_sites() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fold", [False, True])
 def test_half_precision_model_keeps_its_dtype(
-    dit: FashionDiT, dit_trajectory: Trajectory, dtype: torch.dtype, fold: bool
+    dit: FashionDiT, dit_recording: Recording, dtype: torch.dtype, fold: bool
 ) -> None:
-    half, trajectory = copy.deepcopy(dit).to(dtype), Trajectory()
-    for call in dit_trajectory.calls[:2]:
-        trajectory.append(half, (), {**call, "hidden_states": call["hidden_states"].to(dtype)})
-    found = find(half, trajectory)
+    half, recording = copy.deepcopy(dit).to(dtype), Recording()
+    for call in dit_recording.calls[:2]:
+        recording.append(half, (), {**call, "hidden_states": call["hidden_states"].to(dtype)})
+    found = find(half, recording)
     variants = emit(found, [s.name for s in found[1].linears] if fold else [], rank=32)
     assert {cache.dtype for cache in variants.caches} == {dtype}
-    first, second = (list(call.values()) for call in trajectory.calls)
+    first, second = (list(call.values()) for call in recording.calls)
     outputs = variants.variants[REFRESH].module(*first)
     assert {value.dtype for value in outputs} == {dtype}
     caches = dict(zip([cache.name for cache in variants.caches], outputs[1:], strict=True))
@@ -352,7 +352,7 @@ def test_half_precision_model_keeps_its_dtype(
     got = variant.module(*second, *(caches[name] for name in variant.reads))[0]
     assert got.dtype == dtype
     # Full rank is the model itself, up to its own rounding: 2^-9 for bfloat16, a few times over.
-    exact = dit(**dit_trajectory.calls[1])
+    exact = dit(**dit_recording.calls[1])
     assert relative(got.float(), exact) < 16 * torch.finfo(dtype).eps
 
 
@@ -375,34 +375,32 @@ def text(source: fx.Graph) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_block() -> Rewritten:
+def one_block() -> VariantSet:
     """One block of width 8, as small as it gets, with some sites folded."""
     model = FashionDiT(FashionDiTConfig(width=8, depth=1, heads=2, frequency_channels=8))
-    with record(shake(model)) as trajectory:
+    with record(shake(model)) as recording:
         sample_dit(model, batch=1, steps=2)
-    return emit(find(model, trajectory), ["blocks.0.attn.proj", "blocks.0.mlp.fc1"])
+    return emit(find(model, recording), ["blocks.0.attn.proj", "blocks.0.mlp.fc1"])
 
 
 @pytest.fixture(scope="module")
-def forecast_block() -> Rewritten:
+def forecast_block() -> VariantSet:
     """The same block under a plan of order 2 with joint siblings, and a forecast at its end."""
     model = FashionDiT(FashionDiTConfig(width=8, depth=1, heads=2, frequency_channels=8))
-    with record(shake(model)) as trajectory:
+    with record(shake(model)) as recording:
         sample_dit(model, batch=1, steps=6)
     schedule = (REFRESH, CALIBRATE, REFRESH, CALIBRATE, REFRESH, FORECAST)
-    plan = Plan.from_trajectory(
-        model, trajectory, schedule=schedule, rank=2, order=2, correct=False
-    )
-    return optimize(model, plan).rewritten
+    plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=2, order=2, correct=False)
+    return optimize(model, plan).variant_set
 
 
 @pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())
-def test_graph_is_the_golden_one(one_block: Rewritten, mode: StepMode) -> None:
+def test_graph_is_the_golden_one(one_block: VariantSet, mode: StepMode) -> None:
     assert_golden(mode.name.lower(), graph(one_block, mode))
 
 
 @pytest.mark.parametrize("mode", [CALIBRATE, FORECAST], ids=lambda mode: mode.name.lower())
-def test_graph_of_order_2_is_the_golden_one(forecast_block: Rewritten, mode: StepMode) -> None:
+def test_graph_of_order_2_is_the_golden_one(forecast_block: VariantSet, mode: StepMode) -> None:
     assert_golden(f"{mode.name.lower()}_order_2", graph(forecast_block, mode))
 
 

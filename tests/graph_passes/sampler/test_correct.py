@@ -18,9 +18,9 @@ from weights import DIT_WEIGHTS, load_weights
 
 from calicache.graph_passes import (
     Plan,
-    SiteRejection,
+    Recording,
+    Rejection,
     StepMode,
-    Trajectory,
     classify_inputs,
     optimize,
     record,
@@ -42,9 +42,9 @@ def modes(letters: str) -> tuple[StepMode, ...]:
     return tuple(LETTERS[letter] for letter in letters)
 
 
-def fitted(model: nn.Module, trajectory: Trajectory, letters: str, order: int = 2) -> Plan:
+def fitted(model: nn.Module, recording: Recording, letters: str, order: int = 2) -> Plan:
     plan = Plan.from_trajectory(
-        model, trajectory, schedule=modes(letters), rank=4, order=order, weighting="none"
+        model, recording, schedule=modes(letters), rank=4, order=order, weighting="none"
     )
     assert plan.settings.correction == "fitted to the recorded runs"
     return plan
@@ -84,9 +84,9 @@ def trained() -> FashionDiT:
 @pytest.fixture(scope="module")
 def trained_plan(trained: FashionDiT) -> Plan:
     """35 steps of DDIM, interval 3, FORECAST between; fitted on seed 1."""
-    with record(trained) as trajectory:
+    with record(trained) as recording:
         last_latents(trained, LONG, seed=1, batch=4)
-    return Plan.from_trajectory(trained, trajectory, interval=3, mode=FORECAST)
+    return Plan.from_trajectory(trained, recording, interval=3, mode=FORECAST)
 
 
 def test_fitted_weights_bring_the_recorded_run_nearer_to_the_full_one(
@@ -110,9 +110,9 @@ def test_fitted_weights_help_on_a_seed_that_was_not_recorded(
 @pytest.mark.parametrize("letters", ["RCCRCC", "RUURUU", "RFFRFF", "RCRURF", "RFRFUC"])
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_last_recorded_latent_is_nearer_in_every_mode(
-    letters: str, order: int, dit, dit_trajectory: Trajectory
+    letters: str, order: int, dit, dit_recording: Recording
 ) -> None:
-    plan = fitted(dit, dit_trajectory, letters, order)
+    plan = fitted(dit, dit_recording, letters, order)
     # The sweep is greedy, the last latent its last target: never farther, but for rounding.
     assert error(dit, plan, -2) <= error(dit, without_weights(plan), -2) * (1 + 1e-3) + 1e-6
 
@@ -125,10 +125,10 @@ def weights_of(plan: Plan) -> Table:
 @settings(max_examples=4, deadline=None)
 @given(st.text("RCUF", min_size=STEPS - 1, max_size=STEPS - 1), st.sampled_from([0, 1, 2]))
 def test_rows_of_any_schedule_have_the_form_of_their_mode(
-    dit, dit_trajectory: Trajectory, tail: str, order: int
+    dit, dit_recording: Recording, tail: str, order: int
 ) -> None:
     letters = "R" + tail
-    table = weights_of(fitted(dit, dit_trajectory, letters, order))
+    table = weights_of(fitted(dit, dit_recording, letters, order))
     assert [len(row) for row in table] == [order + 3] * STEPS
     for step, row in enumerate(table):
         if letters[step] == "F":
@@ -157,8 +157,8 @@ def test_first_step_is_exact_and_keeps_its_own_output(forecast_plan: Plan) -> No
     assert kept == [0.0] * 3
 
 
-def test_runs_that_refresh_always_keep_their_own_outputs(dit, dit_trajectory: Trajectory) -> None:
-    for own, *others in weights_of(fitted(dit, dit_trajectory, "R" * STEPS)):
+def test_runs_that_refresh_always_keep_their_own_outputs(dit, dit_recording: Recording) -> None:
+    for own, *others in weights_of(fitted(dit, dit_recording, "R" * STEPS)):
         # What is fitted is rounding (1e-7), divided by how little outputs of neighbouring
         # steps differ (1e-3 of their size on this model).
         assert own == pytest.approx(1.0, abs=1e-3)
@@ -166,80 +166,78 @@ def test_runs_that_refresh_always_keep_their_own_outputs(dit, dit_trajectory: Tr
 
 
 def fit(
-    model: nn.Module, trajectory: Trajectory, schedule: Sequence[StepMode], on_step=None
-) -> Table | SiteRejection:
-    plan = Plan.from_trajectory(model, trajectory, schedule=schedule, rank=4, correct=False)
+    model: nn.Module, recording: Recording, schedule: Sequence[StepMode], on_step=None
+) -> Table | Rejection:
+    plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=4, correct=False)
     fast = optimize(model, plan)
-    captured = capture(model, trajectory.signature)
-    classes = classify_inputs(trajectory)
-    recorded = recover_sampler(captured, trajectory, classes, len(schedule), on_step)
-    if isinstance(recorded, SiteRejection):
+    captured = capture(model, recording.signature)
+    classes = classify_inputs(recording)
+    recorded = recover_sampler(captured, recording, classes, len(schedule), on_step)
+    if isinstance(recorded, Rejection):
         return recorded
-    return replay(fast.rewritten, recorded, schedule, 2, on_step=on_step).weights
+    return replay(fast.variant_set, recorded, schedule, 2, on_step=on_step).weights
 
 
 @pytest.mark.parametrize("steps", [1, STEPS - 1, STEPS + 1])
-def test_run_of_another_length_is_refused(steps: int, dit, dit_trajectory: Trajectory) -> None:
-    result = fit(dit, dit_trajectory, (R, *[U] * (steps - 1)))
-    assert isinstance(result, SiteRejection)
+def test_run_of_another_length_is_refused(steps: int, dit, dit_recording: Recording) -> None:
+    result = fit(dit, dit_recording, (R, *[U] * (steps - 1)))
+    assert isinstance(result, Rejection)
     assert result.reason == f"no recorded run has the plan's {steps} steps"
 
 
-def test_plan_of_another_length_says_that_nothing_was_fitted(
-    dit, dit_trajectory: Trajectory
-) -> None:
-    plan = Plan.from_trajectory(dit, dit_trajectory, schedule=modes("RUFU"), rank=4)
+def test_plan_of_another_length_says_that_nothing_was_fitted(dit, dit_recording: Recording) -> None:
+    plan = Plan.from_trajectory(dit, dit_recording, schedule=modes("RUFU"), rank=4)
     assert plan.settings.output_weights is None
     assert plan.settings.correction == "not fitted: no recorded run has the plan's 4 steps"
 
 
-def test_only_runs_of_the_plans_length_are_used(dit, dit_trajectory: Trajectory) -> None:
+def test_only_runs_of_the_plans_length_are_used(dit, dit_recording: Recording) -> None:
     with record(dit) as longer:
         sample_dit(dit)
         sample_dit(dit, seed=2, steps=STEPS + 2)
-    alone = torch.tensor(weights_of(fitted(dit, dit_trajectory, "RFFRFF")))
+    alone = torch.tensor(weights_of(fitted(dit, dit_recording, "RFFRFF")))
     got = torch.tensor(weights_of(fitted(dit, longer, "RFFRFF")))
     # The same run, the other one left out; float64 least squares differ in the last digits.
     torch.testing.assert_close(got, alone, rtol=1e-6, atol=1e-9)
 
 
-def test_two_runs_are_fitted_together(dit, dit_trajectory: Trajectory) -> None:
+def test_two_runs_are_fitted_together(dit, dit_recording: Recording) -> None:
     with record(dit) as both:
         sample_dit(dit)
         sample_dit(dit, seed=2)
     table = weights_of(fitted(dit, both, "RFFRFF"))
-    assert table != weights_of(fitted(dit, dit_trajectory, "RFFRFF"))
+    assert table != weights_of(fitted(dit, dit_recording, "RFFRFF"))
 
 
 def test_sampler_that_adds_noise_leaves_a_plan_that_runs_and_says_why(dit) -> None:
     draw = torch.Generator().manual_seed(0)
     x, labels = torch.randn(2, 1, 28, 28, generator=draw), torch.tensor([1, 2])
-    with record(dit) as trajectory:
+    with record(dit) as recording:
         for now in range(STEPS):
             output = dit(x, torch.full((2,), 999 - 100 * now), labels)
             x = x - 0.1 * output + 0.3 * torch.randn(x.shape, generator=draw)
-    plan = Plan.from_trajectory(dit, trajectory, schedule=modes("RFCRUF"), rank=4)
+    plan = Plan.from_trajectory(dit, recording, schedule=modes("RFCRUF"), rank=4)
     assert plan.settings.correction.startswith("not fitted: step 0 to 1 is no fixed weighted sum")
     assert plan.settings.output_weights is None
     fast = optimize(dit, plan)
-    for call in trajectory.calls:
+    for call in recording.calls:
         assert fast(**call).isfinite().all()
 
 
 def test_progress_counts_every_recorded_and_every_fitted_step(
-    dit, dit_trajectory: Trajectory
+    dit, dit_recording: Recording
 ) -> None:
     seen: list[tuple[int, int]] = []
-    fit(dit, dit_trajectory, modes("RFFRFF"), lambda done, total: seen.append((done, total)))
+    fit(dit, dit_recording, modes("RFFRFF"), lambda done, total: seen.append((done, total)))
     once = [(k + 1, STEPS) for k in range(STEPS)]
     assert seen == once + once  # the plain model along the recording, then the sweep
 
 
-def test_fit_leaves_model_and_trajectory_as_they_were(dit, dit_trajectory: Trajectory) -> None:
-    before = [{name: value.clone() for name, value in c.items()} for c in dit_trajectory.calls]
+def test_fit_leaves_model_and_recording_as_they_were(dit, dit_recording: Recording) -> None:
+    before = [{name: value.clone() for name, value in c.items()} for c in dit_recording.calls]
     state = {name: value.clone() for name, value in dit.state_dict().items()}
-    fit(dit, dit_trajectory, modes("RCRURF"))
-    for call, old in zip(dit_trajectory.calls, before, strict=True):
+    fit(dit, dit_recording, modes("RCRURF"))
+    for call, old in zip(dit_recording.calls, before, strict=True):
         assert all(torch.equal(call[name], old[name]) for name in old)
     assert all(torch.equal(value, state[name]) for name, value in dit.state_dict().items())
 

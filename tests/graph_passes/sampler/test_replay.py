@@ -12,15 +12,23 @@ import torch
 from diffusion import GuidedDDIM
 from model import FashionDiT
 from support.models import STEPS, relative, sample_dit
-from test_rehearse import SHAPES, Shape, modes, plain_variants, recorded_run, recording, sampler_of
+from test_rehearse import (
+    SHAPES,
+    Shape,
+    modes,
+    plain_variants,
+    recorded_run,
+    recording_of,
+    sampler_of,
+)
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from calicache.graph_passes import (
     CapturedGraph,
     Plan,
+    Recording,
     StepMode,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -29,7 +37,7 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.sampler.correct import RIDGE
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import Replay, replay
@@ -183,7 +191,7 @@ def assert_same_table(got: Table, expected: Sweep, atol: float) -> None:
 def bent(shape: Shape, seeds: Sequence[int] = (1, 2)) -> tuple[RecordedSampler, list[Own]]:
     """Recorded runs of two samples each, and what the model gives at another latent."""
     model = Bent()
-    recorded = recording(model, sampler_of(shape, LONG), (2, 2, 3, 4), seeds)
+    recorded = recording_of(model, sampler_of(shape, LONG), (2, 2, 3, 4), seeds)
 
     def own(run: int) -> Own:
         return lambda step, x: model(**{**recorded.runs[run][step], "x": x})
@@ -211,12 +219,12 @@ def test_weights_errors_and_answers_are_those_of_a_sweep_in_numpy(
     assert_same_answers(made, expected)
 
 
-def bent_variants(recorded: RecordedSampler) -> Rewritten:
+def bent_variants(recorded: RecordedSampler) -> VariantSet:
     return _bent_variants(recorded.steps.parts)
 
 
 @cache
-def _bent_variants(parts: int) -> Rewritten:
+def _bent_variants(parts: int) -> VariantSet:
     return plain_variants(Bent(), dict(bent((parts, 0))[0].runs[0][0]))
 
 
@@ -344,12 +352,12 @@ def blocks() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def ended(blocks: nn.Module) -> Trajectory:
+def ended(blocks: nn.Module) -> Recording:
     """Two runs of two samples with guidance, with their results."""
-    with record(blocks) as trajectory:
+    with record(blocks) as recording:
         for seed in (1, 2):
-            trajectory.finish(recorded_run(blocks, sampler_of((2, 0)), tokens(seed))[2])
-    return trajectory
+            recording.finish(recorded_run(blocks, sampler_of((2, 0)), tokens(seed))[2])
+    return recording
 
 
 def tokens(seed: int) -> Tensor:
@@ -357,32 +365,32 @@ def tokens(seed: int) -> Tensor:
     return torch.randn(2, 5, 8, generator=draw, dtype=torch.float64)
 
 
-def recover(graph: CapturedGraph, trajectory: Trajectory, steps: int = LONG) -> RecordedSampler:
-    found = recover_sampler(graph, trajectory, classify_inputs(trajectory), steps)
+def recover(graph: CapturedGraph, recording: Recording, steps: int = LONG) -> RecordedSampler:
+    found = recover_sampler(graph, recording, classify_inputs(recording), steps)
     assert isinstance(found, RecordedSampler)
     return found
 
 
-def variants_of(graph: CapturedGraph, trajectory: Trajectory, history: int) -> Rewritten:
+def variants_of(graph: CapturedGraph, recording: Recording, history: int) -> VariantSet:
     """All modes but FORECAST at rank 2, the output as it is."""
-    sites = find_sites(graph, classify_nodes(graph, classify_inputs(trajectory)))
+    sites = find_sites(graph, classify_nodes(graph, classify_inputs(recording)))
     targets, _ = assign(graph, sites, rank=2)
-    anchors = anchor_table(modes("R" * trajectory.steps), history - 1)
+    anchors = anchor_table(modes("R" * recording.steps), history - 1)
     factors = make_factors(graph, targets, {})
     return rewrite(graph, sites, targets, factors, (C, U), anchors=anchors)
 
 
 @pytest.fixture(scope="module")
-def ground(blocks: nn.Module, ended: Trajectory) -> tuple[Rewritten, RecordedSampler]:
+def ground(blocks: nn.Module, ended: Recording) -> tuple[VariantSet, RecordedSampler]:
     """Variants that keep three refreshes, and the sampler."""
     graph = capture(blocks, ended.signature)
     return variants_of(graph, ended, 3), recover(graph, ended)
 
 
-def plan_of(model: nn.Module, trajectory: Trajectory, letters: str, order: int, **more) -> Plan:
+def plan_of(model: nn.Module, recording: Recording, letters: str, order: int, **more) -> Plan:
     schedule = modes(letters)
     return Plan.from_trajectory(
-        model, trajectory, schedule=schedule, rank=2, order=order, weighting="none", **more
+        model, recording, schedule=schedule, rank=2, order=order, weighting="none", **more
     )
 
 
@@ -401,7 +409,7 @@ MIXED = [("RCRURFCU", 0), ("RFRFUCRC", 1), ("RRCUFCRR", 2), ("RCCRUUFR", 1)]
 
 @pytest.mark.parametrize(("letters", "order"), MIXED)
 def test_fit_of_all_modes_is_that_of_the_optimised_model_in_numpy(
-    letters: str, order: int, blocks: nn.Module, ended: Trajectory, ground
+    letters: str, order: int, blocks: nn.Module, ended: Recording, ground
 ) -> None:
     variants, recorded = ground
     made = replay(variants, recorded, modes(letters), order)
@@ -419,7 +427,7 @@ def test_fit_of_all_modes_is_that_of_the_optimised_model_in_numpy(
 
 @pytest.mark.parametrize(("letters", "order"), MIXED[1:])
 def test_errors_are_those_of_sampling_with_the_optimised_model(
-    letters: str, order: int, blocks: nn.Module, ended: Trajectory, ground
+    letters: str, order: int, blocks: nn.Module, ended: Recording, ground
 ) -> None:
     variants, recorded = ground
     schedule = modes(letters)
@@ -441,7 +449,7 @@ def test_errors_are_those_of_sampling_with_the_optimised_model(
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("letters", [letters for letters, _ in MIXED[:2]])
 def test_order_below_the_kept_history_is_as_if_no_more_were_kept(
-    letters: str, order: int, blocks: nn.Module, ended: Trajectory, ground
+    letters: str, order: int, blocks: nn.Module, ended: Recording, ground
 ) -> None:
     long, recorded = ground
     short = variants_of(capture(blocks, ended.signature), ended, order + 1)
@@ -456,11 +464,11 @@ def test_order_below_the_kept_history_is_as_if_no_more_were_kept(
 
 
 def test_dit_sampled_with_a_plan_has_the_errors_of_its_replay(dit: FashionDiT) -> None:
-    with record(dit) as trajectory:
-        trajectory.finish(sample_dit(dit))
-    plan = plan_of(dit, trajectory, "RCRURF", 2)
-    graph, table = capture(dit, trajectory.signature), plan.settings.output_weights
-    variants, recorded = variants_of(graph, trajectory, 3), recover(graph, trajectory, STEPS)
+    with record(dit) as recording:
+        recording.finish(sample_dit(dit))
+    plan = plan_of(dit, recording, "RCRURF", 2)
+    graph, table = capture(dit, recording.signature), plan.settings.output_weights
+    variants, recorded = variants_of(graph, recording, 3), recover(graph, recording, STEPS)
     made = replay(variants, recorded, plan.schedule, 2, table)
     cached, full = sample_dit(optimize(dit, plan)), sample_dit(dit)
     expected = [relative(one, other) for one, other in zip(cached, full, strict=True)]
@@ -471,17 +479,17 @@ def test_dit_sampled_with_a_plan_has_the_errors_of_its_replay(dit: FashionDiT) -
 
 
 def test_without_results_the_last_recorded_latent_counts(
-    dit: FashionDiT, dit_trajectory: Trajectory
+    dit: FashionDiT, dit_recording: Recording
 ) -> None:
-    graph = capture(dit, dit_trajectory.signature)
+    graph = capture(dit, dit_recording.signature)
     variants, recorded = (
-        variants_of(graph, dit_trajectory, 3),
-        recover(graph, dit_trajectory, STEPS),
+        variants_of(graph, dit_recording, 3),
+        recover(graph, dit_recording, STEPS),
     )
     made = replay(variants, recorded, modes("RFFRFF"), 2)
     assert len(recorded.steps.weights) == STEPS - 1
     assert made.weights[-1] == plain_table(modes("RFFRFF"), 2)[-1]
-    plan = plan_of(dit, dit_trajectory, "RFFRFF", 2)
+    plan = plan_of(dit, dit_recording, "RFFRFF", 2)
     fast, full = (last_latent(model) for model in (optimize(dit, plan), dit))
     expected = [relative(one, other) for one, other in zip(fast, full, strict=True)]
     assert made.errors == pytest.approx(expected, rel=1e-2, abs=2e-5)  # as above

@@ -14,9 +14,9 @@ from methods import sample_dpm
 from support.models import diffusers_calls, relative
 from torch import Tensor
 
-from calicache.graph_passes import Dependence, SiteRejection, classify_inputs
+from calicache.graph_passes import Dependence, Rejection, classify_inputs
 from calicache.graph_passes.recording.recorder import record
-from calicache.graph_passes.recording.recording import Run, Trajectory
+from calicache.graph_passes.recording.recording import Recording, Run
 from calicache.graph_passes.sampler.update import (
     SamplerSteps,
     find_latent,
@@ -80,7 +80,7 @@ def ancestral(model: Model, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         x = 0.9 * x - 0.1 * output + 0.1 * torch.randn(x.shape, generator=draw)
 
 
-def found(result: SamplerSteps | SiteRejection) -> SamplerSteps:
+def found(result: SamplerSteps | Rejection) -> SamplerSteps:
     assert isinstance(result, SamplerSteps), result
     return result
 
@@ -176,11 +176,11 @@ def test_dpm_solver_of_diffusers_on_a_real_model_is_found(dit) -> None:
     outputs: list[Tensor] = []
     handle = dit.register_forward_hook(lambda _m, _a, output: outputs.append(output))
     try:
-        with record(dit) as trajectory:
+        with record(dit) as recording:
             sample_dpm(dit, torch.randn(2, 1, 28, 28), torch.tensor([1, 2]), STEPS)
     finally:
         handle.remove()
-    (run,) = trajectory.runs
+    (run,) = recording.runs
     steps = found(find_sampler_steps("hidden_states", [run], [outputs], [None]))
     assert steps.parts == 2
     # Second order looks back: x_{k-1} and both parts of e_{k-1}. The last step is not seen.
@@ -191,7 +191,7 @@ def test_dpm_solver_of_diffusers_on_a_real_model_is_found(dit) -> None:
 def test_sampler_that_adds_noise_is_refused_with_the_step_and_a_reason() -> None:
     run, outputs = run_of(ancestral)
     result = find_sampler_steps("x", [run], [outputs], [None])
-    assert isinstance(result, SiteRejection)
+    assert isinstance(result, Rejection)
     assert "step 0 to 1 is no fixed weighted sum" in result.reason
     assert "adds noise" in result.reason
 
@@ -200,16 +200,14 @@ def test_sampler_that_adds_noise_late_is_refused_at_that_step() -> None:
     run, outputs = run_of(euler)
     run[5] = {"x": run[5]["x"] + 0.1 * noise(9)}
     result = find_sampler_steps("x", [run], [outputs], [None])
-    assert isinstance(result, SiteRejection)
+    assert isinstance(result, Rejection)
     assert "step 4 to 5" in result.reason
 
 
 def test_updates_that_differ_from_run_to_run_are_refused() -> None:
     run, outputs = run_of(euler)
     fast = [{"x": call["x"] * 2**step} for step, call in enumerate(run)]
-    assert isinstance(
-        find_sampler_steps("x", [run, fast], [outputs] * 2, [None] * 2), SiteRejection
-    )
+    assert isinstance(find_sampler_steps("x", [run, fast], [outputs] * 2, [None] * 2), Rejection)
 
 
 @settings(max_examples=15, deadline=None)
@@ -271,7 +269,7 @@ def test_no_or_several_latents_are_refused_with_their_number(
 ) -> None:
     call = {"other": torch.zeros(2, 3), **{name: noise() for name in names}}
     result = find_latent(call, noise(), dict.fromkeys(call, LATENT))
-    assert isinstance(result, SiteRejection)
+    assert isinstance(result, Rejection)
     assert result.reason.startswith(f"{count} inputs have the output's shape")
 
 
@@ -283,10 +281,10 @@ def test_channels_of_a_learned_variance_are_cut() -> None:
         assert match_channels(unlike, latent) is None
 
 
-def test_diffusers_dit_with_learned_variance_is_found(diffusers_dit, diffusers_trajectory) -> None:
+def test_diffusers_dit_with_learned_variance_is_found(diffusers_dit, diffusers_recording) -> None:
     outputs = diffusers_calls(diffusers_dit)
-    (run,) = diffusers_trajectory.runs
-    latent = find_latent(run[0], outputs[0], classify_inputs(diffusers_trajectory))
+    (run,) = diffusers_recording.runs
+    latent = find_latent(run[0], outputs[0], classify_inputs(diffusers_recording))
     assert latent == "hidden_states"
     cut = [match_channels(output, run[0][latent]) for output in outputs]
     assert cut[0].shape == (4, 4, 8, 8)
@@ -295,8 +293,8 @@ def test_diffusers_dit_with_learned_variance_is_found(diffusers_dit, diffusers_t
         assert weights == pytest.approx((1.0, -0.2), rel=FITTED, abs=FITTED)
 
 
-def test_recorded_runs_of_the_sample_are_found(dit, dit_trajectory: Trajectory) -> None:
-    (run,) = dit_trajectory.runs
+def test_recorded_runs_of_the_sample_are_found(dit, dit_recording: Recording) -> None:
+    (run,) = dit_recording.runs
     with torch.no_grad():
         outputs = [dit(**call) for call in run]
     steps = found(find_sampler_steps("hidden_states", [run], [outputs], [None]))

@@ -27,7 +27,7 @@ from test_ground import (
 )
 from torch import Tensor, nn
 
-from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, uniform_schedule
+from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.sampler.replay import Answer, Replay
 from calicache.graph_passes.search.allocate import MULTIPLE
@@ -46,10 +46,10 @@ ROUNDING: Any = {"rel": 1e-3, "abs": 2e-6}  # float32 sums, in graphs of other b
 PLAIN, FULL, REFRESH = 2.0, 1.96, 2.02  # seconds; a full step is faster where values are kept
 
 
-def ground_of(model: nn.Module, trajectory: Trajectory) -> Ground:
-    schedule = uniform_schedule(trajectory.steps, 1)
-    plan = Plan.from_trajectory(model, trajectory, schedule=schedule, rank=MULTIPLE, correct=False)
-    return prepare_ground(model, trajectory, plan.settings, Journal(None), Meter(1.0, None))
+def ground_of(model: nn.Module, recording: Recording) -> Ground:
+    schedule = uniform_schedule(recording.steps, 1)
+    plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=MULTIPLE, correct=False)
+    return prepare_ground(model, recording, plan.settings, Journal(None), Meter(1.0, None))
 
 
 @cache
@@ -193,8 +193,8 @@ def test_answers_spread_from_the_steps_where_they_were_measured() -> None:
 
 def table(rows: dict[BranchChoice, tuple[float, float]], forecast: float) -> LatencyTable:
     """Seconds by hand: (REFRESH, CALIBRATE step) where both branches are so treated."""
-    model, trajectory = flicker()
-    own = Plan.from_trajectory(model, trajectory, weighting="none", correct=False)
+    model, recording = flicker()
+    own = Plan.from_trajectory(model, recording, weighting="none", correct=False)
     made = [LatencyRow(EVERY, BranchChoice.FULL, 0, REFRESH, FULL)]
     made += [LatencyRow(GROUP, choice, 0, *seconds) for choice, seconds in rows.items()]
     return LatencyTable(own.settings.weights_hash, "by hand", 2, PLAIN, forecast, tuple(made))
@@ -257,12 +257,12 @@ def test_time_that_no_mode_saves_is_refused() -> None:
 
 def test_error_is_kept_where_every_plan_is_dear() -> None:
     latency = table({}, forecast=0.95 * PLAIN)  # above 0.95 of the full run in any case
-    model, trajectory = flicker()
-    plan = Plan.search(model, each(trajectory), max_error=10.0, latency=latency)
+    model, recording = flicker()
+    plan = Plan.search(model, each(recording), max_error=10.0, latency=latency)
     assert plan.front is not None
     assert all(0.95 < point.cost < 1 for point in plan.front.points)
     with pytest.raises(PlanError, match=r"^plan: max_error: expected [\d.e-]+ or more, which"):
-        Plan.search(model, each(trajectory), max_error=1e-9, latency=latency)
+        Plan.search(model, each(recording), max_error=1e-9, latency=latency)
 
 
 class Single(nn.Module):
@@ -292,15 +292,15 @@ def test_branches_of_one_layer_can_be_searched() -> None:
 def test_outputs_that_any_plan_gives_exactly_take_the_cheapest() -> None:
     config = FashionDiTConfig(width=32, depth=1, frequency_channels=32)
     model = FashionDiT(config).eval()  # adaLN-Zero: gives nothing before it is trained
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed in range(3):
-            trajectory.finish(sample_dit(model, seed=seed))
-    plan = Plan.search(model, trajectory, budget=0.5)
+            recording.finish(sample_dit(model, seed=seed))
+    plan = Plan.search(model, recording, budget=0.5)
     assert plan.front is not None
     (point,) = plan.front.points  # no other is better
     assert point.error.worst < 1e-6
     assert point.cost == pytest.approx(1 / len(plan.schedule))
-    assert_same_plan(Plan.search(model, each(trajectory), max_error=0.1), plan)
+    assert_same_plan(Plan.search(model, each(recording), max_error=0.1), plan)
 
 
 class Plain(nn.Module):

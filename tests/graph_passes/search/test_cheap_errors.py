@@ -15,8 +15,8 @@ from torch import nn
 
 from calicache.graph_passes import (
     Plan,
+    Recording,
     StepMode,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -25,7 +25,7 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.search.candidates import step_answers
@@ -51,25 +51,25 @@ def blocks() -> Blocks:
 
 
 @pytest.fixture(scope="module")
-def ended(blocks: Blocks) -> Trajectory:
+def ended(blocks: Blocks) -> Recording:
     """Two runs of two samples with guidance, with their results."""
-    with record(blocks) as trajectory:
+    with record(blocks) as recording:
         for seed in (1, 2):
-            trajectory.finish(recorded_run(blocks, SAMPLER, tokens(seed))[2])
-    return trajectory
+            recording.finish(recorded_run(blocks, SAMPLER, tokens(seed))[2])
+    return recording
 
 
 @pytest.fixture(scope="module")
-def recorded(blocks: Blocks, ended: Trajectory) -> RecordedSampler:
+def recorded(blocks: Blocks, ended: Recording) -> RecordedSampler:
     graph = capture(blocks, ended.signature)
     found = recover_sampler(graph, ended, classify_inputs(ended), STEPS)
     assert isinstance(found, RecordedSampler)
     return found
 
 
-def variants_of(model: nn.Module, trajectory: Trajectory, rank: int, history: int = 3) -> Rewritten:
-    graph = capture(model, trajectory.signature)
-    sites = find_sites(graph, classify_nodes(graph, classify_inputs(trajectory)))
+def variants_of(model: nn.Module, recording: Recording, rank: int, history: int = 3) -> VariantSet:
+    graph = capture(model, recording.signature)
+    sites = find_sites(graph, classify_nodes(graph, classify_inputs(recording)))
     targets, _ = assign(graph, sites, rank=rank)
     anchors = anchor_table(modes("R" * STEPS), history - 1)
     factors = make_factors(graph, targets, {})
@@ -77,12 +77,12 @@ def variants_of(model: nn.Module, trajectory: Trajectory, rank: int, history: in
 
 
 @pytest.fixture(scope="module")
-def variants(blocks: Blocks, ended: Trajectory) -> Rewritten:
+def variants(blocks: Blocks, ended: Recording) -> VariantSet:
     return variants_of(blocks, ended, rank=2)
 
 
 def errors_of_model(
-    model: nn.Module, trajectory: Trajectory, letters: str, mode: StepMode, order: int
+    model: nn.Module, recording: Recording, letters: str, mode: StepMode, order: int
 ) -> dict[int, float]:
     """|e_mode - e| at the cheap steps, the optimised model called with the recorded latents.
 
@@ -90,10 +90,10 @@ def errors_of_model(
     """
     schedule = tuple(R if letter == "R" else mode for letter in letters)
     plan = Plan.from_trajectory(
-        model, trajectory, schedule=schedule, rank=2, order=order, weighting="none", correct=False
+        model, recording, schedule=schedule, rank=2, order=order, weighting="none", correct=False
     )
     fast, squares = optimize(model, plan), np.zeros(STEPS)
-    for run in trajectory.runs:
+    for run in recording.runs:
         off = [(fast(**call) - model(**call)).square().sum() / 2 for call in run]
         squares += np.array(off)
     return {k: float(squares[k]) ** 0.5 for k in range(STEPS) if letters[k] != "R"}
@@ -108,7 +108,7 @@ EVEN, UNEVEN = "RCCRCCRCCRCCRC", "RCRRCCCRCRCCCC"
 
 @pytest.mark.parametrize(("letters", "mode"), [(EVEN, U), (UNEVEN, C)])
 def test_scales_are_errors_of_the_optimised_model_over_the_lags(
-    letters: str, mode: StepMode, blocks: Blocks, ended: Trajectory, recorded, variants
+    letters: str, mode: StepMode, blocks: Blocks, ended: Recording, recorded, variants
 ) -> None:
     rows = cheap_errors(variants, recorded, modes(letters), [mode])[mode]
     assert len(rows) == 3
@@ -128,7 +128,7 @@ def test_scales_are_errors_of_the_optimised_model_over_the_lags(
     assert tried == {k for k in range(STEPS) if letters[k] != "R"}  # each step in some order
 
 
-def test_forecast_steps_are_not_run(recorded: RecordedSampler, variants: Rewritten) -> None:
+def test_forecast_steps_are_not_run(recorded: RecordedSampler, variants: VariantSet) -> None:
     """What is measured at the others stays as it is; between, straight lines."""
     every = cheap_errors(variants, recorded, modes("RURURURURURURU"), [U])[U]
     some = cheap_errors(variants, recorded, modes("RURURUR" + "FRURFRU"), [U])[U]
@@ -138,7 +138,7 @@ def test_forecast_steps_are_not_run(recorded: RecordedSampler, variants: Rewritt
 
 @pytest.mark.parametrize(("steps", "orders"), [(5, 2), (8, 3), (14, 3)])
 def test_orders_are_tried_as_soon_as_their_refreshes_are_there(
-    steps: int, orders: int, blocks: Blocks, recorded: RecordedSampler, variants: Rewritten
+    steps: int, orders: int, blocks: Blocks, recorded: RecordedSampler, variants: VariantSet
 ) -> None:
     short = RecordedSampler(
         tuple(run[:steps] for run in recorded.runs), recorded.outputs, recorded.ends, recorded.steps
@@ -148,7 +148,7 @@ def test_orders_are_tried_as_soon_as_their_refreshes_are_there(
     assert len(set(rows)) == orders  # an order that is not tried takes the one below
 
 
-def test_reuse_by_hand(blocks: Blocks, recorded: RecordedSampler, variants: Rewritten) -> None:
+def test_reuse_by_hand(blocks: Blocks, recorded: RecordedSampler, variants: VariantSet) -> None:
     letters = "R" + "C" * (STEPS - 1)
     row = cheap_errors(variants, recorded, modes(letters), [U])[U][0]
     for step in (1, 5, STEPS - 1):
@@ -162,7 +162,7 @@ def test_reuse_by_hand(blocks: Blocks, recorded: RecordedSampler, variants: Rewr
 
 
 def test_calibration_of_full_rank_adds_nothing(
-    blocks: Blocks, ended: Trajectory, recorded: RecordedSampler
+    blocks: Blocks, ended: Recording, recorded: RecordedSampler
 ) -> None:
     full = variants_of(blocks, ended, rank=16)
     found = cheap_errors(full, recorded, modes(EVEN), [C, U])
@@ -171,7 +171,7 @@ def test_calibration_of_full_rank_adds_nothing(
         assert max(exact) < 1e-5 * max(stale)
 
 
-def test_modes_together_are_as_one_by_one(recorded: RecordedSampler, variants: Rewritten) -> None:
+def test_modes_together_are_as_one_by_one(recorded: RecordedSampler, variants: VariantSet) -> None:
     both = cheap_errors(variants, recorded, modes(UNEVEN), [C, U])
     assert set(both) == {C, U}
     for mode in (C, U):
@@ -181,7 +181,9 @@ def test_modes_together_are_as_one_by_one(recorded: RecordedSampler, variants: R
     assert both[C] != both[U]
 
 
-def test_every_step_of_every_run_is_counted(recorded: RecordedSampler, variants: Rewritten) -> None:
+def test_every_step_of_every_run_is_counted(
+    recorded: RecordedSampler, variants: VariantSet
+) -> None:
     seen: list[int] = []
     cheap_errors(variants, recorded, modes(EVEN), [C, U], lambda: seen.append(1))
     assert len(seen) == 2 * STEPS
@@ -197,7 +199,7 @@ def test_values_are_spread_in_straight_lines(known: dict[int, float], steps: int
 
 
 def test_rehearsal_with_measured_scales_tells_schedules_apart(
-    recorded: RecordedSampler, variants: Rewritten
+    recorded: RecordedSampler, variants: VariantSet
 ) -> None:
     scales = cheap_errors(variants, recorded, modes(EVEN), [C, U])
     start = replay(variants, recorded, modes("RFF" * 4 + "RF"), 2)

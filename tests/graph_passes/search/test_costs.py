@@ -25,11 +25,11 @@ from calicache.graph_passes import (
     Granularity,
     LatencyTable,
     Plan,
+    Recording,
     SiteMode,
     SiteRule,
     Sites,
     StepMode,
-    Trajectory,
     Weighting,
     classify_inputs,
     classify_nodes,
@@ -44,7 +44,7 @@ from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs, node_macs
 from calicache.graph_passes.graph.run_values import find_run_values
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve, allocate
 from calicache.graph_passes.search.costs import (
     Candidates,
@@ -72,7 +72,7 @@ class Known:
     """A model, what was found in it, and what is known of its targets."""
 
     model: nn.Module
-    trajectory: Trajectory
+    recording: Recording
     captured: CapturedGraph
     sites: Sites
     classes: Mapping[str, Dependence]
@@ -97,9 +97,9 @@ class Known:
             ranks=allocation.ranks,
         )[0]
 
-    def rewritten(
+    def variant_set(
         self, targets: Sequence[CalibrationTarget], *modes: StepMode, fold: bool = False
-    ) -> Rewritten:
+    ) -> VariantSet:
         factors = make_factors(self.captured, targets, self.candidates.moments)
         return rewrite(
             self.captured,
@@ -113,32 +113,32 @@ class Known:
         )
 
 
-def learn(model: nn.Module, trajectory: Trajectory) -> Known:
+def learn(model: nn.Module, recording: Recording) -> Known:
     """All that a search knows before it allocates."""
-    captured = capture(model, trajectory.signature)
-    classes = classify_nodes(captured, classify_inputs(trajectory))
+    captured = capture(model, recording.signature)
+    classes = classify_nodes(captured, classify_inputs(recording))
     sites = find_sites(captured, classes)
-    schedule = uniform_schedule(trajectory.steps, 3)
+    schedule = uniform_schedule(recording.steps, 3)
     targets: dict[str, CalibrationTarget] = {}
     for granularity in Granularity:
         for t in assign(captured, sites, rank=8, granularity=granularity, joint=True)[0]:
             targets.setdefault(t.name, replace(t, rank=min(t.in_features, sum(t.out_features))))
     observed = observe(
-        captured, [*targets.values()], trajectory, Weighting.COVARIANCE, schedule, ORDER
+        captured, [*targets.values()], recording, Weighting.COVARIANCE, schedule, ORDER
     )
     moments = {name: m for name, m in observed.items() if isinstance(m, SecondMoments)}
     factors = make_factors(captured, [*targets.values()], moments)
     spectra = {name: made.spectrum for name, made in factors.items() if made.spectrum is not None}
     layers = [t for t in targets.values() if t.granularity is Granularity.LINEAR]
-    steps = sorted({max(BACK, round(share * (trajectory.steps - 1))) for share in PROBES})
-    gains = sensitivities(captured, sites, layers, trajectory.runs[0], steps)
+    steps = sorted({max(BACK, round(share * (recording.steps - 1))) for share in PROBES})
+    gains = sensitivities(captured, sites, layers, recording.runs[0], steps)
     candidates = Candidates(tuple(targets.values()), spectra, moments, gains)
-    return Known(model, trajectory, captured, sites, classes, schedule, candidates)
+    return Known(model, recording, captured, sites, classes, schedule, candidates)
 
 
 @pytest.fixture(scope="module")
-def dit_known(dit: FashionDiT, dit_trajectory: Trajectory) -> Known:
-    return learn(dit, dit_trajectory)
+def dit_known(dit: FashionDiT, dit_recording: Recording) -> Known:
+    return learn(dit, dit_recording)
 
 
 class Heads(nn.Module):
@@ -204,10 +204,10 @@ def text_known() -> Known:
     model, draw = TextDiT(), torch.Generator().manual_seed(5)
     shake(model, 0.1)
     latents, text = torch.randn(2, 9, 6, generator=draw), torch.randn(2, 7, 20, generator=draw)
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for now in torch.linspace(999, 0, 7).round():
             latents = latents - 0.1 * model(latents, now.expand(2), text)
-    return learn(model, trajectory)
+    return learn(model, recording)
 
 
 @pytest.fixture(params=["dit", "text"])
@@ -263,7 +263,7 @@ def unforeseen_macs(known: Known, targets: Sequence[CalibrationTarget], made: fx
 def test_cost_is_what_the_optimised_step_is_counted_to_take(known: Known, level: float) -> None:
     allocation = allocate(known.options(), level)
     targets = known.planned(allocation)
-    made = known.rewritten(targets, C).variants[C].module.graph
+    made = known.variant_set(targets, C).variants[C].module.graph
     unforeseen = unforeseen_macs(known, targets, made)
     expected = (graph_macs(made) + unforeseen) / known.plain
     assert math.isclose(allocation.cost, expected, **EXACT)
@@ -287,7 +287,7 @@ def test_allocations_at_rising_cost_use_every_choice(known: Known) -> None:
 @pytest.mark.parametrize("choice", [LINEAR, BRANCH, REUSE])
 def test_cost_of_every_choice_is_what_the_graph_saves(known: Known, choice: BranchChoice) -> None:
     options = known.options()
-    bare = known.rewritten((), C).variants[C].module.graph
+    bare = known.variant_set((), C).variants[C].module.graph
     start = graph_macs(bare) + unforeseen_macs(known, (), bare)
     assert start == known.plain
     for name in [name for name in options if not name.startswith("blocks.1")]:
@@ -300,7 +300,7 @@ def test_cost_of_every_choice_is_what_the_graph_saves(known: Known, choice: Bran
         allocation = allocate({**others, name: [wanted]}, 1e9)
         targets = known.planned(allocation)
         assert {t.rank for t in targets} == ({0} if choice is REUSE else {8})
-        made = known.rewritten(targets, C).variants[C].module.graph
+        made = known.variant_set(targets, C).variants[C].module.graph
         total = graph_macs(made) + unforeseen_macs(known, targets, made)
         assert math.isclose(allocation.cost, total / known.plain, **EXACT), name
 
@@ -314,7 +314,7 @@ def test_plan_of_an_allocation_is_optimised_to_its_cost(dit_known: Known) -> Non
         dit_known,
         Plan.from_trajectory(
             dit_known.model,
-            dit_known.trajectory,
+            dit_known.recording,
             schedule=dit_known.schedule,
             rank=8,
             correct=False,
@@ -513,9 +513,9 @@ def test_run_of_refreshes_alone_costs_the_plain_run() -> None:
 
 def test_shares_in_macs_are_those_of_the_variants(known: Known) -> None:
     targets = known.planned(allocate(known.options(), 0.6))
-    rewritten = known.rewritten(targets, C, U, fold=True)
-    shares = macs_shares(rewritten, known.captured, targets)
-    macs = {mode: graph_macs(v.module.graph) for mode, v in rewritten.variants.items()}
+    variant_set = known.variant_set(targets, C, U, fold=True)
+    shares = macs_shares(variant_set, known.captured, targets)
+    macs = {mode: graph_macs(v.module.graph) for mode, v in variant_set.variants.items()}
     assert shares.steps == {C: macs[C] / known.plain, U: macs[U] / known.plain, FORECAST: 0.0}
     folds = macs[R] - known.plain
     assert folds > 0
@@ -530,7 +530,7 @@ def test_shares_in_macs_are_those_of_the_variants(known: Known) -> None:
 
 
 def test_nothing_is_folded_where_nothing_is_calibrated(known: Known) -> None:
-    shares = macs_shares(known.rewritten((), U), known.captured, ())
+    shares = macs_shares(known.variant_set((), U), known.captured, ())
     assert set(shares.steps) == {U, FORECAST}
     assert set(shares.caches.values()) == {0.0}
 
@@ -592,11 +592,11 @@ def test_shares_in_seconds_are_never_negative(dit_known: Known) -> None:
 TRAINED_STEPS = 12
 
 
-def trained_run(model: nn.Module, seed: int, images: int = 4) -> Trajectory:
+def trained_run(model: nn.Module, seed: int, images: int = 4) -> Recording:
     noise = torch.randn(images, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-    with record(model) as trajectory:
+    with record(model) as recording:
         GuidedDDIM(TRAINED_STEPS, 1.5, 10).sample(model, noise, torch.arange(images) + seed)
-    return trajectory
+    return recording
 
 
 @pytest.fixture(scope="module")
@@ -620,7 +620,7 @@ def calibrate_error(
     run: Sequence[tuple[list[Tensor], Tensor]],
 ) -> tuple[int, float]:
     """MACs of a CALIBRATE step, and |e^ - e|^2 / |e|^2 over all of them along a run."""
-    made, kept = known.rewritten(targets, C), tuple[dict[str, Tensor], ...]()
+    made, kept = known.variant_set(targets, C), tuple[dict[str, Tensor], ...]()
     names = [cache.name for cache in made.caches]
     off = size = 0.0
     for step, (call, exact) in enumerate(run):

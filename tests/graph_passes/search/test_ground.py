@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from calicache.graph_passes import Plan, StepMode, Trajectory, record
+from calicache.graph_passes import Plan, Recording, StepMode, record
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.search.ground import (
     LEAST_RUNS,
@@ -96,22 +96,22 @@ def sample_errors(got: Tensor, full: Tensor) -> list[float]:
     return errors
 
 
-def record_runs(model: nn.Module, seeds: Sequence[int] = SEEDS, **options: Any) -> Trajectory:
-    with record(model) as trajectory:
+def record_runs(model: nn.Module, seeds: Sequence[int] = SEEDS, **options: Any) -> Recording:
+    with record(model) as recording:
         for seed in seeds:
-            trajectory.finish(euler(model, seed, **options))
-    return trajectory
+            recording.finish(euler(model, seed, **options))
+    return recording
 
 
 @cache
-def flicker() -> tuple[Flicker, Trajectory]:
+def flicker() -> tuple[Flicker, Recording]:
     model = Flicker().eval()
     return model, record_runs(model)
 
 
-def each(trajectory: Trajectory, places: Sequence[int] = (0, 1, 2), times: int = 5) -> Trajectory:
+def each(recording: Recording, places: Sequence[int] = (0, 1, 2), times: int = 5) -> Recording:
     """Every run several times: a max_error wants samples to choose with."""
-    return trajectory.take_runs([place for place in places for _ in range(times)])
+    return recording.take_runs([place for place in places for _ in range(times)])
 
 
 def refuses(message: str) -> pytest.RaisesExc[PlanError]:
@@ -206,47 +206,47 @@ def test_requests_that_make_no_sense_are_refused(request_: dict[str, float], mes
 @pytest.mark.parametrize(("steps", "told"), [(12, 0.0834), (8, 0.125), (5, 0.2)])
 def test_budget_below_the_least_is_told_one_that_can_be_kept(steps: int, told: float) -> None:
     model, _ = flicker()
-    trajectory = record_runs(model, times=evenly(steps))
+    recording = record_runs(model, times=evenly(steps))
     with refuses(
         f"plan: budget: expected {told:.4f} or more: one REFRESH step, and the cheapest mode "
         f"after it, got {told - 1e-4:g}. Raise the budget, or sample with fewer steps."
     ):
-        Plan.search(model, trajectory, budget=told - 1e-4)
-    plan = Plan.search(model, trajectory, budget=told)
+        Plan.search(model, recording, budget=told - 1e-4)
+    plan = Plan.search(model, recording, budget=told)
     assert plan.schedule.count(StepMode.REFRESH) == 1
     assert plan.front is not None
     assert plan.front.points[0].cost == pytest.approx(1 / steps, rel=1e-9)
 
 
 def test_too_few_runs_are_refused() -> None:
-    model, trajectory = flicker()
+    model, recording = flicker()
     with refuses(
-        f"plan: trajectory: expected {LEAST_RUNS} runs or more: to search, to choose and to report "
-        "with, got 2. Record more runs, with other seeds: `with record(model) as trajectory:`."
+        f"plan: recording: expected {LEAST_RUNS} runs or more: to search, to choose and to report "
+        "with, got 2. Record more runs, with other seeds: `with record(model) as recording:`."
     ):
-        Plan.search(model, trajectory.take_runs([0, 1]), budget=0.5)
+        Plan.search(model, recording.take_runs([0, 1]), budget=0.5)
 
 
 def test_too_few_steps_are_refused() -> None:
     model, _ = flicker()
-    trajectory = record_runs(model, times=evenly(LEAST_STEPS - 1))
+    recording = record_runs(model, times=evenly(LEAST_STEPS - 1))
     with refuses(
-        f"plan: trajectory: expected runs of {LEAST_STEPS} steps or more, got {LEAST_STEPS - 1}. "
+        f"plan: recording: expected runs of {LEAST_STEPS} steps or more, got {LEAST_STEPS - 1}. "
         "Record whole runs of the sampler that you are going to use."
     ):
-        Plan.search(model, trajectory, budget=0.5)
+        Plan.search(model, recording, budget=0.5)
 
 
 @pytest.mark.parametrize("missing", range(len(SEEDS)))
 def test_a_run_without_its_result_is_refused(missing: int) -> None:
-    model, trajectory = flicker()
+    model, recording = flicker()
     last = STEPS * (missing + 1)
-    results = {count: value for count, value in trajectory.results.items() if count != last}
+    results = {count: value for count, value in recording.results.items() if count != last}
     with refuses(
-        "plan: trajectory: expected the result of every run, got none for some. "
-        "Call trajectory.finish(latents) after every run."
+        "plan: recording: expected the result of every run, got none for some. "
+        "Call recording.finish(latents) after every run."
     ):
-        Plan.search(model, replace(trajectory, results=results), budget=0.5)
+        Plan.search(model, replace(recording, results=results), budget=0.5)
 
 
 @pytest.mark.parametrize(
@@ -258,14 +258,14 @@ def test_a_run_without_its_result_is_refused(missing: int) -> None:
 )
 def test_runs_of_several_samplers_are_refused(times: Times, got: str) -> None:
     model, _ = flicker()
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed, chosen in zip(SEEDS, (TIMES, TIMES, times), strict=True):
-            trajectory.finish(euler(model, seed, chosen))
+            recording.finish(euler(model, seed, chosen))
     with refuses(
-        f"plan: trajectory: expected runs of one sampler, with the same steps, got {got}. "
+        f"plan: recording: expected runs of one sampler, with the same steps, got {got}. "
         "Record all runs with the sampler and the steps that you are going to use."
     ):
-        Plan.search(model, trajectory, budget=0.5)
+        Plan.search(model, recording, budget=0.5)
 
 
 def no_sampler(step: int) -> str:
@@ -278,12 +278,12 @@ def no_sampler(step: int) -> str:
 
 
 def test_runs_of_another_checkpoint_are_refused() -> None:
-    _, trajectory = flicker()
+    _, recording = flicker()
     other = Flicker().eval()
     with torch.no_grad():
         other.blocks[0].down.weight.mul_(1.1)
     with refuses(no_sampler(0)):
-        Plan.search(other, trajectory, budget=0.5)
+        Plan.search(other, recording, budget=0.5)
 
 
 def test_a_sampler_that_adds_noise_is_refused() -> None:
@@ -293,24 +293,24 @@ def test_a_sampler_that_adds_noise_is_refused() -> None:
 
 
 def test_a_model_without_weights_is_refused() -> None:
-    model, trajectory = flicker()
+    model, recording = flicker()
     with refuses(
         "plan: model: expected weights, to run the recorded calls with, got a model on the meta "
         "device. Load the weights."
     ):
-        Plan.search(Flicker().eval().to("meta"), trajectory, budget=0.5)
+        Plan.search(Flicker().eval().to("meta"), recording, budget=0.5)
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_latency_table_of_another_checkpoint_is_refused() -> None:
-    model, trajectory = flicker()
-    own = Plan.from_trajectory(model, trajectory, weighting="none", correct=False)
+    model, recording = flicker()
+    own = Plan.from_trajectory(model, recording, weighting="none", correct=False)
     table = LatencyTable("1234567890abcdef", "by hand", 2, plain=1.0, forecast=0.1, rows=())
     with refuses(
         f"plan: latency: expected a table of this checkpoint ({own.settings.weights_hash[:12]}), "
         "got of another (1234567890ab). Measure this model."
     ):
-        Plan.search(model, trajectory, budget=0.5, latency=table)
+        Plan.search(model, recording, budget=0.5, latency=table)
 
 
 def stop_at(stage: str) -> Callable[[SearchProgress], None]:
@@ -361,20 +361,20 @@ def test_stopped_search_goes_on_from_there(stage: str, tmp_path: Path) -> None:
     assert written(tmp_path) == done
 
 
-@pytest.mark.parametrize("other", ["budget", "effort", "exclude", "trajectory", "model"])
+@pytest.mark.parametrize("other", ["budget", "effort", "exclude", "recording", "model"])
 def test_folder_of_another_search_is_refused(other: str, tmp_path: Path) -> None:
-    model, trajectory = flicker()
+    model, recording = flicker()
     with pytest.raises(KeyboardInterrupt):
         Plan.search(
             model,
-            trajectory,
+            recording,
             budget=0.5,
             folder=tmp_path,
             on_progress=stop_at("capture the model"),
         )
     options: dict[str, Any] = {"budget": 0.5}
-    if other == "trajectory":
-        trajectory = record_runs(model, seeds=(0, 1, 3))
+    if other == "recording":
+        recording = record_runs(model, seeds=(0, 1, 3))
     elif other == "model":
         model = Flicker().eval()
         with torch.no_grad():
@@ -385,6 +385,6 @@ def test_folder_of_another_search_is_refused(other: str, tmp_path: Path) -> None
         )
     with refuses(
         f"plan: {tmp_path}: expected what an interrupted search of the same kind has kept, got a "
-        "search of another model, trajectory or request. Name another folder, or delete this one."
+        "search of another model, recording or request. Name another folder, or delete this one."
     ):
-        Plan.search(model, trajectory, folder=tmp_path, **options)
+        Plan.search(model, recording, folder=tmp_path, **options)

@@ -171,12 +171,12 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_another_search_is_refused(tmp_path: Path) -> None:
-    Journal.open(tmp_path, "model a, trajectory b").numbers("fit", lambda: 1)
+    Journal.open(tmp_path, "model a, recording b").numbers("fit", lambda: 1)
     before = names(tmp_path)
-    got = refusal(lambda: Journal.open(tmp_path, "model a, trajectory c"), tmp_path)
-    assert got == "a search of another model, trajectory or request. "
+    got = refusal(lambda: Journal.open(tmp_path, "model a, recording c"), tmp_path)
+    assert got == "a search of another model, recording or request. "
     assert names(tmp_path) == before
-    assert Journal.open(tmp_path, "model a, trajectory b").numbers("fit", no_work) == 1
+    assert Journal.open(tmp_path, "model a, recording b").numbers("fit", no_work) == 1
 
 
 def test_key_is_not_written_out(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calicache.graph_passes import Sites, StepMode, record
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.recording.input_classes import classify_inputs
-from calicache.graph_passes.rewriting.variants import Rewritten, rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.sampler.correct import RIDGE
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import Answer, replay
@@ -86,7 +86,7 @@ def recorded_run(
     return calls, outputs, x
 
 
-def recording(
+def recording_of(
     model: nn.Module, steps: SamplerSteps, size: tuple[int, ...], seeds: Sequence[int] = (1,)
 ) -> RecordedSampler:
     noises = [
@@ -102,7 +102,7 @@ def recording(
     )
 
 
-def plain_variants(model: nn.Module, call: dict[str, Tensor]) -> Rewritten:
+def plain_variants(model: nn.Module, call: dict[str, Tensor]) -> VariantSet:
     """REFRESH alone, for replays of REFRESH and FORECAST steps."""
     graph = captured(model, *call.values())
     return rewrite(graph, NOWHERE, (), {}, (), anchors=anchor_table((R,) * STEPS, 2))
@@ -134,7 +134,9 @@ def assert_same_geometry(recorded: RecordedSampler, atol: float) -> None:
 @pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_coordinates_keep_all_norms_and_inner_products(shape: Shape, seeds: Sequence[int]) -> None:
-    recorded = recording(Affine([0.4] * STEPS, (2, 3, 3)), sampler_of(shape), (2, 2, 3, 3), seeds)
+    recorded = recording_of(
+        Affine([0.4] * STEPS, (2, 3, 3)), sampler_of(shape), (2, 2, 3, 3), seeds
+    )
     # float64 throughout; directions below LEAST_ENERGY = 1e-12 of the energy may be left out.
     assert_same_geometry(recorded, atol=1e-11)
 
@@ -153,7 +155,7 @@ def test_parts_under_one_guidance_scale_count_as_their_weighted_sum(
     monkeypatch: pytest.MonkeyPatch, looks_back: bool
 ) -> None:
     model = Affine([0.4] * STEPS, (2, 3, 3))
-    recorded = recording(model, guided(STEPS, 1.5, looks_back), (3, 2, 3, 3))
+    recorded = recording_of(model, guided(STEPS, 1.5, looks_back), (3, 2, 3, 3))
     merged = Span.of(recorded)
     assert merged.outputs.shape[1] == 1
     monkeypatch.setattr(rehearse, "ALIKE", -1.0)
@@ -171,13 +173,13 @@ def test_parts_that_weigh_otherwise_at_one_step_stay_apart() -> None:
     rows = [*guided(STEPS, 1.5, looks_back=False).weights]
     rows[3] = (rows[3][0], rows[3][1] * 1.01, rows[3][2])
     model = Affine([0.4] * STEPS, (2, 3, 3))
-    recorded = recording(model, SamplerSteps("x", 2, tuple(rows)), (3, 2, 3, 3))
+    recorded = recording_of(model, SamplerSteps("x", 2, tuple(rows)), (3, 2, 3, 3))
     assert Span.of(recorded).outputs.shape[1] == 2
 
 
 def test_values_larger_than_a_block_of_rows_are_taken_whole() -> None:
     size = (1, 1, 300, 300)  # 90,000 elements: ROWS is 65,536
-    recorded = recording(Affine([0.4] * 3, size[1:]), sampler_of((2, 0), 3), size)
+    recorded = recording_of(Affine([0.4] * 3, size[1:]), sampler_of((2, 0), 3), size)
     assert_same_geometry(recorded, atol=1e-11)
 
 
@@ -185,7 +187,7 @@ def test_outputs_that_repeat_span_fewer_directions() -> None:
     model = Affine([0.0] * STEPS, (2, 3, 3))
     with torch.no_grad():
         model.table.copy_(model.table[:, :1].expand_as(model.table))
-    recorded = recording(model, sampler_of((1, 0)), (2, 2, 3, 3))
+    recorded = recording_of(model, sampler_of((1, 0)), (2, 2, 3, 3))
     span = Span.of(recorded)
     assert span.latents.shape == (STEPS + 1, 2)  # the noise, and the one output
     assert_same_geometry(recorded, atol=1e-11)
@@ -206,11 +208,11 @@ def test_coordinates_of_a_recorded_dit_end_where_the_run_did(dit) -> None:
 
 def recorded_dit(model: nn.Module) -> RecordedSampler:
     """Two runs of guided DDIM, the sampler recovered from them."""
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed in (1, 2):
-            trajectory.finish(sample_dit(model, seed=seed))
-    graph = capture(model, trajectory.signature)
-    found = recover_sampler(graph, trajectory, classify_inputs(trajectory), trajectory.steps)
+            recording.finish(sample_dit(model, seed=seed))
+    graph = capture(model, recording.signature)
+    found = recover_sampler(graph, recording, classify_inputs(recording), recording.steps)
     assert isinstance(found, RecordedSampler)
     assert found.steps.parts == 2
     return found
@@ -220,10 +222,10 @@ def recorded_dit(model: nn.Module) -> RecordedSampler:
 
 
 @cache
-def affine(shape: Shape, gain: float) -> tuple[RecordedSampler, Rewritten, Span]:
+def affine(shape: Shape, gain: float) -> tuple[RecordedSampler, VariantSet, Span]:
     """One recorded sample of a model with answers `gain` + 0.05 a step, and its variants."""
     model = Affine([gain + 0.05 * step for step in range(STEPS)], (2, 3, 4))
-    recorded = recording(model, sampler_of(shape), (1, 2, 3, 4))
+    recorded = recording_of(model, sampler_of(shape), (1, 2, 3, 4))
     variants = plain_variants(model, dict(recorded.runs[0][0]))
     return recorded, variants, Span.of(recorded)
 
@@ -266,15 +268,15 @@ def test_errors_of_forecasts_are_exact_where_outputs_do_not_depend_on_the_latent
 
 
 @cache
-def still() -> tuple[RecordedSampler, Rewritten, Span]:
+def still() -> tuple[RecordedSampler, VariantSet, Span]:
     model = Affine([0.0] * STEPS, (2, 3, 4))
-    recorded = recording(model, sampler_of((2, 1)), (1, 2, 3, 4))
+    recorded = recording_of(model, sampler_of((2, 1)), (1, 2, 3, 4))
     return recorded, plain_variants(model, dict(recorded.runs[0][0])), Span.of(recorded)
 
 
 def test_error_of_several_runs_is_that_of_all_together() -> None:
     model = Affine([0.3] * STEPS, (2, 3, 4))
-    recorded = recording(model, sampler_of((2, 0)), (2, 2, 3, 4), seeds=(1, 2))
+    recorded = recording_of(model, sampler_of((2, 0)), (2, 2, 3, 4), seeds=(1, 2))
     schedule = modes("RFRFFRFF")
     made = replay(plain_variants(model, dict(recorded.runs[0][0])), recorded, schedule, 1)
     (rehearsed,) = Rehearsal(Span.of(recorded), (Answer(0.3, 0.0),) * STEPS, {}).errors(

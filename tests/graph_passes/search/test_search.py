@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
 from calicache.export import Session, export_onnx, read_sampler
-from calicache.graph_passes import Plan, StepMode, Trajectory, optimize, record, spread_schedule
+from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, spread_schedule
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.recording.step_calls import batch_calls
 from calicache.graph_passes.settings.front import ErrorSummary, FrontPoint
@@ -41,14 +41,14 @@ class Case:
 
     model: nn.Module
     sample: Sampler
-    trajectory: Trajectory
+    recording: Recording
 
     @staticmethod
     def of(model: nn.Module, sample: Sampler) -> Case:
-        with record(model) as trajectory:
+        with record(model) as recording:
             for seed in (SEARCHED, CHOICE, REPORT):
-                trajectory.finish(sample(model, seed))
-        return Case(model, sample, trajectory)
+                recording.finish(sample(model, seed))
+        return Case(model, sample, recording)
 
     def errors(self, fast: nn.Module, seed: int) -> list[float]:
         """Of every sample, under the user's own sampler."""
@@ -88,7 +88,7 @@ def trained() -> Case:
 
 @cache
 def found(make: Callable[[], Case], budget: float) -> Plan:
-    return Plan.search(make().model, make().trajectory, budget=budget)
+    return Plan.search(make().model, make().recording, budget=budget)
 
 
 def taken(plan: Plan) -> FrontPoint:
@@ -159,9 +159,9 @@ def test_trained_model_keeps_the_budget() -> None:
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_no_uniform_plan_of_that_cost_is_better(mode: StepMode, order: int, refreshes: int) -> None:
-    case, budget, steps = trained(), 0.5, trained().trajectory.steps
+    case, budget, steps = trained(), 0.5, trained().recording.steps
     schedule = spread_schedule(steps, refreshes, mode=mode)
-    fitted = case.trajectory.take_runs([SEARCHED])
+    fitted = case.recording.take_runs([SEARCHED])
     plan = Plan.from_trajectory(case.model, fitted, schedule=schedule, order=order, rank=28)
     fast = optimize(case.model, plan)
     assert fast.cost.run_share(schedule) <= budget
@@ -171,7 +171,7 @@ def test_no_uniform_plan_of_that_cost_is_better(mode: StepMode, order: int, refr
 
 def test_new_samples_keep_the_error() -> None:
     case, wanted = trained(), 0.05
-    plan = Plan.search(case.model, case.trajectory, max_error=wanted)
+    plan = Plan.search(case.model, case.recording, max_error=wanted)
     point = taken(plan)
     assert point.cost < 1
     assert point.error.bound <= wanted
@@ -187,14 +187,14 @@ def test_new_samples_keep_the_error() -> None:
 def test_error_that_no_plan_keeps_is_refused_with_one_that_is_kept() -> None:
     case = toy()
     with pytest.raises(PlanError) as caught:
-        Plan.search(case.model, each(case.trajectory), max_error=1e-9)
+        Plan.search(case.model, each(case.recording), max_error=1e-9)
     told = float(caught.value.expected.split()[0])
     assert str(caught.value) == (
         f"plan: max_error: expected {told:.2g} or more, which the most accurate plan that was "
         "found keeps, got 1e-09. Allow a larger error, search with more effort, or run the model "
         "as it is."
     )
-    plan = Plan.search(case.model, each(case.trajectory), max_error=told)
+    plan = Plan.search(case.model, each(case.recording), max_error=told)
     assert taken(plan).error.bound <= told
 
 
@@ -203,7 +203,7 @@ def test_effort_tries_more(tmp_path: Path) -> None:
     tried = []
     for effort in (1, 2):
         folder = tmp_path / str(effort)
-        plan = Plan.search(case.model, case.trajectory, budget=0.5, effort=effort, folder=folder)
+        plan = Plan.search(case.model, case.recording, budget=0.5, effort=effort, folder=folder)
         assert taken(plan).cost <= 0.5
         tried.append({path.name for path in folder.glob("fit-*.json")})
     assert len(tried[1]) > len(tried[0])
@@ -211,13 +211,13 @@ def test_effort_tries_more(tmp_path: Path) -> None:
 
 def test_same_inputs_give_the_same_plan() -> None:
     case = toy()
-    assert_same_plan(Plan.search(case.model, case.trajectory, budget=0.5), found(toy, 0.5))
+    assert_same_plan(Plan.search(case.model, case.recording, budget=0.5), found(toy, 0.5))
 
 
 def test_runs_to_report_with_have_no_part_in_the_plan() -> None:
     model, _ = flicker()
-    trajectory = record_runs(model, seeds=(0, 1, 2, 3))
-    plans = [Plan.search(model, each(trajectory, (0, 1, last)), max_error=0.5) for last in (2, 3)]
+    recording = record_runs(model, seeds=(0, 1, 2, 3))
+    plans = [Plan.search(model, each(recording, (0, 1, last)), max_error=0.5) for last in (2, 3)]
     assert_same_plan(*plans, held_out=False)
     reported = [plan.front.held_out for plan in plans if plan.front]
     assert reported[0] != reported[1]
@@ -227,8 +227,8 @@ def test_runs_to_report_with_have_no_part_in_the_plan() -> None:
 
 
 def test_calibration_is_found_where_forecasts_fail() -> None:
-    model, trajectory = flicker()
-    plan = Plan.search(model, trajectory, budget=0.5)  # rank 8 everywhere is exact, at 0.3 a step
+    model, recording = flicker()
+    plan = Plan.search(model, recording, budget=0.5)  # rank 8 everywhere is exact, at 0.3 a step
     assert plan.front is not None
     assert C in plan.schedule
     assert taken(plan).error.mean < 1e-4
@@ -255,27 +255,27 @@ def build(case: PipelineCase) -> Any:
 )
 def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
     pipe = build(case)
-    with record(pipe.transformer) as trajectory:
+    with record(pipe.transformer) as recording:
         for seed in (SEARCHED, CHOICE, REPORT):
-            trajectory.finish(case.latents(pipe, "A dog", seed))
-    plan = Plan.search(pipe.transformer, trajectory, budget=0.5)
+            recording.finish(case.latents(pipe, "A dog", seed))
+    plan = Plan.search(pipe.transformer, recording, budget=0.5)
     fast = optimize(pipe.transformer, plan)
     assert fast.cost.run_share(plan.schedule) == pytest.approx(taken(plan).cost, rel=1e-9)
     own = build(case)
     own.transformer = fast
     got = case.latents(own, "A dog", REPORT)
     assert plan.front is not None
-    assert_summary(plan.front.held_out, sample_errors(got, trajectory.ends[-1]))
-    sampler = read_sampler(fast, trajectory)
+    assert_summary(plan.front.held_out, sample_errors(got, recording.ends[-1]))
+    sampler = read_sampler(fast, recording)
     export_onnx(fast, tmp_path / "d", "sampler", sampler)
-    assert_exported(tmp_path / "d", trajectory, sampler.latent, got)
+    assert_exported(tmp_path / "d", recording, sampler.latent, got)
 
 
-def assert_exported(folder: Path, trajectory: Trajectory, latent: str, wanted: Tensor) -> None:
+def assert_exported(folder: Path, recording: Recording, latent: str, wanted: Tensor) -> None:
     """The exported run makes the last recorded noise into the same latents."""
     session = Session(folder)
-    whole = batch_calls(trajectory, wanted.shape[0])
-    assert isinstance(whole, Trajectory)
+    whole = batch_calls(recording, wanted.shape[0])
+    assert isinstance(whole, Recording)
     first, spec = whole.runs[-1][0], session.manifest.sampler
     assert spec is not None
     inputs = {value.name: first[value.name] for value in spec.inputs}

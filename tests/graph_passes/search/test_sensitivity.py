@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from calicache.graph_passes import (
     CapturedGraph,
     Granularity,
+    Recording,
     Sites,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -33,28 +33,28 @@ WIDTH, STEPS = 6, 5
 # float32 runs on both sides; sums of a few hundred squares.
 RTOL = 1e-4
 
-Found = tuple[CapturedGraph, Sites, Trajectory]
+Found = tuple[CapturedGraph, Sites, Recording]
 
 
 def found_in(model: nn.Module, dtype: torch.dtype = torch.float32) -> Found:
     """The model seen over a few calls with noise."""
     shake(model, 0.3)
     draw = torch.Generator().manual_seed(3)
-    with record(model.to(dtype)) as trajectory:
+    with record(model.to(dtype)) as recording:
         for _ in range(STEPS):
             model(torch.randn(2, 5, WIDTH, generator=draw).to(dtype))
-    return *_analysed(model, trajectory), trajectory
+    return *_analysed(model, recording), recording
 
 
-def _analysed(model: nn.Module, trajectory: Trajectory) -> tuple[CapturedGraph, Sites]:
-    captured = capture(model, trajectory.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+def _analysed(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Sites]:
+    captured = capture(model, recording.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
 
 
 def gains_of(found: Found, *steps: int, joint: bool = False) -> dict[str, float]:
-    captured, sites, trajectory = found
+    captured, sites, recording = found
     targets, _ = assign(captured, sites, rank=1, joint=joint)
-    (run,) = trajectory.runs
+    (run,) = recording.runs
     return sensitivities(captured, sites, targets, run, steps or (2, 4))
 
 
@@ -152,15 +152,15 @@ def test_gains_of_a_linear_model_are_those_of_its_matrices(
 
 
 def test_every_measured_step_is_counted(chain: tuple[Chain, Found]) -> None:
-    captured, sites, trajectory = chain[1]
+    captured, sites, recording = chain[1]
     seen: list[int] = []
-    sensitivities(captured, sites, (), trajectory.runs[0], (2, 3, 4), lambda: seen.append(1))
+    sensitivities(captured, sites, (), recording.runs[0], (2, 3, 4), lambda: seen.append(1))
     assert len(seen) == 3
 
 
 def test_branches_are_measured_without_any_target(chain: tuple[Chain, Found]) -> None:
-    captured, sites, trajectory = chain[1]
-    got = sensitivities(captured, sites, (), trajectory.runs[0], (2, 4))
+    captured, sites, recording = chain[1]
+    got = sensitivities(captured, sites, (), recording.runs[0], (2, 4))
     both = gains_of(chain[1])
     assert got == {"first": both["first"], "second": both["second"]}
 
@@ -197,9 +197,9 @@ def test_branch_that_does_not_reach_the_output_counts_nothing() -> None:
 
 
 def test_value_that_does_not_move_counts_nothing(chain: tuple[Chain, Found]) -> None:
-    captured, sites, trajectory = chain[1]
+    captured, sites, recording = chain[1]
     targets, _ = assign(captured, sites, rank=1)
-    run = [trajectory.calls[0]] * STEPS
+    run = [recording.calls[0]] * STEPS
     gains = sensitivities(captured, sites, targets, run, (2, 3))
     assert set(gains.values()) == {0.0}
 
@@ -339,11 +339,11 @@ def test_halved_layer_of_a_branch_of_the_same_name_is_followed_through_it() -> N
 
 
 def test_all_branches_and_layers_of_a_dit_reach_its_output(
-    dit: FashionDiT, dit_trajectory: Trajectory
+    dit: FashionDiT, dit_recording: Recording
 ) -> None:
-    captured, sites = _analysed(dit, dit_trajectory)
+    captured, sites = _analysed(dit, dit_recording)
     targets, _ = assign(captured, sites, rank=1, joint=True)
-    gains = sensitivities(captured, sites, targets, dit_trajectory.runs[0], (2, 5))
+    gains = sensitivities(captured, sites, targets, dit_recording.runs[0], (2, 5))
     names = {target.name for target in targets} | {branch.name for branch in sites.branches}
     assert set(gains) == names
     assert all(math.isfinite(gain) and gain > 0 for gain in gains.values())
@@ -398,12 +398,12 @@ class Alive(TorchDispatchMode):
 
 
 def test_few_values_are_held() -> None:
-    captured, sites, trajectory = found_in(Long())
+    captured, sites, recording = found_in(Long())
     nodes = len(captured.graph.nodes)
     targets, _ = assign(captured, sites, rank=1)
     watched = len(targets) + 1  # a branch's exit is its last layer; and the output
     with Alive() as alive:
-        gains = sensitivities(captured, sites, targets, trajectory.runs[0], (2, 3, 4))
+        gains = sensitivities(captured, sites, targets, recording.runs[0], (2, 3, 4))
     assert set(gains) == {"first", "second", *(target.name for target in targets)}
     assert nodes > 160
     # Of five watched values those of this step, of an earlier one and of the one before that,

@@ -56,10 +56,10 @@ def front() -> Front:
 
 
 @pytest.fixture(scope="module")
-def searched(dit: FashionDiT, dit_trajectory: Any, front: Front) -> Plan:
+def searched(dit: FashionDiT, dit_recording: Any, front: Front) -> Plan:
     """A plan as a search makes one: statistics of what its points calibrate."""
     plan = Plan.from_trajectory(
-        dit, dit_trajectory, schedule=(R, C, R, C, R, C), rank=8, rules=RULES, correct=False
+        dit, dit_recording, schedule=(R, C, R, C, R, C), rank=8, rules=RULES, correct=False
     )
     return replace(plan, front=front).take(2)
 

@@ -28,7 +28,7 @@ from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.operations import ADD, LINEAR
 from calicache.graph_passes.graph.surgery import finish, module_path
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.rewriting.insertion import cache_name
 from calicache.graph_passes.sites.branches import ResidualBranch, find_branches
@@ -91,9 +91,9 @@ def branches_of(path: Forward) -> list[Summary]:
 def real_branches(request: pytest.FixtureRequest) -> dict[str, tuple[fx.Graph, Any, Any]]:
     found = {}
     for name, model in (("dit", "dit"), ("diffusers", "diffusers_dit")):
-        trajectory: Trajectory = request.getfixturevalue(f"{name}_trajectory")
-        captured = capture(request.getfixturevalue(model), trajectory.signature)
-        classes = classify_nodes(captured, classify_inputs(trajectory))
+        recording: Recording = request.getfixturevalue(f"{name}_recording")
+        captured = capture(request.getfixturevalue(model), recording.signature)
+        classes = classify_nodes(captured, classify_inputs(recording))
         found[name] = (captured.graph, classes, find_branches(captured.graph, classes))
     return found
 
@@ -518,11 +518,11 @@ def joint_calls() -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def joint_trajectory(joint_model: JointModel, joint_calls: list[dict[str, Tensor]]) -> Trajectory:
-    with record(joint_model) as trajectory, torch.no_grad():
+def joint_recording(joint_model: JointModel, joint_calls: list[dict[str, Tensor]]) -> Recording:
+    with record(joint_model) as recording, torch.no_grad():
         for call in joint_calls:
             joint_model(**call)
-    return trajectory
+    return recording
 
 
 def schedule_of(mode: StepMode) -> list[StepMode]:
@@ -572,12 +572,12 @@ def test_every_mode_of_a_joint_model_is_what_plain_torch_says(
     reused: Collection[str],
     joint_model: JointModel,
     joint_calls: list[dict[str, Tensor]],
-    joint_trajectory: Trajectory,
+    joint_recording: Recording,
 ) -> None:
     schedule = schedule_of(mode)
     plan = Plan.from_trajectory(
         joint_model,
-        joint_trajectory,
+        joint_recording,
         schedule=schedule,
         rank=CHANNELS,
         order=0,
@@ -592,15 +592,15 @@ def test_every_mode_of_a_joint_model_is_what_plain_torch_says(
 
 
 def test_reused_joint_branch_reads_two_caches_and_none_of_its_weights(
-    joint_model: JointModel, joint_trajectory: Trajectory
+    joint_model: JointModel, joint_recording: Recording
 ) -> None:
     rules = (SiteRule("blocks.1.attn", SiteMode.REUSE),)
     plan = Plan.from_trajectory(
-        joint_model, joint_trajectory, rank=CHANNELS, order=0, rules=rules, correct=False
+        joint_model, joint_recording, rank=CHANNELS, order=0, rules=rules, correct=False
     )
     fast = optimize(joint_model, plan)
     (target,) = [target for target in fast.targets if target.name == "blocks.1.attn"]
-    variant = fast.rewritten.variants[CALIBRATE]
+    variant = fast.variant_set.variants[CALIBRATE]
     assert {cache_name(node) for node in target.nodes} <= set(variant.reads)
     named = {str(n.target) for n in variant.module.graph.nodes if n.op == "get_attr"}
     assert not [name for name in named if "blocks.1.attn" in name]
@@ -630,12 +630,12 @@ class Nested(nn.Module):
 def test_every_mode_of_a_nested_branch_is_what_plain_torch_says(mode: StepMode) -> None:
     model = shake(Nested(), 0.2)
     inputs = [torch.randn(2, 3, CHANNELS) for _ in range(STEPS)]
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for x in inputs:
             model(x)
     schedule = schedule_of(mode)
     plan = Plan.from_trajectory(
-        model, trajectory, schedule=schedule, rank=CHANNELS, order=0, correct=False
+        model, recording, schedule=schedule, rank=CHANNELS, order=0, correct=False
     )
     fast = optimize(model, plan)
     kept: list[Tensor] = []
@@ -650,24 +650,24 @@ def test_every_mode_of_a_nested_branch_is_what_plain_torch_says(mode: StepMode) 
 
 def test_reuse_of_a_nested_branch_keeps_the_exit_of_the_outer_one_alone() -> None:
     model = shake(Nested(), 0.2)
-    with record(model) as trajectory, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         for _ in range(STEPS):
             model(torch.randn(2, 3, CHANNELS))
     plan = Plan.from_trajectory(
-        model, trajectory, schedule=schedule_of(REUSE), rank=CHANNELS, order=0, correct=False
+        model, recording, schedule=schedule_of(REUSE), rank=CHANNELS, order=0, correct=False
     )
     fast = optimize(model, plan)
-    paths = [module_path(fast.captured.node(cache.node)) for cache in fast.rewritten.caches]
+    paths = [module_path(fast.captured.node(cache.node)) for cache in fast.variant_set.caches]
     assert paths == ["down", "after"]
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn", "blocks.1.attn"])
 def test_a_joint_branch_is_no_one_map_as_a_whole(
-    name: str, joint_model: JointModel, joint_trajectory: Trajectory
+    name: str, joint_model: JointModel, joint_recording: Recording
 ) -> None:
     rules = (SiteRule(name, SiteMode.CALIBRATE, granularity=Granularity.BRANCH),)
     plan = Plan.from_trajectory(
-        joint_model, joint_trajectory, rank=CHANNELS, order=0, rules=rules, correct=False
+        joint_model, joint_recording, rank=CHANNELS, order=0, rules=rules, correct=False
     )
     fast = optimize(joint_model, plan)
     # Two exits in both; in the second, two entries too. Its layers are calibrated instead.

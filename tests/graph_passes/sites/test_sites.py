@@ -14,24 +14,24 @@ from calicache.graph_passes.common.errors import SiteError
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
-from calicache.graph_passes.sites.sites import EXPERTS, SiteRejection, Sites, find_sites
+from calicache.graph_passes.sites.sites import EXPERTS, Rejection, Sites, find_sites
 
 Graph = tuple[CapturedGraph, dict[str, Dependence]]
 OUTSIDE = "before the first residual branch or after the last"
 
 
 @pytest.fixture(scope="module")
-def dit_graph(dit: nn.Module, dit_trajectory: Trajectory) -> Graph:
-    captured = capture(dit, dit_trajectory.signature)
-    return captured, classify_nodes(captured, classify_inputs(dit_trajectory))
+def dit_graph(dit: nn.Module, dit_recording: Recording) -> Graph:
+    captured = capture(dit, dit_recording.signature)
+    return captured, classify_nodes(captured, classify_inputs(dit_recording))
 
 
 @pytest.fixture(scope="module")
-def diffusers_graph(diffusers_dit: nn.Module, diffusers_trajectory: Trajectory) -> Graph:
-    captured = capture(diffusers_dit, diffusers_trajectory.signature)
-    return captured, classify_nodes(captured, classify_inputs(diffusers_trajectory))
+def diffusers_graph(diffusers_dit: nn.Module, diffusers_recording: Recording) -> Graph:
+    captured = capture(diffusers_dit, diffusers_recording.signature)
+    return captured, classify_nodes(captured, classify_inputs(diffusers_recording))
 
 
 def tiny_sites(path: Forward, **arguments: Any) -> Sites:
@@ -204,9 +204,9 @@ def test_layers_of_a_rejected_branch_are_rejected_with_it() -> None:
     sites = tiny_sites(path)
     assert names(sites) == ["a"]
     assert sites.rejections == (
-        SiteRejection("model", "add_1", "all its linear layers are also used outside it"),
-        SiteRejection("b", "linear_1", OUTSIDE),
-        SiteRejection("c", "linear_2", OUTSIDE),
+        Rejection("model", "add_1", "all its linear layers are also used outside it"),
+        Rejection("b", "linear_1", OUTSIDE),
+        Rejection("c", "linear_2", OUTSIDE),
     )
 
 

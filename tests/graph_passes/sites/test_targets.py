@@ -16,11 +16,11 @@ from calicache.graph_passes import (
     CalibrationTarget,
     CapturedGraph,
     Granularity,
+    Recording,
+    Rejection,
     SiteMode,
-    SiteRejection,
     SiteRule,
     Sites,
-    Trajectory,
     classify_inputs,
     classify_nodes,
     find_sites,
@@ -37,14 +37,14 @@ LAYERS = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 JOINT_LAYERS = ("attn.q+k+v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-def found_in(model: nn.Module, trajectory: Trajectory) -> Found:
-    captured = capture(model, trajectory.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(trajectory)))
+def found_in(model: nn.Module, recording: Recording) -> Found:
+    captured = capture(model, recording.signature)
+    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_trajectory: Trajectory) -> Found:
-    return found_in(dit, dit_trajectory)
+def found(dit: FashionDiT, dit_recording: Recording) -> Found:
+    return found_in(dit, dit_recording)
 
 
 def targets_of(found: Found, rank: int = 4, **options: Any) -> dict[str, CalibrationTarget]:
@@ -349,10 +349,10 @@ def test_negative_rank_is_refused(found: Found) -> None:
 
 def found_over_noise(model: nn.Module) -> Found:
     shake(model)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for _ in range(2):
             model(torch.randn(2, 5, 8))
-    return found_in(model, trajectory)
+    return found_in(model, recording)
 
 
 class Turned(nn.Module):
@@ -378,7 +378,7 @@ def test_branch_that_is_not_token_wise_falls_back_to_its_layers(turned: Found) -
     targets, rejections = assign(*turned, rank=2, granularity=BRANCH)
     assert [(t.name, t.granularity) for t in targets] == [("inner", LINEAR), (second.name, BRANCH)]
     assert rejections == (
-        SiteRejection(
+        Rejection(
             first.name, first.exits[0], "not token-wise as a whole: from (2, 8, 5) to (2, 5, 8)"
         ),
     )
@@ -425,7 +425,7 @@ def test_branch_with_several_exits_or_entries_falls_back_to_its_layers(model: nn
     targets, rejections = assign(*found, rank=2, granularity=BRANCH)
     assert [(t.name, t.granularity) for t in targets] == [("left", LINEAR), ("right", LINEAR)]
     reason = "not one map as a whole: several latent values go in or come out"
-    assert rejections == (SiteRejection(branch.name, branch.exits[0], reason),)
+    assert rejections == (Rejection(branch.name, branch.exits[0], reason),)
 
 
 @pytest.mark.parametrize("model", [Parallel(), TwoEntries()], ids=["two exits", "two entries"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from calicache.graph_passes import Plan, Trajectory, record
+from calicache.graph_passes import Plan, Recording, record
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.cli import app
@@ -59,7 +59,7 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-def recorded(model: torch.nn.Module) -> Trajectory:
+def recorded(model: torch.nn.Module) -> Recording:
     def sample(seed: int) -> Tensor:
         x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed))
         for now in torch.linspace(999, 0, STEPS).long():
@@ -67,10 +67,10 @@ def recorded(model: torch.nn.Module) -> Trajectory:
                 x = 0.98 * x - 0.1 * model(x, now.expand(2))
         return x
 
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed in range(3):
-            trajectory.finish(sample(seed))
-    return trajectory
+            recording.finish(sample(seed))
+    return recording
 
 
 @pytest.fixture(scope="module")

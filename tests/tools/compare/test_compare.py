@@ -37,7 +37,7 @@ from support.models import relative, shake
 from torch import Tensor, nn
 
 from calicache.export import Layout, Session, export_onnx, load_artifact, read_sampler
-from calicache.graph_passes import OptimizedModel, Plan, StepMode, Trajectory, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ArtifactError, CompareError
 from calicache.tools.artifact_tables import FirstStep, read_first_step, read_latent_scale
 from calicache.tools.compare import WHOLE_RUN, Comparison, compare
@@ -59,7 +59,7 @@ class Case:
 
     fast: OptimizedModel
     folder: Path
-    trajectory: Trajectory
+    recording: Recording
     wanted: list[Latents]
     got: list[Latents]
 
@@ -82,12 +82,12 @@ def case_of(
         whole = layout is Layout.SAMPLER
         sampler = read_sampler(fast, planned, **options) if whole else None
         export_onnx(fast, folder / layout, layout, sampler)
-    trajectory, wanted = recorded(model, denoise, noises[half:])
+    recording, wanted = recorded(model, denoise, noises[half:])
     got = []
     for noise in noises[half:]:
         fast.reset()
         got.append(denoise(fast, noise))
-    return Case(fast, folder, trajectory, wanted, got)
+    return Case(fast, folder, recording, wanted, got)
 
 
 def assert_same_errors(found: Comparison, case: Case) -> None:
@@ -126,7 +126,7 @@ def guided(dit, tmp_path_factory) -> Case:
 
 @pytest.fixture(scope="module")
 def found(guided: Case) -> dict[Layout, Comparison]:
-    return {layout: compare(guided.folder / layout, guided.trajectory) for layout in Layout}
+    return {layout: compare(guided.folder / layout, guided.recording) for layout in Layout}
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_step_0_gives_the_full_model_for_the_call_of_any_step(
 ) -> None:
     assert guided.fast.plan.settings.correction == "fitted to the recorded runs"
     session = Session(guided.folder / layout)
-    for call in guided.trajectory.calls:
+    for call in guided.recording.calls:
         session.step(0, **call)
         session.step(1, **call)  # leaves kept values behind
         got = torch.from_numpy(session.step(0, **call))
@@ -192,7 +192,7 @@ def test_other_weights_of_step_0_are_taken_back(small: Case, tmp_path: Path) -> 
     fast = export_odd(small, tmp_path / "odd", own=0.9, latent=0.05)
     read = read_first_step(tmp_path / "odd", load_artifact(tmp_path / "odd"))
     assert (read.own, read.latent) == pytest.approx((0.9, 0.05), rel=1e-6)
-    comparison = compare(tmp_path / "odd", small.trajectory)
+    comparison = compare(tmp_path / "odd", small.recording)
     got = [flow()(fast, draw(3, 2, 5, 8))]
     assert_same_errors(comparison, replace(small, fast=fast, got=got))
     assert comparison.steps[0].error is not None
@@ -221,10 +221,10 @@ def test_artifact_without_output_weights_has_those_of_its_own_output(plain_folde
 def test_step_0_without_the_output_is_refused(small: Case, tmp_path: Path) -> None:
     export_odd(small, tmp_path / "odd", own=0.01, latent=0.0)
     with pytest.raises(CompareError) as refused:
-        compare(tmp_path / "odd", small.trajectory)
+        compare(tmp_path / "odd", small.recording)
     assert str(refused.value) == (
         "compare: output weights: expected a step 0 that returns the plain model's output, got one "
-        "with a weight of 0.01 for it. Make the plan again from the trajectory, and export it."
+        "with a weight of 0.01 for it. Make the plan again from the recording, and export it."
     )
 
 
@@ -256,7 +256,7 @@ def test_sampler_layout_has_the_result_alone(guided: Case, found: dict[Layout, C
 
 
 def test_refresh_at_every_step_has_no_error_but_rounding(guided: Case, plain_folder: Path) -> None:
-    comparison = compare(plain_folder, guided.trajectory)
+    comparison = compare(plain_folder, guided.recording)
     for row in comparison.steps:
         assert row.error is not None
         assert row.error.worst < SAME
@@ -270,7 +270,7 @@ def test_everything_but_the_times_is_the_same_again(
     guided: Case, found: dict[Layout, Comparison]
 ) -> None:
     for layout, first in found.items():
-        again = compare(guided.folder / layout, guided.trajectory)
+        again = compare(guided.folder / layout, guided.recording)
         assert untimed(again) == untimed(first)
         assert torch.equal(again.cached, first.cached)
 
@@ -287,7 +287,7 @@ def untimed(comparison: Comparison) -> Comparison:
 
 
 def test_first_runs_alone_can_be_compared(guided: Case, found: dict[Layout, Comparison]) -> None:
-    one = compare(guided.folder / "step", guided.trajectory, runs=1)
+    one = compare(guided.folder / "step", guided.recording, runs=1)
     assert (one.runs, one.samples) == (1, 2)
     assert torch.equal(one.cached, found[Layout.STEP].cached[:2])
 
@@ -296,8 +296,8 @@ def test_two_calls_a_step_are_compared(tmp_path: Path) -> None:
     noises = [draw(seed, 2, 5, 8) for seed in (1, 3)]
     case = case_of(residual(), two_calls, noises, SCHEDULE, tmp_path, TWO)
     assert load_artifact(tmp_path / "step").calls_per_step == 2
-    assert_same_errors(compare(tmp_path / "step", case.trajectory), case)
-    assert_same_results(compare(tmp_path / "sampler", case.trajectory), case)
+    assert_same_errors(compare(tmp_path / "step", case.recording), case)
+    assert_same_results(compare(tmp_path / "sampler", case.recording), case)
 
 
 def test_sampler_that_looks_back_is_compared(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_sampler_that_looks_back_is_compared(tmp_path: Path) -> None:
     noises = [draw(seed, 2, 5, 8) for seed in (1, 3)]
     case = case_of(residual(), dpm, noises, (R, C, R, C, R, C), tmp_path, TWO)
     for layout in TWO:
-        assert_same_results(compare(tmp_path / layout, case.trajectory), case)
+        assert_same_results(compare(tmp_path / layout, case.recording), case)
 
 
 def test_sampler_that_scales_the_latent_is_compared(tmp_path: Path) -> None:
@@ -315,14 +315,14 @@ def test_sampler_that_scales_the_latent_is_compared(tmp_path: Path) -> None:
     noises = [float(euler_scheduler().init_noise_sigma) * draw(seed, 2, 5, 8) for seed in (1, 3)]
     case = case_of(model, euler, noises, (R, C) * 3, tmp_path, TWO, scheduler=euler_scheduler())
     for layout in TWO:
-        comparison = compare(tmp_path / layout, case.trajectory)
+        comparison = compare(tmp_path / layout, case.recording)
         assert_same_results(comparison, case)
         assert comparison.measures is None
         assert comparison.no_measures == (
             "results of the shape (2, 5, 8) are no (B, C, H, W), and there is no decoder"
         )
     scale = read_latent_scale(tmp_path / "sampler", load_artifact(tmp_path / "sampler"))
-    first = case.trajectory.calls[0]["hidden_states"]
+    first = case.recording.calls[0]["hidden_states"]
     assert relative(first / scale, noises[1]) < SAME
 
 
@@ -336,7 +336,7 @@ def test_half_precision_is_compared_in_float32(tmp_path: Path) -> None:
     case = case_of(
         model, denoise, [draw(1, 2, 5, 8), draw(3, 2, 5, 8)], (R, C) * 3, tmp_path, TWO[:1]
     )
-    comparison = compare(tmp_path / "step", case.trajectory)
+    comparison = compare(tmp_path / "step", case.recording)
     expected = errors_of(case.got, case.wanted)
     for row, errors in zip(comparison.steps, expected, strict=True):
         assert row.error is not None
@@ -344,7 +344,7 @@ def test_half_precision_is_compared_in_float32(tmp_path: Path) -> None:
         assert row.error.mean == pytest.approx(sum(errors) / 2, abs=2e-3)
     refreshed = optimize(model, case.fast.plan.with_schedule((R,) * STEPS))
     export_onnx(refreshed, tmp_path / "plain")
-    assert compare(tmp_path / "plain", case.trajectory).final.worst < 2e-3
+    assert compare(tmp_path / "plain", case.recording).final.worst < 2e-3
 
 
 # --- times ---------------------------------------------------------------------------------------
@@ -376,13 +376,13 @@ def test_times_of_steps_modes_and_runs_belong_together(found: dict[Layout, Compa
 
 
 def test_torch_model_is_timed_too_if_it_is_the_exported_one(dit, guided: Case) -> None:
-    comparison = compare(guided.folder / "sampler", guided.trajectory, model=dit)
+    comparison = compare(guided.folder / "sampler", guided.recording, model=dit)
     assert comparison.torch_seconds is not None
     assert comparison.torch_seconds > 0
     torch.manual_seed(9)
     other = shake(FashionDiT(FashionDiTConfig(width=32, depth=2, frequency_channels=32)))
     with pytest.raises(CompareError) as refused:
-        compare(guided.folder / "step", guided.trajectory, model=other)
+        compare(guided.folder / "step", guided.recording, model=other)
     message = str(refused.value)
     hashed = load_artifact(guided.folder / "step").weights_hash[:16]
     assert message.startswith(
@@ -401,7 +401,7 @@ def test_progress_counts_every_step(
     seen: list[tuple[int, int]] = []
     compare(
         guided.folder / layout,
-        guided.trajectory,
+        guided.recording,
         model=dit if with_model else None,
         on_step=lambda done, of: seen.append((done, of)),
     )
@@ -453,11 +453,9 @@ def test_images_are_measured_in_their_range(guided: Case, found: dict[Layout, Co
 
 
 def test_latents_of_a_model_with_learned_variance(latent_case: Case) -> None:
-    comparison = compare(latent_case.folder / "step", latent_case.trajectory)
+    comparison = compare(latent_case.folder / "step", latent_case.recording)
     assert_same_errors(comparison, latent_case)
-    assert_same_results(
-        compare(latent_case.folder / "sampler", latent_case.trajectory), latent_case
-    )
+    assert_same_results(compare(latent_case.folder / "sampler", latent_case.recording), latent_case)
     measures = comparison.measures
     assert measures is not None
     assert (measures.kind, measures.data_range) == (PictureKind.LATENTS, 1.0)
@@ -469,7 +467,7 @@ def test_decoder_makes_images_of_latents(latent_case: Case) -> None:
         return latents[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2).tanh()
 
     folder = latent_case.folder / "step"
-    comparison = compare(folder, latent_case.trajectory, decoder=decode)
+    comparison = compare(folder, latent_case.recording, decoder=decode)
     assert comparison.measures is not None
     assert comparison.measures.kind is PictureKind.DECODED
     assert comparison.measures.ssim_mean is not None
@@ -481,36 +479,36 @@ def test_decoder_makes_images_of_latents(latent_case: Case) -> None:
 # --- refusals ------------------------------------------------------------------------------------
 
 
-def refusal(folder: Path, trajectory: Trajectory, **options: int) -> str:
+def refusal(folder: Path, recording: Recording, **options: int) -> str:
     with pytest.raises(CompareError) as refused:
-        compare(folder, trajectory, **options)
+        compare(folder, recording, **options)
     return str(refused.value)
 
 
 def test_other_steps_are_refused(dit, guided: Case) -> None:
-    with record(dit) as trajectory:
+    with record(dit) as recording:
         for steps in (STEPS, STEPS - 1):
             noise, labels = draw(3, 2, 1, 28, 28), torch.tensor([0, 1])
-            trajectory.finish(GuidedDDIM(steps, GUIDANCE, NULL).sample(dit, noise, labels))
-    assert refusal(guided.folder / "step", trajectory) == (
+            recording.finish(GuidedDDIM(steps, GUIDANCE, NULL).sample(dit, noise, labels))
+    assert refusal(guided.folder / "step", recording) == (
         "compare: run 1: expected 6 steps, as in the artifact's schedule, got 5 in the recording. "
         "Compare with whole runs of this many steps, or plan and export for theirs."
     )
-    assert compare(guided.folder / "step", trajectory, runs=1).runs == 1
+    assert compare(guided.folder / "step", recording, runs=1).runs == 1
 
 
 @pytest.mark.parametrize("layout", list(Layout))
 def test_run_without_result_is_refused(layout: Layout, dit, guided: Case) -> None:
-    trajectory, _ = recorded(dit, ddim, [draw(3, 2, 1, 28, 28)], finish=False)
-    assert refusal(guided.folder / layout, trajectory) == (
+    recording, _ = recorded(dit, ddim, [draw(3, 2, 1, 28, 28)], finish=False)
+    assert refusal(guided.folder / layout, recording) == (
         "compare: run 0: expected its result, which the final error is measured against, got none "
-        "in the recording. Call trajectory.finish(latents) after every recorded run."
+        "in the recording. Call recording.finish(latents) after every recorded run."
     )
 
 
 def test_another_batch_size_is_refused(dit, guided: Case) -> None:
-    trajectory, _ = recorded(dit, ddim, [draw(3, 3, 1, 28, 28)])
-    assert refusal(guided.folder / "pair", trajectory) == (
+    recording, _ = recorded(dit, ddim, [draw(3, 3, 1, 28, 28)])
+    assert refusal(guided.folder / "pair", recording) == (
         "compare: input hidden_states: expected float32 (4, 1, 28, 28), as in the artifact, got "
         "float32 (6, 1, 28, 28) in the recording. Record with this shape and dtype, or export for "
         "the recorded ones (export_onnx(fast.for_call(...), ...) for another batch size)."
@@ -523,20 +521,20 @@ def test_another_model_is_refused_by_its_inputs(guided: Case) -> None:
             return x * timestep[:, None, None]
 
     model = Renamed().eval()
-    with record(model) as trajectory:
+    with record(model) as recording:
         x = draw(1, 2, 5, 8)
         for now in (0.9, 0.5, 0.1):
             x = x - 0.1 * model(x, torch.full((2,), now))
-        trajectory.finish(x)
-    assert refusal(guided.folder / "step", trajectory) == (
+        recording.finish(x)
+    assert refusal(guided.folder / "step", recording) == (
         "compare: inputs: expected hidden_states, timestep, class_labels, got x, timestep in the "
         "recording. Compare an artifact with a recording of its own model."
     )
 
 
 def test_another_number_of_calls_is_refused(dit, guided: Case) -> None:
-    trajectory, _ = recorded(dit, two_calls, [draw(3, 4, 1, 28, 28)])
-    assert refusal(guided.folder / "step", trajectory) == (
+    recording, _ = recorded(dit, two_calls, [draw(3, 4, 1, 28, 28)])
+    assert refusal(guided.folder / "step", recording) == (
         "compare: calls per step: expected 1, as in the artifact, got 2 in the recording. Compare "
         "with a recording of the same guidance, or plan and export for this one."
     )
@@ -544,7 +542,7 @@ def test_another_number_of_calls_is_refused(dit, guided: Case) -> None:
 
 @pytest.mark.parametrize("count", [0, 3, -1])
 def test_runs_that_are_not_there_are_refused(count: int, guided: Case) -> None:
-    assert refusal(guided.folder / "step", guided.trajectory, runs=count) == (
+    assert refusal(guided.folder / "step", guided.recording, runs=count) == (
         f"compare: runs: expected 1 .. 2, the recorded runs, got {count}. Ask for fewer, or record "
         "more."
     )
@@ -553,8 +551,8 @@ def test_runs_that_are_not_there_are_refused(count: int, guided: Case) -> None:
 def test_other_weights_show_in_the_steps(guided: Case) -> None:
     torch.manual_seed(9)
     other = shake(FashionDiT(FashionDiTConfig(width=32, depth=2, frequency_channels=32)))
-    trajectory, _ = recorded(other, ddim, [draw(3, 2, 1, 28, 28)])
-    message = refusal(guided.folder / "step", trajectory)
+    recording, _ = recorded(other, ddim, [draw(3, 2, 1, 28, 28)])
+    message = refusal(guided.folder / "step", recording)
     assert message == (
         "compare: sampler: expected recorded latents that are fixed weighted sums of earlier ones "
         "and of the artifact's own full outputs, got step 0 to 1 is no fixed weighted sum of "
@@ -567,34 +565,32 @@ def test_other_weights_show_in_the_steps(guided: Case) -> None:
 def test_sampler_that_adds_noise_is_refused(tmp_path: Path) -> None:
     model = residual()
     noises = [draw(1, 2, 5, 8)]
-    trajectory, _ = recorded(model, flow(noisy=0.1), noises)
-    plan = Plan.from_trajectory(model, trajectory, schedule=(R, C) * 3, rank=4)
+    recording, _ = recorded(model, flow(noisy=0.1), noises)
+    plan = Plan.from_trajectory(model, recording, schedule=(R, C) * 3, rank=4)
     export_onnx(optimize(model, plan), tmp_path / "d")
-    message = refusal(tmp_path / "d", trajectory)
+    message = refusal(tmp_path / "d", recording)
     assert "got step 0 to 1 is no fixed weighted sum of latents and outputs" in message
 
 
 def test_decoded_results_are_refused(dit, guided: Case) -> None:
-    with record(dit) as trajectory:
-        trajectory.finish(ddim(dit, draw(3, 2, 1, 28, 28))[-1].flatten(1))
-    assert refusal(guided.folder / "sampler", trajectory) == (
-        "compare: result: expected latents (2, 1, 28, 28), got (2, 784). Call trajectory.finish "
+    with record(dit) as recording:
+        recording.finish(ddim(dit, draw(3, 2, 1, 28, 28))[-1].flatten(1))
+    assert refusal(guided.folder / "sampler", recording) == (
+        "compare: result: expected latents (2, 1, 28, 28), got (2, 784). Call recording.finish "
         "with the latents, before they are decoded."
     )
-    assert "got a run's result has the shape (2, 784)" in refusal(
-        guided.folder / "step", trajectory
-    )
+    assert "got a run's result has the shape (2, 784)" in refusal(guided.folder / "step", recording)
 
 
 def test_bfloat16_is_refused(guided: Case) -> None:
     model = residual(torch.bfloat16)
-    trajectory, _ = recorded(model, flow(torch.bfloat16), [draw(1, 2, 5, 8)])
-    plan = Plan.from_trajectory(model, trajectory, schedule=(R, C) * 3, rank=4)
+    recording, _ = recorded(model, flow(torch.bfloat16), [draw(1, 2, 5, 8)])
+    plan = Plan.from_trajectory(model, recording, schedule=(R, C) * 3, rank=4)
     manifest = replace(
         load_artifact(guided.folder / "step"), inputs=plan.settings.signature.tensors
     )
     with pytest.raises(CompareError) as refused:
-        matching_runs(manifest, trajectory)
+        matching_runs(manifest, recording)
     assert str(refused.value) == (
         "compare: input hidden_states: expected a dtype that NumPy has, to hand it to ONNX "
         "Runtime, got bfloat16 (2, 5, 8). Record, plan and export in float32 or float16."
@@ -603,4 +599,4 @@ def test_bfloat16_is_refused(guided: Case) -> None:
 
 def test_damaged_artifact_says_so(guided: Case, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="expected a manifest written by export_onnx"):
-        compare(tmp_path, guided.trajectory)
+        compare(tmp_path, guided.recording)

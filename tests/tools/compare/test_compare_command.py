@@ -15,7 +15,7 @@ from support.comparisons import C, R, ddim, draw, flow, recorded, residual
 from typer.testing import CliRunner, Result
 
 from calicache.export import export_onnx
-from calicache.graph_passes import Plan, Trajectory, optimize
+from calicache.graph_passes import Plan, Recording, optimize
 from calicache.tools.cli import app
 from calicache.tools.compare import compare
 
@@ -86,7 +86,7 @@ def words(text: str) -> str:
 
 def test_text_has_steps_totals_and_grid(given: Given, tmp_path: Path) -> None:
     path = tmp_path / "a grid.png"
-    done = calicache("compare", given.artifact, "--trajectory", given.runs, "--grid", path)
+    done = calicache("compare", given.artifact, "--recording", given.runs, "--grid", path)
     assert done.exit_code == 0, done.output
     rows = [line.split() for line in done.stdout.splitlines()]
     modes = ["REFRESH", "CALIBRATE", "CALIBRATE"] * 2
@@ -102,11 +102,11 @@ def test_text_has_steps_totals_and_grid(given: Given, tmp_path: Path) -> None:
 
 
 def test_json_has_what_the_library_finds(given: Given) -> None:
-    arguments = ("compare", given.artifact, "--trajectory", given.runs, "--runs", "1", "--json")
+    arguments = ("compare", given.artifact, "--recording", given.runs, "--runs", "1", "--json")
     done = calicache(*arguments)
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
-    found = compare(given.artifact, Trajectory.load(given.runs), runs=1)
+    found = compare(given.artifact, Recording.load(given.runs), runs=1)
     assert data["final"]["worst"] == found.final.worst
     assert [row["error"]["mean"] for row in data["steps"]] == [
         row.error.mean for row in found.steps if row.error is not None
@@ -119,7 +119,7 @@ def test_json_has_what_the_library_finds(given: Given) -> None:
 
 def test_piped_output_is_plain_and_fits_80_columns(given: Given) -> None:
     command = [str(Path(sys.executable).parent / "calicache"), "compare", str(given.artifact)]
-    command += ["--trajectory", str(given.runs), "--runs", "1"]
+    command += ["--recording", str(given.runs), "--runs", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr
@@ -128,7 +128,7 @@ def test_piped_output_is_plain_and_fits_80_columns(given: Given) -> None:
 
 def test_decoder_makes_the_grid_of_latents(given: Given, tmp_path: Path) -> None:
     path = tmp_path / "g.png"
-    arguments = ("compare", given.tokens, "--trajectory", given.token_runs, "--grid", path)
+    arguments = ("compare", given.tokens, "--recording", given.token_runs, "--grid", path)
     done = calicache(*arguments, "--decoder", f"{given.decoders}:images")
     assert done.exit_code == 0, done.output
     assert "of decoded images, data range 2" in words(done.stdout)
@@ -136,7 +136,7 @@ def test_decoder_makes_the_grid_of_latents(given: Given, tmp_path: Path) -> None
 
 
 def test_model_is_timed_too(given: Given) -> None:
-    arguments = ("compare", given.tokens, "--trajectory", given.token_runs)
+    arguments = ("compare", given.tokens, "--recording", given.token_runs)
     done = calicache(*arguments, "--model", f"{given.model}:build")
     assert done.exit_code == 0, done.output
     assert "full, torch" in done.stdout
@@ -153,7 +153,7 @@ def test_grid_without_images_is_refused_before_anything_is_run(
     given: Given, tmp_path: Path
 ) -> None:
     path = tmp_path / "g.png"
-    message = refusal(given.tokens, "--trajectory", given.token_runs, "--grid", path)
+    message = refusal(given.tokens, "--recording", given.token_runs, "--grid", path)
     assert message.replace(" ", "") == (
         f"compare: grid {path}: expected images: results of 1 or 3 channels, or a decoder that "
         "makes some, got results of the shape (2, 5, 8) are no (B, C, H, W), and there is no "
@@ -163,7 +163,7 @@ def test_grid_without_images_is_refused_before_anything_is_run(
 
 
 def test_run_that_diverged_is_told_and_has_no_grid(given: Given, tmp_path: Path) -> None:
-    arguments = (given.diverging, "--trajectory", given.token_runs)
+    arguments = (given.diverging, "--recording", given.token_runs)
     arguments = (*arguments, "--decoder", f"{given.decoders}:images")
     done = calicache("compare", *arguments, "--json")
     assert done.exit_code == 0, done.output
@@ -177,7 +177,7 @@ def test_run_that_diverged_is_told_and_has_no_grid(given: Given, tmp_path: Path)
 
 
 def test_decoder_that_is_none_is_refused(given: Given) -> None:
-    arguments = (given.tokens, "--trajectory", given.token_runs, "--decoder")
+    arguments = (given.tokens, "--recording", given.token_runs, "--decoder")
     number = refusal(*arguments, f"{given.decoders}:number")
     wanted = "a function that returns a decoder, which is called with latents"
     assert f"expected {wanted}, got int 3. Let it `return decode`." in number
@@ -186,7 +186,7 @@ def test_decoder_that_is_none_is_refused(given: Given) -> None:
 
 
 def test_other_recording_is_refused(given: Given) -> None:
-    message = refusal(given.artifact, "--trajectory", given.token_runs)
+    message = refusal(given.artifact, "--recording", given.token_runs)
     assert message.endswith(
         "compare: input hidden_states: expected float32 (4, 1, 28, 28), as in the artifact, got "
         "float32 (2, 5, 8) in the recording. Record with this shape and dtype, or export for the "
@@ -200,21 +200,21 @@ def test_runs_without_results_are_refused_with_a_grid_too(
     path = tmp_path / "open.safetensors"
     recorded(dit, ddim, [draw(3, 2, 1, 28, 28)], finish=False)[0].save(path)
     for more in ((), ("--grid", tmp_path / "g.png")):
-        message = refusal(given.artifact, "--trajectory", path, *more)
+        message = refusal(given.artifact, "--recording", path, *more)
         assert "compare: run 0: expected its result" in message
 
 
 def test_missing_files_are_refused(given: Given, tmp_path: Path) -> None:
-    assert "artifact: " in refusal(tmp_path, "--trajectory", given.runs)
-    assert "record: " in refusal(given.artifact, "--trajectory", tmp_path / "none.safetensors")
+    assert "artifact: " in refusal(tmp_path, "--recording", given.runs)
+    assert "record: " in refusal(given.artifact, "--recording", tmp_path / "none.safetensors")
 
 
 def test_wrong_provider_is_refused(given: Given) -> None:
-    arguments = (given.artifact, "--trajectory", given.runs, "--provider", "NoSuchProvider")
+    arguments = (given.artifact, "--recording", given.runs, "--provider", "NoSuchProvider")
     assert "expected CPUExecutionProvider" in refusal(*arguments)
 
 
 def test_help_has_an_example() -> None:
     text = words(calicache("compare", "--help").stdout)
-    example = "Example: calicache compare out/dit.onnx.d --trajectory runs.safetensors --grid"
+    example = "Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid"
     assert example in text

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from calicache.export import Layout, Manifest, read_manifest
 from calicache.graph_passes import Granularity, Plan, SiteMode, SiteRule, StepMode, Weighting
 from calicache.graph_passes.common.errors import TargetError
-from calicache.graph_passes.common.rejection import SiteRejection
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.tools.cli import app
 from calicache.tools.diff import diff_targets
@@ -325,7 +325,7 @@ def test_energies_and_rejections_are_compared(home: Path, manifest: Manifest) ->
     first, second, *rest = manifest.targets
     moved = (first, replace(second, energy=0.5), *rest)
     kept, *_ = manifest.rejections
-    rejections = (kept, SiteRejection("blocks.7", "linear_7", "it has no channels"))
+    rejections = (kept, Rejection("blocks.7", "linear_7", "it has no channels"))
     difference = beside(home, manifest, targets=moved, rejections=rejections)
     assert difference.targets == (
         TargetChange(
@@ -381,7 +381,7 @@ def test_every_field_of_the_manifest_counts(home: Path, manifest: Manifest) -> N
     [
         ("plan", "dit.onnx.d", "a plan and an artifact"),
         ("dit.onnx.d", "plan", "an artifact and a plan"),
-        ("runs.safetensors", "runs.safetensors", "a trajectory and a trajectory"),
+        ("runs.safetensors", "runs.safetensors", "a recording and a recording"),
         ("small.onnx", "dit.onnx.d", "an ONNX file and an artifact"),
     ],
 )

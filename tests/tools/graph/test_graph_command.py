@@ -220,11 +220,11 @@ def test_session_does_not_look_into_the_graphs(artifact: Path, tmp_path: Path) -
 def test_every_layout_has_the_graphs_of_what_it_runs(
     dit: FashionDiT, dit_plan: Plan, tmp_path: Path
 ) -> None:
-    with record(dit) as trajectory:
-        trajectory.finish(sample_dit(dit))
+    with record(dit) as recording:
+        recording.finish(sample_dit(dit))
     fast = optimize(dit, dit_plan)
-    expected = view_graphs(fast.captured, fast.rewritten)
+    expected = view_graphs(fast.captured, fast.variant_set)
     for layout in Layout:
-        sampler = read_sampler(fast, trajectory) if layout is Layout.SAMPLER else None
+        sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
         export_onnx(fast, tmp_path / layout, layout, sampler)
         assert read_graphs(tmp_path / layout) == expected

@@ -31,7 +31,7 @@ from typer.testing import CliRunner, Result
 
 from calicache.export import Layout, Manifest
 from calicache.export.artifact.manifest import SamplerRecord
-from calicache.graph_passes import Dependence, Plan, SiteMode, SiteRule, StepMode, Trajectory
+from calicache.graph_passes import Dependence, Plan, Recording, SiteMode, SiteRule, StepMode
 from calicache.graph_passes import optimize as compiled
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.recording.signature import TensorSpec
@@ -45,22 +45,22 @@ from calicache.tools.inspect_view import describe_facts
 from calicache.tools.layer_facts import layer_facts
 from calicache.tools.onnx_facts import OnnxFacts, onnx_facts
 from calicache.tools.plan_facts import PlanFacts, plan_facts
+from calicache.tools.recording_facts import RecordingFacts, RunFacts, recording_facts
 from calicache.tools.target_file import (
     ArtifactTarget,
     OnnxTarget,
     PlanTarget,
-    TrajectoryTarget,
+    RecordingTarget,
     read_onnx,
     read_target,
 )
-from calicache.tools.trajectory_facts import RunFacts, TrajectoryFacts, trajectory_facts
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 R, C, U, F = StepMode
 NAMES = {
     "plan": "plan",
     "artifact": "dit.onnx.d",
-    "trajectory": "runs.safetensors",
+    "recording": "runs.safetensors",
     "onnx": "small.onnx",
 }
 
@@ -284,7 +284,7 @@ def test_calls_of_one_layer_are_told_apart() -> None:
     model.blocks[1] = model.blocks[0]
     rules = (SiteRule("blocks.1.fc1@1", SiteMode.FULL), SiteRule("blocks.1.fc2", SiteMode.REUSE))
     fast = compiled(model, small_plan(model, small_runs(model), rules=rules))
-    layers = layer_facts(view_graphs(fast.captured, fast.rewritten), fast.targets)
+    layers = layer_facts(view_graphs(fast.captured, fast.variant_set), fast.targets)
     work = {layer.name: layer.work["CALIBRATE"].value for layer in layers}
     assert work["blocks.1.fc1"] == "calibrate"
     assert work["blocks.1.fc1@1"] == "full"
@@ -376,16 +376,16 @@ def test_names_that_differ_in_one_number_are_one(names: list[str], folded: str) 
     assert fold_names(names) == folded
 
 
-# What the trajectory says.
+# What the recording says.
 
 
-def facts_of_runs(home: Path, trajectory: Trajectory) -> TrajectoryFacts:
-    return trajectory_facts(TrajectoryTarget(home / "runs.safetensors", trajectory))
+def facts_of_runs(home: Path, recording: Recording) -> RecordingFacts:
+    return recording_facts(RecordingTarget(home / "runs.safetensors", recording))
 
 
-def test_trajectory_facts(home: Path) -> None:
-    trajectory = small_runs(small_model(), runs=3)
-    facts = facts_of_runs(home, trajectory)
+def test_recording_facts(home: Path) -> None:
+    recording = small_runs(small_model(), runs=3)
+    facts = facts_of_runs(home, recording)
     assert facts.runs == (RunFacts(6, True),) * 3
     assert (facts.calls, facts.steps, facts.calls_per_step) == (18, 6, 1)
     assert [spec.dependence for spec in facts.inputs] == [Dependence.LATENT, Dependence.STEP]
@@ -405,8 +405,8 @@ def test_few_runs_and_missing_results_are_warned_of(home: Path) -> None:
 
 
 def test_runs_of_other_lengths_and_broken_values_are_warned_of(home: Path) -> None:
-    trajectory = small_runs(small_model(), runs=3)
-    cut = trajectory.take_runs([0, 1, 2])
+    recording = small_runs(small_model(), runs=3)
+    cut = recording.take_runs([0, 1, 2])
     cut.calls[:2] = []
     cut.calls[5] = {**cut.calls[5], "x": torch.full((2, 5, 4), torch.nan)}
     shifted = {number - 2: value for number, value in cut.results.items()}
@@ -419,13 +419,13 @@ def test_runs_of_other_lengths_and_broken_values_are_warned_of(home: Path) -> No
     }
 
 
-def test_a_trajectory_of_one_step_has_unknown_dependence(home: Path) -> None:
-    trajectory = small_runs(small_model())
-    short = Trajectory(trajectory.calls[:1], trajectory.signatures)
+def test_a_recording_of_one_step_has_unknown_dependence(home: Path) -> None:
+    recording = small_runs(small_model())
+    short = Recording(recording.calls[:1], recording.signatures)
     facts = facts_of_runs(home, short)
     assert [spec.dependence for spec in facts.inputs] == [None, None]
     assert texts(facts)["dependence-unknown"] == (
-        "What the inputs depend on is not known: dependence: trajectory: expected a run of at "
+        "What the inputs depend on is not known: dependence: recording: expected a run of at "
         "least 2 steps, got 1 step. Record a whole sampler run."
     )
     assert codes(facts)[-1] == "no-timestep"
@@ -586,7 +586,7 @@ KEYS = {
     "artifact": "kind path format calicache layout files weights_hash inputs outputs "
     "calls_per_step fixed sampler schedule rank weighting correction plain_macs modes run_share "
     "caches history cache_bytes targets rejections layers front warnings",
-    "trajectory": "kind path bytes value_bytes calls calls_per_step runs steps inputs constants "
+    "recording": "kind path bytes value_bytes calls calls_per_step runs steps inputs constants "
     "timestep timestep_values warnings",
     "onnx": "kind path bytes sha256 ir_version opsets producer producer_version graph inputs "
     "outputs operators graphs initializers initializer_bytes external artifact warnings",

@@ -19,13 +19,13 @@ from calicache.tools.target_file import (
     ArtifactTarget,
     OnnxTarget,
     PlanTarget,
-    TrajectoryTarget,
+    RecordingTarget,
     read_target,
 )
 
 KINDS = (
     "a plan (the folder of Plan.save), an artifact (the folder of export_onnx), "
-    "a trajectory (the file of Trajectory.save) or an ONNX file"
+    "a recording (the file of Recording.save) or an ONNX file"
 )
 ANY = "Give the path of one of these."
 
@@ -66,11 +66,11 @@ def test_an_artifact(home: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["runs.safetensors", "runs", "runs.onnx"])
-def test_a_trajectory_under_any_name(home: Path, tmp_path: Path, name: str) -> None:
+def test_a_recording_under_any_name(home: Path, tmp_path: Path, name: str) -> None:
     shutil.copy(home / "runs.safetensors", tmp_path / name)
     target = read_target(tmp_path / name)
-    assert isinstance(target, TrajectoryTarget)
-    assert len(target.trajectory.calls) == 6
+    assert isinstance(target, RecordingTarget)
+    assert len(target.recording.calls) == 6
 
 
 @pytest.mark.parametrize("name", ["small.onnx", "small", "small.safetensors"])
@@ -198,7 +198,7 @@ def test_a_damaged_artifact_is_told_by_load_artifact(copy: Path) -> None:
         read_target(copy / "dit.onnx.d")
 
 
-def test_a_trajectory_cut_short_is_told_by_trajectory_load(copy: Path) -> None:
+def test_a_recording_cut_short_is_told_by_recording_load(copy: Path) -> None:
     path = copy / "runs.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RecordError, match=r"runs\.safetensors: .*SafetensorError: "):

@@ -19,14 +19,14 @@ from support.fronts import front_of
 from support.models import relative, sample_dit
 from typer.testing import CliRunner, Result
 
-from calicache.graph_passes import Plan, Trajectory, optimize, record
+from calicache.graph_passes import Plan, Recording, optimize, record
 from calicache.tools.cli import app
 from calicache.tools.model_file import load_model
 from calicache.tools.plan_command import PlanArguments, run_plan
 
 COSTS, ERRORS = (0.34, 0.5, 0.67, 0.84, 1.0), (0.31, 0.042, 0.0071, 0.0002, 0.0)
 TAKEN = 2
-USAGE = "calicache plan MODEL TRAJECTORY -o PLAN (--budget SHARE | --max-error ERROR)"
+USAGE = "calicache plan MODEL RECORDING -o PLAN (--budget SHARE | --max-error ERROR)"
 
 
 MODEL = """
@@ -180,12 +180,12 @@ SEARCH = ("model.py:build", "runs.safetensors", "-o", "plan")
     [
         (SEARCH, USAGE, "neither --budget nor --max-error"),
         ((*SEARCH, "--budget", "1", "--max-error", "1"), USAGE, "both --budget and --max-error"),
-        (("m.py:f", "--budget", "1"), USAGE, "got no TRAJECTORY, no -o."),
-        (("m.py:f", "-o", "p", "--budget", "1"), USAGE, "got no TRAJECTORY."),
+        (("m.py:f", "--budget", "1"), USAGE, "got no RECORDING, no -o."),
+        (("m.py:f", "-o", "p", "--budget", "1"), USAGE, "got no RECORDING."),
         ((*SEARCH, "--budget", "1", "--json"), USAGE, "got --json too."),
-        (("plan",), USAGE, "no TRAJECTORY, no -o, neither"),
+        (("plan",), USAGE, "no RECORDING, no -o, neither"),
         (("plan", "--json"), USAGE, "--json too"),
-        (("m.py:f", "runs", "--show"), "plan PLAN --show [--json]", "got TRAJECTORY too."),
+        (("m.py:f", "runs", "--show"), "plan PLAN --show [--json]", "got RECORDING too."),
         (("plan", "--show", "--effort", "1"), "plan PLAN --show", "got --effort too."),
         (("plan", "--show", "--take", "0"), "plan PLAN --show", "got --take too."),
         (("plan", "--take", "0"), "plan PLAN --take NUMBER -o OTHER", "got no -o."),
@@ -219,7 +219,7 @@ def test_output_replaces_nothing_but_a_plan(saved: Path, tmp_path: Path) -> None
     assert calicache(saved, "--take", "0", "-o", empty).exit_code == 0
 
 
-@pytest.mark.parametrize("option", ["--latency", "trajectory"])
+@pytest.mark.parametrize("option", ["--latency", "recording"])
 def test_files_that_are_not_there_are_told_before_the_model_is_read(
     tmp_path: Path, option: str
 ) -> None:
@@ -247,10 +247,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     (folder / "my dit.py").write_text(MODEL)
     spec = f"{folder / 'my dit.py'}:build"
     model = load_model(spec)
-    with record(model) as trajectory:
+    with record(model) as recording:
         for seed in range(3):
-            trajectory.finish(sample_dit(model, seed=seed))
-    trajectory.save(folder / "three runs.safetensors")
+            recording.finish(sample_dit(model, seed=seed))
+    recording.save(folder / "three runs.safetensors")
     return spec, folder / "three runs.safetensors"
 
 
@@ -288,7 +288,7 @@ def test_search_under_an_error_shows_a_bar_on_a_terminal(
     given: tuple[str, Path], tmp_path: Path
 ) -> None:
     result, bar = io.StringIO(), io.StringIO()
-    three = Trajectory.load(given[1])
+    three = Recording.load(given[1])
     more = three.take_runs([0] * 5 + [1] * 5 + [2] * 5)  # samples enough to choose with
     more.save(tmp_path / "runs.safetensors")
     arguments = PlanArguments(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from calicache.export import export_onnx
-from calicache.graph_passes import Plan, StepMode, Trajectory, optimize
+from calicache.graph_passes import Plan, Recording, StepMode, optimize
 from calicache.graph_passes.common.errors import CompareError, TargetError
 from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint
 from calicache.tools import report_page
@@ -37,18 +37,18 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def runs(model: nn.Module) -> Trajectory:
+def runs(model: nn.Module) -> Recording:
     return small_runs(model, 2)
 
 
 @pytest.fixture(scope="module")
-def plan(model: nn.Module, runs: Trajectory) -> Plan:
+def plan(model: nn.Module, runs: Recording) -> Plan:
     return Plan.from_trajectory(model, runs, schedule=SCHEDULE, rank=2, order=1)
 
 
 @pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, model: nn.Module, runs: Trajectory, plan: Plan
+    tmp_path_factory: pytest.TempPathFactory, model: nn.Module, runs: Recording, plan: Plan
 ) -> Path:
     """A plan, an artifact, recorded runs and a model file, in a folder with a space."""
     place = tmp_path_factory.mktemp("of mine")
@@ -76,7 +76,7 @@ def page(folder: Path) -> Path:
     """The report of the artifact, with everything that there is."""
     arguments = [
         *("report", str(folder / "small.onnx.d"), "-o", str(folder / "report.html")),
-        *("--trajectory", str(folder / "runs.safetensors"), "--plan", str(folder / "plan")),
+        *("--recording", str(folder / "runs.safetensors"), "--plan", str(folder / "plan")),
         *("--model", f"{folder / 'model.py'}:build"),
     ]
     result = CliRunner().invoke(app, arguments)
@@ -106,7 +106,7 @@ def run_beside(model: Callable[..., Tensor], other: Callable[..., Tensor]) -> li
 
 
 def test_site_errors_are_those_of_the_drop_in_model(
-    model: nn.Module, runs: Trajectory, plan: Plan
+    model: nn.Module, runs: Recording, plan: Plan
 ) -> None:
     optimized = optimize(model, plan)
     found = site_errors(optimized, runs)
@@ -120,7 +120,7 @@ def test_site_errors_are_those_of_the_drop_in_model(
 
 
 def test_first_step_is_exact_and_forecast_steps_have_gaps(
-    model: nn.Module, runs: Trajectory, plan: Plan
+    model: nn.Module, runs: Recording, plan: Plan
 ) -> None:
     found = site_errors(optimize(model, plan), runs)
     columns = list(zip(*found.errors, strict=True))
@@ -153,7 +153,7 @@ def test_artifact_alone_says_what_is_missing(folder: Path) -> None:
     assert data.curves
     assert data.graphs is not None
     text = render_report(data)
-    assert "Not shown: No recording was given: --trajectory T." in text
+    assert "Not shown: No recording was given: --recording T." in text
     assert "Not shown: The plan was not searched for: Plan.search" in text
 
 
@@ -198,7 +198,7 @@ def test_plan_of_another_checkpoint_is_refused(folder: Path, tmp_path: Path) -> 
 
 
 def test_recording_is_no_target(folder: Path) -> None:
-    with pytest.raises(TargetError, match="got a file of the kind trajectory"):
+    with pytest.raises(TargetError, match="got a file of the kind recording"):
         gather_report(folder / "runs.safetensors")
 
 

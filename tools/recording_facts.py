@@ -11,11 +11,11 @@ from torch import Tensor
 
 from calicache.graph_passes.common.errors import DependenceError
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
-from calicache.graph_passes.recording.recording import Trajectory
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import ConstantSpec
 from calicache.graph_passes.recording.timestep import Run, Timestep
 from calicache.tools.facts import Caution, InputFacts, input_facts
-from calicache.tools.target_file import TrajectoryTarget
+from calicache.tools.target_file import RecordingTarget
 
 FOR_A_SEARCH = 3
 
@@ -29,11 +29,11 @@ class RunFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class TrajectoryFacts:
-    """Everything that is shown of a trajectory.
+class RecordingFacts:
+    """Everything that is shown of a recording.
 
     Attributes:
-        kind: `trajectory`.
+        kind: `recording`.
         path: of the file.
         bytes: of the file; `value_bytes` of the recorded values, each counted once.
         calls: of the model; `calls_per_step` of them make a step.
@@ -45,7 +45,7 @@ class TrajectoryFacts:
         warnings: what a user should know.
     """
 
-    kind: Literal["trajectory"] = field(default="trajectory", init=False)
+    kind: Literal["recording"] = field(default="recording", init=False)
     path: str
     bytes: int
     value_bytes: int
@@ -60,42 +60,42 @@ class TrajectoryFacts:
     warnings: tuple[Caution, ...]
 
 
-def trajectory_facts(target: TrajectoryTarget) -> TrajectoryFacts:
-    """Facts of a trajectory that was read from a file."""
-    trajectory = target.trajectory
-    timestep, runs, ends = trajectory.timestep, trajectory.runs, trajectory.ends
-    dependence, unknown = _dependence(trajectory)
+def recording_facts(target: RecordingTarget) -> RecordingFacts:
+    """Facts of a recording that was read from a file."""
+    recording = target.recording
+    timestep, runs, ends = recording.timestep, recording.runs, recording.ends
+    dependence, unknown = _dependence(recording)
     longest = max(runs, key=len)
-    values = _values(trajectory)
+    values = _values(recording)
     finished = [end is not None for end in ends]
-    return TrajectoryFacts(
+    return RecordingFacts(
         path=str(target.path),
         bytes=target.path.stat().st_size,
         value_bytes=sum(value.nbytes for value in values.values()),
-        calls=len(trajectory.calls),
-        calls_per_step=trajectory.calls_per_step,
+        calls=len(recording.calls),
+        calls_per_step=recording.calls_per_step,
         runs=tuple(RunFacts(len(run), end) for run, end in zip(runs, finished, strict=True)),
         steps=len(longest),
-        inputs=input_facts(trajectory.signature.tensors, dependence),
-        constants=trajectory.signature.constants,
+        inputs=input_facts(recording.signature.tensors, dependence),
+        constants=recording.signature.constants,
         timestep=timestep,
         timestep_values=_timesteps(timestep, longest),
-        warnings=(*unknown, *_cautions(runs, finished, timestep, trajectory)),
+        warnings=(*unknown, *_cautions(runs, finished, timestep, recording)),
     )
 
 
-def _dependence(trajectory: Trajectory) -> tuple[Mapping[str, Dependence], tuple[Caution, ...]]:
+def _dependence(recording: Recording) -> tuple[Mapping[str, Dependence], tuple[Caution, ...]]:
     try:
-        return classify_inputs(trajectory), ()
+        return classify_inputs(recording), ()
     except DependenceError as error:
         text = f"What the inputs depend on is not known: {error}"
         return {}, (Caution("dependence-unknown", text),)
 
 
-def _values(trajectory: Trajectory) -> dict[int, Tensor]:
+def _values(recording: Recording) -> dict[int, Tensor]:
     """Every recorded tensor once; one that several calls share is one object."""
-    called = chain.from_iterable(call.values() for call in trajectory.calls)
-    return {id(value): value for value in chain(called, trajectory.results.values())}
+    called = chain.from_iterable(call.values() for call in recording.calls)
+    return {id(value): value for value in chain(called, recording.results.values())}
 
 
 def _timesteps(timestep: Timestep | None, run: Run) -> tuple[float, ...]:
@@ -108,7 +108,7 @@ def _cautions(
     runs: Sequence[Run],
     finished: Sequence[bool],
     timestep: Timestep | None,
-    trajectory: Trajectory,
+    recording: Recording,
 ) -> Iterator[Caution]:
     if len(runs) < FOR_A_SEARCH:
         count = "One run" if len(runs) == 1 else f"{len(runs)} runs"
@@ -124,16 +124,16 @@ def _cautions(
         yield Caution("uneven-runs", f"Runs of {lengths[0]} to {lengths[-1]} steps.")
     if timestep is None:
         yield Caution("no-timestep", "No input counts the steps: runs are told apart by finish().")
-    broken = _not_finite(trajectory)
+    broken = _not_finite(recording)
     if broken:
         yield Caution("not-finite", f"NaN or Inf among the values of {', '.join(broken)}.")
 
 
-def _not_finite(trajectory: Trajectory) -> list[str]:
+def _not_finite(recording: Recording) -> list[str]:
     def odd(value: Tensor) -> bool:
         return not bool(value.isfinite().all())
 
-    names = [spec.name for spec in trajectory.signature.tensors]
-    broken = [name for name in names if any(odd(call[name]) for call in trajectory.calls)]
-    results = any(odd(value) for value in trajectory.results.values())
+    names = [spec.name for spec in recording.signature.tensors]
+    broken = [name for name in names if any(odd(call[name]) for call in recording.calls)]
+    results = any(odd(value) for value in recording.results.values())
     return broken + ["the results"] * results

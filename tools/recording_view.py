@@ -1,4 +1,4 @@
-"""Facts of a trajectory as text for a terminal."""
+"""Facts of a recording as text for a terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from calicache.tools.recording_facts import RecordingFacts
 from calicache.tools.terminal_text import (
     add_plain_row,
     constants_in_words,
@@ -17,12 +18,11 @@ from calicache.tools.terminal_text import (
     plain_table,
     title,
 )
-from calicache.tools.trajectory_facts import TrajectoryFacts
 
 
-def describe_trajectory(facts: TrajectoryFacts) -> Iterator[RenderableType]:
-    """What `calicache inspect` prints of a trajectory."""
-    yield Text("calicache trajectory", style="bold")
+def describe_recording(facts: RecordingFacts) -> Iterator[RenderableType]:
+    """What `calicache inspect` prints of a recording."""
+    yield Text("calicache recording", style="bold")
     size = format_count(facts.bytes, "B")
     yield fact_grid(
         [
@@ -40,7 +40,7 @@ def describe_trajectory(facts: TrajectoryFacts) -> Iterator[RenderableType]:
         yield Text(" ".join(f"{value:g}" for value in facts.timestep_values))
 
 
-def _runs(facts: TrajectoryFacts) -> str:
+def _runs(facts: RecordingFacts) -> str:
     """`3 of 6 steps, 2 with a result`."""
     counts = Counter(run.steps for run in facts.runs)
     lengths = ", ".join(f"{count} of {steps} steps" for steps, count in sorted(counts.items()))
@@ -48,7 +48,7 @@ def _runs(facts: TrajectoryFacts) -> str:
     return f"{lengths}; {finished} with a result"
 
 
-def _input_table(facts: TrajectoryFacts) -> Table:
+def _input_table(facts: RecordingFacts) -> Table:
     table = plain_table(["input", "dtype", "shape", "depends on"])
     for spec in facts.inputs:
         depends = "unknown" if spec.dependence is None else spec.dependence.name.lower()
