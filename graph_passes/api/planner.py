@@ -9,8 +9,7 @@ from torch import nn
 
 from calicache.graph_passes.api.optimize import rewrite_captured
 from calicache.graph_passes.api.plan import FITTED, Plan
-from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import NoSampler, PlanError
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.recording import Recording
@@ -50,11 +49,11 @@ def make_plan(
     plan = Plan(settings, statistics)
     if not correct:
         return plan
-    fitted = _fit(model, recording, plan, (captured, sites, targets), on_step)
-    if isinstance(fitted, Rejection):
-        correction = f"not fitted: {fitted.reason}"
+    try:
+        weights, latent = _fit(model, recording, plan, (captured, sites, targets), on_step)
+    except NoSampler as refusal:
+        correction = f"not fitted: {refusal.got}"
         return replace(plan, settings=replace(settings, correction=correction))
-    weights, latent = fitted
     corrected = replace(settings, output_weights=weights, latent=latent, correction=FITTED)
     return replace(plan, settings=corrected)
 
@@ -65,14 +64,12 @@ def _fit(
     plan: Plan,
     analysed: tuple[CapturedGraph, Sites, tuple[CalibrationTarget, ...]],
     on_step: Callable[[int, int], None] | None,
-) -> tuple[Table, str] | Rejection:
+) -> tuple[Table, str]:
     """Output weights and the latent's name, fitted with the calls of a step in one batch."""
     settings, calls = plan.settings, recording.calls_per_step
     if calls > 1:
         batch = batch_size(settings.signature, settings.dependence)
         whole = batch_calls(recording, batch)
-        if isinstance(whole, Rejection):
-            return whole
         recording = whole
         settings = replace(
             settings, signature=whole.signature, timestep=one_call(settings.timestep)
@@ -82,8 +79,6 @@ def _fit(
     recorded = recover_sampler(
         captured, recording, settings.dependence, len(settings.schedule), on_step
     )
-    if isinstance(recorded, Rejection):
-        return recorded
     _, variant_set = rewrite_captured(captured, sites, targets, replace(plan, settings=settings))
     made = replay(variant_set, recorded, settings.schedule, settings.order, on_step=on_step)
     return made.weights, recorded.steps.latent

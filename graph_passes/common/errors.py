@@ -52,6 +52,23 @@ class DependenceError(CalicacheError):
     stage = "dependence"
 
 
+class NoSampler(CalicacheError):  # noqa: N818 - named for what is missing
+    """The sampler's update cannot be told from recorded runs; `got` is the reason."""
+
+    stage = "sampler"
+
+    @classmethod
+    def because(cls, reason: str) -> NoSampler:
+        """The error with what is the same for every reason."""
+        return cls(
+            "recording",
+            expected="a sampler whose latents are fixed weighted sums of what came before",
+            got=reason,
+            fix="Record whole runs of such a sampler (DDIM without clip_sample, Euler, flow "
+            "matching, DPM-Solver++ 2M).",
+        )
+
+
 class SiteError(CalicacheError):
     """The graph has nothing to calibrate."""
 

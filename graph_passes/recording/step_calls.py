@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature
@@ -41,31 +41,29 @@ def one_call(timestep: Timestep | None) -> Timestep | None:
     return None if timestep is None else replace(timestep, calls=1)
 
 
-def batch_calls(recording: Recording, batch: int) -> Recording | Rejection:
+def batch_calls(recording: Recording, batch: int) -> Recording:
     """The same recording with the calls of every step in one batch.
 
     Args:
         recording: with several calls a step.
         batch: first dimension of the latent.
 
-    Returns:
-        The recording, or why the calls cannot be one: they differ in what has no batch dimension.
+    Raises:
+        NoSampler: the calls differ in what has no batch dimension.
     """
     timestep = recording.timestep
     beside = calls_of(timestep)
-    made: list[Call] = []
-    for run in cut_runs(timestep, recording.calls, recording.results):
-        for first in range(0, len(run), beside):
-            call = _one_call(run[first : first + beside], batch)
-            if isinstance(call, Rejection):
-                return call
-            made.append(call)
+    calls = [
+        _one_call(run[first : first + beside], batch)
+        for run in cut_runs(timestep, recording.calls, recording.results)
+        for first in range(0, len(run), beside)
+    ]
     signature = batch_signature(recording.signature, beside, batch)
     results = {count // beside: value for count, value in recording.results.items()}
-    return Recording(made, [signature], results)
+    return Recording(calls, [signature], results)
 
 
-def _one_call(calls: Sequence[Call], batch: int) -> Call | Rejection:
+def _one_call(calls: Sequence[Call], batch: int) -> Call:
     merged: dict[str, Tensor] = {}
     for name, first in calls[0].items():
         values = [call[name] for call in calls]
@@ -74,6 +72,7 @@ def _one_call(calls: Sequence[Call], batch: int) -> Call | Rejection:
         elif all(torch.equal(first, value) for value in values):
             merged[name] = first
         else:
-            reason = f"the calls of a step differ in {name}, which has no batch dimension"
-            return Rejection("sampler", "", reason)
+            raise NoSampler.because(
+                f"the calls of a step differ in {name}, which has no batch dimension"
+            )
     return merged

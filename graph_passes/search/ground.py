@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.errors import NoSampler, PlanError
 from calicache.graph_passes.common.hashing import tensor_bytes
-from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size, one_call
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler, run_plain
-from calicache.graph_passes.sampler.update import SamplerSteps, match_channels
+from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
 from calicache.graph_passes.search.journal import Journal
 from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.graph_passes.sites.analysis import analyse, fixed_values
@@ -121,15 +120,31 @@ def prepare_ground(
             fix="Load the weights.",
         )
     check_runs(recording, settings)
+    try:
+        return _ground(model, recording, settings, journal, meter)
+    except NoSampler as refusal:
+        raise PlanError(
+            "sampler",
+            expected="a deterministic sampler, recorded with this model",
+            got=refusal.got,
+            fix="Record with the model and the sampler that you are going to use; plan for others "
+            "with Plan.from_trajectory.",
+        ) from refusal
+
+
+def _ground(
+    model: nn.Module,
+    recording: Recording,
+    settings: PlanSettings,
+    journal: Journal,
+    meter: Meter,
+) -> Ground:
     meter.stage("capture the model")
     captured, sites, _ = analyse(model, settings)
     settings = replace(settings, fixed=fixed_values(captured, recording, settings.dependence))
     whole = recording
     if recording.calls_per_step > 1:
-        batched = batch_calls(recording, batch_size(settings.signature, settings.dependence))
-        if isinstance(batched, Rejection):
-            raise _no_sampler(batched)
-        whole = batched
+        whole = batch_calls(recording, batch_size(settings.signature, settings.dependence))
         form = replace(
             settings, signature=whole.signature, timestep=one_call(settings.timestep), fixed={}
         )
@@ -139,8 +154,6 @@ def prepare_ground(
     recorded = recover_sampler(
         captured, parts[0], settings.dependence, len(settings.schedule), lambda *_: meter.add()
     )
-    if isinstance(recorded, Rejection):
-        raise _no_sampler(recorded)
     choice, report = (_without_outputs(part, recorded, captured) for part in parts[1:])
     return Ground(settings, captured, sites, parts[0], recorded, choice, report, journal, meter)
 
@@ -228,8 +241,7 @@ def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> N
     terms: list[Tensor] = []
     for place in (step, step - 1):
         call = run[place]
-        own = match_channels(run_plain(captured, call), call[sampler.latent])
-        assert own is not None
+        own = latent_channels(run_plain(captured, call), call[sampler.latent])
         terms += sampler.terms(call[sampler.latent], own)
     made = sampler.next_latent(step, terms, ()).double()
     found = run[step + 1][sampler.latent].double()
@@ -241,13 +253,3 @@ def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> N
             got=f"a run whose step {step} is off by {off:.2g} of the latent",
             fix="Record all runs with the sampler and the guidance that you are going to use.",
         )
-
-
-def _no_sampler(rejection: Rejection) -> PlanError:
-    return PlanError(
-        "sampler",
-        expected="a deterministic sampler, recorded with this model",
-        got=rejection.reason,
-        fix="Record with the model and the sampler that you are going to use; plan for others "
-        "with Plan.from_trajectory.",
-    )

@@ -366,9 +366,7 @@ def tokens(seed: int) -> Tensor:
 
 
 def recover(graph: CapturedGraph, recording: Recording, steps: int = LONG) -> RecordedSampler:
-    found = recover_sampler(graph, recording, classify_inputs(recording), steps)
-    assert isinstance(found, RecordedSampler)
-    return found
+    return recover_sampler(graph, recording, classify_inputs(recording), steps)
 
 
 def variants_of(graph: CapturedGraph, recording: Recording, history: int) -> VariantSet:

@@ -62,9 +62,7 @@ def ended(blocks: Blocks) -> Recording:
 @pytest.fixture(scope="module")
 def recorded(blocks: Blocks, ended: Recording) -> RecordedSampler:
     graph = capture(blocks, ended.signature)
-    found = recover_sampler(graph, ended, classify_inputs(ended), STEPS)
-    assert isinstance(found, RecordedSampler)
-    return found
+    return recover_sampler(graph, ended, classify_inputs(ended), STEPS)
 
 
 def variants_of(model: nn.Module, recording: Recording, rank: int, history: int = 3) -> VariantSet:
