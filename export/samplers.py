@@ -15,7 +15,6 @@ from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import ExportError, NoSampler
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.update import SamplerSteps, find_sampler_steps, recorded_next
 
@@ -71,17 +70,13 @@ def read_sampler(optimized: OptimizedModel, recording: Recording, scheduler: Any
     try:
         return _read_sampler(optimized, recording, scheduler)
     except NoSampler as refusal:
-        raise _refused(refusal.got) from refusal
+        raise _refused(refusal.reason) from refusal
 
 
 def _read_sampler(optimized: OptimizedModel, recording: Recording, scheduler: Any) -> Sampler:
-    if recording.calls_per_step > 1:
-        settings = optimized.plan.settings
-        batch = batch_size(settings.signature, settings.dependence)
-        optimized, recording = optimized.batched(), batch_calls(recording, batch)
-    settings = optimized.plan.settings
-    length = len(settings.schedule)
-    recorded = recover_sampler(optimized.captured, recording, settings.dependence, length)
+    optimized, recording = optimized.by_step(), recording.by_step()
+    length, dependence = len(optimized.plan.schedule), optimized.plan.binding.dependence
+    recorded = recover_sampler(optimized.compiled.captured, recording, dependence, length)
     conditional, guidance, mix = _guidance(recorded)
     guided = _guided(recorded, mix)
     scales = (1.0,) * length
@@ -147,7 +142,7 @@ def replay_scheduler(scheduler: Any, length: int) -> tuple[SamplerSteps, tuple[f
     try:
         steps = find_sampler_steps("x", [run], [outputs], [x], parts=1)
     except NoSampler as refusal:
-        raise _refused(f"{name}: {refusal.got}") from refusal
+        raise _refused(f"{name}: {refusal.reason}") from refusal
     return steps, tuple(scales)
 
 
@@ -273,7 +268,7 @@ def _row(weights: Sequence[float]) -> tuple[float, ...]:
 
 def _step_inputs(optimized: OptimizedModel, recorded: RecordedSampler) -> dict[str, Tensor]:
     tables = {}
-    for name, kind in optimized.plan.settings.dependence.items():
+    for name, kind in optimized.plan.binding.dependence.items():
         if name == recorded.steps.latent or kind < Dependence.STEP:
             continue
         table = torch.stack([call[name].cpu() for call in recorded.runs[0]])

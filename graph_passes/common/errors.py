@@ -53,20 +53,26 @@ class DependenceError(CalicacheError):
 
 
 class NoSampler(CalicacheError):  # noqa: N818 - named for what is missing
-    """The sampler's update cannot be told from recorded runs; `got` is the reason."""
+    """The sampler's update cannot be told from recorded runs.
+
+    Args:
+        reason: why not.
+    """
 
     stage = "sampler"
 
-    @classmethod
-    def because(cls, reason: str) -> NoSampler:
-        """The error with what is the same for every reason."""
-        return cls(
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
             "recording",
             expected="a sampler whose latents are fixed weighted sums of what came before",
             got=reason,
             fix="Record whole runs of such a sampler (DDIM without clip_sample, Euler, flow "
             "matching, DPM-Solver++ 2M).",
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.reason,)
 
 
 class SiteError(CalicacheError):

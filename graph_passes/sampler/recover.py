@@ -61,12 +61,10 @@ def recover_sampler(
     returned = graph_outputs(captured.graph)
     meta = returned[0].meta.get("val") if isinstance(returned[0], fx.Node) else None
     if len(returned) != 1 or not (isinstance(meta, Tensor) and meta.is_floating_point()):
-        raise NoSampler.because(
-            f"the model returns {len(returned)} values, not one floating-point tensor"
-        )
+        raise NoSampler(f"the model returns {len(returned)} values, not one floating-point tensor")
     runs, ends = _runs_of_length(recording, length, captured.device)
     if not runs or length < 2:
-        raise NoSampler.because(f"no recorded run has the plan's {length} steps")
+        raise NoSampler(f"no recorded run has the plan's {length} steps")
     latent = find_latent(runs[0][0], run_plain(captured, runs[0][0]), dependence)
     outputs: list[list[Tensor]] = []
     for run in runs:

@@ -68,7 +68,7 @@ def find_latent(call: Call, output: Tensor, classes: Mapping[str, Dependence]) -
     ]
     if len(candidates) != 1:
         shape = tuple(output.shape)
-        raise NoSampler.because(f"{len(candidates)} inputs have the output's shape {shape}")
+        raise NoSampler(f"{len(candidates)} inputs have the output's shape {shape}")
     return candidates[0]
 
 
@@ -79,7 +79,7 @@ def latent_channels(output: Tensor, latent: Tensor) -> Tensor:
         NoSampler: the output's shape differs in more than further channels.
     """
     if not _holds_channels(output, latent):
-        raise NoSampler.because(
+        raise NoSampler(
             f"an output of shape {tuple(output.shape)} is unlike the latent {tuple(latent.shape)}"
         )
     return output if output.shape == latent.shape else output[:, : latent.shape[1]]
@@ -125,7 +125,7 @@ def find_sampler_steps(
     for run, end in zip(runs, ends, strict=True):
         x = run[-1][latent]
         if end is not None and not _is_end_of(end, x, parts):
-            raise NoSampler.because(
+            raise NoSampler(
                 f"a run's result has the shape {tuple(end.shape)}, its latent {tuple(x.shape)}"
             )
     steps = len(runs[0]) - any(end is None for end in ends)
@@ -145,7 +145,7 @@ def find_sampler_steps(
             longer, less = _solve([now + before for now, before in terms], following)
             row, left = (longer, less) if less < left / 10 else (row, left)
         if not left <= tolerance:
-            raise NoSampler.because(
+            raise NoSampler(
                 f"step {step} to {step + 1} is no fixed weighted sum of latents and outputs "
                 "(a sampler that adds noise, clips, or looks back further)"
             )

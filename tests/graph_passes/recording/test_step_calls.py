@@ -49,7 +49,7 @@ def optimized(case: PipelineCase) -> OptimizedModel:
 
 
 def whole(recording: Recording) -> Recording:
-    batch = batch_size(recording.signature, classify_inputs(recording))
+    batch = batch_size(recording.signature, recording.dependence)
     return batch_calls(recording, batch)
 
 
@@ -77,7 +77,7 @@ def test_calls_that_differ_without_a_batch_dimension_are_told(case: PipelineCase
 def test_output_weights_are_fitted_to_both_calls(case: PipelineCase) -> None:
     pipe, recording = recorded(case)
     fast = optimized(case)
-    assert fast.plan.settings.correction == "fitted to the recorded runs"
+    assert fast.plan.recipe.correction == "fitted to the recorded runs"
     plain = Plan.from_trajectory(pipe.transformer, recording, interval=2, rank=4, correct=False)
     errors = {}
     for name, model in (("fitted", fast), ("plain", optimize(fast.original, plain))):
@@ -95,9 +95,9 @@ def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None
     _, recording = recorded(case)
     fast = optimized(case)
     fast.reset()
-    both = fast.batched()
+    both = fast.by_step()
     both.reset()
-    assert both is fast.batched()
+    assert both is fast.by_step()
     made = whole(recording)
     for number in range(made.steps):
         calls = recording.calls[2 * number : 2 * number + 2]

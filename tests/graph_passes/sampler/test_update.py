@@ -279,7 +279,7 @@ def test_channels_of_a_learned_variance_are_cut() -> None:
 def test_diffusers_dit_with_learned_variance_is_found(diffusers_dit, diffusers_recording) -> None:
     outputs = diffusers_calls(diffusers_dit)
     (run,) = diffusers_recording.runs
-    latent = find_latent(run[0], outputs[0], classify_inputs(diffusers_recording))
+    latent = find_latent(run[0], outputs[0], diffusers_recording.dependence)
     assert latent == "hidden_states"
     cut = [latent_channels(output, run[0][latent]) for output in outputs]
     assert cut[0].shape == (4, 4, 8, 8)

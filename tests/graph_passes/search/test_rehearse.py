@@ -212,7 +212,7 @@ def recorded_dit(model: nn.Module) -> RecordedSampler:
         for seed in (1, 2):
             recording.finish(sample_dit(model, seed=seed))
     graph = capture(model, recording.signature)
-    recorded = recover_sampler(graph, recording, classify_inputs(recording), recording.steps)
+    recorded = recover_sampler(graph, recording, recording.dependence, recording.steps)
     assert recorded.steps.parts == 2
     return recorded
 
