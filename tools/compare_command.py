@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from calicache.graph_passes.common.errors import CompareError, ModelError
+from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.search.search import SearchProgress
 from calicache.tools.compare import Comparison, compare
 from calicache.tools.compare_view import comparison_data, describe_comparison
 from calicache.tools.image_grid import check_grid, save_grid
@@ -116,7 +116,7 @@ def _compare(
     with progress_shown(progress) as report:
 
         def on_step(done: int, total: int) -> None:
-            report(SearchProgress(done, total, "run full and optimised"))
+            report(Progress(done, total, "run full and optimised"))
 
         return compare(
             arguments.artifact,

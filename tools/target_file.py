@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from safetensors import SafetensorError, safe_open
 
 from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest, load_artifact
-from calicache.graph_passes.api.plan import SETTINGS_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.api.plan import PLAN_FILE, STATISTICS_FILE, Plan
 from calicache.graph_passes.common.errors import TargetError, reason_of
 from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.looks_like import (
@@ -106,12 +106,12 @@ def read_onnx(path: Path) -> ir.Model:
 
 def _read_folder(folder: Path) -> PlanTarget | ArtifactTarget:
     names = sorted(path.name for path in folder.iterdir())
-    if SETTINGS_FILE in names and MANIFEST_FILE in names:
-        raise _none_of_them(folder, f"a folder with both {SETTINGS_FILE} and {MANIFEST_FILE}")
+    if PLAN_FILE in names and MANIFEST_FILE in names:
+        raise _none_of_them(folder, f"a folder with both {PLAN_FILE} and {MANIFEST_FILE}")
     if MANIFEST_FILE in names:
         return ArtifactTarget(folder, load_artifact(folder))
     # With the statistics alone it is a plan that lost a file; Plan.load says which.
-    if SETTINGS_FILE in names or STATISTICS_FILE in names:
+    if PLAN_FILE in names or STATISTICS_FILE in names:
         return PlanTarget(folder, Plan.load(folder))
     models = [name for name in names if name.endswith(ONNX_SUFFIX)]
     fix = f"Give one of its files, such as {folder / models[0]}." if models else None
@@ -150,7 +150,7 @@ def _read_safetensors(path: Path) -> RecordingTarget:
 
 def _folder_of(path: Path) -> str | None:
     """What to do with a file that is a part of a plan or an artifact."""
-    parts = {SETTINGS_FILE: "plan", STATISTICS_FILE: "plan", MANIFEST_FILE: "artifact"}
+    parts = {PLAN_FILE: "plan", STATISTICS_FILE: "plan", MANIFEST_FILE: "artifact"}
     return f"Give the folder of the {parts[path.name]}." if path.name in parts else None
 
 

@@ -122,12 +122,12 @@ def test_text_is_as_it_was(home: Path, kind: str) -> None:
 def test_plan_facts_are_those_of_the_plan(home: Path, plan: Plan) -> None:
     facts = inspect_target(home / "plan")
     assert isinstance(facts, PlanFacts)
-    assert facts.weights_hash == plan.settings.weights_hash
+    assert facts.weights_hash == plan.binding.weights_hash
     written = json.loads((home / "plan" / "plan.json").read_text())
     assert facts.files[1].sha256 == written["statistics_sha256"]
     assert facts.format == written["format"]
     assert (facts.schedule.strip, facts.schedule.interval) == ("RCRURF", 2)
-    assert facts.rules == plan.settings.rules
+    assert facts.rules == plan.recipe.rules
     assert [spec.dependence for spec in facts.inputs] == [Dependence.LATENT, Dependence.STEP]
     assert [target.name for target in facts.targets] == sorted(plan.statistics)
     sizes = {target.name: target.bytes for target in facts.targets}
@@ -191,7 +191,7 @@ def test_output_weights_that_could_not_be_fitted_are_warned_of_with_the_reason(
 def test_output_weights_that_nobody_asked_for_are_no_warning() -> None:
     model = small_model()
     plan = Plan.from_trajectory(model, small_runs(model), rank=2, order=0, correct=False)
-    assert plan.settings.correction == "not asked for"
+    assert plan.recipe.correction == "not asked for"
     assert not plan_facts(PlanTarget(small_folder() / "plan", plan)).warnings
 
 
@@ -284,7 +284,9 @@ def test_calls_of_one_layer_are_told_apart() -> None:
     model.blocks[1] = model.blocks[0]
     rules = (SiteRule("blocks.1.fc1@1", SiteMode.FULL), SiteRule("blocks.1.fc2", SiteMode.REUSE))
     fast = compiled(model, small_plan(model, small_runs(model), rules=rules))
-    layers = layer_facts(view_graphs(fast.captured, fast.variant_set), fast.targets)
+    layers = layer_facts(
+        view_graphs(fast.compiled.captured, fast.compiled.variant_set), fast.compiled.targets
+    )
     work = {layer.name: layer.work["CALIBRATE"].value for layer in layers}
     assert work["blocks.1.fc1"] == "calibrate"
     assert work["blocks.1.fc1@1"] == "full"

@@ -55,7 +55,7 @@ def assert_none_of_them(path: Path, got: str, fix: str = ANY) -> None:
 def test_a_plan(home: Path) -> None:
     target = read_target(home / "plan")
     assert isinstance(target, PlanTarget)
-    assert (target.path, target.plan.settings.rank) == (home / "plan", 4)
+    assert (target.path, target.plan.recipe.rank) == (home / "plan", 4)
 
 
 def test_an_artifact(home: Path) -> None:
