@@ -12,8 +12,7 @@ from calicache.graph_passes.common.errors import CompareError, NoSampler
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
-from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
-from calicache.graph_passes.recording.timestep import Run, cut_runs
+from calicache.graph_passes.recording.timestep import Run
 
 _NOT_IN_NUMPY = "bfloat16"
 
@@ -73,22 +72,19 @@ def matching_runs(
             got=f"{calls} in the recording",
             fix="Compare with a recording of the same guidance, or plan and export for this one.",
         )
-    whole = recording
-    if calls > 1:
-        try:
-            whole = batch_calls(recording, batch_size(recording.signature, dependence))
-        except NoSampler as refusal:
-            raise CompareError(
-                "calls per step",
-                expected="calls that can be seen as one batch",
-                got=refusal.reason,
-                fix="Compare with a recording of guidance in one batch.",
-            ) from refusal
+    try:
+        whole = recording.by_step()
+    except NoSampler as refusal:
+        raise CompareError(
+            "calls per step",
+            expected="calls that can be seen as one batch",
+            got=refusal.reason,
+            fix="Compare with a recording of guidance in one batch.",
+        ) from refusal
     batched_layout = manifest.layout is Layout.SAMPLER
     _check_inputs(manifest.inputs, (whole if batched_layout else recording).signature.tensors)
     found = _check_count(len(whole.runs), count)
-    apart = cut_runs(recording.timestep, recording.calls, recording.results)
-    made = zip(apart, whole.runs, whole.ends, strict=True)
+    made = zip(recording.denoisings, whole.runs, whole.ends, strict=True)
     runs = []
     for place, (one_by_one, run, end) in enumerate(list(made)[:found]):
         result = _check_run(place, run, end, len(manifest.schedule))

@@ -18,13 +18,11 @@ from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import CompareError, NoSampler
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 from calicache.graph_passes.recording.timestep import Call
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
 from calicache.graph_passes.settings.choices import StepMode
-from calicache.graph_passes.settings.recipe import PlanSettings
 
 LATENTS, OUTPUT = "latents", "output"
 
@@ -62,13 +60,19 @@ def site_errors(
         CompareError: the sampler's update cannot be told from the recording.
     """
     model = optimized.by_step()
-    recorded = _recorded_sampler(model, optimized.plan.settings, recording)
+    recorded = _recorded_sampler(model, recording)
     sums = _Sums()
     steps, joins = len(model.plan.schedule), _joins(model)
     total = steps * len(recorded.runs)
     result: float | None = None
     for number, run in enumerate(recorded.runs):
-        walk = _Walk(model.captured, model.variant_set, model.plan.schedule, recorded.steps, joins)
+        walk = _Walk(
+            model.compiled.captured,
+            model.compiled.variant_set,
+            model.plan.schedule,
+            recorded.steps,
+            joins,
+        )
         for step in range(steps):
             walk.advance(step, run[step], recorded.outputs[number][step], sums)
             if on_step:
@@ -170,22 +174,17 @@ def _tapped(
 def _joins(model: OptimizedModel) -> dict[str, str]:
     """Branch names by node of the stream after them; two joins of one branch are numbered."""
     names: dict[str, str] = {}
-    for branch in model.sites.branches:
+    for branch in model.compiled.analysis.sites.branches:
         for number, join in enumerate(branch.joins):
             names[join] = branch.name if not number else f"{branch.name} ({number + 1})"
-    order = [node.name for node in model.captured.graph.nodes]
+    order = [node.name for node in model.compiled.captured.graph.nodes]
     return dict(sorted(names.items(), key=lambda entry: order.index(entry[0])))
 
 
-def _recorded_sampler(
-    batched: OptimizedModel, settings: PlanSettings, recording: Recording
-) -> RecordedSampler:
+def _recorded_sampler(model: OptimizedModel, recording: Recording) -> RecordedSampler:
+    steps, dependence = len(model.plan.schedule), model.plan.binding.dependence
     try:
-        if recording.calls_per_step > 1:
-            batch = batch_size(settings.signature, settings.dependence)
-            recording = batch_calls(recording, batch)
-        steps = len(settings.schedule)
-        return recover_sampler(batched.captured, recording, settings.dependence, steps)
+        return recover_sampler(model.compiled.captured, recording.by_step(), dependence, steps)
     except NoSampler as refusal:
         raise CompareError(
             "sampler",

@@ -27,7 +27,7 @@ _ELSEWHERE = ("schedule", "weights_hash", "ranks", "output_weights")
 def diff_plans(a: PlanTarget, b: PlanTarget) -> Difference:
     """What differs between two plans."""
     facts = plan_facts(a), plan_facts(b)
-    first, second = a.plan.settings, b.plan.settings
+    first, second = a.plan.recipe, b.plan.recipe
     return Difference(
         kind="plan",
         a=str(a.path),
@@ -35,6 +35,7 @@ def diff_plans(a: PlanTarget, b: PlanTarget) -> Difference:
         belonging=tuple(_belonging(*facts)),
         schedule=diff_schedules(*(fact.schedule for fact in facts)),
         settings=(
+            *changed_fields(a.plan.binding, b.plan.binding, _ELSEWHERE),
             *changed_fields(first, second, _ELSEWHERE),
             *_output_weights(first.output_weights, second.output_weights),
             *changed_fronts(a.plan.front, b.plan.front),

@@ -117,7 +117,7 @@ def _search(arguments: PlanArguments, console: Console, progress: Console) -> in
                 max_error=arguments.max_error,
                 latency=latency,
                 effort=1 if arguments.effort is None else arguments.effort,
-                folder=folder,
+                path=folder,
                 on_progress=on_progress,
             )
         plan.save(output)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from calicache.graph_passes.common.progress import Progress
 
@@ -21,12 +21,12 @@ def progress_shown(console: Console) -> Iterator[Callable[[Progress], None]]:
         yield _Lines(console)
         return
     columns = (  # the stage last: its length changes
-        BarColumn(bar_width=_BAR_COLUMNS),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
+        bars.BarColumn(bar_width=_BAR_COLUMNS),
+        bars.TaskProgressColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}", markup=False),
     )
-    with Progress(
+    with bars.Progress(
         *columns, console=console, transient=True, speed_estimate_period=_SPEED_SECONDS
     ) as progress:
         yield _Bar(progress)
@@ -35,7 +35,7 @@ def progress_shown(console: Console) -> Iterator[Callable[[Progress], None]]:
 class _Bar:
     """Moves a progress bar."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: bars.Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("load the model", total=None)
         self._begun = False
