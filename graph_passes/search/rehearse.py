@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.sampler.correct import FAINT, RIDGE
+from calicache.graph_passes.sampler.guidance import constant_shares, weighted_sum
 from calicache.graph_passes.sampler.recover import RecordedSampler
 from calicache.graph_passes.sampler.replay import Answer
 from calicache.graph_passes.settings.choices import StepMode
@@ -51,7 +52,7 @@ class Span:
     def of(recorded: RecordedSampler) -> Span:
         """Coordinates of recorded runs that are known to their end; all runs count alike."""
         parts, weights = recorded.steps.parts, recorded.steps.weights
-        steps, guidance = len(weights), _guidance(weights, parts)
+        steps, guidance = len(weights), constant_shares(weights, parts, ALIKE)
         if guidance is not None:
             weights = tuple(_guided(row, parts) for row in weights)
         size = 1 + steps * (parts if guidance is None else 1)
@@ -60,7 +61,7 @@ class Span:
             first = run[0][recorded.steps.latent].chunk(parts)[0].flatten()
             shares = [[part.flatten() for part in value.chunk(parts)] for value in outputs]
             if guidance is not None:
-                shares = [[_weighted(guidance, step)] for step in shares]
+                shares = [[weighted_sum(guidance, step)] for step in shares]
             gram += _gram([first, *(part for step in shares for part in step)])
         # v in the span has the coordinates root v, with root^T root = gram.
         values, vectors = torch.linalg.eigh(gram)
@@ -197,27 +198,10 @@ class _Walk:
         return x, terms
 
 
-def _guidance(weights: Sequence[Sequence[float]], parts: int) -> tuple[float, ...] | None:
-    """Shares u_p of sum 1, if an output never counts but as sum_p u_p e_p."""
-    rows = torch.tensor(
-        [row[at + 1 : at + 1 + parts] for row in weights for at in range(0, len(row), 1 + parts)],
-        dtype=torch.float64,
-    )
-    sums = rows.sum(dim=1)
-    guidance = rows.sum(dim=0) / sums.sum()
-    off = (rows - sums[:, None] * guidance).abs().amax(dim=1)
-    alike = bool((off <= ALIKE * rows.abs().amax(dim=1)).all())  # not where a sum is 0 or NaN
-    return tuple(guidance.tolist()) if alike else None
-
-
 def _guided(row: Sequence[float], parts: int) -> tuple[float, ...]:
     """Weights of x and of the guided output, now and, where the sampler looks back, before."""
     terms = (row[at : at + 1 + parts] for at in range(0, len(row), 1 + parts))
     return tuple(value for x, *shares in terms for value in (x, sum(shares)))
-
-
-def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([w * v.double() for w, v in zip(weights, values, strict=True)]).sum(dim=0)
 
 
 def _gram(vectors: Sequence[Tensor]) -> Tensor:
