@@ -23,6 +23,7 @@ from calicache.graph_passes import (
 from calicache.graph_passes.describe.graphs import NodeView
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+MODES = {"plain": None, **{mode.name.lower(): mode for mode in StepMode}}
 SCHEDULE = (REFRESH, CALIBRATE, REUSE, REFRESH, FORECAST)
 
 
@@ -43,7 +44,7 @@ def small_model(order: int) -> OptimizedModel:
 def small_graphs(order: int) -> ModelGraphs:
     """The graphs of `small_model`."""
     optimized = small_model(order)
-    return view_graphs(optimized.captured, optimized.variant_set)
+    return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
 
 
 class Mix(nn.Module):

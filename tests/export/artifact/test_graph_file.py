@@ -25,7 +25,7 @@ def optimized(request: pytest.FixtureRequest) -> OptimizedModel:
 
 @pytest.fixture(scope="module")
 def graphs(optimized: OptimizedModel) -> ModelGraphs:
-    return view_graphs(optimized.captured, optimized.variant_set)
+    return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
 
 
 def written(graphs: ModelGraphs, folder: Path) -> bytes:

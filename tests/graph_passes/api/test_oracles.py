@@ -24,7 +24,6 @@ from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.sites.targets import assign
 
@@ -131,7 +130,7 @@ def weighting(request: pytest.FixtureRequest) -> Weighting:
 @pytest.fixture(scope="module")
 def found(dit: FashionDiT, two_runs: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(dit, two_runs.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(two_runs)))
+    return captured, find_sites(captured, classify_nodes(captured, two_runs.dependence))
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Collection
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model import FashionDiT, FashionDiTConfig
+from support.golden import assert_golden, graph_text
 from support.models import relative, sample_dit, shake
 from torch import Tensor, fx, nn
 
@@ -20,7 +19,6 @@ from calicache.graph_passes import (
     Recording,
     Sites,
     StepMode,
-    classify_inputs,
     classify_nodes,
     find_sites,
     optimize,
@@ -37,14 +35,13 @@ from calicache.graph_passes.sites.targets import assign
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 CHEAP = (REFRESH, CALIBRATE, REUSE)
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-GOLDEN = Path(__file__).parents[2] / "golden"
 
 Found = tuple[CapturedGraph, Sites]
 
 
 def find(model: nn.Module, recording: Recording, exclude: Collection[str] = ()) -> Found:
     captured = capture(model, recording.signature)
-    classes = classify_nodes(captured, classify_inputs(recording))
+    classes = classify_nodes(captured, recording.dependence)
     return captured, find_sites(captured, classes, exclude=tuple(exclude))
 
 
@@ -196,7 +193,7 @@ def test_rewriting_leaves_the_source_and_repeats_itself(found: Found) -> None:
     assert str(captured.graph) == before
     assert first.caches == second.caches
     for mode in CHEAP:
-        assert text(graph(first, mode)) == text(graph(second, mode))
+        assert graph_text(graph(first, mode)) == graph_text(graph(second, mode))
         assert first.variants[mode].reads == second.variants[mode].reads
 
 
@@ -356,24 +353,6 @@ def test_half_precision_model_keeps_its_dtype(
     assert relative(got.float(), exact) < 16 * torch.finfo(dtype).eps
 
 
-def text(source: fx.Graph) -> str:
-    """A graph as it is kept in tests/golden: one line a node."""
-    lines = []
-    for node in source.nodes:
-        if node.op == "output":
-            lines.append(f"return {node.args[0]}")
-            continue
-        value = node.meta["val"]
-        kind = f"{str(value.dtype)[6:]} {list(value.shape)}" if isinstance(value, Tensor) else "-"
-        options = "".join(f", {key}={option}" for key, option in node.kwargs.items())
-        name = str(node.target).replace("<built-in function getitem>", "getitem")
-        what = {"placeholder": "input", "get_attr": f"weight {node.target}"}.get(
-            node.op, f"{name}({', '.join(map(str, node.args))}{options})"
-        )
-        lines.append(f"{node.name}: {kind} = {what}")
-    return "\n".join(lines) + "\n"
-
-
 @pytest.fixture(scope="module")
 def one_block() -> VariantSet:
     """One block of width 8, as small as it gets, with some sites folded."""
@@ -391,22 +370,15 @@ def forecast_block() -> VariantSet:
         sample_dit(model, batch=1, steps=6)
     schedule = (REFRESH, CALIBRATE, REFRESH, CALIBRATE, REFRESH, FORECAST)
     plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=2, order=2, correct=False)
-    return optimize(model, plan).variant_set
+    return optimize(model, plan).compiled.variant_set
 
 
 @pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())
 def test_graph_is_the_golden_one(one_block: VariantSet, mode: StepMode) -> None:
-    assert_golden(mode.name.lower(), graph(one_block, mode))
+    assert_golden(f"{mode.name.lower()}.txt", graph_text(graph(one_block, mode)))
 
 
 @pytest.mark.parametrize("mode", [CALIBRATE, FORECAST], ids=lambda mode: mode.name.lower())
 def test_graph_of_order_2_is_the_golden_one(forecast_block: VariantSet, mode: StepMode) -> None:
-    assert_golden(f"{mode.name.lower()}_order_2", graph(forecast_block, mode))
-
-
-def assert_golden(name: str, source: fx.Graph) -> None:
-    path, got = GOLDEN / f"{name}.txt", text(source)
-    if os.environ.get("WRITE_GOLDEN"):  # WRITE_GOLDEN=1 pytest tests/test_rewrite.py -k golden
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(got)
-    assert got == path.read_text()
+    text = graph_text(graph(forecast_block, mode))
+    assert_golden(f"{mode.name.lower()}_order_2.txt", text)

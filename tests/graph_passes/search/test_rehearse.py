@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from calicache.graph_passes import Sites, StepMode, record
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.sampler.least_squares import RIDGE
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
@@ -212,10 +211,9 @@ def recorded_dit(model: nn.Module) -> RecordedSampler:
         for seed in (1, 2):
             recording.finish(sample_dit(model, seed=seed))
     graph = capture(model, recording.signature)
-    found = recover_sampler(graph, recording, classify_inputs(recording), recording.steps)
-    assert isinstance(found, RecordedSampler)
-    assert found.steps.parts == 2
-    return found
+    recorded = recover_sampler(graph, recording, recording.dependence, recording.steps)
+    assert recorded.steps.parts == 2
+    return recorded
 
 
 # --- errors against real replays ----------------------------------------------------------------

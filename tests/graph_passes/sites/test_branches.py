@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.joined_layers import CHANNELS, Forward, JoinedLayers, joined_graph
 from support.models import shake
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -27,39 +28,11 @@ from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.operations import ADD, LINEAR
 from calicache.graph_passes.graph.surgery import finish, module_path
-from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.rewriting.insertion import cache_name
 from calicache.graph_passes.sites.branches import ResidualBranch, find_branches
-
-CHANNELS = 4
-Forward = Callable[..., Any]
-
-
-class Tiny(nn.Module):
-    """Some layers; `path` says how they are joined, which is all that matters here."""
-
-    def __init__(self, path: Forward) -> None:
-        super().__init__()
-        for name in "abcde":
-            setattr(self, name, nn.Linear(CHANNELS, CHANNELS))
-        self.norm = nn.LayerNorm(CHANNELS)
-        self.matrix = nn.Parameter(torch.randn(CHANNELS, CHANNELS))
-        self.path = path
-
-    def forward(self, x: Tensor, text: Tensor) -> Any:
-        return self.path(self, x, text)
-
-
-def tiny_graph(path: Forward, shape: tuple[int, ...] = (2, 3, CHANNELS)) -> Any:
-    """The captured graph of a tiny model and its classes: x is latent, text is run."""
-    model = Tiny(path).eval()
-    call = flatten_call(model, (torch.randn(shape), torch.randn(2, 5, CHANNELS)), {})
-    captured = capture(model, call.signature())
-    inputs = {"x": Dependence.LATENT, "text": Dependence.RUN}
-    return captured, classify_nodes(captured, inputs)
-
 
 Summary = tuple[str, str | None, str, str]
 Found = tuple[list[Summary], list[tuple[str, str]]]
@@ -72,7 +45,7 @@ def summary(branch: ResidualBranch) -> Summary:
 
 def found(path: Forward) -> Found:
     """(name, entry, exits, joins) of all branches, (node, reason) of all rejections."""
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     branches, rejections = find_branches(captured.graph, classes)
     return (
         list(map(summary, branches)),
@@ -93,7 +66,7 @@ def real_branches(request: pytest.FixtureRequest) -> dict[str, tuple[fx.Graph, A
     for name, model in (("dit", "dit"), ("diffusers", "diffusers_dit")):
         recording: Recording = request.getfixturevalue(f"{name}_recording")
         captured = capture(request.getfixturevalue(model), recording.signature)
-        classes = classify_nodes(captured, classify_inputs(recording))
+        classes = classify_nodes(captured, recording.dependence)
         found[name] = (captured.graph, classes, find_branches(captured.graph, classes))
     return found
 
@@ -163,14 +136,14 @@ def test_plain_residual_on_either_side_of_the_add() -> None:
 
 
 def test_skip_through_reshape_and_transpose() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(2, -1, 3).transpose(1, 2) + m.b(m.norm(m.a(x)))
 
     assert branches_of(path) == [("model", "x", "linear_1", "add")]
 
 
 def test_tokens_moved_before_the_branch_are_where_it_starts() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = m.a(x).transpose(1, 2).clone().transpose(1, 2)
         return x + m.b(m.norm(x))
 
@@ -178,7 +151,7 @@ def test_tokens_moved_before_the_branch_are_where_it_starts() -> None:
 
 
 def test_attention_and_mlp_in_parallel_are_one_branch() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         n = m.norm(x)
         mixed = m.d(F.scaled_dot_product_attention(m.a(n), m.b(n), m.c(n)))
         return x + (mixed + m.e(n))
@@ -187,7 +160,7 @@ def test_attention_and_mlp_in_parallel_are_one_branch() -> None:
 
 
 def test_branches_in_series_start_where_the_last_one_joined() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + m.a(x)
         return m.norm(x + m.b(x))
 
@@ -195,7 +168,7 @@ def test_branches_in_series_start_where_the_last_one_joined() -> None:
 
 
 def test_a_layer_called_twice_gives_two_names() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + m.a(x)
         return x + m.a(x)
 
@@ -203,7 +176,7 @@ def test_a_layer_called_twice_gives_two_names() -> None:
 
 
 def test_text_may_enter_a_branch_anywhere() -> None:
-    def path(m: Tiny, x: Tensor, text: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, text: Tensor) -> Tensor:
         mixed = F.scaled_dot_product_attention(m.a(m.norm(x)), m.b(text), m.c(text))
         return x + m.d(mixed)
 
@@ -211,7 +184,7 @@ def test_text_may_enter_a_branch_anywhere() -> None:
 
 
 def test_the_exit_may_be_read_again_after_the_join() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         y = m.b(m.a(x))
         return (x + y) * y
 
@@ -219,7 +192,7 @@ def test_the_exit_may_be_read_again_after_the_join() -> None:
 
 
 def test_rotary_positions_inside_a_branch_are_no_branch_of_their_own() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         q = m.a(x)
         turned = torch.cat([-q[..., 2:], q[..., :2]], dim=-1)
         return x + m.b(q * 0.6 + turned * 0.8)
@@ -228,7 +201,7 @@ def test_rotary_positions_inside_a_branch_are_no_branch_of_their_own() -> None:
 
 
 def test_an_activation_written_by_hand_does_not_hide_its_branch() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         h = m.a(x)
         gelu = 0.5 * h * (1 + torch.tanh(0.79788 * (h + 0.044715 * h**3)))
         return x + m.b(gelu)
@@ -239,7 +212,7 @@ def test_an_activation_written_by_hand_does_not_hide_its_branch() -> None:
 @settings(max_examples=6, deadline=None)
 @given(kinds=st.lists(st.sampled_from(["mlp", "gated", "plain", "norm"]), min_size=1, max_size=5))
 def test_a_chain_has_as_many_branches_as_residual_blocks(kinds: list[str]) -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         for kind in kinds:
             if kind == "mlp":
                 x = x + m.b(F.gelu(m.a(m.norm(x))))
@@ -258,11 +231,11 @@ def test_a_chain_has_as_many_branches_as_residual_blocks(kinds: list[str]) -> No
 
 
 def test_parallel_branches_added_one_after_the_other_share_their_norm() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         n = m.norm(x)
         return x + m.a(n) + m.b(n)
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), rejections = find_branches(captured.graph, classes)
     assert summary(branch) == ("model", "x", "linear linear_1", "add add_1")
     assert branch.nodes == ("layer_norm", "linear", "linear_1")
@@ -270,7 +243,7 @@ def test_parallel_branches_added_one_after_the_other_share_their_norm() -> None:
 
 
 def test_attention_and_mlp_added_one_after_the_other_are_one_branch() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         n = m.norm(x)
         mixed = m.d(F.scaled_dot_product_attention(m.a(n), m.b(n), m.c(n)))
         return x + mixed + m.e(F.gelu(n))
@@ -284,11 +257,11 @@ def test_parallel_branches_that_share_nothing_are_two_that_start_at_one_value() 
 
 
 def test_a_nested_branch_is_taken_in_by_an_outer_one_with_layers_of_its_own() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         h = m.a(x)
         return x + m.c(h + m.b(h))
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), rejections = find_branches(captured.graph, classes)
     assert (branch.name, branch.entry, branch.exits[-1]) == ("model", "x", "linear_2")
     assert branch.nodes == ("linear", "linear_1", "add", "linear_2")
@@ -296,11 +269,11 @@ def test_a_nested_branch_is_taken_in_by_an_outer_one_with_layers_of_its_own() ->
 
 
 def test_a_second_latent_entry_leaves_the_branch_without_the_one() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         y = m.norm(x)
         return y + m.b(y * m.a(x))
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), rejections = find_branches(captured.graph, classes)
     assert summary(branch) == ("model", None, "linear_1", "add")
     assert branch.nodes == ("linear", "mul", "linear_1")
@@ -308,11 +281,11 @@ def test_a_second_latent_entry_leaves_the_branch_without_the_one() -> None:
 
 
 def test_a_value_that_escapes_stays_outside_with_what_makes_it() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         h = m.b(m.norm(m.a(x)))
         return x + m.d(F.gelu(m.c(h))), h
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), rejections = find_branches(captured.graph, classes)
     assert summary(branch) == ("model", "linear_1", "linear_3", "add")
     assert branch.nodes == ("linear_2", "gelu", "linear_3")
@@ -320,12 +293,12 @@ def test_a_value_that_escapes_stays_outside_with_what_makes_it() -> None:
 
 
 def test_an_exit_read_elsewhere_keeps_no_node_but_itself_inside() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         h = m.a(x)
         y = m.b(F.gelu(h))
         return x + y, y * h
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), _ = find_branches(captured.graph, classes)
     assert branch.nodes == ("gelu", "linear_1")
 
@@ -599,8 +572,8 @@ def test_reused_joint_branch_reads_two_caches_and_none_of_its_weights(
         joint_model, joint_recording, rank=CHANNELS, order=0, rules=rules, correct=False
     )
     fast = optimize(joint_model, plan)
-    (target,) = [target for target in fast.targets if target.name == "blocks.1.attn"]
-    variant = fast.variant_set.variants[CALIBRATE]
+    (target,) = [target for target in fast.compiled.targets if target.name == "blocks.1.attn"]
+    variant = fast.compiled.variant_set.variants[CALIBRATE]
     assert {cache_name(node) for node in target.nodes} <= set(variant.reads)
     named = {str(n.target) for n in variant.module.graph.nodes if n.op == "get_attr"}
     assert not [name for name in named if "blocks.1.attn" in name]
@@ -657,7 +630,10 @@ def test_reuse_of_a_nested_branch_keeps_the_exit_of_the_outer_one_alone() -> Non
         model, recording, schedule=schedule_of(REUSE), rank=CHANNELS, order=0, correct=False
     )
     fast = optimize(model, plan)
-    paths = [module_path(fast.captured.node(cache.node)) for cache in fast.variant_set.caches]
+    paths = [
+        module_path(fast.compiled.captured.node(cache.node))
+        for cache in fast.compiled.variant_set.caches
+    ]
     assert paths == ["down", "after"]
 
 
@@ -672,15 +648,17 @@ def test_a_joint_branch_is_no_one_map_as_a_whole(
     fast = optimize(joint_model, plan)
     # Two exits in both; in the second, two entries too. Its layers are calibrated instead.
     reason = "not one map as a whole: several latent values go in or come out"
-    assert [(r.name, r.reason) for r in fast.sites.rejections if r.name == name] == [(name, reason)]
-    assert {t.granularity for t in fast.targets} == {Granularity.LINEAR}
+    assert [(r.name, r.reason) for r in fast.compiled.rejections if r.name == name] == [
+        (name, reason)
+    ]
+    assert {t.granularity for t in fast.compiled.targets} == {Granularity.LINEAR}
 
 
 # --- what is none, and why --------------------------------------------------------------------
 
 
 def test_of_a_chain_inside_an_outer_residual_the_links_are_kept() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         h = m.a(x)
         h = h + m.b(h)
         h = h + m.c(h)
@@ -692,7 +670,7 @@ def test_of_a_chain_inside_an_outer_residual_the_links_are_kept() -> None:
 
 
 def test_an_outer_residual_without_layers_of_its_own_is_rejected() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         return x + torch.tanh(x + m.a(x))
 
     branches, rejections = found(path)
@@ -701,7 +679,7 @@ def test_an_outer_residual_without_layers_of_its_own_is_rejected() -> None:
 
 
 def test_layers_that_only_escape_make_no_branch() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         h = m.a(x)
         return x + F.gelu(h), h
 
@@ -711,7 +689,7 @@ def test_layers_that_only_escape_make_no_branch() -> None:
 
 
 def test_a_latent_add_without_a_linear_is_rejected() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + F.gelu(x)
         return x + m.a(x)
 
@@ -742,10 +720,10 @@ def test_adds_that_join_no_skip_are_not_even_candidates(path: Forward) -> None:
 
 
 def test_a_step_known_residual_is_left_alone() -> None:
-    def path(m: Tiny, x: Tensor, text: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, text: Tensor) -> Tensor:
         text = text + m.a(text)
         return x * text.mean(dim=1, keepdim=True)
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     assert [n.name for n in captured.graph.nodes if n.target is ADD] == ["add"]
     assert find_branches(captured.graph, classes) == ([], [])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.fronts import front_of
+from support.golden import assert_golden
 from support.small_targets import other_artifact, schedule_of, small_folder
 from typer.testing import CliRunner, Result
 
@@ -24,11 +25,9 @@ from calicache.graph_passes.common.errors import TargetError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.tools.cli import app
-from calicache.tools.diff import diff_targets
-from calicache.tools.diff_artifacts import diff_artifacts
-from calicache.tools.diff_plans import diff_plans
-from calicache.tools.diff_view import describe_difference
-from calicache.tools.difference import (
+from calicache.tools.diff.artifacts import diff_artifacts
+from calicache.tools.diff.diff import diff_targets
+from calicache.tools.diff.difference import (
     Change,
     Difference,
     LayerChange,
@@ -38,10 +37,11 @@ from calicache.tools.difference import (
     TargetState,
     difference_json,
 )
-from calicache.tools.facts import LayerWork
-from calicache.tools.target_file import ArtifactTarget, PlanTarget
+from calicache.tools.diff.plans import diff_plans
+from calicache.tools.diff.view import describe_difference
+from calicache.tools.inspect.facts import LayerWork
+from calicache.tools.terminal.subject import ArtifactTarget, PlanTarget
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 R, C, U, F = StepMode
 FITTED = "fitted to the recorded runs"
 
@@ -75,7 +75,7 @@ def between(home: Path, plan: Plan, other: Plan) -> Difference:
 
 
 def changed(plan: Plan, **changes: object) -> Plan:
-    return replace(plan, settings=replace(plan.settings, **changes))  # type: ignore[arg-type]
+    return replace(plan, recipe=replace(plan.recipe, **changes))  # type: ignore[arg-type]
 
 
 def test_a_plan_saved_twice_is_equal(home: Path, plan: Plan, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
         "rules": (),
         "include": (),
         "exclude": ("x",),
-        "signature": replace(plan.settings.signature, order=("x",)),
+        "signature": replace(plan.binding.signature, order=("x",)),
         "dependence": {},
         "timestep": None,
         "weights_hash": "0",
@@ -145,7 +145,7 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
 
 
 def test_a_list_in_another_order_differs(home: Path, plan: Plan) -> None:
-    rules = tuple(reversed(plan.settings.rules))
+    rules = tuple(reversed(plan.recipe.rules))
     (change,) = between(home, plan, changed(plan, rules=rules)).settings
     assert change.a == tuple(reversed(change.b))
     assert len(change.a) == 3
@@ -201,7 +201,7 @@ def test_other_weights_and_statistics_belong_to_something_else(
 
 
 def test_output_weights_say_how_far_they_are_apart(home: Path, plan: Plan) -> None:
-    table = plan.settings.output_weights
+    table = plan.recipe.output_weights
     assert table is not None
     moved = ((table[0][0] + 0.25, *table[0][1:]), *table[1:])
     (change,) = between(home, plan, changed(plan, output_weights=moved)).settings
@@ -211,7 +211,7 @@ def test_output_weights_say_how_far_they_are_apart(home: Path, plan: Plan) -> No
 
 
 def test_output_weights_of_another_order_are_told_apart(home: Path, plan: Plan) -> None:
-    table = plan.settings.output_weights
+    table = plan.recipe.output_weights
     assert table is not None
     wider = tuple((*row, 0.0) for row in table)
     other = changed(plan, order=2, output_weights=wider)
@@ -244,10 +244,10 @@ def test_text_of_two_plans_is_as_it_was(home: Path, plan: Plan) -> None:
     other = changed(
         plan.with_schedule(schedule_of("RCCRCC")),
         ranks={"blocks.2.fc1": 2},
-        rules=plan.settings.rules[:1],
+        rules=plan.recipe.rules[:1],
     )
     text = printed(between(home, plan, other))
-    assert text.replace(str(home), "FOLDER") == (GOLDEN / "diff_plans.txt").read_text()
+    assert_golden("diff_plans.txt", text.replace(str(home), "FOLDER"))
 
 
 # Artifacts.

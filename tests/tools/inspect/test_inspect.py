@@ -18,6 +18,7 @@ import torch
 from onnx import TensorProto, helper
 from rich.console import Console
 from support.fronts import front_of
+from support.golden import assert_golden
 from support.small_targets import (
     other_artifact,
     small_folder,
@@ -36,17 +37,17 @@ from calicache.graph_passes import optimize as compiled
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.front import ErrorSummary
-from calicache.tools.artifact_facts import ArtifactFacts, artifact_facts
-from calicache.tools.artifact_view import fold_names
 from calicache.tools.cli import app
-from calicache.tools.facts import Caution, LayerWork
-from calicache.tools.inspect_target import Facts, facts_json, inspect_target
-from calicache.tools.inspect_view import describe_facts
-from calicache.tools.layer_facts import layer_facts
-from calicache.tools.onnx_facts import OnnxFacts, onnx_facts
-from calicache.tools.plan_facts import PlanFacts, plan_facts
-from calicache.tools.recording_facts import RecordingFacts, RunFacts, recording_facts
-from calicache.tools.target_file import (
+from calicache.tools.inspect.artifact_facts import ArtifactFacts, artifact_facts
+from calicache.tools.inspect.artifact_view import fold_names
+from calicache.tools.inspect.facts import Caution, LayerWork
+from calicache.tools.inspect.layers import layer_facts
+from calicache.tools.inspect.onnx_facts import OnnxFacts, onnx_facts
+from calicache.tools.inspect.plan_facts import PlanFacts, plan_facts
+from calicache.tools.inspect.recording_facts import RecordingFacts, RunFacts, recording_facts
+from calicache.tools.inspect.subject_facts import Facts, facts_json, inspect_target
+from calicache.tools.inspect.view import describe_facts
+from calicache.tools.terminal.subject import (
     ArtifactTarget,
     OnnxTarget,
     PlanTarget,
@@ -55,7 +56,6 @@ from calicache.tools.target_file import (
     read_target,
 )
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 R, C, U, F = StepMode
 NAMES = {
     "plan": "plan",
@@ -113,7 +113,7 @@ def steady(text: str) -> str:
 @pytest.mark.parametrize("kind", NAMES)
 def test_text_is_as_it_was(home: Path, kind: str) -> None:
     text = steady(printed(inspect_target(home / NAMES[kind])))
-    assert text == (GOLDEN / f"inspect_{kind}.txt").read_text()
+    assert_golden(f"inspect_{kind}.txt", text)
 
 
 # What the plan says.
@@ -122,12 +122,12 @@ def test_text_is_as_it_was(home: Path, kind: str) -> None:
 def test_plan_facts_are_those_of_the_plan(home: Path, plan: Plan) -> None:
     facts = inspect_target(home / "plan")
     assert isinstance(facts, PlanFacts)
-    assert facts.weights_hash == plan.settings.weights_hash
+    assert facts.weights_hash == plan.binding.weights_hash
     written = json.loads((home / "plan" / "plan.json").read_text())
     assert facts.files[1].sha256 == written["statistics_sha256"]
     assert facts.format == written["format"]
     assert (facts.schedule.strip, facts.schedule.interval) == ("RCRURF", 2)
-    assert facts.rules == plan.settings.rules
+    assert facts.rules == plan.recipe.rules
     assert [spec.dependence for spec in facts.inputs] == [Dependence.LATENT, Dependence.STEP]
     assert [target.name for target in facts.targets] == sorted(plan.statistics)
     sizes = {target.name: target.bytes for target in facts.targets}
@@ -191,7 +191,7 @@ def test_output_weights_that_could_not_be_fitted_are_warned_of_with_the_reason(
 def test_output_weights_that_nobody_asked_for_are_no_warning() -> None:
     model = small_model()
     plan = Plan.from_trajectory(model, small_runs(model), rank=2, order=0, correct=False)
-    assert plan.settings.correction == "not asked for"
+    assert plan.recipe.correction == "not asked for"
     assert not plan_facts(PlanTarget(small_folder() / "plan", plan)).warnings
 
 
@@ -284,7 +284,9 @@ def test_calls_of_one_layer_are_told_apart() -> None:
     model.blocks[1] = model.blocks[0]
     rules = (SiteRule("blocks.1.fc1@1", SiteMode.FULL), SiteRule("blocks.1.fc2", SiteMode.REUSE))
     fast = compiled(model, small_plan(model, small_runs(model), rules=rules))
-    layers = layer_facts(view_graphs(fast.captured, fast.variant_set), fast.targets)
+    layers = layer_facts(
+        view_graphs(fast.compiled.captured, fast.compiled.variant_set), fast.compiled.targets
+    )
     work = {layer.name: layer.work["CALIBRATE"].value for layer in layers}
     assert work["blocks.1.fc1"] == "calibrate"
     assert work["blocks.1.fc1@1"] == "full"

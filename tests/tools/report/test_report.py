@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from playwright.sync_api import sync_playwright
 from support.small_targets import STEPS, small_model, small_runs
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -17,11 +18,11 @@ from calicache.export import export_onnx
 from calicache.graph_passes import Plan, Recording, StepMode, optimize
 from calicache.graph_passes.common.errors import CompareError, TargetError
 from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint
-from calicache.tools import report_page
 from calicache.tools.cli import app
-from calicache.tools.report_data import gather_report
-from calicache.tools.report_page import render_report, write_report
-from calicache.tools.site_errors import LATENTS, OUTPUT, site_errors
+from calicache.tools.compare.site_errors import LATENTS, OUTPUT, site_errors
+from calicache.tools.report import page as report_page
+from calicache.tools.report.data import gather_report
+from calicache.tools.report.page import render_report, write_report
 
 R, C, U, F = StepMode
 SCHEDULE = (R, C, F, R, U, C)
@@ -61,7 +62,7 @@ def folder(
 
 
 def front_of(plan: Plan) -> Front:
-    weights, latent = plan.settings.output_weights, plan.settings.latent
+    weights, latent = plan.recipe.output_weights, plan.recipe.latent
     assert weights is not None
     assert latent is not None
     points = tuple(
@@ -110,7 +111,7 @@ def test_site_errors_are_those_of_the_drop_in_model(
 ) -> None:
     optimized = optimize(model, plan)
     found = site_errors(optimized, runs)
-    branches = tuple(branch.name for branch in optimized.sites.branches)
+    branches = tuple(branch.name for branch in optimized.compiled.analysis.sites.branches)
     assert found.sites == (LATENTS, *branches, OUTPUT)
     assert found.schedule == SCHEDULE
     expected = run_beside(model, optimized)
@@ -247,8 +248,6 @@ def test_parts_that_are_not_drawn_are_told(folder: Path, monkeypatch: pytest.Mon
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=CHROMIUM,
