@@ -11,21 +11,21 @@ import typer
 from rich.console import Console
 
 from calicache.graph_passes.common.errors import CalicacheError
-from calicache.tools.bench import run_bench
-from calicache.tools.bench_models import MODELS
-from calicache.tools.bench_report import write_report
-from calicache.tools.bench_rows import BenchSettings
-from calicache.tools.compare_command import CompareArguments, run_compare
-from calicache.tools.diff import diff_targets
-from calicache.tools.diff_view import describe_difference
-from calicache.tools.difference import difference_json
-from calicache.tools.environment import environment
-from calicache.tools.graph_command import GraphArguments, GraphFormat, run_graph
-from calicache.tools.inspect_target import facts_json, inspect_target
-from calicache.tools.inspect_view import describe_facts
-from calicache.tools.latency_command import LatencyArguments, run_latency
-from calicache.tools.plan_command import PlanArguments, run_plan
-from calicache.tools.report_command import ReportArguments, run_report
+from calicache.tools.bench.models import MODELS
+from calicache.tools.bench.report import write_report
+from calicache.tools.bench.rows import BenchSettings
+from calicache.tools.bench.run import run_bench
+from calicache.tools.compare.command import CompareArguments, run_compare
+from calicache.tools.diff.diff import diff_targets
+from calicache.tools.diff.difference import difference_json
+from calicache.tools.diff.view import describe_difference
+from calicache.tools.graph.command import GraphArguments, GraphFormat, run_graph
+from calicache.tools.inspect.subject_facts import facts_json, inspect_target
+from calicache.tools.inspect.view import describe_facts
+from calicache.tools.plan.command import PlanArguments, run_plan
+from calicache.tools.plan.latency import LatencyArguments, run_latency
+from calicache.tools.report.command import ReportArguments, run_report
+from calicache.tools.terminal.environment import environment
 
 WARNINGS, DIFFERENT = 2, 3  # exit codes; 1 is for what is refused
 

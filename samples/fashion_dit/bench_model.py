@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from model import FashionDiT
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.tools.bench_models import BenchModel
+from calicache.tools.bench.models import BenchModel
 
 IMAGES = 16
 

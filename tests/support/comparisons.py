@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from calicache.export import Layout
 from calicache.graph_passes import Recording, StepMode, record
 from calicache.graph_passes.settings.front import ErrorSummary
-from calicache.tools.compare import Comparison, ModeTime, StepComparison
-from calicache.tools.image_measures import ImageMeasures, PictureKind
+from calicache.tools.compare.comparison import Comparison, ModeTime, StepComparison
+from calicache.tools.compare.image_measures import ImageMeasures, PictureKind
 
 R, C, U, FORECAST = StepMode
 STEPS, GUIDANCE, NULL = 6, 1.5, 10

@@ -23,6 +23,7 @@ from calicache.graph_passes import (
 from calicache.graph_passes.describe.graphs import NodeView
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
+MODES = {"plain": None, **{mode.name.lower(): mode for mode in StepMode}}
 SCHEDULE = (REFRESH, CALIBRATE, REUSE, REFRESH, FORECAST)
 
 

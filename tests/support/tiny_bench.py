@@ -6,7 +6,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from calicache.tools.bench_models import BenchModel
+from calicache.tools.bench.models import BenchModel
 
 BLOCKS = 2
 

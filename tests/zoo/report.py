@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calicache.graph_passes.common.files import atomic_path
-from calicache.tools.environment import environment
+from calicache.tools.terminal.environment import environment
 from zoo import audio, image, video, wan
 from zoo.entry import ZooEntry
 from zoo.finding import Check, Finding

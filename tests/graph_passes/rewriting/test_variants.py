@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model import FashionDiT, FashionDiTConfig
+from support.factors import factors_of
 from support.golden import assert_golden, graph_text
 from support.models import relative, sample_dit, shake
 from torch import Tensor, fx, nn
@@ -24,7 +25,6 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.rewriting.checks import verify_variants
@@ -60,7 +60,7 @@ def emit(
 ) -> VariantSet:
     captured, sites = found
     targets, _ = assign(captured, sites, rank=rank)
-    factors = make_factors(captured, targets, {})
+    factors = factors_of(captured, targets, {})
     variant_set = rewrite(captured, sites, targets, factors, modes, folded=frozenset(folded))
     return verify_variants(captured, variant_set)
 
@@ -206,7 +206,7 @@ def test_every_kept_refresh_has_a_slot_and_a_weight(found: Found, order: int) ->
         captured,
         sites,
         targets,
-        make_factors(captured, targets, {}),
+        factors_of(captured, targets, {}),
         set(schedule),
         anchors=anchor_table(schedule, order),
         outputs=output_table(schedule, order),
@@ -287,7 +287,7 @@ def test_both_layers_of_a_chain_are_calibrated(fold: bool) -> None:
     assert not {"first.weight", "second.weight"} & weights(graph(variants, CALIBRATE))
     # Each layer once on REFRESH: embed, first, second, and two A x where folded.
     assert count(graph(variants, REFRESH), LINEAR) == (5 if fold else 3)
-    factors = make_factors(found[0], assign(*found, rank=2)[0], {})
+    factors = factors_of(found[0], assign(*found, rank=2)[0], {})
     first, second = torch.randn(2, 2, 5, 8)
     x, x_ref = model.norm(model.embed(second)), model.norm(model.embed(first))
     low = [factors[name].up @ factors[name].down for name in ("first", "second")]

@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 
 from calicache.graph_passes import StepMode
 from calicache.graph_passes.common.errors import BenchError
-from calicache.tools import bench, bench_prepare
-from calicache.tools.bench import MEMORY_PER_ROW, Timing, run_bench
-from calicache.tools.bench_models import MODELS, BenchModel, find_model
-from calicache.tools.bench_report import efficiency, targets, write_report
-from calicache.tools.bench_rows import BenchSettings, BenchTask, bench_rows, chosen_rows
+from calicache.tools.bench import prepare as bench_prepare
+from calicache.tools.bench import run as bench
+from calicache.tools.bench.models import MODELS, BenchModel, find_model
+from calicache.tools.bench.report import efficiency, targets, write_report
+from calicache.tools.bench.rows import BenchSettings, BenchTask, bench_rows, chosen_rows
+from calicache.tools.bench.run import MEMORY_PER_ROW, Timing, run_bench
 from calicache.tools.cli import app
-from calicache.tools.environment import environment
-from calicache.tools.operators import operator_times
+from calicache.tools.compare.operators import operator_times
+from calicache.tools.terminal.environment import environment
 
 TINY = f"{Path(__file__).parents[2] / 'support' / 'tiny_bench.py'}:tiny"
 STEPS, INTERVAL = 6, 3

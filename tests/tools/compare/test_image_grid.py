@@ -13,8 +13,8 @@ from support.comparisons import draw
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import CompareError
-from calicache.tools.image_grid import check_grid, save_grid
-from calicache.tools.image_measures import NoPictures, PictureKind, Pictures
+from calicache.tools.compare.image_grid import check_grid, save_grid
+from calicache.tools.compare.image_measures import NoPictures, PictureKind, Pictures
 
 MARGIN, GAP = 96, 4
 

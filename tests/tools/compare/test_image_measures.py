@@ -11,7 +11,7 @@ from support.comparisons import draw
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import CompareError
-from calicache.tools.image_measures import (
+from calicache.tools.compare.image_measures import (
     Decoder,
     ImageMeasures,
     NoPictures,

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.fronts import front_of
+from support.golden import assert_golden
 from support.small_targets import other_artifact, schedule_of, small_folder
 from typer.testing import CliRunner, Result
 
@@ -24,11 +25,9 @@ from calicache.graph_passes.common.errors import TargetError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.tools.cli import app
-from calicache.tools.diff import diff_targets
-from calicache.tools.diff_artifacts import diff_artifacts
-from calicache.tools.diff_plans import diff_plans
-from calicache.tools.diff_view import describe_difference
-from calicache.tools.difference import (
+from calicache.tools.diff.artifacts import diff_artifacts
+from calicache.tools.diff.diff import diff_targets
+from calicache.tools.diff.difference import (
     Change,
     Difference,
     LayerChange,
@@ -38,10 +37,11 @@ from calicache.tools.difference import (
     TargetState,
     difference_json,
 )
-from calicache.tools.facts import LayerWork
-from calicache.tools.target_file import ArtifactTarget, PlanTarget
+from calicache.tools.diff.plans import diff_plans
+from calicache.tools.diff.view import describe_difference
+from calicache.tools.inspect.facts import LayerWork
+from calicache.tools.terminal.subject import ArtifactTarget, PlanTarget
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 R, C, U, F = StepMode
 FITTED = "fitted to the recorded runs"
 
@@ -247,7 +247,7 @@ def test_text_of_two_plans_is_as_it_was(home: Path, plan: Plan) -> None:
         rules=plan.recipe.rules[:1],
     )
     text = printed(between(home, plan, other))
-    assert text.replace(str(home), "FOLDER") == (GOLDEN / "diff_plans.txt").read_text()
+    assert_golden("diff_plans.txt", text.replace(str(home), "FOLDER"))
 
 
 # Artifacts.

@@ -18,6 +18,7 @@ import torch
 from onnx import TensorProto, helper
 from rich.console import Console
 from support.fronts import front_of
+from support.golden import assert_golden
 from support.small_targets import (
     other_artifact,
     small_folder,
@@ -36,17 +37,17 @@ from calicache.graph_passes import optimize as compiled
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.front import ErrorSummary
-from calicache.tools.artifact_facts import ArtifactFacts, artifact_facts
-from calicache.tools.artifact_view import fold_names
 from calicache.tools.cli import app
-from calicache.tools.facts import Caution, LayerWork
-from calicache.tools.inspect_target import Facts, facts_json, inspect_target
-from calicache.tools.inspect_view import describe_facts
-from calicache.tools.layer_facts import layer_facts
-from calicache.tools.onnx_facts import OnnxFacts, onnx_facts
-from calicache.tools.plan_facts import PlanFacts, plan_facts
-from calicache.tools.recording_facts import RecordingFacts, RunFacts, recording_facts
-from calicache.tools.target_file import (
+from calicache.tools.inspect.artifact_facts import ArtifactFacts, artifact_facts
+from calicache.tools.inspect.artifact_view import fold_names
+from calicache.tools.inspect.facts import Caution, LayerWork
+from calicache.tools.inspect.layers import layer_facts
+from calicache.tools.inspect.onnx_facts import OnnxFacts, onnx_facts
+from calicache.tools.inspect.plan_facts import PlanFacts, plan_facts
+from calicache.tools.inspect.recording_facts import RecordingFacts, RunFacts, recording_facts
+from calicache.tools.inspect.subject_facts import Facts, facts_json, inspect_target
+from calicache.tools.inspect.view import describe_facts
+from calicache.tools.terminal.subject import (
     ArtifactTarget,
     OnnxTarget,
     PlanTarget,
@@ -55,7 +56,6 @@ from calicache.tools.target_file import (
     read_target,
 )
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 R, C, U, F = StepMode
 NAMES = {
     "plan": "plan",
@@ -113,7 +113,7 @@ def steady(text: str) -> str:
 @pytest.mark.parametrize("kind", NAMES)
 def test_text_is_as_it_was(home: Path, kind: str) -> None:
     text = steady(printed(inspect_target(home / NAMES[kind])))
-    assert text == (GOLDEN / f"inspect_{kind}.txt").read_text()
+    assert_golden(f"inspect_{kind}.txt", text)
 
 
 # What the plan says.

@@ -18,11 +18,11 @@ from calicache.export import export_onnx
 from calicache.graph_passes import Plan, Recording, StepMode, optimize
 from calicache.graph_passes.common.errors import CompareError, TargetError
 from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint
-from calicache.tools import report_page
 from calicache.tools.cli import app
-from calicache.tools.report_data import gather_report
-from calicache.tools.report_page import render_report, write_report
-from calicache.tools.site_errors import LATENTS, OUTPUT, site_errors
+from calicache.tools.compare.site_errors import LATENTS, OUTPUT, site_errors
+from calicache.tools.report import page as report_page
+from calicache.tools.report.data import gather_report
+from calicache.tools.report.page import render_report, write_report
 
 R, C, U, F = StepMode
 SCHEDULE = (R, C, F, R, U, C)

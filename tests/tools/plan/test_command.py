@@ -1,0 +1,364 @@
+"""calicache plan: search, the front on a terminal, another point of it, wrong arguments."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from support.fronts import front_of
+from support.models import relative, sample_dit
+from typer.testing import CliRunner, Result
+
+from calicache.graph_passes import Plan, Recording, optimize, record
+from calicache.tools.cli import app
+from calicache.tools.plan.command import PlanArguments, run_plan
+from calicache.tools.terminal.model_file import load_model
+
+COSTS, ERRORS = (0.34, 0.5, 0.67, 0.84, 1.0), (0.31, 0.042, 0.0071, 0.0002, 0.0)
+TAKEN = 2
+USAGE = "calicache plan MODEL RECORDING -o PLAN (--budget SHARE | --max-error ERROR)"
+
+
+MODEL = """
+import torch
+from support.models import shake
+from model import FashionDiT, FashionDiTConfig
+
+
+def build():
+    torch.manual_seed(0)
+    return shake(FashionDiT(FashionDiTConfig(width=32, depth=2, frequency_channels=32)))
+"""
+
+
+def calicache(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def words(text: str) -> str:
+    """Without the line breaks of the terminal."""
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def searched(dit_plan: Plan) -> Plan:
+    """As a search leaves it: the settings are those of the point that is taken."""
+    plan = replace(dit_plan, front=front_of(COSTS, ERRORS, TAKEN, len(dit_plan.schedule)))
+    return plan.take(TAKEN)
+
+
+@pytest.fixture(scope="module")
+def saved(searched: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plans") / "a plan with spaces"
+    searched.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def without_front(dit_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plans") / "plain"
+    dit_plan.save(path)
+    return path
+
+
+def test_show_prints_table_schedules_and_chart(saved: Path, searched: Plan) -> None:
+    done = calicache(saved, "--show")
+    assert done.exit_code == 0, done.output
+    assert searched.front is not None
+    table = done.stdout.partition("Points")[2].partition("Schedules")[0]
+    rows = {row.split()[0]: row for row in table.splitlines() if row.strip()}
+    for place, point in enumerate(searched.front.points):
+        numbers = rows[str(place)].replace("±", " ").replace("< taken", "").split()
+        assert float(numbers[1]) == pytest.approx(point.cost, rel=1e-3, abs=1e-3)
+        got = [float(number) for number in numbers[2:5]]
+        wanted = [point.error.mean, point.error.deviation, point.error.bound]
+        assert got == pytest.approx(wanted, rel=0.05)
+        counts = [str(point.schedule.count(mode) or "-") for mode in range(4)]
+        assert numbers[5:] == [str(point.order), *counts]
+        assert f"point {place}, cost {point.cost:.3f}" in done.stdout
+        assert ("< taken" in rows[str(place)]) == (place == TAKEN)
+    for part in ("budget 0.5", "in MACs", "99 % bound", "RCCCCR", "R refresh, C calibrate"):
+        assert part in done.stdout
+    assert "O taken, * the others; points without error are left out" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--show", "--take"])
+def test_piped_output_is_plain_and_fits_80_columns(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = () if option == "--show" else ("1", "-o", "other")
+    done = calicache(saved, option, *more)
+    assert done.exit_code == 0, done.output
+    assert "\x1b" not in done.stdout
+    lines = [line for line in done.stdout.splitlines() if str(saved) not in line]
+    assert max(map(len, lines)) <= 80
+
+
+def test_json_has_the_front(saved: Path) -> None:
+    done = calicache(saved, "--show", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads((saved / "plan.json").read_text())["front"]
+
+
+def test_take_saves_the_plan_of_another_point(
+    saved: Path, searched: Plan, dit, tmp_path: Path
+) -> None:
+    other = tmp_path / "another plan"
+    done = calicache(saved, "--take", "3", "-o", other)
+    assert done.exit_code == 0, done.output
+    assert searched.front is not None
+    point = searched.front.points[3]
+    taken = Plan.load(other)
+    assert taken.settings == searched.take(3).settings
+    assert taken.schedule == point.schedule
+    assert "cost 0.840 of the full run" in words(done.stdout)
+    assert "held-out" not in done.stdout  # it is that of the point the search took
+    assert f"calicache plan '{other}' --show" in done.stdout
+    assert "< taken" in next(
+        row for row in calicache(other, "--show").stdout.splitlines() if row.startswith("     3")
+    )
+    full = sample_dit(dit)
+    assert relative(sample_dit(optimize(dit, taken)), full) < 0.1
+
+
+def test_a_plan_can_be_replaced_by_another_of_its_points(searched: Plan, tmp_path: Path) -> None:
+    searched.save(tmp_path / "plan")
+    assert calicache(tmp_path / "plan", "--take", "0", "-o", tmp_path / "plan").exit_code == 0
+    assert Plan.load(tmp_path / "plan").settings == searched.take(0).settings
+
+
+@pytest.mark.parametrize("place", ["5", "-1"])
+def test_point_that_is_not_there_is_refused(saved: Path, tmp_path: Path, place: str) -> None:
+    done = calicache(saved, "--take", place, "-o", tmp_path / "other")
+    assert done.exit_code == 1
+    assert "expected 0 .. 4" in words(done.stderr)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("option", ["--show", "--take"])
+def test_plan_without_a_front_is_refused(without_front: Path, tmp_path: Path, option: str) -> None:
+    more = () if option == "--show" else ("1", "-o", tmp_path / "other")
+    done = calicache(without_front, option, *more)
+    assert done.exit_code == 1
+    assert "expected a plan that a search made, with its front" in words(done.stderr)
+    assert USAGE in words(done.stderr)
+
+
+@pytest.mark.parametrize("target", ["model.py:build", "."])
+def test_show_with_something_else_than_a_plan_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = calicache(target, "--show")
+    assert done.exit_code == 1
+    assert "expected the folder of a plan" in words(done.stderr)
+
+
+def test_damaged_plan_is_refused(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text((saved / "plan.json").read_text())
+    done = calicache(tmp_path, "--show")
+    assert done.exit_code == 1
+    assert "expected a folder written by Plan.save" in words(done.stderr)
+
+
+SEARCH = ("model.py:build", "runs.safetensors", "-o", "plan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "got"),
+    [
+        (SEARCH, USAGE, "neither --budget nor --max-error"),
+        ((*SEARCH, "--budget", "1", "--max-error", "1"), USAGE, "both --budget and --max-error"),
+        (("m.py:f", "--budget", "1"), USAGE, "got no RECORDING, no -o."),
+        (("m.py:f", "-o", "p", "--budget", "1"), USAGE, "got no RECORDING."),
+        ((*SEARCH, "--budget", "1", "--json"), USAGE, "got --json too."),
+        (("plan",), USAGE, "no RECORDING, no -o, neither"),
+        (("plan", "--json"), USAGE, "--json too"),
+        (("m.py:f", "runs", "--show"), "plan PLAN --show [--json]", "got RECORDING too."),
+        (("plan", "--show", "--effort", "1"), "plan PLAN --show", "got --effort too."),
+        (("plan", "--show", "--take", "0"), "plan PLAN --show", "got --take too."),
+        (("plan", "--take", "0"), "plan PLAN --take NUMBER -o OTHER", "got no -o."),
+        (("plan", "--take", "0", "-o", "o", "--budget", "0"), "-o OTHER", "got --budget too."),
+    ],
+)
+def test_arguments_that_do_not_fit_say_what_is_expected(
+    arguments: tuple[str, ...], expected: str, got: str
+) -> None:
+    done = calicache(*arguments)
+    assert done.exit_code == 1
+    assert expected in words(done.stderr)
+    assert got in words(done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_output_replaces_nothing_but_a_plan(saved: Path, tmp_path: Path) -> None:
+    folder, file = tmp_path / "pictures", tmp_path / "file"
+    folder.mkdir()
+    (folder / "a.png").write_text("a picture")
+    file.write_text("a file")
+    for output, got in ((folder, "a folder with other files in it"), (file, "got a file")):
+        for arguments in ((saved, "--take", "0"), ("m.py:f", "runs", "--budget", "0.5")):
+            done = calicache(*arguments, "-o", output)
+            assert done.exit_code == 1
+            assert got in words(done.stderr)
+    assert (folder / "a.png").read_text() == "a picture"
+    assert file.read_text() == "a file"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert calicache(saved, "--take", "0", "-o", empty).exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["--latency", "recording"])
+def test_files_that_are_not_there_are_told_before_the_model_is_read(
+    tmp_path: Path, option: str
+) -> None:
+    more = ("--latency", tmp_path / "none.json") if option == "--latency" else ()
+    missing = "none.json" if more else "runs.safetensors"
+    done = calicache(
+        "no model", tmp_path / "runs.safetensors", "-o", tmp_path / "p", "--budget", ".5", *more
+    )
+    assert done.exit_code == 1
+    assert missing in words(done.stderr).replace(" ", "")
+    assert "no model" not in done.stderr
+
+
+def test_help_has_examples() -> None:
+    text = words(calicache("--help").stdout)
+    assert "Example: calicache plan dit.py:build runs.safetensors -o out/plan --budget 0.5" in text
+    assert "calicache plan out/plan --show" in text
+    assert "calicache plan out/plan --take 3 -o out/other" in text
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A model file and three recorded runs, as a user has them."""
+    folder = tmp_path_factory.mktemp("the user's own")
+    (folder / "my dit.py").write_text(MODEL)
+    spec = f"{folder / 'my dit.py'}:build"
+    model = load_model(spec)
+    with record(model) as recording:
+        for seed in range(3):
+            recording.finish(sample_dit(model, seed=seed))
+    recording.save(folder / "three runs.safetensors")
+    return spec, folder / "three runs.safetensors"
+
+
+def test_search_saves_a_plan_under_the_budget(given: tuple[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "a plan"
+    done = calicache(*given, "-o", output, "--budget", "0.6")
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(output)
+    assert plan.front is not None
+    point = plan.front.points[plan.front.taken]
+    assert point.cost <= 0.6
+    assert plan.schedule == point.schedule
+    text = words(done.stdout)
+    for part in (
+        "asked for budget 0.6",
+        f"cost {point.cost:.3f} of the full run, in MACs",
+        f"error {point.error.mean:.3g} ±",
+        "held-out error",
+        f"point {plan.front.taken} of 0 .. {len(plan.front.points) - 1} on the front",
+        f"Plan written: {output}",
+        f"calicache plan '{output}' --show",
+    ):
+        assert part in text
+    assert "\x1b" not in done.output
+    stages = [line.split("%  ") for line in done.stderr.splitlines() if "%  " in line]
+    assert [int(share) for share, _ in stages] == sorted(int(share) for share, _ in stages)
+    assert len({stage for _, stage in stages}) > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a plan"]  # nothing of the search is left
+    model = load_model(given[0])
+    assert relative(sample_dit(optimize(model, plan), seed=9), sample_dit(model, seed=9)) < 0.1
+    assert calicache(output, "--show").exit_code == 0
+
+
+def test_search_under_an_error_shows_a_bar_on_a_terminal(
+    given: tuple[str, Path], tmp_path: Path
+) -> None:
+    result, bar = io.StringIO(), io.StringIO()
+    three = Recording.load(given[1])
+    more = three.take_runs([0] * 5 + [1] * 5 + [2] * 5)  # samples enough to choose with
+    more.save(tmp_path / "runs.safetensors")
+    arguments = PlanArguments(
+        given[0], tmp_path / "runs.safetensors", tmp_path / "plan", max_error=0.05
+    )
+    console = Console(file=bar, force_terminal=True, width=80)
+    assert run_plan(arguments, Console(file=result), console) == 0
+    front = Plan.load(tmp_path / "plan").front
+    assert front is not None
+    assert front.request == "max_error 0.05"
+    assert front.points[front.taken].error.bound <= 0.05
+    assert "asked for max_error 0.05" in words(result.getvalue())
+    assert "load the model" in bar.getvalue()
+    assert "━" in bar.getvalue()
+    assert "0:00:" in bar.getvalue()  # time left
+
+
+def test_search_that_is_refused_says_why(given: tuple[str, Path], tmp_path: Path) -> None:
+    done = calicache(*given, "-o", tmp_path / "plan", "--budget", "0.01")
+    assert done.exit_code == 1
+    assert "plan: budget: expected" in words(done.stderr)
+    assert not list(tmp_path.iterdir())  # nothing in the way of another request
+
+
+def test_interrupted_search_goes_on(given: tuple[str, Path], tmp_path: Path) -> None:
+    output, kept = tmp_path / "a plan", tmp_path / "a plan.search"
+    arguments = (*given, "-o", output, "--budget", "0.5", "--effort", "3")
+    command = [str(Path(sys.executable).parent / "calicache"), "plan", *map(str, arguments)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        # Where the tests themselves run in the background, SIGINT is ignored and inherited so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while process.poll() is None and len(list(kept.glob("[!.]*"))) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert printed == ""
+    assert "Traceback" not in told
+    assert f"What is done lies in {kept}; the same command goes on from there." in told
+    assert len(list(kept.glob("[!.]*"))) >= 2
+    assert not output.exists()
+
+    other = calicache(*given, "-o", output, "--budget", "0.7")
+    assert other.exit_code == 1  # what is kept is that of a budget of 0.5
+    assert "a plan.search" in words(other.stderr)
+
+    done = calicache(*arguments)
+    assert done.exit_code == 0, done.output
+    assert not kept.exists()
+    whole = tmp_path / "in one go"
+    assert calicache(*given, "-o", whole, *arguments[4:]).exit_code == 0
+    resumed, expected = Plan.load(output).settings, Plan.load(whole).settings
+    for part in ("schedule", "order", "rules", "ranks"):
+        assert getattr(resumed, part) == getattr(expected, part)
+    # Fitted anew from float32 products, which depend on how memory is aligned.
+    torch.testing.assert_close(
+        torch.tensor(resumed.output_weights), torch.tensor(expected.output_weights)
+    )
+
+
+def test_search_stopped_before_it_began_says_so(given: tuple[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+    done = calicache(
+        f"{tmp_path / 'slow.py'}:build", given[1], "-o", tmp_path / "plan", "--budget", "0.5"
+    )
+    assert done.exit_code == 130
+    assert words(done.stderr) == "Stopped. Nothing was done yet."

@@ -1,0 +1,1 @@
+"""A model in every layout beside its peers."""

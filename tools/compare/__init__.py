@@ -1,0 +1,1 @@
+"""An artifact beside the full model along recorded runs."""

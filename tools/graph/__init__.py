@@ -1,0 +1,1 @@
+"""A rewritten graph beside the plain one, as text or as a drawing."""

@@ -1,0 +1,1 @@
+"""What a plan, an artifact or a recording says of itself."""

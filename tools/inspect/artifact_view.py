@@ -1,0 +1,146 @@
+"""Facts of an artifact as text for a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from calicache.export.artifact.manifest import TargetRecord
+from calicache.tools.inspect.artifact_facts import ArtifactFacts
+from calicache.tools.terminal.front import front_lines
+from calicache.tools.terminal.text import (
+    add_plain_row,
+    fact_grid,
+    files_in_words,
+    format_count,
+    plain_table,
+    schedule_strip,
+    some_of,
+    title,
+)
+
+_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
+
+
+def describe_artifact(facts: ArtifactFacts) -> Iterator[RenderableType]:
+    """What `calicache inspect` prints of an artifact."""
+    yield Text(f"calicache artifact, layout {facts.layout}", style="bold")
+    yield fact_grid(_heading(facts))
+    yield title(f"Schedule, interval {facts.schedule.interval}")
+    yield from schedule_strip(facts.schedule.modes)
+    yield title("Targets, with MACs and cache bytes of one call")
+    yield _target_table(facts.targets)
+    if facts.layers:
+        yield title("Linear layers by step mode")
+        yield _layer_table(facts)
+    yield title("Left alone")
+    yield _rejection_table(facts)
+    yield title("Totals of one call")
+    yield _total_table(facts)
+    if facts.front is not None:
+        yield from front_lines(facts.front)
+
+
+def fold_layers(
+    rows: Iterable[tuple[str, tuple[str, ...]]],
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Rows of a table whose names differ in one number and whose cells do not, as one row."""
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, cells in rows:
+        alike.setdefault((_NUMBER.sub("*", name, count=1), cells), []).append(name)
+    for (_, cells), names in alike.items():
+        yield fold_names(names), cells
+
+
+def fold_names(names: Sequence[str]) -> str:
+    """Names that differ in one number as one: `blocks.{0-3,5}.attn.q`."""
+    first = _NUMBER.search(names[0])
+    if first is None or len(names) == 1:
+        return ", ".join(names)
+    numbers = [int(_NUMBER.search(name).group()) for name in names]  # type: ignore[union-attr]
+    # Neighbours have the same distance from their places in the list.
+    runs = [
+        [number for _, number in members]
+        for _, members in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ]
+    shown = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{names[0][: first.start()]}{{{shown}}}{names[0][first.end() :]}"
+
+
+def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
+    order = facts.schedule.order
+    yield "written by", f"calicache {facts.calicache}"
+    yield "weights", facts.weights_hash[:16]
+    yield "files", files_in_words(facts.files)
+    yield "inputs", some_of([f"{spec.name} {spec}" for spec in facts.inputs])
+    if facts.fixed:
+        yield "built in", f"the recorded values of {', '.join(facts.fixed)}"
+    if facts.calls_per_step > 1:
+        yield "calls", f"{facts.calls_per_step} of the model a step"
+    yield "plan", f"rank {facts.rank}, order {order}, weighting {facts.weighting}"
+    yield "output weights", facts.correction
+    kept = f"{facts.history} refresh{'es' if facts.history > 1 else ''} of each at most"
+    yield "caches", f"{facts.caches} values, {kept}, {format_count(facts.cache_bytes, 'B')}"
+    record = facts.sampler
+    if record is not None:
+        given = [f"{spec.name} {spec}" for spec in (record.noise, *record.inputs)]
+        if record.guidance is not None:
+            given.append(f"guidance scale {record.guidance:g}")
+        yield "sampler", some_of(given)
+
+
+def _target_table(targets: Sequence[TargetRecord]) -> Table:
+    table = plain_table(["target"], ["in", "out", "rank", "energy", "full", "calibrate", "cache"])
+    for target in targets:
+        add_plain_row(
+            table,
+            target.name,
+            str(target.in_features),
+            str(sum(target.out_features)),
+            str(target.rank),
+            "-" if target.energy is None else f"{target.energy:.3f}",
+            format_count(target.full_macs),
+            format_count(target.calibrate_macs),
+            format_count(target.cache_bytes, "B"),
+        )
+    return table
+
+
+def _layer_table(facts: ArtifactFacts) -> Table:
+    """What is done where; layers of several blocks that are treated alike in one row."""
+    modes = [entry.mode.name for entry in facts.modes]
+    rows = [(one.name, tuple(one.work[mode].value for mode in modes)) for one in facts.layers]
+    table = plain_table(["layer", *modes])
+    for names, there in fold_layers(rows):
+        add_plain_row(table, names, *there)
+    return table
+
+
+def _rejection_table(facts: ArtifactFacts) -> Table:
+    table = plain_table(["layer", "reason"])
+    for rejection in facts.rejections:
+        add_plain_row(table, rejection.name, rejection.reason)
+    return table
+
+
+def _total_table(facts: ArtifactFacts) -> Table:
+    table = plain_table(["mode"], ["steps", "MACs", "of plain", "reads", "keeps"])
+    add_plain_row(table, "plain model", "", format_count(facts.plain_macs), "1.000", "", "")
+    for entry in facts.modes:
+        add_plain_row(
+            table,
+            entry.mode.name,
+            str(entry.steps),
+            format_count(entry.macs),
+            f"{entry.share:.3f}",
+            format_count(entry.read_bytes, "B"),
+            format_count(entry.written_bytes, "B"),
+        )
+    steps, share = str(len(facts.schedule.modes)), f"{facts.run_share:.3f}"
+    add_plain_row(table, "whole run", steps, "", share, "", "")
+    return table

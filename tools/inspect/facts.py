@@ -1,0 +1,155 @@
+"""Facts that plans, artifacts, recordings and ONNX files have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import PlainSerializer
+
+from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.recording.signature import TensorSpec
+from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
+from calicache.graph_passes.settings.recipe import FITTED
+
+# In JSON these two are their names, which stay readable and do not change with a new member.
+Mode = Annotated[StepMode, PlainSerializer(lambda mode: mode.name, return_type=str)]
+Class = Annotated[Dependence, PlainSerializer(lambda kind: kind.name.lower(), return_type=str)]
+
+NOT_ASKED = "not asked for"
+LOW_ENERGY = 0.5
+_MOST_NAMES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Caution:
+    """Something that a user should know before trusting what is shown.
+
+    Attributes:
+        code: stable, for scripts, such as `low-energy`.
+        text: one sentence.
+    """
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleFacts:
+    """The modes of a run's steps.
+
+    Attributes:
+        modes: of every step; `strip` the same as letters, `RCCRUF`.
+        interval: longest distance from one REFRESH to the next, or to the end.
+        order: of the anchors; `order + 1` refreshes are kept.
+    """
+
+    modes: tuple[Mode, ...]
+    strip: str
+    interval: int
+    order: int
+
+
+class LayerWork(StrEnum):
+    """What a step does with a linear layer.
+
+    FULL computes it; CALIBRATE corrects its anchor and REUSE returns it, alone or with the
+    residual branch around it; SKIPPED does not run it, as what needs it reads kept values.
+    """
+
+    FULL = "full"
+    CALIBRATE = "calibrate"
+    REUSE = "reuse"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """One linear layer of the model.
+
+    Attributes:
+        name: of the layer.
+        target: the calibration target that it is a part of, or None.
+        work: what a step does with it, by the name of the step's mode.
+    """
+
+    name: str
+    target: str | None
+    work: Mapping[str, LayerWork]
+
+
+@dataclass(frozen=True, slots=True)
+class ModeFacts:
+    """What one call of the model costs in a mode.
+
+    Attributes:
+        mode: of the step; `steps` how many there are in the schedule.
+        macs: multiply-accumulates.
+        share: of the plain model's MACs.
+        read_bytes: of the kept values that it reads.
+        written_bytes: of the values that it keeps.
+    """
+
+    mode: Mode
+    steps: int
+    macs: int
+    share: float
+    read_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class InputFacts:
+    """One tensor argument of the model: its form, and how often its values change."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    dependence: Class | None
+
+    def __str__(self) -> str:
+        kind = "" if self.dependence is None else f", {self.dependence.name.lower()}"
+        return f"{self.name} {self.dtype} {self.shape}{kind}"
+
+
+def input_facts(
+    specs: Sequence[TensorSpec], dependence: Mapping[str, Dependence]
+) -> tuple[InputFacts, ...]:
+    """Facts of the arguments of a call."""
+    return tuple(
+        InputFacts(spec.name, spec.shape, spec.dtype, dependence.get(spec.name)) for spec in specs
+    )
+
+
+def schedule_facts(schedule: Sequence[StepMode], order: int) -> ScheduleFacts:
+    """Facts of a schedule that starts with REFRESH."""
+    marks = [k for k, mode in enumerate(schedule) if mode is StepMode.REFRESH]
+    interval = max(b - a for a, b in pairwise([*marks, len(schedule)]))
+    strip = "".join(STEP_LETTERS[mode] for mode in schedule)
+    return ScheduleFacts(tuple(schedule), strip, interval, order)
+
+
+def schedule_cautions(
+    schedule: Sequence[StepMode], order: int, correction: str
+) -> Iterator[Caution]:
+    """What is odd about a schedule and its output weights."""
+    refreshes = schedule.count(StepMode.REFRESH)
+    if refreshes == len(schedule):
+        yield Caution("no-saving", "Every step is REFRESH: nothing is saved.")
+    elif refreshes <= order:
+        yield Caution(
+            "short-history",
+            f"Anchors of order {order} need {order + 1} REFRESH steps, the schedule has "
+            f"{refreshes}: the order is never reached.",
+        )
+    if correction not in (FITTED, NOT_ASKED):
+        yield Caution("output-weights", f"There are no fitted output weights: {correction}.")
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

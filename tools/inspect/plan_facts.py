@@ -1,0 +1,159 @@
+"""What a plan says by itself: no model is captured, so there are no sites and no MACs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from calicache.export.artifact.manifest import FileRecord
+from calicache.graph_passes.api.plan import FORMAT, PLAN_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.factors.statistics import statistics_tensors
+from calicache.graph_passes.recording.signature import ConstantSpec
+from calicache.graph_passes.recording.timestep import Timestep
+from calicache.graph_passes.settings.choices import SiteRule, Weighting
+from calicache.graph_passes.settings.front import Front
+from calicache.tools.inspect.facts import (
+    Caution,
+    InputFacts,
+    ScheduleFacts,
+    input_facts,
+    schedule_cautions,
+    schedule_facts,
+    some_names,
+)
+from calicache.tools.terminal.subject import PlanTarget
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTarget:
+    """What a plan has for one calibration target, by its name.
+
+    Attributes:
+        name: of the target.
+        rank: that the plan gives it by name, or None: then rules and the plan's rank count.
+        statistics: shapes of its tensors by name, empty without; `bytes` of all of them.
+    """
+
+    name: str
+    rank: int | None
+    statistics: Mapping[str, tuple[int, ...]]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFacts:
+    """Everything that is shown of a plan.
+
+    Attributes:
+        kind: `plan`.
+        path: of its folder.
+        format: version of `plan.json`.
+        files: the plan's two files.
+        weights_hash: of the checkpoint that it was made from.
+        inputs, constants: the arguments of a call.
+        timestep: the argument that shows the start of a new run, or None.
+        schedule: modes of the steps.
+        rank, weighting, granularity, include, exclude, rules, correction: as in
+            `Recipe`.
+        targets: all that have statistics or a rank of their own, by name.
+        front: as `calicache plan PLAN --show --json` prints it; None without a search.
+        warnings: what a user should know.
+    """
+
+    kind: Literal["plan"] = field(default="plan", init=False)
+    path: str
+    format: int
+    files: tuple[FileRecord, ...]
+    weights_hash: str
+    inputs: tuple[InputFacts, ...]
+    constants: tuple[ConstantSpec, ...]
+    timestep: Timestep | None
+    schedule: ScheduleFacts
+    rank: int
+    weighting: str
+    granularity: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    rules: tuple[SiteRule, ...]
+    correction: str
+    targets: tuple[PlannedTarget, ...]
+    front: Front | None
+    warnings: tuple[Caution, ...]
+
+
+def plan_facts(target: PlanTarget) -> PlanFacts:
+    """Facts of a plan that was read from a folder."""
+    binding, recipe = target.plan.binding, target.plan.recipe
+    return PlanFacts(
+        path=str(target.path),
+        format=FORMAT,
+        files=tuple(_file(target.path / name) for name in (PLAN_FILE, STATISTICS_FILE)),
+        weights_hash=binding.weights_hash,
+        inputs=input_facts(binding.signature.tensors, binding.dependence),
+        constants=binding.signature.constants,
+        timestep=binding.timestep,
+        schedule=schedule_facts(recipe.schedule, recipe.order),
+        rank=recipe.rank,
+        weighting=recipe.weighting.value,
+        granularity=recipe.granularity.value,
+        include=recipe.include,
+        exclude=recipe.exclude,
+        rules=recipe.rules,
+        correction=recipe.correction,
+        targets=_targets(target.plan),
+        front=target.plan.front,
+        warnings=tuple(_cautions(target.plan)),
+    )
+
+
+def _file(path: Path) -> FileRecord:
+    return FileRecord(path.name, path.stat().st_size, sha256_of(path))
+
+
+def _targets(plan: Plan) -> tuple[PlannedTarget, ...]:
+    ranks, facts = plan.recipe.ranks, []
+    for name in sorted({*plan.statistics, *ranks}):
+        tensors = statistics_tensors(plan.statistics.get(name))
+        shapes = {part: tuple(value.shape) for part, value in tensors.items()}
+        size = sum(value.nbytes for value in tensors.values())
+        facts.append(PlannedTarget(name, ranks.get(name), shapes, size))
+    return tuple(facts)
+
+
+def _cautions(plan: Plan) -> Iterator[Caution]:
+    recipe = plan.recipe
+    yield from schedule_cautions(recipe.schedule, recipe.order, recipe.correction)
+    missing = _without_statistics(plan)
+    if missing:
+        yield Caution(
+            "statistics-missing",
+            f"No statistics for {some_names(missing)}: the schedule has CALIBRATE steps, and "
+            f"weighting {recipe.weighting.value} needs them.",
+        )
+    front = plan.front
+    if front is None:
+        return
+    taken = front.points[front.taken]
+    if not math.isfinite(taken.error.mean):
+        yield Caution("diverged", "The point that the plan has taken diverged in the search.")
+    elif front.held_out is not None and front.held_out.mean > taken.error.bound:
+        yield Caution(
+            "held-out-error",
+            f"The held-out error {front.held_out.mean:.3g} is above the bound "
+            f"{taken.error.bound:.3g} of the point: new samples may be further off.",
+        )
+
+
+def _without_statistics(plan: Plan) -> list[str]:
+    """Targets that the plan names, and that have none though their factors need some."""
+    recipe = plan.recipe
+    if not recipe.calibrates or recipe.weighting is Weighting.NONE:
+        return []
+    named = [name for name, rank in recipe.ranks.items() if rank]
+    if not named and not plan.statistics and recipe.rank:
+        return ["any target"]
+    return [name for name in named if name not in plan.statistics]

@@ -1,0 +1,1 @@
+"""Searching for a plan, and looking at its front."""

@@ -1,0 +1,1 @@
+"""Everything about an artifact or a plan as one HTML page."""

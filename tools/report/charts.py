@@ -1,0 +1,262 @@
+"""The charts of a report, drawn by Plotly; colours are those of the step modes everywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import Front
+from calicache.tools.compare.comparison import Comparison
+from calicache.tools.compare.operators import OperatorTime
+from calicache.tools.compare.site_errors import SiteErrors
+from calicache.tools.inspect.artifact_facts import ArtifactFacts
+from calicache.tools.inspect.facts import ModeFacts
+from calicache.tools.report.data import EnergyCurve
+
+COLOURS = {
+    StepMode.REFRESH: "#d1495b",
+    StepMode.CALIBRATE: "#e0a030",
+    StepMode.REUSE: "#3a9e5c",
+    StepMode.FORECAST: "#2e86ab",
+}
+_FAINTEST = 1e-8  # below this an error is rounding
+_MOST_OPERATORS = 8
+_ROW, _AROUND = 22, 140  # pixels
+
+Chart = dict[str, Any]
+
+
+def plotly_script() -> str:
+    """Plotly's own JavaScript, for a page that works offline.
+
+    Raises:
+        TargetError: plotly is missing.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise no_library("plotly", "draws the charts", error) from error
+    return str(get_plotlyjs())
+
+
+def no_library(name: str, purpose: str, error: ImportError) -> TargetError:
+    """What to tell where a library of the extra `report` is missing."""
+    return TargetError(
+        name,
+        expected=f"the library that {purpose}",
+        got=str(error),
+        fix="pip install 'calicache[report]'",
+    )
+
+
+def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> Chart:
+    """What every step does: its height is its share of the plain model's MACs, where known."""
+    shares = {facts.mode: facts.share for facts in modes}
+    bars = [
+        {
+            "type": "bar",
+            "name": mode.name,
+            "x": steps,
+            "y": [shares.get(mode, 1.0)] * len(steps),
+            "width": 0.9,  # by itself a bar is as wide as its own mode's steps are apart
+            "marker": {"color": COLOURS[mode]},
+            "hovertemplate": f"step %{{x}}: {mode.name}<br>%{{y:.3f}} of the plain MACs"
+            "<extra></extra>",
+        }
+        for mode in StepMode
+        if (steps := [k for k, other in enumerate(schedule) if other is mode])
+    ]
+    layout = _layout("step", "MACs, share of the plain step", barmode="overlay")
+    layout["height"] = 260
+    return _chart(bars, layout)
+
+
+def site_error_chart(errors: SiteErrors) -> Chart:
+    """Relative error by site and step, on a logarithmic colour scale."""
+    steps = list(range(len(errors.schedule)))
+    values = [
+        [None if v is None else math.log10(max(v, _FAINTEST)) for v in row] for row in errors.errors
+    ]
+    texts = [
+        [
+            f"{site}<br>step {k}: {errors.schedule[k].name}<br>"
+            + ("not computed" if value is None else f"relative error {value:.3g}")
+            for k, value in zip(steps, row, strict=True)
+        ]
+        for site, row in zip(errors.sites, errors.errors, strict=True)
+    ]
+    known = [v for row in values for v in row if v is not None]
+    ticks = list(range(math.floor(min(known)), math.ceil(max(known)) + 1))
+    heat = {
+        "type": "heatmap",
+        "x": steps,
+        "y": list(errors.sites),
+        "z": values,
+        "text": texts,
+        "hovertemplate": "%{text}<extra></extra>",
+        "hoverongaps": False,
+        "colorscale": "Viridis",
+        "colorbar": {"tickvals": ticks, "ticktext": [f"1e{tick}" for tick in ticks]},
+    }
+    layout = _layout("step", "")
+    layout["yaxis"] |= {"autorange": "reversed", "automargin": True}
+    layout["height"] = _AROUND + _ROW * len(errors.sites)
+    return _chart([heat], layout)
+
+
+def step_error_chart(comparison: Comparison) -> Chart:
+    """Error of the latent after every step: mean over samples, and the worst sample."""
+    seen = [step for step in comparison.steps if step.error is not None]
+    lines = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": name,
+            "x": [step.step for step in seen],
+            "y": [getattr(step.error, field) for step in seen],
+            "marker": {"color": [COLOURS[step.mode] for step in seen], "size": 8},
+            "line": {"color": "#888", "dash": dash},
+            "text": [step.mode.name for step in seen],
+            "hovertemplate": f"after step %{{x}}, %{{text}}<br>{name} %{{y:.3g}}<extra></extra>",
+        }
+        for name, field, dash in (("mean", "mean", "solid"), ("worst sample", "worst", "dot"))
+    ]
+    return _chart(lines, _layout("step", "relative error of the latent", log=True))
+
+
+def time_chart(comparison: Comparison) -> Chart:
+    """Milliseconds of every step, full and optimised."""
+    timed = [step for step in comparison.steps if step.cached_seconds is not None]
+    bars = [
+        {
+            "type": "bar",
+            "name": "optimised",
+            "x": [step.step for step in timed],
+            "y": [1e3 * (step.cached_seconds or 0.0) for step in timed],
+            "marker": {"color": [COLOURS[step.mode] for step in timed]},
+            "text": [step.mode.name for step in timed],
+            "textposition": "none",
+            "hovertemplate": "step %{x}, %{text}<br>%{y:.1f} ms<extra></extra>",
+        },
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "full model",
+            "x": [step.step for step in timed],
+            "y": [1e3 * (step.full_seconds or 0.0) for step in timed],
+            "line": {"color": "#888"},
+            "hovertemplate": "step %{x}, full model<br>%{y:.1f} ms<extra></extra>",
+        },
+    ]
+    return _chart(bars, _layout("step", "ms"))
+
+
+def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
+    """Milliseconds of one step by mode and operator, the slowest ones by name."""
+    totals: dict[str, float] = {}
+    for entry in operators:
+        totals[entry.operator] = totals.get(entry.operator, 0.0) + entry.milliseconds
+    named = sorted(totals, key=lambda name: -totals[name])[:_MOST_OPERATORS]
+    modes = list(dict.fromkeys(entry.mode for entry in operators))
+    bars = []
+    for name in (*named, "others"):
+        spent = [
+            sum(
+                entry.milliseconds
+                for entry in operators
+                if entry.mode == mode
+                and (entry.operator == name or (name == "others" and entry.operator not in named))
+            )
+            for mode in modes
+        ]
+        bars.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": name,
+                "y": modes,
+                "x": spent,
+                "hovertemplate": f"{name}<br>%{{y}}: %{{x:.2f}} ms<extra></extra>",
+            }
+        )
+    layout = _layout("ms of one step", "", barmode="stack")
+    layout["yaxis"]["automargin"] = True
+    return _chart(bars, layout)
+
+
+def cost_chart(facts: ArtifactFacts) -> Chart:
+    """MACs of one step by mode beside the plain step's."""
+    names = ["plain", *(mode.mode.name for mode in facts.modes)]
+    macs = [facts.plain_macs, *(mode.macs for mode in facts.modes)]
+    bar = {
+        "type": "bar",
+        "x": names,
+        "y": macs,
+        "marker": {"color": ["#888", *(COLOURS[mode.mode] for mode in facts.modes)]},
+        "hovertemplate": "%{x}<br>%{y:.3s} MACs<extra></extra>",
+    }
+    return _chart([bar], _layout("", "MACs of one call"))
+
+
+def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
+    """Energy that is left out by rank, one line a target, a marker at the plan's rank."""
+    lines = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": curve.target,
+            "x": list(curve.kept),
+            "y": [max(1.0 - kept, _FAINTEST) for kept in curve.kept.values()],
+            "marker": {"size": [10 if rank == curve.rank else 0 for rank in curve.kept]},
+            "hovertemplate": f"{curve.target}<br>rank %{{x}}: %{{y:.3g}} left out<extra></extra>",
+        }
+        for curve in curves
+    ]
+    return _chart(lines, _layout("rank", "share of the energy left out", log=True))
+
+
+def front_chart(front: Front) -> Chart:
+    """Error against cost of a search's points, the taken one larger."""
+    taken = front.points[front.taken]
+    dots = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [point.cost for point in front.points],
+        "y": [max(point.error.mean, _FAINTEST) for point in front.points],
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [max(0.0, point.error.worst - point.error.mean) for point in front.points],
+            "arrayminus": [0.0 for _ in front.points],
+        },
+        "marker": {"size": [16 if point is taken else 9 for point in front.points]},
+        "text": [f"point {k}: {point.label}" for k, point in enumerate(front.points)],
+        "hovertemplate": "%{text}<br>cost %{x:.3f}, error %{y:.3g}<extra></extra>",
+    }
+    return _chart([dots], _layout(f"cost, share of the full run ({front.unit})", "error", log=True))
+
+
+def _layout(x: str, y: str, *, log: bool = False, **more: Any) -> dict[str, Any]:
+    axis: dict[str, Any] = {"title": {"text": y}}
+    if log:
+        axis |= {"type": "log", "exponentformat": "power"}
+    return {
+        "xaxis": {"title": {"text": x}},
+        "yaxis": axis,
+        "margin": {"l": 70, "r": 20, "t": 20, "b": 50},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "height": 360,
+        "legend": {"orientation": "h", "y": -0.25},
+        **more,
+    }
+
+
+def _chart(data: Sequence[Chart], layout: dict[str, Any]) -> Chart:
+    chart = {"data": list(data), "layout": layout}
+    json.dumps(chart, allow_nan=False)  # what no browser could read is a defect here
+    return chart

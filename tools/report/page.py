@@ -1,0 +1,166 @@
+"""A report as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.describe.blocks import fold_blocks, view_block
+from calicache.graph_passes.describe.graphs import ModelGraphs
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.tools.compare.comparison import Comparison
+from calicache.tools.compare.image_grid import save_grid
+from calicache.tools.compare.image_measures import PictureKind
+from calicache.tools.graph.draw import COLOURS as MARK_COLOURS
+from calicache.tools.graph.draw import svg_text
+from calicache.tools.graph.drawing import LEGEND
+from calicache.tools.inspect.artifact_facts import ArtifactFacts
+from calicache.tools.report.charts import COLOURS, no_library, plotly_script
+from calicache.tools.report.data import ReportData
+from calicache.tools.report.sections import Section, report_cards, report_sections
+
+ASSETS = "assets"
+WHOLE = "whole model"
+_MOST_DRAWN = 100  # blocks; each takes the layout a tenth of a second or two
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnGraph:
+    """One graph of the viewer: of a part in a mode, `plain` for the graph as it was."""
+
+    part: str
+    mode: str
+    svg: str
+
+
+def write_report(data: ReportData, path: Path | str) -> None:
+    """Write the page; a file of that name is replaced.
+
+    Raises:
+        TargetError: a library of the extra `report` is missing.
+    """
+    page = render_report(data)
+    with atomic_path(Path(path)) as place:
+        place.write_text(page, encoding="utf-8")
+
+
+def render_report(data: ReportData) -> str:
+    """The page as text.
+
+    Raises:
+        TargetError: a library of the extra `report` is missing.
+    """
+    sections = report_sections(data)
+    graphs = tuple(_drawn(data.graphs)) if data.graphs else ()
+    return str(
+        _template().render(
+            title=Path(data.facts.path).name,
+            kind=data.facts.kind,
+            cards=report_cards(data),
+            sections=sections,
+            charts=_script_json(_charts(sections)),
+            graphs=graphs,
+            parts=tuple(dict.fromkeys(graph.part for graph in graphs)),
+            modes=tuple(dict.fromkeys(graph.mode for graph in graphs)),
+            not_drawn=_not_drawn(data.graphs),
+            first_mode=_first_mode(data),
+            layers=_layers(data),
+            marks=tuple((MARK_COLOURS[node.mark], node.about) for node in LEGEND),
+            no_graphs=data.missing.get("graphs", ""),
+            images=_images(data.comparison),
+            no_images=_no_images(data),
+            colours={mode.name: colour for mode, colour in COLOURS.items()},
+            strip=data.facts.schedule.modes,
+            plotly=plotly_script(),
+            pan_zoom=_asset("svg-pan-zoom.min.js"),
+            style=_asset("report.css"),
+            script=_asset("report.js"),
+        )
+    )
+
+
+def _not_drawn(graphs: ModelGraphs | None) -> str:
+    """What the viewer leaves out; empty where that is nothing."""
+    parts = () if graphs is None else graphs.parts
+    if len(parts) <= _MOST_DRAWN:
+        return ""
+    return (
+        f"The first {_MOST_DRAWN} of {len(parts)} parts are drawn; calicache graph --block NAME "
+        "draws any of them."
+    )
+
+
+def _first_mode(data: ReportData) -> str:
+    """The one to look at first: what the cheap steps do, if there are any."""
+    modes = [] if data.graphs is None else [mode.name for mode in sorted(data.graphs.modes)]
+    return next((name for name in modes if name != StepMode.REFRESH.name), StepMode.REFRESH.name)
+
+
+def _layers(data: ReportData) -> dict[str, str]:
+    """Names that a layer can be looked for with, and what became of it in a few words."""
+    nodes = () if data.graphs is None else data.graphs.plain.nodes
+    layers = {node.module: "" for node in nodes if node.module}
+    targets = data.facts.targets if isinstance(data.facts, ArtifactFacts) else ()
+    for target in targets:
+        of = "" if len(target.sites) == 1 else f" of {target.name}"
+        layers |= dict.fromkeys(target.sites, f"calibrated at rank {target.rank}{of}")
+    return layers
+
+
+def _template() -> Any:
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise no_library("jinja2", "fills the page in", error) from error
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(_asset("report.html"))
+
+
+def _asset(name: str) -> str:
+    return (files("calicache.tools.report") / ASSETS / name).read_text(encoding="utf-8")
+
+
+def _charts(sections: Sequence[Section]) -> Mapping[str, Any]:
+    return {
+        f"chart-{section.name}-{number}": chart
+        for section in sections
+        for number, chart in enumerate(section.charts)
+    }
+
+
+def _script_json(value: object) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _drawn(graphs: ModelGraphs) -> Iterator[DrawnGraph]:
+    modes: list[StepMode | None] = [None, *sorted(graphs.modes)]
+    for number, part in enumerate((WHOLE, *graphs.parts[:_MOST_DRAWN])):
+        for place, mode in enumerate(modes):
+            view = fold_blocks(graphs, mode) if part == WHOLE else view_block(graphs, part, mode)
+            name = "plain" if mode is None else mode.name
+            yield DrawnGraph(part, name, svg_text(view, f"g{number}-{place}-", legend=()))
+
+
+def _images(comparison: Comparison | None) -> str:
+    """Pictures of the full and the optimised run as a PNG, base64; empty where there are none."""
+    pictures = None if comparison is None else comparison.pictures
+    if pictures is None or pictures.kind is PictureKind.LATENTS:
+        return ""
+    with tempfile.TemporaryDirectory() as scratch:
+        grid = save_grid(pictures, Path(scratch) / "grid.png")
+        return base64.b64encode(grid.path.read_bytes()).decode()
+
+
+def _no_images(data: ReportData) -> str:
+    if data.comparison is None:
+        return data.missing["comparison"]
+    return data.comparison.no_measures or "The results are latents, which nothing decoded."

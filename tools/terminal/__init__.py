@@ -1,0 +1,1 @@
+"""What every tool stands on: text, charts, progress, loading what a command is pointed at."""

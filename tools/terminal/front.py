@@ -1,0 +1,154 @@
+"""The front of a plan search as text for a terminal: table, schedules, chart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import CONFIDENCE, ErrorSummary, Front, FrontPoint
+from calicache.tools.terminal.error_chart import chart_text, draw_errors
+from calicache.tools.terminal.text import fact_grid, schedule_strip, title
+
+_POINT, _TAKEN = "*", "O"
+_PERCENT = f"{100 * CONFIDENCE:g} %"
+_LETTERS = next(schedule_strip(tuple(StepMode))).plain.split()[1]
+_CHART_HEIGHT = 18
+
+
+def describe_front(front: Front) -> RenderableType:
+    """Everything `calicache plan PLAN --show` prints, top to bottom."""
+    return Group(
+        Text("Front of a plan search", style="bold"),
+        fact_grid(
+            [
+                ("asked for", front.request),
+                ("cost", f"share of the full run, {_unit(front)}"),
+                ("error", "relative L2 of the final latents against the full run's"),
+                ("taken", f"point {front.taken}"),
+                *held_out_fact(front, " at the point that the search took"),
+            ]
+        ),
+        Text("\nPoints", style="bold"),
+        front_table(front),
+        Text("\nSchedules", style="bold"),
+        *_schedules(front.points),
+        Text("\nError against cost", style="bold"),
+        FrontChart(front),
+    )
+
+
+def front_lines(front: Front) -> Iterator[RenderableType]:
+    """What `calicache inspect` prints of the front that a plan was searched with."""
+    yield title("Front of the search that made it")
+    yield fact_grid([("asked for", front.request), *held_out_fact(front)])
+    yield front_table(front)
+
+
+def describe_point(front: Front, *, searched: bool) -> RenderableType:
+    """The point that a plan has taken: its schedule, cost and errors.
+
+    Args:
+        front: with the point.
+        searched: the search itself took it, so that the held-out error is its own.
+    """
+    point = front.points[front.taken]
+    return Group(
+        Text("Schedule", style="bold"),
+        *schedule_strip(point.schedule),
+        Text(""),
+        fact_grid(
+            [
+                ("asked for", front.request),
+                ("steps", f"{point.label}, order {point.order}"),
+                ("cost", f"{point.cost:.3f} of the full run, {_unit(front)}"),
+                ("error", _in_words(point.error)),
+                *(held_out_fact(front) if searched else ()),
+                ("point", f"{front.taken} of 0 .. {len(front.points) - 1} on the front"),
+            ]
+        ),
+    )
+
+
+def held_out_fact(front: Front, where: str = "") -> Iterator[tuple[str, str]]:
+    """Name and value of the held-out error, where there is one."""
+    if front.held_out is not None:
+        yield "held-out error", _in_words(front.held_out) + where
+
+
+def _unit(front: Front) -> str:
+    return "in MACs" if front.unit == "MACs" else f"in seconds of {front.unit}"
+
+
+def _in_words(error: ErrorSummary) -> str:
+    return (
+        f"{error.mean:.3g} ± {error.deviation:.2g}, {_PERCENT} of new samples below "
+        f"{error.bound:.3g} ({error.samples} samples, worst {error.worst:.3g})"
+    )
+
+
+def front_table(front: Front) -> Table:
+    """Cost, error, order and steps by mode of every point; the one that is taken is marked."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for column in ("point", "cost", "error ± deviation", f"{_PERCENT} bound", "order", *_LETTERS):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for place, point in enumerate(front.points):
+        error, taken = point.error, place == front.taken
+        table.add_row(
+            str(place),
+            f"{point.cost:.3f}",
+            f"{error.mean:.3g} ± {error.deviation:.2g}",
+            f"{error.bound:.3g}",
+            str(point.order),
+            *(str(point.schedule.count(mode) or "-") for mode in StepMode),
+            "< taken" if taken else "",
+            style="bold" if taken else None,
+        )
+    return table
+
+
+def _schedules(points: Sequence[FrontPoint]) -> Iterator[RenderableType]:
+    legend = Text()
+    for place, point in enumerate(points):
+        *lines, legend = schedule_strip(point.schedule)
+        yield Text(f"point {place}, cost {point.cost:.3f}, error {point.error.mean:.3g}")
+        yield from lines
+    yield legend
+
+
+class FrontChart:
+    """Error on a logarithmic axis against cost, as wide as the console, without its colours.
+
+    Args:
+        front: points without any error have no place on the axis and are left out.
+    """
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it for the width and encoding that the console has."""
+        points = [(p.cost, p.error.mean) for p in self.front.points if p.error.mean > 0]
+        if not points:
+            yield Text("no point has an error")
+            return
+        taken = self.front.points[self.front.taken]
+        chart = _chart(points, (taken.cost, taken.error.mean), options.max_width)
+        chart += f"\n{_TAKEN} taken, {_POINT} the others"
+        if len(points) < len(self.front.points):
+            chart += "; points without error are left out"
+        yield chart_text(chart, ascii_only=options.ascii_only)
+
+
+def _chart(points: Sequence[tuple[float, float]], taken: tuple[float, float], width: int) -> str:
+    costs = [cost for cost, _ in points]
+    left = math.floor(round(10 * min(costs), 6))
+    right = math.ceil(round(10 * max(costs), 6))
+    tenths = [place / 10 for place in range(left, max(right, left + 1) + 1)]
+    shown = [taken] if taken[1] > 0 else []  # without any error it has no place on the axis
+    return draw_errors([(_POINT, points), (_TAKEN, shown)], tenths, width, _CHART_HEIGHT)
