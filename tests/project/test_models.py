@@ -40,6 +40,7 @@ def published() -> dict[str, Finding]:
     return read_report(DOCS / "models.json")
 
 
+@pytest.mark.slow
 def test_optimised_at_full_rank_equals_the_original_over_a_run(finding: Finding) -> None:
     # float32 rounding, multiplied by the layers of a few blocks and by the run: 1e-6.
     assert finding.full_rank.passed, finding.full_rank
@@ -48,6 +49,7 @@ def test_optimised_at_full_rank_equals_the_original_over_a_run(finding: Finding)
     assert finding.stale > 10 * FULL_RANK_BOUND
 
 
+@pytest.mark.slow
 def test_sites_and_rejections_are_the_published_ones(
     finding: Finding, published: dict[str, Finding]
 ) -> None:
@@ -62,10 +64,12 @@ def test_sites_and_rejections_are_the_published_ones(
     assert finding.rejections == report.rejections
 
 
+@pytest.mark.slow
 def test_onnx_runtime_agrees_with_the_optimised_model_over_a_run(finding: Finding) -> None:
     assert finding.onnx.passed, finding.onnx
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finding", MODELS[:1], indirect=True)
 def test_whole_sampling_run_in_one_model_agrees(finding: Finding) -> None:
     assert finding.sampler.passed, finding.sampler
