@@ -19,7 +19,8 @@ from calicache.graph_passes import CapturedGraph, Plan, Recording, Sites, StepMo
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.rewriting.insertion import cache_name
 from calicache.graph_passes.rewriting.output_mix import output_nodes
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table
 
 R, C, U, F = StepMode
