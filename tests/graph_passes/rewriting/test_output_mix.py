@@ -272,6 +272,7 @@ def test_output_that_is_no_floating_point_tensor_is_refused(latent: str | None) 
 FITTED = range(1, 5)  # the first step is exact, and what follows the last was not recorded
 
 
+@pytest.mark.slow
 def test_exported_run_of_a_model_with_a_learned_variance_gives_what_torch_gives(
     diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording, tmp_path: Path
 ) -> None:
