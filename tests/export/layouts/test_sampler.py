@@ -25,6 +25,8 @@ from calicache.export import Sampler, Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ExportError, RunError
 
+pytestmark = pytest.mark.slow
+
 R, C, U, FORECAST = StepMode
 GUIDANCE, NULL = 1.5, 10
 # Relative L2 of the final latents. float32 (6e-8) in another order over the steps of a run, and

@@ -345,6 +345,7 @@ def formed_run() -> tuple[nn.Module, Recording, Callable[[Any, int], Tensor]]:
     return model, recording, sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair", "sampler"])
 def test_every_layout_agrees_where_the_latent_lends_its_form(
     layout: str, formed_run: tuple[nn.Module, Recording, Any], tmp_path: Path

@@ -65,6 +65,7 @@ def test_factors_are_not_made_again(fast) -> None:
     assert fast.for_call(noise[:4], timestep=labels[:4], class_labels=labels[:4]) is fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
 @pytest.mark.parametrize("images", [1, 8])
 def test_an_artifact_for_another_batch_size_agrees(

@@ -518,6 +518,7 @@ def test_saved_plans_keep_reads_and_fixed_values(
     assert torch.equal(run_of(optimize(packed, loaded)), run_of(fast))
 
 
+@pytest.mark.slow
 def test_a_session_of_steps_takes_the_recorded_mask_alone(
     fast: OptimizedModel, tmp_path: Path
 ) -> None:
@@ -537,6 +538,7 @@ def test_a_session_of_steps_takes_the_recorded_mask_alone(
     assert str(caught.value) == MESSAGE
 
 
+@pytest.mark.slow
 def test_a_session_of_whole_runs_takes_the_recorded_mask_alone(
     fast: OptimizedModel, recording: Recording, tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None
         assert relative(together, torch.cat(apart)) < 1e-5
 
 
+@pytest.mark.slow
 def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: Path) -> None:
     _, recording = recorded(case)
     fast = optimized(case)
@@ -126,6 +127,7 @@ def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: 
     assert relative(expected, recording.ends[0]) > 10 * SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_session_keeps_the_calls_of_a_step_apart(
     case: PipelineCase, layout: str, tmp_path: Path

@@ -37,7 +37,8 @@ from calicache.graph_passes import (
     record,
 )
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.least_squares import RIDGE
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import Replay, replay

@@ -23,7 +23,8 @@ from calicache.graph_passes import (
     record,
 )
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.search.candidates import step_answers

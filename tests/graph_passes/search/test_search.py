@@ -136,6 +136,7 @@ def test_budget_and_errors_are_those_of_the_users_sampler(
     assert taken(plan).error.mean == min(point.error.mean for point in within)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [toy, multistep])
 def test_every_point_of_the_front_is_a_plan(make: Callable[[], Case], tmp_path: Path) -> None:
     plan = found(make, 0.5)
@@ -255,6 +256,7 @@ def build(case: PipelineCase) -> Any:
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=case.name) for case in CASES if case.calls == 2],

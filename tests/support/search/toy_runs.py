@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from calicache.graph_passes import Sites, StepMode
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.recover import RecordedSampler
 from calicache.graph_passes.sampler.update import SamplerSteps
 from calicache.graph_passes.search.rehearse import Scales, Span

@@ -40,6 +40,8 @@ from calicache.tools.graph.command import GraphArguments, GraphFormat, first_che
 from calicache.tools.graph.draw import mermaid_text, svg_text
 from calicache.tools.graph.text import block_text, folded_text
 
+pytestmark = pytest.mark.slow
+
 SPACES = "a path with spaces.onnx.d"
 
 
