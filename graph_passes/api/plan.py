@@ -27,7 +27,7 @@ from calicache.graph_passes.factors.statistics import Statistics, named_statisti
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import Workspace
-from calicache.graph_passes.search.search import SearchRequest, search_plan
+from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import (
     Granularity,
     SiteRule,
@@ -38,6 +38,7 @@ from calicache.graph_passes.settings.choices import (
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.settings.schedule import named_schedule
 
 FORMAT = 6

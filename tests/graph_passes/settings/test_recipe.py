@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
-from support.fronts import front_of
 from support.models import sample_dit
+from support.search.fronts import front_of
 
 from calicache.graph_passes import (
     Front,
