@@ -23,7 +23,7 @@ from diffusion import alpha_bar_table, ddim_timesteps
 from support.models import STEPS, relative, sample_dit
 from torch import Tensor, nn
 
-from calicache.export import Sampler, read_sampler
+from calicache.export import SamplerTables, read_sampler
 from calicache.export.samplers import replay_scheduler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ExportError
@@ -107,7 +107,12 @@ def walk(rows: Sequence[Sequence[float]], x: Tensor, outputs: Sequence[Tensor]) 
 
 
 def assert_walks(
-    sampler: Sampler, x: Tensor, recording: Recording, model: nn.Module, end: Tensor, bound: float
+    sampler: SamplerTables,
+    x: Tensor,
+    recording: Recording,
+    model: nn.Module,
+    end: Tensor,
+    bound: float,
 ) -> None:
     """The tables along the recorded outputs give every latent of the run and its result."""
     with torch.no_grad():
@@ -145,14 +150,14 @@ def fast(dit, finished) -> OptimizedModel:
 
 
 @pytest.fixture(scope="module")
-def sampler(fast, finished) -> Sampler:
+def sampler(fast, finished) -> SamplerTables:
     return read_sampler(fast, finished)
 
 
 # --- a recording with its results --------------------------------------------------------------
 
 
-def test_guidance_scale_and_the_conditional_part_are_recovered(sampler: Sampler) -> None:
+def test_guidance_scale_and_the_conditional_part_are_recovered(sampler: SamplerTables) -> None:
     assert (sampler.latent, sampler.parts, sampler.conditional) == ("hidden_states", 2, 0)
     # The scale is a quotient of two fitted weights, see RECORDED.
     assert sampler.guidance == pytest.approx(GUIDANCE, rel=1e-4)
@@ -162,7 +167,7 @@ def test_guidance_scale_and_the_conditional_part_are_recovered(sampler: Sampler)
         assert shares[0] == sampler.guidance
 
 
-def test_rows_are_those_of_ddims_formula(sampler: Sampler) -> None:
+def test_rows_are_those_of_ddims_formula(sampler: SamplerTables) -> None:
     table = alpha_bar_table()  # float64
     alphas = [*(table[now] for now in ddim_timesteps(STEPS)), torch.tensor(1.0).double()]
     assert len(sampler.updates) == STEPS
@@ -175,7 +180,7 @@ def test_rows_are_those_of_ddims_formula(sampler: Sampler) -> None:
     assert sampler.scales == (1.0,) * STEPS
 
 
-def test_inputs_that_change_with_the_step_alone_are_tables(sampler: Sampler) -> None:
+def test_inputs_that_change_with_the_step_alone_are_tables(sampler: SamplerTables) -> None:
     assert list(sampler.inputs) == ["timestep"]
     expected = torch.tensor(ddim_timesteps(STEPS))[:, None].expand(STEPS, 4)
     assert torch.equal(sampler.inputs["timestep"], expected)

@@ -107,7 +107,7 @@ def compiled(model: nn.Module, schedule: Sequence[StepMode], **options: Any) -> 
 
 
 def proto(optimized: OptimizedModel) -> onnx.ModelProto:
-    return ir.to_proto(step_model(optimized))
+    return ir.to_proto(step_model(optimized.compiled))
 
 
 def count_ifs(model: onnx.ModelProto) -> int:
@@ -380,7 +380,7 @@ def test_buffers_named_like_added_values_do_not_clash(options: dict[str, Any]) -
 
 def test_input_with_a_name_of_the_layout_is_refused() -> None:
     with pytest.raises(ExportError, match=r"input (step|output):"):
-        step_model(compiled(ReservedInputs(), (R, C)))
+        step_model(compiled(ReservedInputs(), (R, C)).compiled)
 
 
 def test_only_refresh_returns_caches_and_it_reads_none(dit_fast, dit_recording, dit_model) -> None:
@@ -409,6 +409,6 @@ def test_several_outputs_keep_their_order_and_values(schedule: Sequence[StepMode
 
 def test_op_without_onnx_form_is_named_with_its_variant() -> None:
     with pytest.raises(ExportError, match=r"calicache_test.twice") as caught:
-        step_model(compiled(CustomOp(), (R, C)))
+        step_model(compiled(CustomOp(), (R, C)).compiled)
     assert "variant REFRESH" in str(caught.value)
     assert caught.value.__cause__ is not None

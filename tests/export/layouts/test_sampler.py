@@ -21,7 +21,7 @@ from support.artifacts import graphs
 from support.models import STEPS, relative, sample_dit
 from torch import Tensor, nn
 
-from calicache.export import Sampler, Session, export_onnx, read_sampler
+from calicache.export import SamplerTables, Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ExportError, RunError
 
@@ -129,7 +129,7 @@ def recorded(model: nn.Module, denoise: Denoise, noise: Tensor) -> Recording:
 
 def compiled(
     model: nn.Module, recording: Recording, schedule: Sequence[StepMode], **options: Any
-) -> tuple[OptimizedModel, Sampler]:
+) -> tuple[OptimizedModel, SamplerTables]:
     plan = Plan.from_trajectory(
         model, recording, schedule=schedule, **{"rank": 3, "correct": False, **options}
     )
@@ -142,7 +142,7 @@ def small_sampler(
     schedule: Sequence[StepMode],
     dtype: torch.dtype = torch.float32,
     **options: Any,
-) -> tuple[OptimizedModel, Sampler]:
+) -> tuple[OptimizedModel, SamplerTables]:
     torch.manual_seed(0)
     model = Residual().eval().requires_grad_(False).to(dtype)
     recording = recorded(model, denoise, draw(1, 2, 5, 8))
@@ -192,7 +192,7 @@ def finished(dit) -> Recording:
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[OptimizedModel, Sampler]:
+def small() -> tuple[OptimizedModel, SamplerTables]:
     """Without guidance; nothing depends on the modes where it is used."""
     return small_sampler(flow(4), (R,) * 4)
 
