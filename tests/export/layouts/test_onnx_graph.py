@@ -334,7 +334,9 @@ def test_initializers_weigh_as_much_as_weights_and_factors(
 ) -> None:
     fast = request.getfixturevalue(f"{name}_fast")
     weights = [*fast.original.parameters(), *fast.original.buffers()]
-    factors = [part for made in fast.compiled.factors.values() for part in (made.down, made.up)]
+    factors = [
+        part for factor in fast.compiled.factors.values() for part in (factor.down, factor.up)
+    ]
     folded = {cache.folded for cache in fast.compiled.variant_set.caches}
     for target in fast.compiled.targets:
         if target.name in folded and reads_output(target):  # K, and K b of the same rank

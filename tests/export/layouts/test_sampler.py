@@ -76,8 +76,8 @@ def flow(steps: int, name: str = "hidden_states", dtype: torch.dtype = torch.flo
         labels = torch.tensor([1, 2])
         with torch.no_grad():
             for now in scheduler.timesteps:
-                given = {name: x.to(dtype), "timestep": now.expand(2).to(dtype)}
-                output = model(**given, class_labels=labels)
+                inputs = {name: x.to(dtype), "timestep": now.expand(2).to(dtype)}
+                output = model(**inputs, class_labels=labels)
                 x = scheduler.step(output.float(), now, x).prev_sample
         return x
 
@@ -94,8 +94,8 @@ def euler(model: Callable[..., Any], x: Tensor) -> Tensor:
     scheduler, labels = euler_scheduler(), torch.tensor([1, 2])
     with torch.no_grad():
         for now in scheduler.timesteps:
-            given = scheduler.scale_model_input(x, now)
-            output = model(hidden_states=given, timestep=now.expand(2), class_labels=labels)
+            latent = scheduler.scale_model_input(x, now)
+            output = model(hidden_states=latent, timestep=now.expand(2), class_labels=labels)
             x = scheduler.step(output, now, x).prev_sample
     return x
 
@@ -200,12 +200,12 @@ def small() -> tuple[OptimizedModel, SamplerTables]:
 @pytest.fixture(scope="module")
 def exports(dit, dit_plan, forecast_plan, finished, tmp_path_factory) -> dict[str, Exported]:
     """The paper's method (R C C R C C, order 0), and all modes at order 2 with output weights."""
-    root, made = tmp_path_factory.mktemp("sampler"), {}
+    root, artifacts = tmp_path_factory.mktemp("sampler"), {}
     for name, plan in (("paper", dit_plan), ("forecast", forecast_plan)):
         fast = optimize(dit, plan)
         export_onnx(fast, root / name, layout="sampler", sampler=read_sampler(fast, finished))
-        made[name] = (fast, root / name)
-    return made
+        artifacts[name] = (fast, root / name)
+    return artifacts
 
 
 @pytest.fixture(scope="module")

@@ -149,12 +149,12 @@ def guided_run(model: Callable[..., Tensor]) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def exports(dit, dit_plan, tmp_path_factory) -> dict[str, Exported]:
     root = tmp_path_factory.mktemp("exports")
-    made = {}
+    artifacts = {}
     for name, schedule in SCHEDULES.items():
         fast = optimize(dit, dit_plan.with_schedule(schedule))
         export_onnx(fast, root / name)
-        made[name] = (fast, root / name)
-    return made
+        artifacts[name] = (fast, root / name)
+    return artifacts
 
 
 @pytest.fixture(scope="module")
