@@ -140,8 +140,7 @@ def table() -> LatencyTable:
 
 
 def test_every_group_and_treatment_has_a_row(measured: Measured) -> None:
-    found = [(found.group, found.choice) for found in measured.table.rows]
-    assert found == [
+    assert [(row.group, row.choice) for row in measured.table.rows] == [
         (EVERY, FULL),
         (MIX, LINEAR),  # and no BRANCH: two latent values go in
         (MIX, REUSE),
@@ -153,12 +152,12 @@ def test_every_group_and_treatment_has_a_row(measured: Measured) -> None:
 
 def test_seconds_are_positive_and_finite(measured: Measured) -> None:
     seconds = [measured.table.plain, measured.table.forecast]
-    seconds += [value for found in measured.table.rows for value in (found.refresh, found.step)]
+    seconds += [value for row in measured.table.rows for value in (row.refresh, row.step)]
     assert all(value > 0 and math.isfinite(value) for value in seconds)
 
 
 def test_macs_are_those_of_the_calibration_branches(measured: Measured) -> None:
-    macs = {(found.group, found.choice): found.macs for found in measured.table.rows}
+    macs = {(row.group, row.choice): row.macs for row in measured.table.rows}
     layers = RANK * ((WIDTH + 2 * WIDTH) + (2 * WIDTH + WIDTH))
     joint = RANK * 2 * (WIDTH + WIDTH) // (WIDTH + 2 * WIDTH)  # a and b, at the same MACs
     mixed = joint * (WIDTH + 2 * WIDTH) + RANK * (WIDTH + WIDTH)
@@ -228,8 +227,7 @@ def test_siblings_are_measured_together_as_plans_run_them(
 
 
 def test_ranks_are_two_by_the_width(cases: Callable[..., list[Case]]) -> None:
-    found = [(case.group, case.choice, case.rank) for case in cases() if case.rank]
-    assert found == [
+    assert [(case.group, case.choice, case.rank) for case in cases() if case.rank] == [
         (MIX, LINEAR, 4),
         (MIX, LINEAR, 8),
         (FF, LINEAR, 4),
@@ -240,8 +238,8 @@ def test_ranks_are_two_by_the_width(cases: Callable[..., list[Case]]) -> None:
 
 
 def test_ranks_above_the_layers_are_measured_once(cases: Callable[..., list[Case]]) -> None:
-    found = [case.rank for case in cases((3, 8, 64, 100)) if case.choice is BRANCH]
-    assert found == [3, 8]
+    ranks = [case.rank for case in cases((3, 8, 64, 100)) if case.choice is BRANCH]
+    assert ranks == [3, 8]
 
 
 @pytest.mark.parametrize(
