@@ -52,25 +52,22 @@ def export_onnx(
         optimized: from `optimize`.
         path: the folder, such as `dit.onnx.d`.
         layout: `step`, `pair` or `sampler`.
-        sampler: from `read_sampler`, for the `sampler` layout alone; all calls of a step are one
-            batch there.
+        sampler: for the `sampler` layout alone, from `read_sampler`; None takes the plan's own.
+            All calls of a step are one batch there.
 
     Raises:
-        ExportError: an unknown layout, a sampler missing or too many, or torch.onnx refuses an op.
+        ExportError: an unknown layout, no sampler where one is needed, or one where none is, or
+            torch.onnx refuses an op.
     """
-    if layout not in set(Layout):
-        raise ExportError(
-            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
-        )
-    layout = Layout(layout)
-    _check_sampler(layout, sampler, len(optimized.plan.schedule))
+    layout = _layout(layout)
+    tables = _sampler(optimized, layout, sampler)
     compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
     with atomic_path(Path(path)) as folder:
         folder.mkdir()
         if layout is Layout.PAIR:
             _save_pair(pair_models(compiled), folder)
         else:
-            model = step_model(compiled) if sampler is None else sampler_model(compiled, sampler)
+            model = step_model(compiled) if tables is None else sampler_model(compiled, tables)
             ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
         write_graphs(view_graphs(compiled.captured, compiled.variant_set), folder)
         names = sorted(file.name for file in folder.iterdir())
@@ -78,27 +75,50 @@ def export_onnx(
             FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
             for name in names
         )
-        manifest = _manifest(compiled, layout, files, sampler, optimized.plan.front)
+        manifest = _manifest(compiled, layout, files, tables, optimized.plan.front)
         write_manifest(manifest, folder)
     return manifest
 
 
-def _check_sampler(layout: Layout, sampler: SamplerTables | None, steps: int) -> None:
-    """The layout `sampler` and no other has a sampler, of the plan's steps."""
-    if (layout is Layout.SAMPLER) != (sampler is not None):
+def _layout(layout: Layout | str) -> Layout:
+    if layout not in set(Layout):
         raise ExportError(
-            "sampler",
-            expected=f"{'one' if sampler is None else 'none'} for the layout {layout.value}",
-            got="none" if sampler is None else "one",
-            fix="Pass sampler=read_sampler(optimized, recording) with layout='sampler'.",
+            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
         )
-    if sampler is not None and len(sampler.updates) != steps:
+    return Layout(layout)
+
+
+def _sampler(
+    optimized: OptimizedModel, layout: Layout, sampler: SamplerTables | None
+) -> SamplerTables | None:
+    """What the `sampler` layout does between two calls; None for the other layouts."""
+    plan = optimized.plan
+    if layout is not Layout.SAMPLER:
+        if sampler is not None:
+            raise ExportError(
+                "sampler",
+                expected=f"none for the layout {layout.value}",
+                got="one",
+                fix="Leave it out, or export with layout='sampler'.",
+            )
+        return None
+    tables = plan.sampler if sampler is None else sampler
+    if tables is None:
         raise ExportError(
             "sampler",
-            expected=f"one of the plan's {steps} steps",
-            got=str(len(sampler.updates)),
+            expected="a plan that knows its sampler",
+            got=plan.no_sampler,
+            fix="Pass sampler=read_sampler(optimized, recording), or plan with correct=True and "
+            "end every recorded run with recording.finish(latents).",
+        )
+    if len(tables.updates) != len(plan.schedule):
+        raise ExportError(
+            "sampler",
+            expected=f"one of the plan's {len(plan.schedule)} steps",
+            got=str(len(tables.updates)),
             fix="Read the sampler with this optimised model and its recording.",
         )
+    return tables
 
 
 def _save_pair(models: dict[StepMode, ir.Model], folder: Path) -> None:

@@ -27,7 +27,7 @@ from calicache.graph_passes import (
     Weighting,
     optimize,
 )
-from calicache.graph_passes.api.plan import PLAN_FILE
+from calicache.graph_passes.api.plan_file import PLAN_FILE
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import member
 from calicache.graph_passes.settings.schedule import output_table
