@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +10,7 @@ import onnx
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper
+from support.artifacts import exported, made_once
 from support.models import shake
 from torch import Tensor, nn
 
@@ -120,10 +119,13 @@ def small_onnx() -> onnx.ModelProto:
     return model
 
 
-@cache
 def small_folder() -> Path:
-    """`plan`, `dit.onnx.d`, `runs.safetensors` and `small.onnx`, made once for all test files."""
-    folder = _scratch("a path with spaces ")
+    """`plan`, `dit.onnx.d`, `runs.safetensors` and `small.onnx`, made once in a test run."""
+    return made_once("a path with spaces", _fill_small_folder)
+
+
+def _fill_small_folder(folder: Path) -> None:
+    folder.mkdir()
     model = small_model()
     recording = small_runs(model)
     plan = small_plan(model, recording)
@@ -131,7 +133,6 @@ def small_folder() -> Path:
     plan.save(folder / "plan")
     export_onnx(optimize(model, plan), folder / "dit.onnx.d")
     onnx.save(small_onnx(), folder / "small.onnx")
-    return folder
 
 
 @cache
@@ -140,14 +141,5 @@ def other_artifact(letters: str = "RCCRCC", layout: Layout = Layout.STEP) -> Pat
     model = small_model()
     recording = small_runs(model)
     fast = optimize(model, small_plan(model, recording, letters, rules=(), rank=2))
-    folder = _scratch("other ") / f"{layout}.onnx.d"
     sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
-    export_onnx(fast, folder, layout, sampler)
-    return folder
-
-
-def _scratch(prefix: str) -> Path:
-    """A folder that outlives single test files and goes away at the end."""
-    folder = tempfile.TemporaryDirectory(prefix=prefix)
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
+    return exported(fast, layout, sampler)
