@@ -135,7 +135,7 @@ def test_a_half_precision_model_keeps_its_dtype(dtype: torch.dtype, dit) -> None
 
 
 def test_costs_can_be_planned_without_weights(dit, dit_recording: Recording) -> None:
-    options = {"interval": 3, "rank": 4, "weighting": "none", "correct": False}
+    options = {"schedule": 3, "rank": 4, "weighting": "none", "correct": False}
     meta = copy.deepcopy(dit).to("meta")
     fast = optimize(meta, Plan.from_trajectory(meta, dit_recording, **options))
     real = optimize(dit, Plan.from_trajectory(dit, dit_recording, **options))
