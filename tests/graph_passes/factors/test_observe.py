@@ -65,13 +65,13 @@ def seen_by(
 
 
 def part(recording: Recording, *indices: int) -> Recording:
-    return Recording([recording.calls[k] for k in indices], recording.signatures)
+    return Recording([recording.calls[k] for k in indices], recording.signature)
 
 
 def replaced(recording: Recording, step: int, name: str, value: Tensor) -> Recording:
     calls = list(recording.calls)
     calls[step] = {**calls[step], name: value}
-    return Recording(calls, recording.signatures)
+    return Recording(calls, recording.signature)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_increments_never_cross_from_one_run_to_the_next(
     dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, second_run: Recording
 ) -> None:
     short = part(second_run, 0, 1, 2)
-    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signatures)
+    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signature)
     assert [len(run) for run in both.runs] == [STEPS, 3]
     joint, first, second = (
         seen_by(dit_found, recording, Weighting.INCREMENT)
@@ -196,7 +196,7 @@ def test_every_step_of_every_run_is_reported(
     second_run: Recording,
     weighting: Weighting,
 ) -> None:
-    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signatures)
+    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signature)
     seen: list[tuple[int, int]] = []
     seen_by(dit_found, both, weighting, on_step=lambda done, total: seen.append((done, total)))
     assert seen == [(k, 2 * STEPS) for k in range(1, 2 * STEPS + 1)]
@@ -394,7 +394,7 @@ def test_steps_that_nothing_looks_at_are_not_run(
     calls = [dict(call) for call in dit_recording.calls]
     for step in (2, 4):
         calls[step]["hidden_states"] = torch.full_like(calls[step]["hidden_states"], float("nan"))
-    poisoned = Recording(calls, dit_recording.signatures)
+    poisoned = Recording(calls, dit_recording.signature)
     plain, got = (
         observe(dit_found[0], targets, recording, Weighting.COVARIANCE, schedule, 1)
         for recording in (dit_recording, poisoned)
@@ -434,7 +434,7 @@ def test_moments_of_two_runs_are_the_mean_of_both(
     captured, schedule = dit_found[0], modes("RCRRCC")
     targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
     short = part(second_run, 0, 1, 2, 3, 4)  # 2 CALIBRATE steps, where the first run has 3
-    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signatures)
+    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signature)
     assert [len(run) for run in both.runs] == [STEPS, 5]
     joint, first, second = (
         observe(captured, targets, recording, Weighting.COVARIANCE, schedule, 2)
@@ -488,7 +488,7 @@ def test_runs_without_a_calibrate_step_have_no_moments(
 def test_steps_beyond_the_schedule_are_not_run_and_not_promised(
     dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, second_run: Recording
 ) -> None:
-    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signatures)
+    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signature)
     seen: list[tuple[int, int]] = []
     got = seen_by(
         dit_found,

@@ -228,9 +228,9 @@ def test_optimized_model_keeps_order_plus_one_refreshes_newest_first(
     fast = optimize(dit, forecast_plan)  # R C R U R F
     seen = []
     for call in dit_recording.calls:
-        (before,) = map(list, fast._kept)  # one call a step
+        (before,) = map(list, fast.state.kept)  # one call a step
         fast(**call)
-        (kept,) = fast._kept
+        (kept,) = fast.state.kept
         if fast.plan.schedule[fast.step - 1] is REFRESH:
             moved = zip(kept[1:], before, strict=False)
             assert all(a[name] is b[name] for a, b in moved for name in b)
@@ -450,5 +450,5 @@ def test_weights_of_anchors_do_not_change_the_dtype(dtype: torch.dtype) -> None:
     fast = optimize(model, plan)
     for x in case.inputs:
         assert fast(x.to(dtype)).dtype is dtype
-        (refreshes,) = fast._kept
+        (refreshes,) = fast.state.kept
         assert {v.dtype for kept in refreshes for v in kept.values()} == {dtype}

@@ -27,6 +27,7 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
+from calicache.graph_passes.recording.recorder import Recorder
 from calicache.graph_passes.rewriting.checks import verify_variants
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet
@@ -336,7 +337,7 @@ def test_layer_called_twice_is_two_sites() -> None:
 def test_half_precision_model_keeps_its_dtype(
     dit: FashionDiT, dit_recording: Recording, dtype: torch.dtype, fold: bool
 ) -> None:
-    half, recording = copy.deepcopy(dit).to(dtype), Recording()
+    half, recording = copy.deepcopy(dit).to(dtype), Recorder()
     for call in dit_recording.calls[:2]:
         recording.append(half, (), {**call, "hidden_states": call["hidden_states"].to(dtype)})
     found = find(half, recording)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calicache.graph_passes.common.errors import SiteError
+from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
-from calicache.graph_passes.sites.sites import EXPERTS, Rejection, Sites, find_sites
+from calicache.graph_passes.sites.sites import EXPERTS, Sites, find_sites, require_sites
 
 Graph = tuple[CapturedGraph, dict[str, Dependence]]
 OUTSIDE = "before the first residual branch or after the last"
@@ -35,7 +36,9 @@ def diffusers_graph(diffusers_dit: nn.Module, diffusers_recording: Recording) ->
 
 
 def tiny_sites(path: Forward, **arguments: Any) -> Sites:
-    return find_sites(*joined_graph(path), **arguments)
+    sites = find_sites(*joined_graph(path), **arguments)
+    require_sites(sites)
+    return sites
 
 
 def names(sites: Sites) -> list[str]:
@@ -137,7 +140,7 @@ def test_patterns_do_not_hide_a_structural_reason(dit_graph: Graph) -> None:
 
 def test_patterns_that_leave_nothing_are_an_error_with_the_reasons(dit_graph: Graph) -> None:
     with pytest.raises(SiteError) as caught:
-        find_sites(*dit_graph, include=["attention.*"])
+        require_sites(find_sites(*dit_graph, include=["attention.*"]))
     message = str(caught.value)
     assert "sites: model: expected a latent-dependent linear layer inside a residual" in message
     assert "blocks.0.attn.q: matches no include pattern of attention.*" in message
@@ -270,7 +273,7 @@ def test_a_layer_on_packed_tokens_is_token_wise() -> None:
 def test_a_layer_on_one_vector_is_not_token_wise() -> None:
     captured, classes = joined_graph(lambda m, x, _: x + m.a(x), shape=(4,))
     with pytest.raises(SiteError, match=r"a: not token-wise: its input has shape \(4,\)"):
-        find_sites(captured, classes)
+        require_sites(find_sites(captured, classes))
 
 
 @pytest.mark.parametrize(
