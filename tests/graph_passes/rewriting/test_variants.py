@@ -376,10 +376,10 @@ def forecast_block() -> VariantSet:
 
 @pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())
 def test_graph_is_the_golden_one(one_block: VariantSet, mode: StepMode) -> None:
-    assert_golden(f"{mode.name.lower()}.txt", graph_text(graph(one_block, mode)))
+    assert_golden(f"rewriting/{mode.name.lower()}.txt", graph_text(graph(one_block, mode)))
 
 
 @pytest.mark.parametrize("mode", [CALIBRATE, FORECAST], ids=lambda mode: mode.name.lower())
 def test_graph_of_order_2_is_the_golden_one(forecast_block: VariantSet, mode: StepMode) -> None:
     text = graph_text(graph(forecast_block, mode))
-    assert_golden(f"{mode.name.lower()}_order_2.txt", text)
+    assert_golden(f"rewriting/{mode.name.lower()}_order_2.txt", text)
