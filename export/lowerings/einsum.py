@@ -26,8 +26,7 @@ def _permute(node: fx.Node, new: NewNodes) -> fx.Node | None:
     order = _order(node)
     if order is None:
         return None
-    (source,) = node.args[1]  # type: ignore[misc, union-attr]
-    return new.call(aten.permute.default, source, order)
+    return new.call(aten.permute.default, node.all_input_nodes[0], order)
 
 
 def _order(node: fx.Node) -> list[int] | None:

@@ -40,7 +40,7 @@ def exported(
     for variant in fast.compiled.variant_set.variants.values():
         content.update(f"{variant.module.graph} {hash_weights(variant.module)}".encode())
     name = f"{layout} {content.hexdigest()[:16]}.onnx.d"
-    return made_once(name, lambda path: export_onnx(fast, path, layout, sampler))
+    return made_once(name, lambda path: export_onnx(fast, path, layout=layout, sampler=sampler))
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

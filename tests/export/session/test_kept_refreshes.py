@@ -158,7 +158,7 @@ def test_an_output_is_the_callers_own(pair, dit_recording) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_cuda_graphs_without_cuda_are_refused(layout: str, dit, dit_plan, tmp_path) -> None:
-    export_onnx(optimize(dit, dit_plan), tmp_path / "d", layout)
+    export_onnx(optimize(dit, dit_plan), tmp_path / "d", layout=layout)
     expected = rf"cuda_graphs: expected layout pair on CUDA.*got layout {layout} on CPU"
     with pytest.raises(ExportError, match=expected):
         Session(tmp_path / "d", cuda_graphs=True)

@@ -77,7 +77,7 @@ def test_an_artifact_for_another_batch_size_agrees(
         timestep=torch.zeros(rows, dtype=torch.int64),
         class_labels=torch.zeros(rows, dtype=torch.int64),
     )
-    export_onnx(other, tmp_path / "d", layout)
+    export_onnx(other, tmp_path / "d", layout=layout)
     session, steps = Session(tmp_path / "d"), iter(range(STEPS))
     got = sample(lambda **x: torch.from_numpy(session.step(next(steps), **x)), images)
     assert relative(got, sample(fast, images)) < SAME

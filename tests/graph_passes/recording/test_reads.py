@@ -542,7 +542,7 @@ def test_a_session_of_steps_takes_the_recorded_mask_alone(
 def test_a_session_of_whole_runs_takes_the_recorded_mask_alone(
     fast: OptimizedModel, recording: Recording, tmp_path: Path
 ) -> None:
-    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, recording))
+    export_onnx(fast, tmp_path / "run", layout="sampler", sampler=read_sampler(fast, recording))
     session = Session(tmp_path / "run")
     noise = torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(4))
     found = session.sample(noise, mask=MASK)

@@ -113,7 +113,7 @@ def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: 
     sampler = read_sampler(fast, recording)
     assert sampler.parts == 2
     assert sampler.guidance == pytest.approx(case.scale, rel=1e-3)  # found by least squares
-    manifest = export_onnx(fast, tmp_path / "d", "sampler", sampler)
+    manifest = export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
     made = recording.by_step()
     first = made.calls[0]
     inputs = {spec.name: first[spec.name] for spec in manifest.sampler.inputs}
@@ -135,7 +135,7 @@ def test_session_keeps_the_calls_of_a_step_apart(
     _, recording = recorded(case)
     fast = optimized(case)
     fast.reset()
-    export_onnx(fast, tmp_path / "d", layout)
+    export_onnx(fast, tmp_path / "d", layout=layout)
     session = Session(tmp_path / "d")
     assert session.manifest.calls_per_step == 2
     for number, call in enumerate(recording.calls[: 2 * recording.steps]):

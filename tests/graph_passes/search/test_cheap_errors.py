@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.factors import factors_of
-from test_rehearse import modes, recorded_run, sampler_of
-from test_replay import Blocks, tokens
+from support.search.toy_runs import Blocks, modes, recorded_run, sampler_of, tokens
 from torch import nn
 
 from calicache.graph_passes import (

@@ -17,8 +17,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from rich.console import Console
-from support.fronts import front_of
 from support.golden import assert_golden
+from support.search.fronts import front_of
 from support.small_targets import (
     other_artifact,
     small_folder,
