@@ -116,7 +116,7 @@ def _with_ranks(
                 f"rank of {name}",
                 expected="a calibration target",
                 got=f"none of that name among {', '.join(names[:4])} and others",
-                fix="Take the names from `optimize(model, plan).targets`.",
+                fix="Take the names from `optimize(model, plan).compiled.targets`.",
             )
     return [replace(target, rank=ranks.get(target.name, target.rank)) for target in targets]
 
