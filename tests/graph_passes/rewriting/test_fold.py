@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.analyses import noise_analysis
 from support.factors import factors_of
-from support.models import shake
 from torch import Tensor, nn
 
 from calicache.graph_passes import (
@@ -22,7 +22,6 @@ from calicache.graph_passes import (
     StepMode,
     model_cost,
     optimize,
-    record,
     uniform_schedule,
 )
 from calicache.graph_passes.factors.statistics import SecondMoments
@@ -37,8 +36,7 @@ from calicache.graph_passes.rewriting.fold import (
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table
-from calicache.graph_passes.sites.analysis import Analysis, analyse
-from calicache.graph_passes.sites.targets import assign
+from calicache.graph_passes.sites.analysis import Analysis
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 PLAIN = (REFRESH, CALIBRATE, REUSE)
@@ -193,14 +191,8 @@ class Chain(nn.Module):
 @pytest.fixture(scope="module", params=["dit", "diffusers", "chain"])
 def analysis(request: pytest.FixtureRequest) -> Analysis:
     if request.param == "chain":
-        model = shake(Chain())
-        with record(model) as recording:
-            for _ in range(2):
-                model(torch.randn(2, 5, 8))
-    else:
-        model = request.getfixturevalue("dit" if request.param == "dit" else "diffusers_dit")
-        recording = request.getfixturevalue(f"{request.param}_recording")
-    return analyse(model, bind(model, recording))
+        return noise_analysis(Chain())
+    return request.getfixturevalue(f"{request.param}_analysis")
 
 
 def emit(
@@ -213,7 +205,7 @@ def emit(
     joint: bool = False,
 ) -> tuple[VariantSet, ModelCost]:
     captured, sites = analysis.captured, analysis.sites
-    targets, _ = assign(captured, sites, rank=rank, joint=joint)
+    targets = targets_of(analysis, rank, joint=joint)
     # Of W alone: a joint group takes the moments of increments that are all alike.
     statistics = {
         target.name: SecondMoments(input=torch.eye(target.in_features))
