@@ -30,7 +30,6 @@ from calicache.graph_passes import (
 from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
-from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.recording.recorder import Recorder
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.settings.schedule import anchor_table
