@@ -16,7 +16,13 @@ from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.sites.analysis import Analysis
-from calicache.graph_passes.sites.sites import EXPERTS, Rejection, Sites, find_sites
+from calicache.graph_passes.sites.sites import (
+    EXPERTS,
+    Rejection,
+    Sites,
+    find_sites,
+    require_sites,
+)
 
 OUTSIDE = "before the first residual branch or after the last"
 
