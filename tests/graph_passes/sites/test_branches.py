@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.joined_layers import CHANNELS, Forward, JoinedLayers, classified, joined_graph
 from support.models import shake
+from support.toys import CHANNELS, Forward, JoinedLayers, classified, joined_graph
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 

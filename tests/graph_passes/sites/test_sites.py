@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.joined_layers import Classified, Forward, JoinedLayers, joined_graph
+from support.toys import Classified, Forward, JoinedLayers, joined_graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
