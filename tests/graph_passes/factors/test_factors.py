@@ -168,18 +168,26 @@ KINDS = ("svd", "channels", "siblings", "branch")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_is_decomposed_once_for_all_ranks(dit_analysis: Analysis, kind: str) -> None:
-    graph, kept = dit_analysis.captured, Decompositions()
-    target, statistics = target_for(dit_analysis, kind), statistics_for(kind)
+    target, statistics, kept = (
+        target_for(dit_analysis, kind),
+        statistics_for(kind),
+        Decompositions(),
+    )
     given = {} if statistics is None else {target.name: statistics}
     for rank in RANKS:
         ranked = replace(target, rank=rank)
-        factors = make_factors(graph, [ranked], given, kept)
+        factors = make_factors(dit_analysis.captured, [ranked], given, kept)
         assert list(factors) == ([target.name] if rank else [])
         if rank:
             # Cut from the same decomposition, or from one of its own: the same float64 program.
-            assert_equal(factors[target.name], factors_of(graph, [ranked], given)[target.name])
+            assert_equal(
+                factors[target.name],
+                factors_of(dit_analysis.captured, [ranked], given)[target.name],
+            )
     assert kept.count == 1
-    assert kept.of(graph, target, statistics) is kept.of(graph, target, statistics)
+    assert kept.of(dit_analysis.captured, target, statistics) is kept.of(
+        dit_analysis.captured, target, statistics
+    )
     assert kept.count == 1
 
 
@@ -243,6 +251,6 @@ def test_what_is_too_large_is_decomposed_at_every_request(
     assert_equal(first, second)
 
 
-def weight_of(analysis: Analysis, target: CalibrationTarget) -> Tensor:
+def weight_of(dit_analysis: Analysis, target: CalibrationTarget) -> Tensor:
     (name,) = target.weights
-    return analysis.captured.attribute(name)
+    return dit_analysis.captured.attribute(name)

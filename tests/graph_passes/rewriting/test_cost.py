@@ -282,7 +282,7 @@ def test_half_the_precision_is_half_the_bytes(
 ) -> None:
     half = copy.deepcopy(dit).bfloat16()
     full_cost = rank_4.targets["blocks.1.attn.q"]
-    recording = Recording()
+    recording = Recorder()
     for call in dit_recording.calls:
         images = call["hidden_states"].bfloat16()
         recording.append(half, (), {**call, "hidden_states": images})
