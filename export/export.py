@@ -25,75 +25,100 @@ from calicache.export.layouts.onnx_graph import output_names
 from calicache.export.layouts.pair import pair_models, shared_weights
 from calicache.export.layouts.sampler import noise_spec, run_specs, sampler_model
 from calicache.export.layouts.step import step_model
-from calicache.export.samplers import Sampler
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.recording.signature import TensorSpec
-from calicache.graph_passes.recording.timestep import calls_of
+from calicache.graph_passes.rewriting.compile import Compiled
+from calicache.graph_passes.rewriting.variants import VariantSet
+from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.sites.targets import CalibrationTarget
 
 
 def export_onnx(
     optimized: OptimizedModel,
-    directory: Path | str,
+    path: Path | str,
+    *,
     layout: Layout | str = Layout.STEP,
-    sampler: Sampler | None = None,
+    sampler: SamplerTables | None = None,
 ) -> Manifest:
     """Write an optimised model as an artifact folder; an existing one is replaced.
 
     Args:
         optimized: from `optimize`.
-        directory: the folder, such as `dit.onnx.d`.
+        path: the folder, such as `dit.onnx.d`.
         layout: `step`, `pair` or `sampler`.
-        sampler: from `read_sampler`, for the `sampler` layout alone; all calls of a step are one
-            batch there.
+        sampler: for the `sampler` layout alone, from `read_sampler`; None takes the plan's own.
+            All calls of a step are one batch there.
 
     Raises:
-        ExportError: an unknown layout, a sampler missing or too many, or torch.onnx refuses an op.
+        ExportError: an unknown layout, no sampler where one is needed, or one where none is, or
+            torch.onnx refuses an op.
     """
-    if layout not in set(Layout):
-        raise ExportError(
-            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
-        )
-    layout = Layout(layout)
-    if (layout is Layout.SAMPLER) != (sampler is not None):
-        raise ExportError(
-            "sampler",
-            expected=f"{'one' if sampler is None else 'none'} for the layout {layout.value}",
-            got="none" if sampler is None else "one",
-            fix="Pass sampler=read_sampler(optimized, recording) with layout='sampler'.",
-        )
-    steps = len(optimized.plan.schedule)
-    if sampler is not None and len(sampler.updates) != steps:
-        raise ExportError(
-            "sampler",
-            expected=f"one of the plan's {steps} steps",
-            got=str(len(sampler.updates)),
-            fix="Read the sampler with this optimised model and its recording.",
-        )
-    if layout is Layout.SAMPLER:
-        optimized = optimized.by_step()
-    with atomic_path(Path(directory)) as folder:
+    layout = _layout(layout)
+    tables = _sampler(optimized, layout, sampler)
+    compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
+    with atomic_path(Path(path)) as folder:
         folder.mkdir()
         if layout is Layout.PAIR:
-            _save_pair(pair_models(optimized), folder)
+            _save_pair(pair_models(compiled), folder)
         else:
-            model = step_model(optimized) if sampler is None else sampler_model(optimized, sampler)
+            model = step_model(compiled) if tables is None else sampler_model(compiled, tables)
             ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
-        write_graphs(
-            view_graphs(optimized.compiled.captured, optimized.compiled.variant_set), folder
-        )
-        names = sorted(path.name for path in folder.iterdir())
+        write_graphs(view_graphs(compiled.captured, compiled.variant_set), folder)
+        names = sorted(file.name for file in folder.iterdir())
         files = tuple(
             FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
             for name in names
         )
-        manifest = _manifest(optimized, layout, files, sampler)
+        manifest = _manifest(compiled, layout, files, tables, optimized.plan.front)
         write_manifest(manifest, folder)
     return manifest
+
+
+def _layout(layout: Layout | str) -> Layout:
+    if layout not in set(Layout):
+        raise ExportError(
+            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
+        )
+    return Layout(layout)
+
+
+def _sampler(
+    optimized: OptimizedModel, layout: Layout, sampler: SamplerTables | None
+) -> SamplerTables | None:
+    """What the `sampler` layout does between two calls; None for the other layouts."""
+    plan = optimized.plan
+    if layout is not Layout.SAMPLER:
+        if sampler is not None:
+            raise ExportError(
+                "sampler",
+                expected=f"none for the layout {layout.value}",
+                got="one",
+                fix="Leave it out, or export with layout='sampler'.",
+            )
+        return None
+    tables = plan.sampler if sampler is None else sampler
+    if tables is None:
+        raise ExportError(
+            "sampler",
+            expected="a plan that knows its sampler",
+            got=plan.no_sampler,
+            fix="Pass sampler=read_sampler(optimized, recording), or plan with correct=True and "
+            "end every recorded run with recording.finish(latents).",
+        )
+    if len(tables.updates) != len(plan.schedule):
+        raise ExportError(
+            "sampler",
+            expected=f"one of the plan's {len(plan.schedule)} steps",
+            got=str(len(tables.updates)),
+            fix="Read the sampler with this optimised model and its recording.",
+        )
+    return tables
 
 
 def _save_pair(models: dict[StepMode, ir.Model], folder: Path) -> None:
@@ -109,14 +134,14 @@ def _save_pair(models: dict[StepMode, ir.Model], folder: Path) -> None:
 
 
 def _manifest(
-    optimized: OptimizedModel,
+    compiled: Compiled,
     layout: Layout,
     files: tuple[FileRecord, ...],
-    sampler: Sampler | None,
+    sampler: SamplerTables | None,
+    front: Front | None,
 ) -> Manifest:
-    plan, compiled = optimized.plan, optimized.compiled
-    recipe, binding, cost = plan.recipe, plan.binding, compiled.cost
-    caches = optimized.compiled.variant_set.caches
+    recipe, analysis = compiled.recipe, compiled.analysis
+    binding, cost, variant_set = analysis.binding, compiled.cost, compiled.variant_set
     return Manifest(
         format=FORMAT,
         calicache=version("calicache"),
@@ -129,67 +154,57 @@ def _manifest(
         correction=recipe.correction,
         weights_hash=binding.weights_hash,
         inputs=binding.signature.tensors,
-        calls_per_step=calls_of(binding.timestep),
-        fixed=compiled.analysis.fixed,
-        outputs=output_names(optimized),
+        calls_per_step=binding.calls,
+        fixed=analysis.fixed,
+        outputs=output_names(compiled.captured),
         caches=tuple(
             TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
-            for cache in caches
+            for cache in variant_set.caches
         ),
-        history=optimized.compiled.variant_set.history,
+        history=variant_set.history,
         cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
         modes=tuple(
-            ModeRecord(mode, cost.modes[mode], _kept_reads(optimized, mode))
-            for mode in sorted(optimized.compiled.variant_set.variants)
+            ModeRecord(mode, cost.modes[mode], _kept_reads(variant_set, mode))
+            for mode in sorted(variant_set.variants)
         ),
-        targets=_target_records(optimized),
-        branches=tuple(branch.name for branch in optimized.compiled.analysis.sites.branches),
-        rejections=optimized.compiled.rejections,
-        sampler=None if sampler is None else _sampler_record(optimized, sampler),
-        front=optimized.plan.front,
+        targets=tuple(_target_record(compiled, target) for target in compiled.targets),
+        branches=tuple(branch.name for branch in analysis.sites.branches),
+        rejections=compiled.rejections,
+        sampler=None if sampler is None else _sampler_record(compiled, sampler),
+        front=front,
     )
 
 
-def _sampler_record(optimized: OptimizedModel, sampler: Sampler) -> SamplerRecord:
+def _sampler_record(compiled: Compiled, sampler: SamplerTables) -> SamplerRecord:
     return SamplerRecord(
-        noise=noise_spec(optimized, sampler),
-        inputs=run_specs(optimized, sampler),
+        noise=noise_spec(compiled, sampler),
+        inputs=run_specs(compiled, sampler),
         parts=sampler.parts,
         conditional=sampler.conditional,
         guidance=sampler.guidance,
     )
 
 
-def _kept_reads(optimized: OptimizedModel, mode: StepMode) -> tuple[str, ...]:
-    variant_set = optimized.compiled.variant_set
-    return tuple(
-        name for name in variant_set.variants[mode].reads if name not in variant_set.tables
+def _kept_reads(variant_set: VariantSet, mode: StepMode) -> tuple[str, ...]:
+    reads = variant_set.variants[mode].reads
+    return tuple(name for name in reads if name not in variant_set.tables)
+
+
+def _target_record(compiled: Compiled, target: CalibrationTarget) -> TargetRecord:
+    cost, factors = compiled.cost.targets[target.name], compiled.factors.get(target.name)
+    return TargetRecord(
+        name=target.name,
+        granularity=target.granularity,
+        sites=target.sites,
+        in_features=target.in_features,
+        out_features=target.out_features,
+        rank=target.rank,
+        energy=factors.energy if factors else None,
+        kept=factors.kept_energy() if factors else {},
+        full_macs=cost.full_macs,
+        calibrate_macs=cost.calibrate_macs,
+        full_bytes=cost.full_bytes,
+        factor_bytes=cost.factor_bytes,
+        cache_bytes=cost.cache_bytes,
     )
-
-
-def _target_records(optimized: OptimizedModel) -> tuple[TargetRecord, ...]:
-    records = []
-    for target in optimized.compiled.targets:
-        cost, factors = (
-            optimized.compiled.cost.targets[target.name],
-            optimized.compiled.factors.get(target.name),
-        )
-        records.append(
-            TargetRecord(
-                name=target.name,
-                granularity=target.granularity,
-                sites=target.sites,
-                in_features=target.in_features,
-                out_features=target.out_features,
-                rank=target.rank,
-                energy=factors.energy if factors else None,
-                kept=factors.kept_energy() if factors else {},
-                full_macs=cost.full_macs,
-                calibrate_macs=cost.calibrate_macs,
-                full_bytes=cost.full_bytes,
-                factor_bytes=cost.factor_bytes,
-                cache_bytes=cost.cache_bytes,
-            )
-        )
-    return tuple(records)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from torch import nn
 
-from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.errors import NoSampler, PlanError
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import Workspace
+from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.search.allocate import MULTIPLE
 from calicache.graph_passes.search.candidates import (
     REPORT,
@@ -64,6 +65,8 @@ class SearchResult:
     binding: Binding
     recipe: Recipe
     statistics: Mapping[str, Statistics]
+    sampler: SamplerTables | None
+    no_sampler: str
     front: Front
 
 
@@ -271,7 +274,17 @@ def _result(
         exclude=request.exclude,
     )
     statistics = {name: value for name, value in moments.items() if name in calibrated}
-    return SearchResult(ground.binding, front.recipe(front.taken, base), statistics, front)
+    sampler, reason = _sampler_tables(ground)
+    recipe = front.recipe(front.taken, base)
+    return SearchResult(ground.binding, recipe, statistics, sampler, reason, front)
+
+
+def _sampler_tables(ground: Ground) -> tuple[SamplerTables | None, str]:
+    """The sampler of the runs that were searched with, and why there is none."""
+    try:
+        return recover_tables(ground.recorded, ground.binding.dependence), ""
+    except NoSampler as unknown:
+        return None, unknown.reason
 
 
 def _check_latency(latency: LatencyTable | None, binding: Binding) -> None:

@@ -32,12 +32,17 @@ class JoinedLayers(nn.Module):
         return self.path(self, x, text)
 
 
-def joined_graph(
-    path: Forward, shape: tuple[int, ...] = (2, 3, CHANNELS)
-) -> tuple[CapturedGraph, dict[str, Dependence]]:
-    """The captured graph of joined layers and its classes: x is latent, text is run."""
-    model = JoinedLayers(path).eval()
-    call = flatten_call(model, (torch.randn(shape), torch.randn(2, 5, CHANNELS)), {})
+Classified = tuple[CapturedGraph, dict[str, Dependence]]
+
+
+def classified(model: nn.Module, shape: tuple[int, ...] = (2, 3, CHANNELS)) -> Classified:
+    """The captured graph of a model of (x, text) and its classes: x is latent, text is run."""
+    call = flatten_call(model.eval(), (torch.randn(shape), torch.randn(2, 5, CHANNELS)), {})
     captured = capture(model, call.signature())
     inputs = {"x": Dependence.LATENT, "text": Dependence.RUN}
     return captured, classify_nodes(captured, inputs)
+
+
+def joined_graph(path: Forward, shape: tuple[int, ...] = (2, 3, CHANNELS)) -> Classified:
+    """The captured graph of joined layers and its classes."""
+    return classified(JoinedLayers(path), shape)

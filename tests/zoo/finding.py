@@ -208,7 +208,7 @@ def _check_sampler(fast: OptimizedModel, entry: ZooEntry, recording: Recording) 
         fast.reset()
         run = run_sampler(fast, entry, linear=True)
         with tempfile.TemporaryDirectory() as folder:
-            manifest = export_onnx(fast, Path(folder) / "d", "sampler", sampler)
+            manifest = export_onnx(fast, Path(folder) / "d", layout="sampler", sampler=sampler)
             assert manifest.sampler is not None
             inputs: dict[str, Any] = {
                 spec.name: recording.calls[0][spec.name] for spec in manifest.sampler.inputs

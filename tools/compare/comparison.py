@@ -155,7 +155,7 @@ def compare(
         CompareError: the two do not belong together, or the sampler adds noise.
         CalicacheError: the artifact is damaged, or refuses an input.
     """
-    session = Session(artifact, provider)
+    session = Session(artifact, provider=provider)
     recorded = matching_runs(session.manifest, recording, runs)
     if model is not None:
         _check_model(model, session.manifest)

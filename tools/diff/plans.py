@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from calicache.graph_passes.api.plan import STATISTICS_FILE, Plan
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.plan_file import STATISTICS_FILE
 from calicache.graph_passes.settings.schedule import Table
 from calicache.tools.diff.difference import (
     Change,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from calicache.export.artifact.manifest import FileRecord
-from calicache.graph_passes.api.plan import FORMAT, PLAN_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.plan_file import FORMAT, PLAN_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.factors.statistics import statistics_tensors
 from calicache.graph_passes.recording.signature import ConstantSpec

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from calicache.export.latency import measure_latency
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.terminal.model_file import load_model
@@ -56,17 +55,13 @@ def run_latency(arguments: LatencyArguments, console: Console, progress: Console
     _check_output(arguments.output)
     recording = Recording.load(arguments.recording)
     with progress_shown(progress) as report:
-
-        def on_row(done: int, total: int) -> None:
-            report(Progress(done, total, f"time steps, {done} of {total} rows"))
-
         table = measure_latency(
             load_model(arguments.model),
             recording,
             order=arguments.order,
             provider=arguments.provider,
             repeats=arguments.repeats,
-            on_row=on_row,
+            on_progress=report,
         )
     table.save(arguments.output)
     for part in _described(table):

@@ -10,7 +10,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from safetensors import SafetensorError, safe_open
 
 from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest, load_artifact
-from calicache.graph_passes.api.plan import PLAN_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.plan_file import PLAN_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.errors import TargetError, reason_of
 from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.terminal.looks_like import (

@@ -56,7 +56,7 @@ def made(
     folder = tmp_path_factory.mktemp("precision")
     for layout in Layout:
         sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
-        export_onnx(fast, folder / layout, layout, sampler)
+        export_onnx(fast, folder / layout, layout=layout, sampler=sampler)
     return dtype, fast, folder
 
 

@@ -146,7 +146,7 @@ def test_full_rank_is_exact_with_another_text_in_every_run(
 def test_kept_values_do_not_pile_up(model, recording) -> None:
     fast = optimised(model, recording)
     sample(fast, 3)
-    ((newest, *older),) = fast._kept  # one call a step
+    ((newest, *older),) = fast.state.kept  # one call a step
     names = {cache.name for cache in run_caches(fast)}
     assert names <= set(newest)
     assert len(older) == 1
@@ -156,7 +156,7 @@ def test_kept_values_do_not_pile_up(model, recording) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_sessions_agree_with_torch(fast, layout: str, tmp_path) -> None:
-    export_onnx(fast, tmp_path / layout, layout)
+    export_onnx(fast, tmp_path / layout, layout=layout)
     session = Session(tmp_path / layout)
     steps = iter(range(STEPS))
 
@@ -173,7 +173,7 @@ def test_sessions_agree_with_torch(fast, layout: str, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_sampler_agrees_with_torch(fast, recording, tmp_path) -> None:
-    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, recording))
+    export_onnx(fast, tmp_path / "run", layout="sampler", sampler=read_sampler(fast, recording))
     inputs = draw(5)
     found = Session(tmp_path / "run").sample(inputs.pop("x"), **inputs)
     fast.reset()

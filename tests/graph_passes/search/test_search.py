@@ -275,7 +275,7 @@ def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
     assert plan.front is not None
     assert_summary(plan.front.held_out, sample_errors(got, recording.ends[-1]))
     sampler = read_sampler(fast, recording)
-    export_onnx(fast, tmp_path / "d", "sampler", sampler)
+    export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
     assert_exported(tmp_path / "d", recording, sampler.latent, got)
 
 

@@ -83,7 +83,7 @@ def case_of(
     for layout in layouts:
         whole = layout is Layout.SAMPLER
         sampler = read_sampler(fast, planned, **options) if whole else None
-        export_onnx(fast, folder / layout, layout, sampler)
+        export_onnx(fast, folder / layout, layout=layout, sampler=sampler)
     recording, wanted = recorded(model, denoise, noises[half:])
     got = []
     for noise in noises[half:]:
