@@ -161,7 +161,7 @@ def test_candidates_keep_the_budget_and_come_by_error(budget: float) -> None:
     for candidate in candidates:
         # The family that was proposed is the one that was run: its CALIBRATE steps are what costs.
         family, order = candidate.family, candidate.order
-        assert candidate.cost == family.cost(order)(candidate.schedule)
+        assert candidate.cost == family.shares.run_share(candidate.schedule, order)
         assert set(candidate.schedule) <= set(family.modes)
         assert order in family.spec.orders
         assert len(candidate.fit.weights) == STEPS
