@@ -139,6 +139,7 @@ def table() -> LatencyTable:
     return LatencyTable("abc", "a runtime", 2, 1.0, 0.0625, rows, {"processor": "one"})
 
 
+@pytest.mark.slow
 def test_every_group_and_treatment_has_a_row(measured: Measured) -> None:
     assert [(row.group, row.choice) for row in measured.table.rows] == [
         (EVERY, FULL),
@@ -150,12 +151,14 @@ def test_every_group_and_treatment_has_a_row(measured: Measured) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_seconds_are_positive_and_finite(measured: Measured) -> None:
     seconds = [measured.table.plain, measured.table.forecast]
     seconds += [value for row in measured.table.rows for value in (row.refresh, row.step)]
     assert all(value > 0 and math.isfinite(value) for value in seconds)
 
 
+@pytest.mark.slow
 def test_macs_are_those_of_the_calibration_branches(measured: Measured) -> None:
     macs = {(row.group, row.choice): row.macs for row in measured.table.rows}
     layers = RANK * ((WIDTH + 2 * WIDTH) + (2 * WIDTH + WIDTH))
@@ -171,6 +174,7 @@ def test_macs_are_those_of_the_calibration_branches(measured: Measured) -> None:
     }
 
 
+@pytest.mark.slow
 def test_table_says_what_was_measured_where(measured: Measured, model: nn.Module) -> None:
     table = measured.table
     assert (table.weights_hash, table.order) == (hash_weights(model), 2)
@@ -181,11 +185,13 @@ def test_table_says_what_was_measured_where(measured: Measured, model: nn.Module
     assert float(table.environment["plain_spread"]) >= 0
 
 
+@pytest.mark.slow
 def test_every_row_and_the_forecast_are_reported(measured: Measured) -> None:
     total = len(measured.table.rows) + 1
     assert measured.seen == [(done, total) for done in range(1, total + 1)]
 
 
+@pytest.mark.slow
 def test_artifacts_are_the_plain_model_and_the_last_row(measured: Measured) -> None:
     plain, last = (read_manifest(measured.folder / name) for name in ("plain", "row"))
     assert sorted(path.name for path in measured.folder.iterdir()) == ["plain", "row"]
@@ -196,6 +202,7 @@ def test_artifacts_are_the_plain_model_and_the_last_row(measured: Measured) -> N
     assert [target.rank for target in last.targets] == [0, 0]
 
 
+@pytest.mark.slow
 def test_measured_table_survives_a_file(measured: Measured, tmp_path: Path) -> None:
     measured.table.save(tmp_path / "latency.json")
     assert LatencyTable.load(tmp_path / "latency.json") == measured.table
@@ -259,17 +266,20 @@ def test_schedule_fills_what_is_kept_and_ends_cheap(
     assert _schedule(steps, order) == expected
 
 
+@pytest.mark.slow
 def test_run_too_short_for_the_order_is_refused(model: nn.Module, recording: Recording) -> None:
     short = replace(recording, calls=recording.calls[:3])
     with pytest.raises(BenchError, match="4 steps or more, got 3"):
         measure_latency(model, short)
 
 
+@pytest.mark.slow
 def test_unknown_order_is_refused(model: nn.Module, recording: Recording) -> None:
     with pytest.raises(PlanError, match="0, 1 or 2"):
         measure_latency(model, recording, order=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"ranks": (4, 0)}])
 def test_nothing_to_measure_is_refused(
     model: nn.Module, recording: Recording, wrong: dict[str, object]
@@ -278,6 +288,7 @@ def test_nothing_to_measure_is_refused(
         measure_latency(model, recording, **wrong)
 
 
+@pytest.mark.slow
 def test_unknown_provider_is_refused(model: nn.Module, recording: Recording) -> None:
     with pytest.raises(ExportError, match=r"CPUExecutionProvider.*got 'FastProvider'"):
         measure_latency(model, recording, provider="FastProvider")

@@ -18,6 +18,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from calicache.export import export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize
 
+pytestmark = pytest.mark.slow
+
 RUNS, ROWS, TARGETS = 2, 2, ("fc1", "fc2")
 ONE_CALL, TWO_CALLS = "one call a step", "two calls a step"
 SAMPLERS: dict[str, tuple[Denoise, int]] = {ONE_CALL: (ddim, 1), TWO_CALLS: (two_calls, 2)}

@@ -37,6 +37,8 @@ from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.settings.schedule import anchor_table, kept_refreshes, output_table
 from calicache.graph_passes.sites.analysis import Analysis, analyse
 
+pytestmark = pytest.mark.slow
+
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 CHEAP = (REFRESH, CALIBRATE, REUSE)
 CALIBRATED = uniform_schedule(STEPS, 3)

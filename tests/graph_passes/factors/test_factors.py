@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,8 +21,14 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.common.errors import DecomposeError
 from calicache.graph_passes.common.progress import Meter, Progress
-from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.factors.statistics import ChannelStatistics, SecondMoments
+from calicache.graph_passes.factors import factors as factors_module
+from calicache.graph_passes.factors.decompose import CalibrationFactors, decompose_weight
+from calicache.graph_passes.factors.factors import Decompositions, make_factors
+from calicache.graph_passes.factors.statistics import (
+    ChannelStatistics,
+    SecondMoments,
+    Statistics,
+)
 from calicache.graph_passes.sites.analysis import Analysis
 
 FC1, QKV, MLP = "blocks.1.mlp.fc1", "blocks.1.attn.q+k+v", "blocks.1.mlp"
@@ -95,6 +102,9 @@ def test_rank_0_needs_nothing_and_gets_nothing(dit_analysis: Analysis) -> None:
 
 
 def test_error_names_the_target(dit_analysis: Analysis) -> None:
+    target = replace(named_targets(dit_analysis)["blocks.0.attn.q"], rank=33)
+    with pytest.raises(DecomposeError, match=r"^decompose: blocks\.0\.attn\.q: rank: expected"):
+        factors_of(dit_analysis.captured, [target], {})
     bad = SecondMoments(input=torch.full((32, 32), math.nan))
     with pytest.raises(DecomposeError) as caught:
         factors_of(
@@ -145,30 +155,39 @@ def statistics_for(kind: str) -> Statistics | None:
     }[kind]
 
 
-def target_for(found: Found, kind: str) -> CalibrationTarget:
+def target_for(dit_analysis: Analysis, kind: str) -> CalibrationTarget:
     if kind == "siblings":
-        return targets_of(found, joint=True)[QKV]
+        return named_targets(dit_analysis, joint=True)[QKV]
     if kind == "branch":
-        return targets_of(found, granularity=Granularity.BRANCH)[MLP]
-    return targets_of(found)[FC1]
+        return named_targets(dit_analysis, granularity=Granularity.BRANCH)[MLP]
+    return named_targets(dit_analysis)[FC1]
 
 
 KINDS = ("svd", "channels", "siblings", "branch")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_target_is_decomposed_once_for_all_ranks(found: Found, kind: str) -> None:
-    target, statistics, kept = target_for(found, kind), statistics_for(kind), Decompositions()
+def test_a_target_is_decomposed_once_for_all_ranks(dit_analysis: Analysis, kind: str) -> None:
+    target, statistics, kept = (
+        target_for(dit_analysis, kind),
+        statistics_for(kind),
+        Decompositions(),
+    )
     given = {} if statistics is None else {target.name: statistics}
     for rank in RANKS:
         ranked = replace(target, rank=rank)
-        factors = make_factors(found[0], [ranked], given, kept)
+        factors = make_factors(dit_analysis.captured, [ranked], given, kept)
         assert list(factors) == ([target.name] if rank else [])
         if rank:
             # Cut from the same decomposition, or from one of its own: the same float64 program.
-            assert_equal(factors[target.name], factors_of(found[0], [ranked], given)[target.name])
+            assert_equal(
+                factors[target.name],
+                factors_of(dit_analysis.captured, [ranked], given)[target.name],
+            )
     assert kept.count == 1
-    assert kept.of(found[0], target, statistics) is kept.of(found[0], target, statistics)
+    assert kept.of(dit_analysis.captured, target, statistics) is kept.of(
+        dit_analysis.captured, target, statistics
+    )
     assert kept.count == 1
 
 
@@ -184,36 +203,38 @@ def test_every_rank_is_the_truncated_svd(dit: FashionDiT, rank: int) -> None:
     np.testing.assert_allclose(product, expected, rtol=0, atol=1e-10 * s[0])
 
 
-def test_other_statistics_are_decomposed_again_in_the_place_of_the_first(found: Found) -> None:
-    target, kept = targets_of(found, joint=True)[QKV], Decompositions()
+def test_other_statistics_are_decomposed_again_in_the_place_of_the_first(
+    dit_analysis: Analysis,
+) -> None:
+    target, kept = named_targets(dit_analysis, joint=True)[QKV], Decompositions()
     first, second = (SecondMoments(input=second_moment(32, seed)) for seed in (1, 2))
-    one = kept.of(found[0], target, first)
+    one = kept.of(dit_analysis.captured, target, first)
     held = kept.nbytes
-    other = kept.of(found[0], target, second)
+    other = kept.of(dit_analysis.captured, target, second)
     assert (kept.count, kept.nbytes, list(kept.held)) == (2, held, [QKV])
     assert not torch.equal(one.at(4).up, other.at(4).up)
-    assert kept.of(found[0], target, second) is other
-    kept.of(found[0], target, first)
+    assert kept.of(dit_analysis.captured, target, second) is other
+    kept.of(dit_analysis.captured, target, first)
     assert kept.count == 3
 
 
-def test_equal_statistics_of_another_plan_are_other_statistics(found: Found) -> None:
-    target, kept = targets_of(found, joint=True)[QKV], Decompositions()
+def test_equal_statistics_of_another_plan_are_other_statistics(dit_analysis: Analysis) -> None:
+    target, kept = named_targets(dit_analysis, joint=True)[QKV], Decompositions()
     for _ in range(2):
-        kept.of(found[0], target, SecondMoments(input=second_moment(32, 1)))
+        kept.of(dit_analysis.captured, target, SecondMoments(input=second_moment(32, 1)))
     assert kept.count == 2
 
 
 def test_memory_is_counted_and_never_passes_the_most(
-    found: Found, monkeypatch: pytest.MonkeyPatch
+    dit_analysis: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    targets = targets_of(found)
-    sizes = {n: decompose_weight(weight_of(found, t)).nbytes() for n, t in targets.items()}
+    targets = named_targets(dit_analysis)
+    sizes = {n: decompose_weight(weight_of(dit_analysis, t)).nbytes() for n, t in targets.items()}
     most = sum(list(sizes.values())[:3]) + 1
     monkeypatch.setattr(factors_module, "MOST_BYTES", most)
     kept = Decompositions()
     for _ in range(2):
-        make_factors(found[0], [*targets.values()], {}, kept)
+        make_factors(dit_analysis.captured, [*targets.values()], {}, kept)
         assert kept.nbytes == sum(sizes[name] for name in kept.held) <= most
     assert list(kept.held)[:3] == list(targets)[:3]
     # What did not fit was decomposed at every request.
@@ -221,15 +242,15 @@ def test_memory_is_counted_and_never_passes_the_most(
 
 
 def test_what_is_too_large_is_decomposed_at_every_request(
-    found: Found, monkeypatch: pytest.MonkeyPatch
+    dit_analysis: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(factors_module, "MOST_BYTES", 0)
-    target, kept = targets_of(found)[FC1], Decompositions()
-    first, second = (make_factors(found[0], [target], {}, kept)[FC1] for _ in range(2))
+    target, kept = named_targets(dit_analysis)[FC1], Decompositions()
+    first, second = (make_factors(dit_analysis.captured, [target], {}, kept)[FC1] for _ in range(2))
     assert (kept.count, kept.nbytes, kept.held) == (2, 0, {})
     assert_equal(first, second)
 
 
-def weight_of(found: Found, target: CalibrationTarget) -> Tensor:
+def weight_of(dit_analysis: Analysis, target: CalibrationTarget) -> Tensor:
     (name,) = target.weights
-    return found[0].attribute(name)
+    return dit_analysis.captured.attribute(name)

@@ -69,6 +69,7 @@ def test_calls_that_differ_without_a_batch_dimension_are_told(case: PipelineCase
         merge_calls(recording.calls[:2], batch=1000)  # no first dimension is that
 
 
+@pytest.mark.slow
 def test_output_weights_are_fitted_to_both_calls(case: PipelineCase) -> None:
     _, recording = recorded(case)
     fast = optimized(case)
@@ -86,6 +87,7 @@ def test_output_weights_are_fitted_to_both_calls(case: PipelineCase) -> None:
     assert sum(errors["fitted"]) < sum(errors["plain"])
 
 
+@pytest.mark.slow
 def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None:
     _, recording = recorded(case)
     fast = optimized(case)

@@ -30,7 +30,6 @@ from calicache.graph_passes import (
 from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
-from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.recording.recorder import Recorder
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.settings.schedule import anchor_table
@@ -283,7 +282,7 @@ def test_half_the_precision_is_half_the_bytes(
 ) -> None:
     half = copy.deepcopy(dit).bfloat16()
     full_cost = rank_4.targets["blocks.1.attn.q"]
-    recording = Recording()
+    recording = Recorder()
     for call in dit_recording.calls:
         images = call["hidden_states"].bfloat16()
         recording.append(half, (), {**call, "hidden_states": images})

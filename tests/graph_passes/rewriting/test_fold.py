@@ -26,7 +26,6 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.macs import graph_macs
-from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.rewriting.fold import (
     FLOPS_PER_BYTE,
     choose_folds,

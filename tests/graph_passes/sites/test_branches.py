@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.joined_layers import CHANNELS, Forward, JoinedLayers, classified, joined_graph
 from support.models import shake
+from support.toys import CHANNELS, Forward, JoinedLayers, classified, joined_graph
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -448,7 +448,7 @@ class Stack(nn.Module):
         return x, text
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(kinds=st.lists(st.sampled_from(list(Stack.LAYERS)), min_size=1, max_size=4))
 def test_reuse_of_any_stack_removes_every_node_inside(kinds: list[str]) -> None:
     captured, classes = classified(Stack(kinds))
@@ -520,6 +520,7 @@ def joint_outputs(
 ALL_BRANCHES = [f"blocks.{n}.{part}" for n in range(3) for part in ("attn", "mlp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "rules", "reused"),
     [
@@ -556,6 +557,7 @@ def test_every_mode_of_a_joint_model_is_what_plain_torch_says(
         torch.testing.assert_close(fast(**call), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_reused_joint_branch_reads_two_caches_and_none_of_its_weights(
     joint_model: JointModel, joint_recording: Recording
 ) -> None:
@@ -591,6 +593,7 @@ class Nested(nn.Module):
         return x + self.after(torch.tanh(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [CALIBRATE, REUSE], ids=["full rank", "reuse"])
 def test_every_mode_of_a_nested_branch_is_what_plain_torch_says(mode: StepMode) -> None:
     model = shake(Nested(), 0.2)
@@ -629,6 +632,7 @@ def test_reuse_of_a_nested_branch_keeps_the_exit_of_the_outer_one_alone() -> Non
     assert paths == ["down", "after"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks.0.attn", "blocks.1.attn"])
 def test_a_joint_branch_is_no_one_map_as_a_whole(
     name: str, joint_model: JointModel, joint_recording: Recording

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.joined_layers import Classified, Forward, JoinedLayers, joined_graph
+from support.toys import Classified, Forward, JoinedLayers, joined_graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +16,13 @@ from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.sites.analysis import Analysis
-from calicache.graph_passes.sites.sites import EXPERTS, Rejection, Sites, find_sites
+from calicache.graph_passes.sites.sites import (
+    EXPERTS,
+    Rejection,
+    Sites,
+    find_sites,
+    require_sites,
+)
 
 OUTSIDE = "before the first residual branch or after the last"
 

@@ -294,6 +294,7 @@ def test_calls_of_one_layer_are_told_apart() -> None:
     assert work["blocks.1.fc2@1"] == "calibrate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout.PAIR, Layout.SAMPLER])
 def test_other_layouts(layout: Layout) -> None:
     facts = inspect_target(other_artifact("RCUFRC", layout))
