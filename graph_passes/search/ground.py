@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -21,9 +22,12 @@ from calicache.graph_passes.sampler.recover import RecordedSampler, recover_samp
 from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
 from calicache.graph_passes.search.journal import Journal
 from calicache.graph_passes.search.rehearse import Span
+from calicache.graph_passes.settings.latency import LatencyTable
+from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.sites.analysis import Analysis
 
 LEAST_RUNS, LEAST_STEPS = 3, 5
+LEAST_SAMPLES = 5  # fewer keep less than 95 % of new ones below the bound
 MOST_OFF = 2e-3  # of a latent made by the recovered update: above rounding in half precision
 
 
@@ -177,6 +181,59 @@ def _check_alike(recording: Recording, binding: Binding) -> None:
             if len(lengths) > 1
             else f"runs that differ in {', '.join(names)}",
             fix="Record all runs with the sampler and the steps that you are going to use.",
+        )
+
+
+def check_latency(latency: LatencyTable | None, binding: Binding) -> None:
+    """Refuse seconds of another checkpoint.
+
+    Raises:
+        PlanError: the table is of one.
+    """
+    if latency is not None and latency.weights_hash != binding.weights_hash:
+        raise PlanError(
+            "latency",
+            expected=f"a table of this checkpoint ({binding.weights_hash[:12]})",
+            got=f"of another ({latency.weights_hash[:12]})",
+            fix="Measure this model.",
+        )
+
+
+def check_samples(request: SearchRequest, samples: int) -> None:
+    """Refuse an error that is to be kept by samples, where too few tell how they spread.
+
+    Raises:
+        PlanError: there are too few.
+    """
+    if request.max_error is not None and samples < LEAST_SAMPLES:
+        raise PlanError(
+            "recording",
+            expected=f"{LEAST_SAMPLES} samples or more to choose with, for a max_error",
+            got=str(samples),
+            fix="Record more runs: a third of them is for choosing.",
+        )
+
+
+def check_least(request: SearchRequest, least: float) -> None:
+    """Refuse what even the cheapest plan, with a share of `least`, does not keep.
+
+    Raises:
+        PlanError: a budget below it, or a plan that saves nothing.
+    """
+    if request.budget is not None and request.budget < least:
+        lowest = math.ceil(least * 1e4) / 1e4  # upwards: what is told can be asked for
+        raise PlanError(
+            "budget",
+            expected=f"{lowest:.4f} or more: one REFRESH step, and the cheapest mode after it",
+            got=f"{request.budget:g}",
+            fix="Raise the budget, or sample with fewer steps.",
+        )
+    if least >= 1.0:
+        raise PlanError(
+            "latency",
+            expected="steps of some mode that take less time than the plain model's",
+            got=f"{least:.3f} of the full run's time for the fastest plan",
+            fix="Run the model as it is, or measure again.",
         )
 
 

@@ -33,7 +33,10 @@ from calicache.graph_passes.search.candidates import (
 from calicache.graph_passes.search.families import Family, find_families
 from calicache.graph_passes.search.ground import (
     Ground,
+    check_latency,
+    check_least,
     check_runs,
+    check_samples,
     prepare_ground,
     search_key,
     share_out,
@@ -41,7 +44,6 @@ from calicache.graph_passes.search.ground import (
 from calicache.graph_passes.search.journal import Journal
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint, pareto
-from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.settings.schedule import MAX_ORDER, uniform_schedule
@@ -53,7 +55,6 @@ ALIKE = 1.05  # errors that differ less than by this factor
 TRIED_RUNS = 1.5  # what candidates at the requested budget may take, in full runs
 MOST_TRIES = 4
 RUNS = 8.0  # what a search takes for every run to search with, in full runs, for a progress bar
-LEAST_SAMPLES = 5  # fewer keep less than 95 % of new ones below the bound
 INSIDE = 0.97  # of max_error, to aim at
 DIVERGED = 1e6  # bounds above it count as this
 
@@ -85,7 +86,7 @@ def search_plan(
     """
     binding = bind(model, recording)
     check_runs(recording, binding)
-    _check_latency(request.latency, binding)
+    check_latency(request.latency, binding)
     journal = Journal.open(path, search_key(recording, binding, request))
     searched, _, _ = share_out(len(recording.runs) // recording.calls_per_step)
     calls = RUNS * len(searched) * recording.steps
@@ -94,8 +95,8 @@ def search_plan(
     ground = prepare_ground(model, recording, binding, patterns, workspace, journal, meter)
     families, survey = find_families(ground, request.latency, request.budget, request.effort)
     least = min(family.least_share(ground.steps) for family in families)
-    _check_least(request, least)
-    _check_samples(request, ground.choice_samples)
+    check_least(request, least)
+    check_samples(request, ground.choice_samples)
     choice, others, state = _explore(ground, families, request, least)
     meter.stage("report")
     held_out = ErrorSummary.of(sample_errors(ground, choice, ground.report, REPORT))
@@ -285,43 +286,3 @@ def _sampler_tables(ground: Ground) -> tuple[SamplerTables | None, str]:
         return recover_tables(ground.recorded, ground.binding.dependence), ""
     except NoSampler as unknown:
         return None, unknown.reason
-
-
-def _check_latency(latency: LatencyTable | None, binding: Binding) -> None:
-    if latency is not None and latency.weights_hash != binding.weights_hash:
-        raise PlanError(
-            "latency",
-            expected=f"a table of this checkpoint ({binding.weights_hash[:12]})",
-            got=f"of another ({latency.weights_hash[:12]})",
-            fix="Measure this model.",
-        )
-
-
-def _check_samples(request: SearchRequest, samples: int) -> None:
-    """Refuse an error that is to be kept by samples, where too few tell how they spread."""
-    if request.max_error is not None and samples < LEAST_SAMPLES:
-        raise PlanError(
-            "recording",
-            expected=f"{LEAST_SAMPLES} samples or more to choose with, for a max_error",
-            got=str(samples),
-            fix="Record more runs: a third of them is for choosing.",
-        )
-
-
-def _check_least(request: SearchRequest, least: float) -> None:
-    """Refuse what even the cheapest plan, with a share of `least`, does not keep."""
-    if request.budget is not None and request.budget < least:
-        lowest = math.ceil(least * 1e4) / 1e4  # upwards: what is told can be asked for
-        raise PlanError(
-            "budget",
-            expected=f"{lowest:.4f} or more: one REFRESH step, and the cheapest mode after it",
-            got=f"{request.budget:g}",
-            fix="Raise the budget, or sample with fewer steps.",
-        )
-    if least >= 1.0:
-        raise PlanError(
-            "latency",
-            expected="steps of some mode that take less time than the plain model's",
-            got=f"{least:.3f} of the full run's time for the fastest plan",
-            fix="Run the model as it is, or measure again.",
-        )
