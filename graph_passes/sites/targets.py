@@ -136,33 +136,15 @@ def assign(
     return tuple(targets), tuple(rejections)
 
 
-def _with_ranks(
-    targets: Sequence[CalibrationTarget], ranks: Mapping[str, int]
-) -> list[CalibrationTarget]:
-    names = [target.name for target in targets]
-    for name in ranks:
-        if name not in names:
-            raise PlanError(
-                f"rank of {name}",
-                expected="a calibration target",
-                got=f"none of that name among {', '.join(names[:4])} and others",
-                fix="Take the names from `optimize(model, plan).compiled.targets`.",
-            )
-    return [replace(target, rank=ranks.get(target.name, target.rank)) for target in targets]
-
-
-def _linear_targets(
-    linears: Sequence[LinearSite],
-    rules: Sequence[SiteRule],
-    rank: int,
-    joint: bool,
-    *,
-    capped: bool = True,
-) -> Iterator[CalibrationTarget]:
-    chosen: list[tuple[LinearSite, int]] = []
-    for site in linears:
-        rule = _first(rules, site.name)
-        if rule and rule.mode is SiteMode.FULL:
+def _whole_targets(
+    captured: CapturedGraph, sites: Sites, treatments: Mapping[str, Treatment]
+) -> tuple[list[CalibrationTarget], list[Rejection]]:
+    """Branches that are one target, and those that were to be and cannot."""
+    targets: list[CalibrationTarget] = []
+    rejections: list[Rejection] = []
+    for branch in sites.branches:
+        treatment = treatments[branch.name]
+        if treatment.mode is SiteMode.FULL or not treatment.is_whole:
             continue
         reason = _reason_against(captured, branch) if treatment.rank else None
         if reason is None:

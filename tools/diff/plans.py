@@ -81,7 +81,7 @@ def _costs(a: Plan, b: Plan) -> tuple[NumberChange, ...]:
     if a.front is None or b.front is None:
         return ()
     fronts = (a.front, b.front)
-    points = [front.points[front.taken] for front in fronts]
+    points = [front.points[front.choice] for front in fronts]
     costs = ({f"cost in {f.unit}": p.cost} for f, p in zip(fronts, points, strict=True))
     errors = ({"error of the point": point.error.mean} for point in points)
     return (*diff_numbers("share", *costs), *diff_numbers("error", *errors))

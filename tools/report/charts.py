@@ -221,7 +221,7 @@ def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
 
 def front_chart(front: Front) -> Chart:
     """Error against cost of a search's points, the taken one larger."""
-    taken = front.points[front.taken]
+    taken = front.points[front.choice]
     dots = {
         "type": "scatter",
         "mode": "lines+markers",

@@ -242,7 +242,7 @@ def _front(data: ReportData) -> Section:
         return Section("front", title, missing=data.missing["front"])
     rows = tuple(
         (
-            f"{k}{' (taken)' if k == data.front.taken else ''}",
+            f"{k}{' (taken)' if k == data.front.choice else ''}",
             f"{point.cost:.3f}",
             f"{point.error.mean:.3g}",
             f"{point.error.bound:.3g}",

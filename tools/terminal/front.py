@@ -29,7 +29,7 @@ def describe_front(front: Front) -> RenderableType:
                 ("asked for", front.request),
                 ("cost", f"share of the full run, {_unit(front)}"),
                 ("error", "relative L2 of the final latents against the full run's"),
-                ("taken", f"point {front.taken}"),
+                ("taken", f"point {front.choice}"),
                 *held_out_fact(front, " at the point that the search took"),
             ]
         ),
@@ -56,7 +56,7 @@ def describe_point(front: Front, *, searched: bool) -> RenderableType:
         front: with the point.
         searched: the search itself took it, so that the held-out error is its own.
     """
-    point = front.points[front.taken]
+    point = front.points[front.choice]
     return Group(
         Text("Schedule", style="bold"),
         *schedule_strip(point.schedule),
@@ -68,7 +68,7 @@ def describe_point(front: Front, *, searched: bool) -> RenderableType:
                 ("cost", f"{point.cost:.3f} of the full run, {_unit(front)}"),
                 ("error", _in_words(point.error)),
                 *(held_out_fact(front) if searched else ()),
-                ("point", f"{front.taken} of 0 .. {len(front.points) - 1} on the front"),
+                ("point", f"{front.choice} of 0 .. {len(front.points) - 1} on the front"),
             ]
         ),
     )
@@ -98,7 +98,7 @@ def front_table(front: Front) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for place, point in enumerate(front.points):
-        error, taken = point.error, place == front.taken
+        error, taken = point.error, place == front.choice
         table.add_row(
             str(place),
             f"{point.cost:.3f}",
@@ -137,7 +137,7 @@ class FrontChart:
         if not points:
             yield Text("no point has an error")
             return
-        taken = self.front.points[self.front.taken]
+        taken = self.front.points[self.front.choice]
         chart = _chart(points, (taken.cost, taken.error.mean), options.max_width)
         chart += f"\n{_TAKEN} taken, {_POINT} the others"
         if len(points) < len(self.front.points):

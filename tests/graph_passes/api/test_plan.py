@@ -60,6 +60,7 @@ def refuses(message: str) -> pytest.RaisesExc[PlanError]:
 
 def assert_equal(one: Plan, other: Plan) -> None:
     assert (one.binding, one.recipe) == (other.binding, other.recipe)
+    assert one.no_sampler == other.no_sampler
     assert set(one.statistics) == set(other.statistics)
     for name, statistics in one.statistics.items():
         assert type(statistics) is type(other.statistics[name])
@@ -256,7 +257,7 @@ def add_to_statistics(folder: Path, value: float, *, drop: str | None = None) ->
 
 
 def rehash(folder: Path) -> None:
-    edit(folder, statistics_sha256=sha256_of(folder / STATISTICS_FILE))
+    edit(folder, files={STATISTICS_FILE: sha256_of(folder / STATISTICS_FILE)})
 
 
 GOOD_ROWS = ((1.0, 0.0, 0.0),) * STEPS  # at order 0: own, kept, latent

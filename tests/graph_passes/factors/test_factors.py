@@ -102,6 +102,9 @@ def test_rank_0_needs_nothing_and_gets_nothing(dit_analysis: Analysis) -> None:
 
 
 def test_error_names_the_target(dit_analysis: Analysis) -> None:
+    target = replace(named_targets(dit_analysis)["blocks.0.attn.q"], rank=33)
+    with pytest.raises(DecomposeError, match=r"^decompose: blocks\.0\.attn\.q: rank: expected"):
+        factors_of(dit_analysis.captured, [target], {})
     bad = SecondMoments(input=torch.full((32, 32), math.nan))
     with pytest.raises(DecomposeError) as caught:
         factors_of(

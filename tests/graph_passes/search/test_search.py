@@ -101,7 +101,7 @@ def found(make: Callable[[], Case], budget: float) -> Plan:
 
 def taken(plan: Plan) -> FrontPoint:
     assert plan.front is not None
-    return plan.front.points[plan.front.taken]
+    return plan.front.points[plan.front.choice]
 
 
 def assert_summary(summary: ErrorSummary | None, errors: list[float]) -> None:

@@ -46,7 +46,7 @@ OF_A_POINT = ("schedule", "order", "rules", "ranks", "output_weights")
 @pytest.fixture(scope="module")
 def front() -> Front:
     """Four points; rules and ranks at those that calibrate."""
-    made = front_of(COSTS, ERRORS, taken=2)
+    made = front_of(COSTS, ERRORS, choice=2)
     points = [
         replace(point, rules=RULES, ranks=RANKS) if C in point.schedule else point
         for point in made.points
@@ -153,8 +153,8 @@ def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place:
     assert taken.recipe.latent == searched.front.latent == "hidden_states"
     assert taken.binding is searched.binding
     assert taken.statistics is searched.statistics
-    assert taken.front == replace(searched.front, taken=place)
-    assert searched.front.taken == 2
+    assert taken.front == replace(searched.front, choice=place)
+    assert searched.front.choice == 2
     assert reloaded(searched).take(place).recipe == taken.recipe
     # And back again: a point holds all that the plan needs.
     assert taken.take(2).recipe == searched.recipe

@@ -196,7 +196,7 @@ def test_output_weights_that_nobody_asked_for_are_no_warning() -> None:
 
 
 def searched(plan: Plan) -> Plan:
-    return replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), taken=1))
+    return replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), choice=1))
 
 
 def test_plan_of_a_search_shows_its_front(home: Path, plan: Plan) -> None:
@@ -204,7 +204,7 @@ def test_plan_of_a_search_shows_its_front(home: Path, plan: Plan) -> None:
     text = printed(facts)
     for part in ("Front of the search that made it", "budget 0.5", "held-out error", "< taken"):
         assert part in text
-    assert json.loads(facts_json(facts))["front"]["taken"] == 1
+    assert json.loads(facts_json(facts))["front"]["choice"] == 1
 
 
 def test_held_out_error_above_the_bound_is_warned_of(home: Path, plan: Plan) -> None:
