@@ -70,7 +70,7 @@ def test_pages_with_code_are_the_known_ones() -> None:
 
 def test_blocks_that_do_not_run_are_counted() -> None:
     marked = {page: [b for b in blocks(text_of(page), "python") if b.not_run] for page in PAGES}
-    assert {page: len(there) for page, there in marked.items() if there} == NOT_RUN
+    assert {page: len(unrun) for page, unrun in marked.items() if unrun} == NOT_RUN
     for page in PAGES:  # a comment that is not right above a block of Python would mark nothing
         assert text_of(page).count("<!-- not run: ") == len(marked[page]) + (
             page == "CONTRIBUTING.md"  # which explains the comment
@@ -132,8 +132,8 @@ def test_javascript_names_what_the_model_takes(run_page: Callable[[str], Path]) 
     assert {name: ELEMENTS[kind] for name, kind in fed} == {
         value.name: value.type.tensor_type.elem_type for value in graph.input
     }
-    (taken,) = re.findall(r"const \{ (\w+) \} = await session\.run", node_block())
-    assert [taken] == [value.name for value in graph.output]
+    (output,) = re.findall(r"const \{ (\w+) \} = await session\.run", node_block())
+    assert [output] == [value.name for value in graph.output]
     sampler = json.loads((folder / "manifest.json").read_text())["sampler"]
     (read,) = re.findall(r"const \{ ([\w, ]+) \} = JSON\.parse", node_block())
     assert set(read.split(", ")) <= set(sampler)
@@ -187,9 +187,9 @@ def test_javascript_runs_and_agrees(run_page: Callable[[str], Path], node_module
     assert abs(noise.mean()) < 0.1  # of 3,136 standard normal numbers: 0.018 is usual
     assert abs(noise.std() - 1) < 0.1
     expected = session.sample(noise, class_labels=np.array([0, 1, 7, 8, 10, 10, 10, 10]))
-    made = np.fromfile(folder / "latents.f32", "<f4").reshape(expected.shape)
+    latents = np.fromfile(folder / "latents.f32", "<f4").reshape(expected.shape)
     # The same graph in two builds of ONNX Runtime, in float32.
-    np.testing.assert_allclose(made, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(latents, expected, rtol=0, atol=1e-4)
 
 
 # Links.
@@ -268,9 +268,9 @@ def test_readme_starts_with_the_two_commands() -> None:
 def test_readme_compares_with_every_alternative() -> None:
     _, table, _ = re.split(r"<!-- --8<-- \[\w+:alternatives\] -->", text_of("README.md"))
     names = [re.sub(r"[*[\]]", "", row.split("|")[1]).strip() for row in table.split("\n")[3:-1]]
-    wanted = ("calicache", "cache-dit", "diffusers", "TeaCache", "TaylorSeer", "FORA", "NVIDIA")
-    assert len(names) == len(wanted)
-    assert [n for n, start in zip(names, wanted, strict=True) if not n.startswith(start)] == []
+    expected = ("calicache", "cache-dit", "diffusers", "TeaCache", "TaylorSeer", "FORA", "NVIDIA")
+    assert len(names) == len(expected)
+    assert [n for n, start in zip(names, expected, strict=True) if not n.startswith(start)] == []
 
 
 def test_changelog_has_the_version() -> None:

@@ -47,14 +47,14 @@ class Fetched(HTMLParser):
 
     def __init__(self, page: Path) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.addresses: list[str] = []
         self.feed(page.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         name = self.TAKEN_BY.get(tag)
         if name and values.get(name) and values.get("rel") not in ("next", "prev", "canonical"):
-            self.found.append(str(values[name]))
+            self.addresses.append(str(values[name]))
 
 
 def is_outside(address: str) -> bool:
@@ -64,21 +64,21 @@ def is_outside(address: str) -> bool:
 @pytest.mark.slow
 def test_site_has_every_page(site: Path) -> None:
     pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
-    wanted = {
+    expected = {
         page.removeprefix("docs/").removesuffix(".md") + ".html"
         for page in DOCS
         if not page.endswith("-notes.md")
     }
-    assert pages == {*wanted, "404.html"}
+    assert pages == {*expected, "404.html"}
     assert not [*site.rglob("*.py"), *site.rglob("*-notes*")]
 
 
 @pytest.mark.slow
 def test_site_fetches_nothing_from_outside(site: Path) -> None:
-    fetched = {str(page): Fetched(page).found for page in site.rglob("*.html")}
-    assert all(any(".css" in found for found in there) for there in fetched.values())
-    assert all(any(".js" in found for found in there) for there in fetched.values())
-    assert [a for there in fetched.values() for a in there if is_outside(a)] == []
+    fetched = {str(page): Fetched(page).addresses for page in site.rglob("*.html")}
+    assert all(any(".css" in address for address in page) for page in fetched.values())
+    assert all(any(".js" in address for address in page) for page in fetched.values())
+    assert [a for page in fetched.values() for a in page if is_outside(a)] == []
     styles = [path.read_text() for path in [*site.rglob("*.css"), *site.rglob("*.html")]]
     urls = [u for style in styles for u in re.findall(r"url\(\s*['\"]?([^)'\"]+)", style)]
     imports = [u for style in styles for u in re.findall(r"@import\s+['\"]([^'\"]+)", style)]
@@ -92,8 +92,8 @@ def test_fetched_addresses_are_seen(tmp_path: Path) -> None:
         '<link rel="stylesheet" href="https://a/a.css"><link rel="next" href="https://b">'
         '<script src="//c/c.js"></script><a href="https://d">d</a><img src="e.png">'
     )
-    assert Fetched(page).found == ["https://a/a.css", "//c/c.js", "e.png"]
-    assert [is_outside(address) for address in Fetched(page).found] == [True, True, False]
+    assert Fetched(page).addresses == ["https://a/a.css", "//c/c.js", "e.png"]
+    assert [is_outside(address) for address in Fetched(page).addresses] == [True, True, False]
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_formulas_are_drawn(page: str, site: Path) -> None:
 @pytest.mark.parametrize("package", ["graph_passes", "export"])
 def test_reference_has_every_public_name(package: str, site: Path) -> None:
     html = (site / "reference" / f"{package}.html").read_text()
-    there = set(re.findall(rf'id="calicache\.{package}\.([\w.]+)"', html))
+    anchors = set(re.findall(rf'id="calicache\.{package}\.([\w.]+)"', html))
     names = importlib.import_module(f"calicache.{package}").__all__
     # A function that has the name of its module is found in that module.
-    assert [name for name in names if not {name, f"{name}.{name}"} & there] == []
+    assert [name for name in names if not {name, f"{name}.{name}"} & anchors] == []
