@@ -3,66 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from markdown.extensions.toc import slugify
+from project.pages import FENCED, PAGES, ROOT, blocks, text_of
 from typer.main import get_command
 
 from calicache.export import Session
 from calicache.tools.cli import app
 
-ROOT = Path(__file__).parents[2]
-TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
-PAGES = (*TOP, *DOCS)
 # Blocks that cannot run here, by page; the comment in front of each says why.
 NOT_RUN = {"docs/index.md": 1}
 ORT_NODE = "onnxruntime-node@1.30.0"
-
-
-def text_of(page: str) -> str:
-    return (ROOT / page).read_text()
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A fenced block: its language, code and first line, and why it is not run."""
-
-    language: str
-    code: str
-    line: int
-    not_run: str | None
-
-
-FENCED = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
-
-
-def blocks(text: str, language: str) -> list[Block]:
-    found = []
-    for match in FENCED.finditer(text):
-        line = text.count("\n", 0, match.start("code"))
-        found.append(Block(match["language"], match["code"], line, match["reason"]))
-    return [block for block in found if block.language == language]
-
 
 WITH_CODE = [
     page
@@ -108,7 +70,7 @@ def test_pages_with_code_are_the_known_ones() -> None:
 
 def test_blocks_that_do_not_run_are_counted() -> None:
     marked = {page: [b for b in blocks(text_of(page), "python") if b.not_run] for page in PAGES}
-    assert {page: len(there) for page, there in marked.items() if there} == NOT_RUN
+    assert {page: len(unrun) for page, unrun in marked.items() if unrun} == NOT_RUN
     for page in PAGES:  # a comment that is not right above a block of Python would mark nothing
         assert text_of(page).count("<!-- not run: ") == len(marked[page]) + (
             page == "CONTRIBUTING.md"  # which explains the comment
@@ -170,8 +132,8 @@ def test_javascript_names_what_the_model_takes(run_page: Callable[[str], Path]) 
     assert {name: ELEMENTS[kind] for name, kind in fed} == {
         value.name: value.type.tensor_type.elem_type for value in graph.input
     }
-    (taken,) = re.findall(r"const \{ (\w+) \} = await session\.run", node_block())
-    assert [taken] == [value.name for value in graph.output]
+    (output,) = re.findall(r"const \{ (\w+) \} = await session\.run", node_block())
+    assert [output] == [value.name for value in graph.output]
     sampler = json.loads((folder / "manifest.json").read_text())["sampler"]
     (read,) = re.findall(r"const \{ ([\w, ]+) \} = JSON\.parse", node_block())
     assert set(read.split(", ")) <= set(sampler)
@@ -225,9 +187,9 @@ def test_javascript_runs_and_agrees(run_page: Callable[[str], Path], node_module
     assert abs(noise.mean()) < 0.1  # of 3,136 standard normal numbers: 0.018 is usual
     assert abs(noise.std() - 1) < 0.1
     expected = session.sample(noise, class_labels=np.array([0, 1, 7, 8, 10, 10, 10, 10]))
-    made = np.fromfile(folder / "latents.f32", "<f4").reshape(expected.shape)
+    latents = np.fromfile(folder / "latents.f32", "<f4").reshape(expected.shape)
     # The same graph in two builds of ONNX Runtime, in float32.
-    np.testing.assert_allclose(made, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(latents, expected, rtol=0, atol=1e-4)
 
 
 # Links.
@@ -292,7 +254,7 @@ def test_every_formula_names_its_file() -> None:
     assert len(with_formula) >= 10
     for section in with_formula:
         after = section[section.rindex("```math") :]
-        assert re.search(r"`graph_passes/\w+\.py`", after), section.splitlines()[0]
+        assert re.search(r"`graph_passes/\w+/\w+\.py`", after), section.splitlines()[0]
 
 
 # What the pages say.
@@ -306,9 +268,9 @@ def test_readme_starts_with_the_two_commands() -> None:
 def test_readme_compares_with_every_alternative() -> None:
     _, table, _ = re.split(r"<!-- --8<-- \[\w+:alternatives\] -->", text_of("README.md"))
     names = [re.sub(r"[*[\]]", "", row.split("|")[1]).strip() for row in table.split("\n")[3:-1]]
-    wanted = ("calicache", "cache-dit", "diffusers", "TeaCache", "TaylorSeer", "FORA", "NVIDIA")
-    assert len(names) == len(wanted)
-    assert [n for n, start in zip(names, wanted, strict=True) if not n.startswith(start)] == []
+    expected = ("calicache", "cache-dit", "diffusers", "TeaCache", "TaylorSeer", "FORA", "NVIDIA")
+    assert len(names) == len(expected)
+    assert [n for n, start in zip(names, expected, strict=True) if not n.startswith(start)] == []
 
 
 def test_changelog_has_the_version() -> None:
@@ -325,107 +287,3 @@ def test_index_of_decisions_is_complete() -> None:
     assert [int(number) for number, _ in rows] == [int(file[:4]) for file in files]
     for number, file in rows:
         assert text_of(f"docs/decisions/{file}").startswith(f"# {number}. ")
-
-
-# The site.
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built pages; whatever reaches for the network finds a closed door."""
-    folder = tmp_path_factory.mktemp("site") / "a site"
-    closed = dict.fromkeys(
-        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, **closed, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-class Fetched(HTMLParser):
-    """What a page makes the browser fetch; where it only links to is left out."""
-
-    TAKEN_BY: ClassVar = {
-        "script": "src",
-        "img": "src",
-        "iframe": "src",
-        "source": "src",
-        "link": "href",
-    }
-
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.feed(page.read_text())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        name = self.TAKEN_BY.get(tag)
-        if name and values.get(name) and values.get("rel") not in ("next", "prev", "canonical"):
-            self.found.append(str(values[name]))
-
-
-def is_outside(address: str) -> bool:
-    return address.startswith(("http:", "https:", "//"))
-
-
-@pytest.mark.slow
-def test_site_has_every_page(site: Path) -> None:
-    pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
-    wanted = {
-        page.removeprefix("docs/").removesuffix(".md") + ".html"
-        for page in DOCS
-        if not page.endswith("-notes.md")
-    }
-    assert pages == {*wanted, "404.html"}
-    assert not [*site.rglob("*.py"), *site.rglob("*-notes*")]
-
-
-@pytest.mark.slow
-def test_site_fetches_nothing_from_outside(site: Path) -> None:
-    fetched = {str(page): Fetched(page).found for page in site.rglob("*.html")}
-    assert all(any(".css" in found for found in there) for there in fetched.values())
-    assert all(any(".js" in found for found in there) for there in fetched.values())
-    assert [a for there in fetched.values() for a in there if is_outside(a)] == []
-    styles = [path.read_text() for path in [*site.rglob("*.css"), *site.rglob("*.html")]]
-    urls = [u for style in styles for u in re.findall(r"url\(\s*['\"]?([^)'\"]+)", style)]
-    imports = [u for style in styles for u in re.findall(r"@import\s+['\"]([^'\"]+)", style)]
-    assert urls
-    assert [u for u in (*urls, *imports) if is_outside(u)] == []
-
-
-def test_fetched_addresses_are_seen(tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    page.write_text(
-        '<link rel="stylesheet" href="https://a/a.css"><link rel="next" href="https://b">'
-        '<script src="//c/c.js"></script><a href="https://d">d</a><img src="e.png">'
-    )
-    assert Fetched(page).found == ["https://a/a.css", "//c/c.js", "e.png"]
-    assert [is_outside(address) for address in Fetched(page).found] == [True, True, False]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", ["concepts", "method"])
-def test_formulas_are_drawn(page: str, site: Path) -> None:
-    html = (site / f"{page}.html").read_text()
-    formulas = re.findall(r"<math.*?</math>", html, re.DOTALL)
-    assert len(formulas) == len(blocks(text_of(f"docs/{page}.md"), "math")) > 0
-    # A command that the library does not know stays as it is, backslash and all.
-    assert [formula for formula in formulas if "\\" in formula or "&#x0005C;" in formula] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("package", ["graph_passes", "export"])
-def test_reference_has_every_public_name(package: str, site: Path) -> None:
-    html = (site / "reference" / f"{package}.html").read_text()
-    there = set(re.findall(rf'id="calicache\.{package}\.([\w.]+)"', html))
-    names = importlib.import_module(f"calicache.{package}").__all__
-    # A function that has the name of its module is found in that module.
-    assert [name for name in names if not {name, f"{name}.{name}"} & there] == []

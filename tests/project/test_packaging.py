@@ -43,8 +43,8 @@ def test_declared_packages_are_the_folders_on_disk() -> None:
 
 
 def test_declared_folders_lead_to_the_packages() -> None:
-    mapping, found = declared()["package-dir"], packages_on_disk()
-    assert {name: found[name] for name in mapping} == mapping
+    mapping, folders = declared()["package-dir"], packages_on_disk()
+    assert {name: folders[name] for name in mapping} == mapping
     # setuptools finds a subpackage under its parent's folder.
     assert {f"calicache.{name}" for name in FOLDERS} <= set(mapping)
 

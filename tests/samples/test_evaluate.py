@@ -68,11 +68,11 @@ def test_dpm_solver_finds_the_image_of_a_perfect_denoiser() -> None:
 def test_distance_is_the_mean_over_images() -> None:
     reference = torch.rand(8, 1, 28, 28) - 0.5
     scale = torch.linspace(0.01, 0.08, 8).view(-1, 1, 1, 1)
-    found = distance(reference * (1 + scale), reference)
+    measured = distance(reference * (1 + scale), reference)
     # float32 sums over 784 pixels.
-    assert found.relative_error == pytest.approx(0.045, rel=1e-4)
+    assert measured.relative_error == pytest.approx(0.045, rel=1e-4)
     squares = ((reference * scale) ** 2).flatten(1).mean(1).numpy()
-    assert found.psnr == pytest.approx(float(np.mean(10 * np.log10(4 / squares))), rel=1e-4)
+    assert measured.psnr == pytest.approx(float(np.mean(10 * np.log10(4 / squares))), rel=1e-4)
 
 
 @pytest.mark.skipif(

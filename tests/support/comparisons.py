@@ -126,15 +126,15 @@ def recorded(
     return recording, latents
 
 
-def errors_of(got: Sequence[Latents], wanted: Sequence[Latents]) -> list[list[float]]:
+def errors_of(got: Sequence[Latents], expected: Sequence[Latents]) -> list[list[float]]:
     """Relative L2 errors by step, of every sample of every run."""
     return [
         [
             float((a - b).double().norm() / b.double().norm())
-            for mine, exact in zip(got, wanted, strict=True)
+            for mine, exact in zip(got, expected, strict=True)
             for a, b in zip(mine[step], exact[step], strict=True)
         ]
-        for step in range(len(wanted[0]))
+        for step in range(len(expected[0]))
     ]
 
 

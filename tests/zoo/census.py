@@ -32,14 +32,14 @@ def main() -> None:
     if unknown:
         parser.error(f"no such entry: {', '.join(unknown)}")
     torch.set_num_threads(THREADS)  # as in the processes: the report names the number
-    found = read_report(options.report.with_suffix(".json"))
-    wanted = options.names or list(ENTRIES)
-    open_names = [name for name in wanted if options.again or name not in found]
+    findings = read_report(options.report.with_suffix(".json"))
+    names = options.names or list(ENTRIES)
+    open_names = [name for name in names if options.again or name not in findings]
     for number, name in enumerate(open_names, start=1):
-        found[name] = take_apart(name, options.seconds)
-        write_report(found.values(), options.report)
-        print(f"{number}/{len(open_names)} {progress(found[name])}", flush=True)
-    print(totals_line(totals(found.values())).strip("*"))
+        findings[name] = take_apart(name, options.seconds)
+        write_report(findings.values(), options.report)
+        print(f"{number}/{len(open_names)} {progress(findings[name])}", flush=True)
+    print(totals_line(totals(findings.values())).strip("*"))
 
 
 def take_apart(name: str, seconds: float) -> Finding:

@@ -101,11 +101,11 @@ def _fitting(out: Tensor, latent: Tensor, *, cut: bool) -> Tensor | None:
 
 def find_leaf(arguments: Mapping[str, Any], name: str) -> Tensor:
     """The tensor of a dotted name, such as `x.0`."""
-    found: Any = arguments
+    leaf: Any = arguments
     for part in name.split("."):
-        found = found[int(part)] if isinstance(found, list | tuple) else found[part]
-    assert isinstance(found, Tensor)
-    return found
+        leaf = leaf[int(part)] if isinstance(leaf, list | tuple) else leaf[part]
+    assert isinstance(leaf, Tensor)
+    return leaf
 
 
 def replace_leaf(arguments: Any, name: str, change: Any) -> Any:

@@ -49,7 +49,7 @@ class Check:
     Attributes:
         error: relative L2 error of the worst step; None where there was nothing to compare.
         bound: largest error that counts as equal.
-        reason: why it was not made, or why it failed.
+        reason: why there is none, or why it failed.
     """
 
     error: float | None = None

@@ -45,8 +45,8 @@ def write_report(findings: Iterable[Finding], path: Path) -> None:
         findings: in any order; those of no entry are left out.
         path: of the Markdown file, such as docs/models.md.
     """
-    found = {finding.name: finding for finding in findings}
-    ordered = [found[name] for name in ENTRIES if name in found]
+    by_name = {finding.name: finding for finding in findings}
+    ordered = [by_name[name] for name in ENTRIES if name in by_name]
     where = environment()
     where["versions"]["diffusers"] = version("diffusers")
     families = {entry.name: family for family, listed in FAMILIES.items() for entry in listed}
@@ -57,7 +57,7 @@ def write_report(findings: Iterable[Finding], path: Path) -> None:
         temporary.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
     parts = [_heading(ordered, where)]
     for family, entries in FAMILIES.items():
-        rows = [found[entry.name] for entry in entries if entry.name in found]
+        rows = [by_name[entry.name] for entry in entries if entry.name in by_name]
         if rows:
             parts.append(f"## {family}\n\n{_table(rows)}")
     with atomic_path(path) as temporary:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusion import GuidedDDIM
 from onnx import TensorProto
-from support.artifacts import kept_refreshes
+from support.artifacts import exported, kept_refreshes
 from support.models import STEPS, relative
 
 from calicache.export import Session, export_onnx
@@ -45,19 +45,13 @@ def fasts(dit, dit_plan, forecast_plan) -> dict[str, OptimizedModel]:
 
 
 @pytest.fixture(scope="module")
-def pairs(fasts, tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("pair")
-    for name, fast in fasts.items():
-        export_onnx(fast, root / name, layout="pair")
-    return {name: root / name for name in fasts}
+def pairs(fasts) -> dict[str, Path]:
+    return {name: exported(fast, "pair") for name, fast in fasts.items()}
 
 
 @pytest.fixture(scope="module")
-def steps(fasts, tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("step")
-    for name, fast in fasts.items():
-        export_onnx(fast, root / name)
-    return {name: root / name for name in fasts}
+def steps(fasts) -> dict[str, Path]:
+    return {name: exported(fast) for name, fast in fasts.items()}
 
 
 @pytest.fixture

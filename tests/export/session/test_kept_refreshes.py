@@ -9,8 +9,9 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.artifacts import exported
 
-from calicache.export import Session, export_onnx
+from calicache.export import Session
 from calicache.export.session.kept_refreshes import FixedRefreshes, KeptRefreshes, MovingRefreshes
 from calicache.graph_passes import StepMode, optimize
 from calicache.graph_passes.common.errors import ExportError
@@ -121,11 +122,9 @@ def test_moving_store_lets_the_oldest_go_before_a_refresh() -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(dit, forecast_plan, tmp_path_factory) -> Path:
+def pair(dit, forecast_plan) -> Path:
     """Order 2 with output weights: REFRESH reads kept outputs too."""
-    folder = tmp_path_factory.mktemp("pair") / "d"
-    export_onnx(optimize(dit, forecast_plan), folder, layout="pair")
-    return folder
+    return exported(optimize(dit, forecast_plan), "pair")
 
 
 @pytest.mark.slow
@@ -157,8 +156,8 @@ def test_an_output_is_the_callers_own(pair, dit_recording) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
-def test_cuda_graphs_without_cuda_are_refused(layout: str, dit, dit_plan, tmp_path) -> None:
-    export_onnx(optimize(dit, dit_plan), tmp_path / "d", layout=layout)
+def test_cuda_graphs_without_cuda_are_refused(layout: str, dit, dit_plan) -> None:
+    folder = exported(optimize(dit, dit_plan), layout)
     expected = rf"cuda_graphs: expected layout pair on CUDA.*got layout {layout} on CPU"
     with pytest.raises(ExportError, match=expected):
-        Session(tmp_path / "d", cuda_graphs=True)
+        Session(folder, cuda_graphs=True)

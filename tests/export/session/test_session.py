@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusion import GuidedDDIM
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.artifacts import kept_refreshes
+from support.artifacts import exported, kept_refreshes
 from support.models import diffusers_calls, relative
 from torch import Tensor, nn
 
@@ -154,14 +154,12 @@ def guided_run(model: Callable[..., Tensor]) -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def exports(dit, dit_plan, tmp_path_factory) -> dict[str, Exported]:
-    root = tmp_path_factory.mktemp("exports")
-    artifacts = {}
-    for name, schedule in SCHEDULES.items():
-        fast = optimize(dit, dit_plan.with_schedule(schedule))
-        export_onnx(fast, root / name)
-        artifacts[name] = (fast, root / name)
-    return artifacts
+def exports(dit, dit_plan) -> dict[str, Exported]:
+    fasts = {
+        name: optimize(dit, dit_plan.with_schedule(schedule))
+        for name, schedule in SCHEDULES.items()
+    }
+    return {name: (fast, exported(fast)) for name, fast in fasts.items()}
 
 
 @pytest.fixture(scope="module")

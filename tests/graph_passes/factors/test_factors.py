@@ -116,6 +116,11 @@ def test_error_names_the_target(dit_analysis: Analysis) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def meta_analysis(dit: FashionDiT, dit_recording: Recording) -> Analysis:
+    return analysis_of(copy.deepcopy(dit).to("meta"), dit_recording)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -125,12 +130,10 @@ def test_error_names_the_target(dit_analysis: Analysis) -> None:
     ],
 )
 def test_meta_weights_give_meta_factors_without_statistics(
-    dit: FashionDiT, dit_recording: Recording, name: str, options: dict[str, object]
+    meta_analysis: Analysis, name: str, options: dict[str, object]
 ) -> None:
-    meta = copy.deepcopy(dit).to("meta")
-    analysis = analysis_of(meta, dit_recording)
-    target = named_targets(analysis, **options)[name]
-    factors = factors_of(analysis.captured, [target], {})[name]
+    target = named_targets(meta_analysis, **options)[name]
+    factors = factors_of(meta_analysis.captured, [target], {})[name]
     assert tuple(factors.down.shape) == (target.rank, target.in_features)
     assert tuple(factors.up.shape) == (sum(target.out_features), target.rank)
     assert factors.up.is_meta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.artifacts import exported
 from support.comparisons import C, R, ddim, draw, flow, recorded, residual
 from typer.testing import CliRunner, Result
 
@@ -63,7 +65,7 @@ def given(dit, dit_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Give
         folder / "my decoders.py",
         folder / "my model.py",
     )
-    export_onnx(optimize(dit, dit_plan), made.artifact)
+    shutil.copytree(exported(optimize(dit, dit_plan)), made.artifact)
     recorded(dit, ddim, [draw(seed, 2, 1, 28, 28) for seed in (3, 4)])[0].save(made.runs)
     tokens, _ = recorded(residual(), flow(), [draw(1, 2, 5, 8)])
     plan = Plan.from_trajectory(residual(), tokens, schedule=(R, C) * 3, rank=4)
