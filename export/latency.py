@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +20,7 @@ from calicache.export.export import export_onnx
 from calicache.export.session.session import Session
 from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError, ExportError
 from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import CapturedGraph
@@ -295,13 +294,6 @@ def _check(ranks: Sequence[int] | None, repeats: int, provider: str) -> None:
 
 def _environment(plain: Sequence[float]) -> dict[str, str]:
     """The machine and the versions that were measured on, and how steady the machine was."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "processor": next(names, platform.processor() or platform.machine()),
-        "cores": str(os.cpu_count()),
-        "torch": torch.__version__,
-        "onnxruntime": ort.__version__,
-        "plain_spread": f"{(max(plain) - min(plain)) / statistics.median(plain):.3f}",
-    }
+    facts = {name: str(value) for part in environment().values() for name, value in part.items()}
+    spread = (max(plain) - min(plain)) / statistics.median(plain)
+    return {**facts, "plain_spread": f"{spread:.3f}"}

@@ -10,22 +10,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import CalicacheError
 from calicache.tools.bench.models import MODELS
 from calicache.tools.bench.report import write_report
 from calicache.tools.bench.rows import BenchSettings
 from calicache.tools.bench.run import run_bench
 from calicache.tools.compare.command import CompareArguments, run_compare
-from calicache.tools.diff.diff import diff_targets
+from calicache.tools.diff.diff import diff_subjects
 from calicache.tools.diff.difference import difference_json
 from calicache.tools.diff.view import describe_difference
 from calicache.tools.graph.command import GraphArguments, GraphFormat, run_graph
-from calicache.tools.inspect.subject_facts import facts_json, inspect_target
+from calicache.tools.inspect.subject_facts import facts_json, inspect_subject
 from calicache.tools.inspect.view import describe_facts
 from calicache.tools.plan.command import PlanArguments, run_plan
 from calicache.tools.plan.latency import LatencyArguments, run_latency
 from calicache.tools.report.command import ReportArguments, run_report
-from calicache.tools.terminal.environment import environment
 
 WARNINGS, DIFFERENT = 2, 3  # exit codes; 1 is for what is refused
 
@@ -65,7 +65,7 @@ def inspect(
     Exit codes: 1 for what is refused; with --strict 2 where there are warnings.
     """
     with _errors_shown():
-        facts = inspect_target(target)
+        facts = inspect_subject(target)
     if json:
         typer.echo(facts_json(facts))
     else:
@@ -87,7 +87,7 @@ def diff(
     Exit codes: 0 where they are equal, 3 where they differ, 1 for what cannot be compared.
     """
     with _errors_shown():
-        difference = diff_targets(a, b)
+        difference = diff_subjects(a, b)
     if json:
         typer.echo(difference_json(difference))
     else:

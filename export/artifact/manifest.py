@@ -16,9 +16,9 @@ from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.front import Front
 
-FORMAT = 5
+FORMAT = 6
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
-GRAPHS_FILE = "graphs.json"  # nothing that runs the model needs it
+GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
 
 class Layout(StrEnum):

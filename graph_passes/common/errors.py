@@ -112,10 +112,10 @@ class BenchError(CalicacheError):
     stage = "bench"
 
 
-class TargetError(CalicacheError):
+class SubjectError(CalicacheError):
     """What a tool was pointed at is none of the things that it can look at."""
 
-    stage = "target"
+    stage = "subject"
 
 
 class CompareError(CalicacheError):

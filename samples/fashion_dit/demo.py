@@ -31,7 +31,7 @@ from weights import DIT_WEIGHTS, load_weights
 
 from calicache.export import Session, export_onnx
 from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_schedule
-from calicache.tools.terminal.environment import environment
+from calicache.graph_passes.common.environment import environment
 
 GUIDANCE = 1.5
 RECORD_SEED, SAMPLE_SEED = 1, 2

@@ -35,7 +35,7 @@ from calicache.graph_passes.common.errors import ArtifactError, ExportError
 from calicache.graph_passes.common.hashing import sha256_of
 
 R, C, U, FORECAST = StepMode
-FILES = ["graphs.json", "manifest.json", "model.onnx", "weights.bin"]
+FILES = ["graphs.json.gz", "manifest.json", "model.onnx", "weights.bin"]
 LISTED = [name for name in FILES if name != "manifest.json"]
 
 

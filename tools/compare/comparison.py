@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calicache.export.artifact.manifest import Layout, Manifest
 from calicache.export.session.session import Session
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import CompareError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.recording.recording import Recording
@@ -38,7 +39,6 @@ from calicache.tools.compare.side_by_side import (
     time_model,
     warm_up,
 )
-from calicache.tools.terminal.environment import environment
 
 WHOLE_RUN = (
     "the layout sampler runs all steps in one call and holds no full model: "

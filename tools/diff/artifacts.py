@@ -20,7 +20,7 @@ from calicache.tools.diff.difference import (
 from calicache.tools.diff.words import changed, changed_fields, changed_fronts
 from calicache.tools.inspect.artifact_facts import ArtifactFacts, artifact_facts
 from calicache.tools.inspect.onnx_facts import operator_counts
-from calicache.tools.terminal.subject import ONNX_SUFFIX, ArtifactTarget, read_onnx
+from calicache.tools.terminal.subject import ONNX_SUFFIX, ArtifactSubject, read_onnx
 
 _BELONGING = ("calicache", "format", "weights_hash")
 _SETTINGS = ("rank", "order", "weighting", "correction", "calls_per_step", "fixed")
@@ -28,7 +28,7 @@ _SETTINGS = ("rank", "order", "weighting", "correction", "calls_per_step", "fixe
 _ELSEWHERE = ("files", "schedule", "cache_bytes", "plain_macs", "modes", "targets", "front")
 
 
-def diff_artifacts(a: ArtifactTarget, b: ArtifactTarget) -> Difference:
+def diff_artifacts(a: ArtifactSubject, b: ArtifactSubject) -> Difference:
     """What differs between two artifacts."""
     first, second = artifact_facts(a), artifact_facts(b)
     return Difference(
@@ -85,7 +85,7 @@ def _reads(facts: ArtifactFacts) -> dict[str, float]:
     return {f"read by {entry.mode.name}": float(entry.read_bytes) for entry in facts.modes}
 
 
-def _operators(a: ArtifactTarget, b: ArtifactTarget) -> tuple[NumberChange, ...]:
+def _operators(a: ArtifactSubject, b: ArtifactSubject) -> tuple[NumberChange, ...]:
     """Nodes by operator: of every model, or of all together where the models are others."""
     digests = [_models(target) for target in (a, b)]
     if digests[0] == digests[1]:
@@ -109,7 +109,7 @@ def _floats(counts: Mapping[str, int]) -> dict[str, float]:
     return {name: float(count) for name, count in counts.items()}
 
 
-def _models(target: ArtifactTarget) -> dict[str, str]:
+def _models(target: ArtifactSubject) -> dict[str, str]:
     """SHA-256 of every ONNX file of an artifact."""
     files = target.manifest.files
     return {file.name: file.sha256 for file in files if file.name.endswith(ONNX_SUFFIX)}

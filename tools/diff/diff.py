@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.tools.diff.artifacts import diff_artifacts
 from calicache.tools.diff.difference import Difference
 from calicache.tools.diff.plans import diff_plans
 from calicache.tools.terminal.subject import (
-    ArtifactTarget,
-    OnnxTarget,
-    PlanTarget,
+    ArtifactSubject,
+    OnnxSubject,
+    PlanSubject,
     Target,
-    read_target,
+    read_subject,
 )
 
 
-def diff_targets(a: Path | str, b: Path | str) -> Difference:
+def diff_subjects(a: Path | str, b: Path | str) -> Difference:
     """What differs between two plans, or between two artifacts.
 
     Args:
@@ -25,15 +25,15 @@ def diff_targets(a: Path | str, b: Path | str) -> Difference:
         b: the folder of the other.
 
     Raises:
-        TargetError: they are of two kinds, or of one that cannot be compared.
+        SubjectError: they are of two kinds, or of one that cannot be compared.
         PlanError, ArtifactError: one is damaged.
     """
-    first, second = read_target(a), read_target(b)
-    if isinstance(first, PlanTarget) and isinstance(second, PlanTarget):
+    first, second = read_subject(a), read_subject(b)
+    if isinstance(first, PlanSubject) and isinstance(second, PlanSubject):
         return diff_plans(first, second)
-    if isinstance(first, ArtifactTarget) and isinstance(second, ArtifactTarget):
+    if isinstance(first, ArtifactSubject) and isinstance(second, ArtifactSubject):
         return diff_artifacts(first, second)
-    raise TargetError(
+    raise SubjectError(
         f"{a} and {b}",
         expected="two plans or two artifacts",
         got=f"{_kind(first)} and {_kind(second)}",
@@ -42,8 +42,8 @@ def diff_targets(a: Path | str, b: Path | str) -> Difference:
 
 
 def _kind(target: Target) -> str:
-    if isinstance(target, PlanTarget):
+    if isinstance(target, PlanSubject):
         return "a plan"
-    if isinstance(target, ArtifactTarget):
+    if isinstance(target, ArtifactSubject):
         return "an artifact"
-    return "an ONNX file" if isinstance(target, OnnxTarget) else "a recording"
+    return "an ONNX file" if isinstance(target, OnnxSubject) else "a recording"

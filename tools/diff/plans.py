@@ -18,13 +18,13 @@ from calicache.tools.diff.difference import (
 )
 from calicache.tools.diff.words import changed, changed_fields, changed_fronts
 from calicache.tools.inspect.plan_facts import PlanFacts, plan_facts
-from calicache.tools.terminal.subject import PlanTarget
+from calicache.tools.terminal.subject import PlanSubject
 
 # Shown in other sections than the settings, or in other words.
 _ELSEWHERE = ("schedule", "weights_hash", "ranks", "output_weights")
 
 
-def diff_plans(a: PlanTarget, b: PlanTarget) -> Difference:
+def diff_plans(a: PlanSubject, b: PlanSubject) -> Difference:
     """What differs between two plans."""
     facts = plan_facts(a), plan_facts(b)
     first, second = a.plan.settings, b.plan.settings

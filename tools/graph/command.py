@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from calicache.export.artifact.graph_file import read_graphs
 from calicache.export.artifact.manifest import read_manifest
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import PLAIN, ModelGraphs
@@ -67,7 +67,7 @@ def run_graph(arguments: GraphArguments) -> str:
     if arguments.output is None:
         return text
     if arguments.output.is_dir():
-        raise TargetError(
+        raise SubjectError(
             "output", expected="a file", got=f"the folder {arguments.output}", fix="Name a file."
         )
     with atomic_path(arguments.output) as temporary:
@@ -79,7 +79,7 @@ def write_view(view: BlockView | FoldedView, form: GraphFormat) -> str:
     """A view as text, as SVG, as a Mermaid flowchart or as JSON.
 
     Raises:
-        TargetError: pygraphviz is missing, for SVG.
+        SubjectError: pygraphviz is missing, for SVG.
     """
     if form is GraphFormat.SVG:
         return svg_text(view)
@@ -105,11 +105,11 @@ def find_mode(graphs: ModelGraphs, name: str) -> StepMode | None:
     """The mode of that name in any case; None for `plain`.
 
     Raises:
-        TargetError: the model has no graph of that mode.
+        SubjectError: the model has no graph of that mode.
     """
     modes = {PLAIN: None, **{mode.name.lower(): mode for mode in graphs.modes}}
     if name.lower() not in modes:
-        raise TargetError(
+        raise SubjectError(
             "mode", expected=" | ".join(modes), got=repr(name), fix="Choose one of these."
         )
     return modes[name.lower()]

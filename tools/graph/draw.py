@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView
 from calicache.graph_passes.describe.graphs import Mark
 from calicache.tools.graph.drawing import LEGEND, Drawing, DrawnEdge, DrawnNode, Kind, drawing_of
@@ -99,7 +99,7 @@ def svg_text(
         legend: what explains the marks; empty where the page does.
 
     Raises:
-        TargetError: pygraphviz is missing.
+        SubjectError: pygraphviz is missing.
     """
     drawing = drawing_of(view)
     root = ElementTree.fromstring(_layout(drawing, legend))
@@ -136,7 +136,7 @@ def _layout(drawing: Drawing, legend: Sequence[DrawnNode]) -> bytes:
     try:
         pygraphviz: Any = importlib.import_module("pygraphviz")
     except ImportError as error:
-        raise TargetError(
+        raise SubjectError(
             "format svg",
             expected="pygraphviz, which lays the graph out",
             got="no such package",

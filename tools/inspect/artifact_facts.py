@@ -34,7 +34,7 @@ from calicache.tools.inspect.facts import (
     some_names,
 )
 from calicache.tools.inspect.layers import layer_facts
-from calicache.tools.terminal.subject import ArtifactTarget
+from calicache.tools.terminal.subject import ArtifactSubject
 from calicache.tools.terminal.text import format_count
 
 
@@ -93,7 +93,7 @@ class ArtifactFacts:
     warnings: tuple[Caution, ...]
 
 
-def artifact_facts(target: ArtifactTarget) -> ArtifactFacts:
+def artifact_facts(target: ArtifactSubject) -> ArtifactFacts:
     """Facts of an artifact whose files were checked."""
     manifest = target.manifest
     has_graphs = any(record.name == GRAPHS_FILE for record in manifest.files)

@@ -26,7 +26,7 @@ from calicache.tools.inspect.facts import (
     schedule_facts,
     some_names,
 )
-from calicache.tools.terminal.subject import PlanTarget
+from calicache.tools.terminal.subject import PlanSubject
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class PlanFacts:
     warnings: tuple[Caution, ...]
 
 
-def plan_facts(target: PlanTarget) -> PlanFacts:
+def plan_facts(target: PlanSubject) -> PlanFacts:
     """Facts of a plan that was read from a folder."""
     settings = target.plan.settings
     return PlanFacts(

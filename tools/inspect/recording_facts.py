@@ -15,7 +15,7 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import ConstantSpec
 from calicache.graph_passes.recording.timestep import Run, Timestep
 from calicache.tools.inspect.facts import Caution, InputFacts, input_facts
-from calicache.tools.terminal.subject import RecordingTarget
+from calicache.tools.terminal.subject import RecordingSubject
 
 FOR_A_SEARCH = 3
 
@@ -60,7 +60,7 @@ class RecordingFacts:
     warnings: tuple[Caution, ...]
 
 
-def recording_facts(target: RecordingTarget) -> RecordingFacts:
+def recording_facts(target: RecordingSubject) -> RecordingFacts:
     """Facts of a recording that was read from a file."""
     recording = target.recording
     timestep, runs, ends = recording.timestep, recording.runs, recording.ends

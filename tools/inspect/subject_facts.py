@@ -1,28 +1,29 @@
-"""Facts of whatever a path is, and their JSON."""
+"""Facts of whatever a path is, as plain data, as JSON and as text for a terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import TypeAdapter
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from calicache.tools.inspect.artifact_facts import ArtifactFacts, artifact_facts
-from calicache.tools.inspect.onnx_facts import OnnxFacts, onnx_facts
+from calicache.tools.inspect.artifact_view import describe_artifact
 from calicache.tools.inspect.plan_facts import PlanFacts, plan_facts
+from calicache.tools.inspect.plan_view import describe_plan
 from calicache.tools.inspect.recording_facts import RecordingFacts, recording_facts
-from calicache.tools.terminal.subject import (
-    ArtifactTarget,
-    PlanTarget,
-    RecordingTarget,
-    read_target,
-)
+from calicache.tools.inspect.recording_view import describe_recording
+from calicache.tools.terminal.subject import ArtifactSubject, PlanSubject, read_subject
+from calicache.tools.terminal.text import title
 
-Facts = PlanFacts | ArtifactFacts | RecordingFacts | OnnxFacts
-FACTS: TypeAdapter[Facts] = TypeAdapter(Facts)
+Facts = PlanFacts | ArtifactFacts | RecordingFacts
+_FACTS: TypeAdapter[Facts] = TypeAdapter(Facts)
 
 
-def inspect_target(path: Path | str) -> Facts:
-    """What a plan, an artifact, a recording or an ONNX file is.
+def inspect_subject(path: Path | str) -> Facts:
+    """What a plan, an artifact or a recording is.
 
     Args:
         path: a folder or a file.
@@ -31,23 +32,39 @@ def inspect_target(path: Path | str) -> Facts:
         One dataclass a kind; its field `kind` says which.
 
     Raises:
-        TargetError: the path is none of the four, or a damaged ONNX file.
+        SubjectError: the path is none of the three.
         PlanError, ArtifactError, RecordError: a damaged plan, artifact or recording.
     """
-    target = read_target(path)
-    if isinstance(target, PlanTarget):
-        return plan_facts(target)
-    if isinstance(target, ArtifactTarget):
-        return artifact_facts(target)
-    if isinstance(target, RecordingTarget):
-        return recording_facts(target)
-    return onnx_facts(target)
+    subject = read_subject(path)
+    if isinstance(subject, PlanSubject):
+        return plan_facts(subject)
+    if isinstance(subject, ArtifactSubject):
+        return artifact_facts(subject)
+    return recording_facts(subject)
 
 
 def facts_json(facts: Facts) -> str:
     """Facts as JSON.
 
-    The keys are the attributes of the dataclass that `kind` names: `PlanFacts`, `ArtifactFacts`,
-    `RecordingFacts` or `OnnxFacts`. Modes are their names; numbers that are not finite are null.
+    The keys are the attributes of the dataclass that `kind` names: `PlanFacts`, `ArtifactFacts`
+    or `RecordingFacts`. Modes are their names; numbers that are not finite are null.
     """
-    return FACTS.dump_json(facts, indent=2).decode()
+    return _FACTS.dump_json(facts, indent=2).decode()
+
+
+def describe_facts(facts: Facts) -> RenderableType:
+    """Everything `calicache inspect` prints, top to bottom."""
+    return Group(*_parts(facts))
+
+
+def _parts(facts: Facts) -> Iterator[RenderableType]:
+    if isinstance(facts, PlanFacts):
+        yield from describe_plan(facts)
+    elif isinstance(facts, ArtifactFacts):
+        yield from describe_artifact(facts)
+    else:
+        yield from describe_recording(facts)
+    if facts.warnings:
+        yield title("Warnings")
+    for caution in facts.warnings:
+        yield Text(f"- {caution.text}", style="yellow")

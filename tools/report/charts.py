@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import Front
 from calicache.tools.compare.comparison import Comparison
@@ -34,7 +34,7 @@ def plotly_script() -> str:
     """Plotly's own JavaScript, for a page that works offline.
 
     Raises:
-        TargetError: plotly is missing.
+        SubjectError: plotly is missing.
     """
     try:
         from plotly.offline import get_plotlyjs
@@ -43,9 +43,9 @@ def plotly_script() -> str:
     return str(get_plotlyjs())
 
 
-def no_library(name: str, purpose: str, error: ImportError) -> TargetError:
+def no_library(name: str, purpose: str, error: ImportError) -> SubjectError:
     """What to tell where a library of the extra `report` is missing."""
-    return TargetError(
+    return SubjectError(
         name,
         expected=f"the library that {purpose}",
         got=str(error),

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.report.data import gather_report
 from calicache.tools.report.page import write_report
@@ -54,7 +54,7 @@ def run_report(arguments: ReportArguments, console: Console, progress: Console) 
 def _check_output(output: Path) -> None:
     # A mistyped -o must not cost anything else than a report.
     if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
-        raise TargetError(
+        raise SubjectError(
             f"-o {output}",
             expected="the name of an HTML file",
             got="a folder" if output.is_dir() else repr(str(output)),

@@ -14,7 +14,7 @@ from calicache.export.session.session import Session
 from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import OptimizedModel
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.describe.graphs import ModelGraphs, view_graphs
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.front import Front
@@ -23,7 +23,7 @@ from calicache.tools.compare.operators import OperatorTime, profile
 from calicache.tools.compare.site_errors import SiteErrors, site_errors
 from calicache.tools.inspect.artifact_facts import ArtifactFacts
 from calicache.tools.inspect.plan_facts import PlanFacts
-from calicache.tools.inspect.subject_facts import inspect_target
+from calicache.tools.inspect.subject_facts import inspect_subject
 
 NO_RECORDING = "No recording was given: --recording T."
 NO_MODEL = "No plan and model were given: --plan PLAN --model FILE.py:FUNCTION."
@@ -90,14 +90,14 @@ def gather_report(
         on_stage: called with what is being done.
 
     Raises:
-        TargetError: the target is neither, or a plan goes with another checkpoint.
+        SubjectError: the target is neither, or a plan goes with another checkpoint.
         CalicacheError: a stage refuses; it names itself.
     """
     say = on_stage or (lambda _: None)
     say("look at the target")
-    facts = inspect_target(target)
+    facts = inspect_subject(target)
     if not isinstance(facts, ArtifactFacts | PlanFacts):
-        raise TargetError(
+        raise SubjectError(
             str(target),
             expected="an artifact or a plan, which a report can be made of",
             got=f"a file of the kind {facts.kind}",
@@ -157,7 +157,7 @@ def _energy_curves(
 def _check_plan(plan: Plan | None, facts: ArtifactFacts | PlanFacts) -> None:
     if plan is None or plan.settings.weights_hash == facts.weights_hash:
         return
-    raise TargetError(
+    raise SubjectError(
         "plan",
         expected=f"the plan of the artifact's checkpoint ({facts.weights_hash[:12]})",
         got=f"one of another ({plan.settings.weights_hash[:12]})",

@@ -44,7 +44,7 @@ def write_report(data: ReportData, path: Path | str) -> None:
     """Write the page; a file of that name is replaced.
 
     Raises:
-        TargetError: a library of the extra `report` is missing.
+        SubjectError: a library of the extra `report` is missing.
     """
     page = render_report(data)
     with atomic_path(Path(path)) as place:
@@ -55,7 +55,7 @@ def render_report(data: ReportData) -> str:
     """The page as text.
 
     Raises:
-        TargetError: a library of the extra `report` is missing.
+        SubjectError: a library of the extra `report` is missing.
     """
     sections = report_sections(data)
     graphs = tuple(_drawn(data.graphs)) if data.graphs else ()

@@ -14,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from calicache.graph_passes import StepMode
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError
 from calicache.tools.bench import prepare as bench_prepare
 from calicache.tools.bench import run as bench
@@ -23,7 +24,6 @@ from calicache.tools.bench.rows import BenchSettings, BenchTask, bench_rows, cho
 from calicache.tools.bench.run import MEMORY_PER_ROW, Timing, run_bench
 from calicache.tools.cli import app
 from calicache.tools.compare.operators import operator_times
-from calicache.tools.terminal.environment import environment
 
 TINY = f"{Path(__file__).parents[2] / 'support' / 'tiny_bench.py'}:tiny"
 STEPS, INTERVAL = 6, 3

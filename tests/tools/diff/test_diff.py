@@ -16,17 +16,17 @@ import pytest
 from rich.console import Console
 from support.fronts import front_of
 from support.golden import assert_golden
-from support.small_targets import other_artifact, schedule_of, small_folder
+from support.small_subjects import other_artifact, schedule_of, small_folder
 from typer.testing import CliRunner, Result
 
 from calicache.export import Layout, Manifest, read_manifest
 from calicache.graph_passes import Granularity, Plan, SiteMode, SiteRule, StepMode, Weighting
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.tools.cli import app
 from calicache.tools.diff.artifacts import diff_artifacts
-from calicache.tools.diff.diff import diff_targets
+from calicache.tools.diff.diff import diff_subjects
 from calicache.tools.diff.difference import (
     Change,
     Difference,
@@ -40,7 +40,7 @@ from calicache.tools.diff.difference import (
 from calicache.tools.diff.plans import diff_plans
 from calicache.tools.diff.view import describe_difference
 from calicache.tools.inspect.facts import LayerWork
-from calicache.tools.terminal.subject import ArtifactTarget, PlanTarget
+from calicache.tools.terminal.subject import ArtifactSubject, PlanSubject
 
 R, C, U, F = StepMode
 FITTED = "fitted to the recorded runs"
@@ -71,7 +71,7 @@ def printed(difference: Difference, width: int = 80) -> str:
 
 
 def between(home: Path, plan: Plan, other: Plan) -> Difference:
-    return diff_plans(PlanTarget(home / "plan", plan), PlanTarget(home / "plan", other))
+    return diff_plans(PlanSubject(home / "plan", plan), PlanSubject(home / "plan", other))
 
 
 def changed(plan: Plan, **changes: object) -> Plan:
@@ -80,7 +80,7 @@ def changed(plan: Plan, **changes: object) -> Plan:
 
 def test_a_plan_saved_twice_is_equal(home: Path, plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "again")
-    difference = diff_targets(home / "plan", tmp_path / "again")
+    difference = diff_subjects(home / "plan", tmp_path / "again")
     assert difference.equal
     assert difference.kind == "plan"
     assert printed(difference).startswith("calicache plans are equal\nA  ")
@@ -193,7 +193,7 @@ def test_other_weights_and_statistics_belong_to_something_else(
 ) -> None:
     other = changed(replace(plan, statistics={}), weights_hash="ab" * 32)
     other.save(tmp_path / "other")
-    difference = diff_targets(home / "plan", tmp_path / "other")
+    difference = diff_subjects(home / "plan", tmp_path / "other")
     names = [change.name for change in difference.belonging]
     assert names == ["weights", "statistics.safetensors"]
     assert difference.belonging[0].b == ("ab" * 32,)
@@ -256,21 +256,21 @@ def test_text_of_two_plans_is_as_it_was(home: Path, plan: Plan) -> None:
 def beside(home: Path, manifest: Manifest, **changes: object) -> Difference:
     folder = home / "dit.onnx.d"
     other = replace(manifest, **changes)  # type: ignore[arg-type]
-    return diff_artifacts(ArtifactTarget(folder, manifest), ArtifactTarget(folder, other))
+    return diff_artifacts(ArtifactSubject(folder, manifest), ArtifactSubject(folder, other))
 
 
 def test_an_artifact_copied_is_equal(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "dit.onnx.d", tmp_path / "copy.onnx.d")
-    difference = diff_targets(home / "dit.onnx.d", tmp_path / "copy.onnx.d")
+    difference = diff_subjects(home / "dit.onnx.d", tmp_path / "copy.onnx.d")
     assert difference.equal
     assert difference.kind == "artifact"
 
 
 def test_two_artifacts_of_one_model(home: Path, manifest: Manifest) -> None:
     other = read_manifest(other_artifact())
-    difference = diff_targets(home / "dit.onnx.d", other_artifact())
+    difference = diff_subjects(home / "dit.onnx.d", other_artifact())
     names = [change.name for change in difference.belonging]
-    assert names == ["graphs.json", "model.onnx", "weights.bin"]
+    assert names == ["graphs.json.gz", "model.onnx", "weights.bin"]
     assert difference.settings == (Change("rank", ("4",), ("2",)),)
     assert [step.step for step in difference.schedule.steps] == [2, 3, 4, 5]
     by_name = {change.name: change for change in difference.targets}
@@ -296,7 +296,7 @@ def test_two_artifacts_of_one_model(home: Path, manifest: Manifest) -> None:
 
 def test_two_layouts_are_compared_by_all_of_their_models() -> None:
     pair, step = other_artifact("RCUFRC", Layout.PAIR), other_artifact()
-    difference = diff_targets(pair, step)
+    difference = diff_subjects(pair, step)
     assert Change("layout", ("pair",), ("step",)) in difference.structure
     operators = {change.name: change for change in difference.operators}
     assert operators["If"] == NumberChange("If", "nodes", None, 1)
@@ -315,7 +315,7 @@ def test_several_models_are_compared_one_by_one(tmp_path: Path) -> None:
         if entry["name"] == "refresh.onnx":
             entry["sha256"], entry["size"] = record.sha256, record.size
     (other / "manifest.json").write_text(json.dumps(content))
-    difference = diff_targets(pair, other)
+    difference = diff_subjects(pair, other)
     assert [change.name for change in difference.belonging] == ["refresh.onnx"]
     assert difference.operators
     assert all(change.name.startswith("refresh.onnx: ") for change in difference.operators)
@@ -386,10 +386,10 @@ def test_every_field_of_the_manifest_counts(home: Path, manifest: Manifest) -> N
     ],
 )
 def test_other_pairs_are_refused(home: Path, a: str, b: str, got: str) -> None:
-    with pytest.raises(TargetError) as caught:
-        diff_targets(home / a, home / b)
+    with pytest.raises(SubjectError) as caught:
+        diff_subjects(home / a, home / b)
     assert str(caught.value) == (
-        f"target: {home / a} and {home / b}: expected two plans or two artifacts, got {got}. "
+        f"subject: {home / a} and {home / b}: expected two plans or two artifacts, got {got}. "
         "Give two of one kind; `calicache inspect` shows one of any kind."
     )
 

@@ -111,7 +111,7 @@ def test_output_that_is_a_folder_is_refused(artifact: Path, tmp_path: Path) -> N
     with pytest.raises(CalicacheError) as caught:
         run_graph(GraphArguments(artifact, output=tmp_path))
     assert str(caught.value) == (
-        f"target: output: expected a file, got the folder {tmp_path}. Name a file."
+        f"subject: output: expected a file, got the folder {tmp_path}. Name a file."
     )
     assert not list(tmp_path.iterdir())
 
@@ -132,7 +132,7 @@ def refused(*arguments: str | Path) -> str:
 
 def test_unknown_block_is_refused_with_those_there_are(artifact: Path) -> None:
     assert refused(artifact, "--block", "blocks.9") == (
-        "target: block: expected before, blocks.0, blocks.1, after, got 'blocks.9'. "
+        "subject: block: expected before, blocks.0, blocks.1, after, got 'blocks.9'. "
         "Choose one of these."
     )
 
@@ -145,16 +145,16 @@ def test_mode_that_the_artifact_has_not_is_refused_with_those_it_has(
     with pytest.raises(CalicacheError) as caught:
         run_graph(GraphArguments(tmp_path / "d", mode=mode))
     assert str(caught.value) == (
-        f"target: mode: expected plain | refresh | calibrate, got '{mode}'. Choose one of these."
+        f"subject: mode: expected plain | refresh | calibrate, got '{mode}'. Choose one of these."
     )
 
 
 def without_graphs(artifact: Path, folder: Path) -> Path:
     """An artifact as versions before this one wrote it."""
     shutil.copytree(artifact, folder)
-    (folder / "graphs.json").unlink()
+    (folder / "graphs.json.gz").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = [file for file in manifest["files"] if file["name"] != "graphs.json"]
+    manifest["files"] = [file for file in manifest["files"] if file["name"] != "graphs.json.gz"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -167,7 +167,7 @@ def test_artifact_of_an_older_version_runs_and_has_no_graphs(
     with pytest.raises(ArtifactError) as caught:
         run_graph(GraphArguments(old))
     assert str(caught.value) == (
-        f"artifact: {old}/graphs.json: expected the graphs, which export_onnx writes, "
+        f"artifact: {old}/graphs.json.gz: expected the graphs, which export_onnx writes, "
         "got an artifact of an older version, without them. Export the model again."
     )
 
@@ -184,16 +184,16 @@ def test_what_is_no_artifact_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_artifact_lists_its_graphs_like_every_other_file(artifact: Path) -> None:
-    (record,) = [f for f in load_artifact(artifact).files if f.name == "graphs.json"]
-    assert record.size == (artifact / "graphs.json").stat().st_size
-    assert record.sha256 == sha256_of(artifact / "graphs.json")
+    (record,) = [f for f in load_artifact(artifact).files if f.name == "graphs.json.gz"]
+    assert record.size == (artifact / "graphs.json.gz").stat().st_size
+    assert record.sha256 == sha256_of(artifact / "graphs.json.gz")
     assert read_graphs(artifact) == small_graphs(0)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
 def test_damaged_graphs_are_refused_by_name(damage: str, artifact: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(artifact, tmp_path / "damaged.d"))
-    path = folder / "graphs.json"
+    path = folder / "graphs.json.gz"
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -206,11 +206,11 @@ def test_damaged_graphs_are_refused_by_name(damage: str, artifact: Path, tmp_pat
 
 def test_session_does_not_look_into_the_graphs(artifact: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(artifact, tmp_path / "other.d"))
-    (folder / "graphs.json").write_bytes(b"not JSON")
+    (folder / "graphs.json.gz").write_bytes(b"not JSON")
     manifest = json.loads((folder / "manifest.json").read_text())
     for file in manifest["files"]:
-        if file["name"] == "graphs.json":
-            file |= {"size": 8, "sha256": sha256_of(folder / "graphs.json")}
+        if file["name"] == "graphs.json.gz":
+            file |= {"size": 8, "sha256": sha256_of(folder / "graphs.json.gz")}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert Session(folder).manifest.schedule == load_artifact(artifact).schedule
     with pytest.raises(ArtifactError, match=r"graphs\.json: expected graphs written by"):

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from support.fronts import front_of
 from support.golden import assert_golden
-from support.small_targets import (
+from support.small_subjects import (
     other_artifact,
     small_folder,
     small_model,
@@ -45,15 +45,15 @@ from calicache.tools.inspect.layers import layer_facts
 from calicache.tools.inspect.onnx_facts import OnnxFacts, onnx_facts
 from calicache.tools.inspect.plan_facts import PlanFacts, plan_facts
 from calicache.tools.inspect.recording_facts import RecordingFacts, RunFacts, recording_facts
-from calicache.tools.inspect.subject_facts import Facts, facts_json, inspect_target
+from calicache.tools.inspect.subject_facts import Facts, facts_json, inspect_subject
 from calicache.tools.inspect.view import describe_facts
 from calicache.tools.terminal.subject import (
-    ArtifactTarget,
-    OnnxTarget,
-    PlanTarget,
-    RecordingTarget,
+    ArtifactSubject,
+    OnnxSubject,
+    PlanSubject,
+    RecordingSubject,
     read_onnx,
-    read_target,
+    read_subject,
 )
 
 R, C, U, F = StepMode
@@ -83,8 +83,8 @@ def plan(home: Path) -> Plan:
 
 @pytest.fixture(scope="module")
 def manifest(home: Path) -> Manifest:
-    target = read_target(home / "dit.onnx.d")
-    assert isinstance(target, ArtifactTarget)
+    target = read_subject(home / "dit.onnx.d")
+    assert isinstance(target, ArtifactSubject)
     return target.manifest
 
 
@@ -112,7 +112,7 @@ def steady(text: str) -> str:
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_text_is_as_it_was(home: Path, kind: str) -> None:
-    text = steady(printed(inspect_target(home / NAMES[kind])))
+    text = steady(printed(inspect_subject(home / NAMES[kind])))
     assert_golden(f"inspect_{kind}.txt", text)
 
 
@@ -120,7 +120,7 @@ def test_text_is_as_it_was(home: Path, kind: str) -> None:
 
 
 def test_plan_facts_are_those_of_the_plan(home: Path, plan: Plan) -> None:
-    facts = inspect_target(home / "plan")
+    facts = inspect_subject(home / "plan")
     assert isinstance(facts, PlanFacts)
     assert facts.weights_hash == plan.settings.weights_hash
     written = json.loads((home / "plan" / "plan.json").read_text())
@@ -137,7 +137,7 @@ def test_plan_facts_are_those_of_the_plan(home: Path, plan: Plan) -> None:
 
 def facts_of_plan(home: Path, plan: Plan, **changes: object) -> PlanFacts:
     settings = replace(plan.settings, **changes)  # type: ignore[arg-type]
-    return plan_facts(PlanTarget(home / "plan", replace(plan, settings=settings)))
+    return plan_facts(PlanSubject(home / "plan", replace(plan, settings=settings)))
 
 
 def test_plan_with_ranks_of_its_own_shows_them(home: Path, plan: Plan) -> None:
@@ -154,14 +154,14 @@ def test_plan_without_statistics_of_a_target_is_warned_of(home: Path, plan: Plan
         "statistics-missing": "No statistics for blocks.9.fc1: the schedule has CALIBRATE steps, "
         "and weighting covariance needs them."
     }
-    none = plan_facts(PlanTarget(home / "plan", replace(plan, statistics={})))
+    none = plan_facts(PlanSubject(home / "plan", replace(plan, statistics={})))
     assert texts(none)["statistics-missing"].startswith("No statistics for any target: ")
 
 
 def test_plan_that_needs_no_statistics_is_not_warned_of(home: Path, plan: Plan) -> None:
     schedule = (R, U, R, U, R, F)
     settings = replace(plan.settings, schedule=schedule)
-    facts = plan_facts(PlanTarget(home / "plan", replace(plan, settings=settings, statistics={})))
+    facts = plan_facts(PlanSubject(home / "plan", replace(plan, settings=settings, statistics={})))
     assert not facts.warnings
 
 
@@ -182,7 +182,7 @@ def test_output_weights_that_could_not_be_fitted_are_warned_of_with_the_reason(
     home: Path, plan: Plan
 ) -> None:
     changed = plan.with_rank(2)
-    facts = plan_facts(PlanTarget(home / "plan", changed))
+    facts = plan_facts(PlanSubject(home / "plan", changed))
     assert texts(facts) == {
         "output-weights": "There are no fitted output weights: not fitted: the plan was changed."
     }
@@ -192,7 +192,7 @@ def test_output_weights_that_nobody_asked_for_are_no_warning() -> None:
     model = small_model()
     plan = Plan.from_trajectory(model, small_runs(model), rank=2, order=0, correct=False)
     assert plan.settings.correction == "not asked for"
-    assert not plan_facts(PlanTarget(small_folder() / "plan", plan)).warnings
+    assert not plan_facts(PlanSubject(small_folder() / "plan", plan)).warnings
 
 
 def searched(plan: Plan) -> Plan:
@@ -200,7 +200,7 @@ def searched(plan: Plan) -> Plan:
 
 
 def test_plan_of_a_search_shows_its_front(home: Path, plan: Plan) -> None:
-    facts = plan_facts(PlanTarget(home / "plan", searched(plan)))
+    facts = plan_facts(PlanSubject(home / "plan", searched(plan)))
     text = printed(facts)
     for part in ("Front of the search that made it", "budget 0.5", "held-out error", "< taken"):
         assert part in text
@@ -212,7 +212,7 @@ def test_held_out_error_above_the_bound_is_warned_of(home: Path, plan: Plan) -> 
     assert front is not None
     bound = front.points[1].error.bound
     far = replace(front, held_out=ErrorSummary.of([2 * bound, 2 * bound]))
-    facts = plan_facts(PlanTarget(home / "plan", replace(plan, front=far)))
+    facts = plan_facts(PlanSubject(home / "plan", replace(plan, front=far)))
     assert texts(facts) == {
         "held-out-error": f"The held-out error {2 * bound:.3g} is above the bound {bound:.3g} of "
         "the point: new samples may be further off."
@@ -225,7 +225,7 @@ def test_a_diverged_point_is_warned_of_and_null_in_json(home: Path, plan: Plan) 
     broken = replace(front.points[1], error=ErrorSummary.of([float("inf")]))
     points = (front.points[0], broken)
     facts = plan_facts(
-        PlanTarget(home / "plan", replace(plan, front=replace(front, points=points)))
+        PlanSubject(home / "plan", replace(plan, front=replace(front, points=points)))
     )
     assert codes(facts) == ["diverged"]
     assert json.loads(facts_json(facts))["front"]["points"][1]["error"]["mean"] is None
@@ -236,11 +236,11 @@ def test_a_diverged_point_is_warned_of_and_null_in_json(home: Path, plan: Plan) 
 
 def facts_of_artifact(home: Path, manifest: Manifest, **changes: object) -> ArtifactFacts:
     changed = replace(manifest, **changes)  # type: ignore[arg-type]
-    return artifact_facts(ArtifactTarget(home / "dit.onnx.d", changed))
+    return artifact_facts(ArtifactSubject(home / "dit.onnx.d", changed))
 
 
 def test_artifact_facts_are_those_of_the_manifest(home: Path, manifest: Manifest) -> None:
-    facts = inspect_target(home / "dit.onnx.d")
+    facts = inspect_subject(home / "dit.onnx.d")
     assert isinstance(facts, ArtifactFacts)
     assert facts.weights_hash == manifest.weights_hash
     assert (facts.files, facts.targets) == (manifest.files, manifest.targets)
@@ -256,7 +256,7 @@ def test_artifact_facts_are_those_of_the_manifest(home: Path, manifest: Manifest
 
 
 def test_layers_follow_the_rules(home: Path) -> None:
-    facts = inspect_target(home / "dit.onnx.d")
+    facts = inspect_subject(home / "dit.onnx.d")
     assert isinstance(facts, ArtifactFacts)
     work = {layer.name: layer.work["CALIBRATE"] for layer in facts.layers}
     assert work == {
@@ -294,7 +294,7 @@ def test_calls_of_one_layer_are_told_apart() -> None:
 
 @pytest.mark.parametrize("layout", [Layout.PAIR, Layout.SAMPLER])
 def test_other_layouts(layout: Layout) -> None:
-    facts = inspect_target(other_artifact("RCUFRC", layout))
+    facts = inspect_subject(other_artifact("RCUFRC", layout))
     assert isinstance(facts, ArtifactFacts)
     assert facts.layout == layout
     text = printed(facts)
@@ -317,7 +317,7 @@ def test_guidance_calls_and_built_in_values_are_shown(home: Path, manifest: Mani
 
 
 def test_large_caches_are_warned_of(home: Path, manifest: Manifest) -> None:
-    facts = inspect_target(home / "dit.onnx.d")
+    facts = inspect_subject(home / "dit.onnx.d")
     assert codes(facts) == ["large-caches"]
     assert not facts_of_artifact(home, manifest, cache_bytes=1).warnings
 
@@ -347,7 +347,7 @@ def test_costs_that_save_nothing_are_warned_of(home: Path, manifest: Manifest) -
 
 
 def test_an_artifact_of_an_older_version_has_no_graphs(home: Path, manifest: Manifest) -> None:
-    files = tuple(file for file in manifest.files if file.name != "graphs.json")
+    files = tuple(file for file in manifest.files if file.name != "graphs.json.gz")
     facts = facts_of_artifact(home, manifest, files=files)
     assert facts.layers == ()
     assert "no-graphs" in codes(facts)
@@ -356,7 +356,7 @@ def test_an_artifact_of_an_older_version_has_no_graphs(home: Path, manifest: Man
 
 def test_files_that_the_manifest_does_not_know_are_warned_of(copy: Path) -> None:
     (copy / "dit.onnx.d" / "notes.txt").touch()
-    facts = inspect_target(copy / "dit.onnx.d")
+    facts = inspect_subject(copy / "dit.onnx.d")
     assert texts(facts)["other-files"] == (
         "The manifest does not know notes.txt, which lie in the folder."
     )
@@ -380,7 +380,7 @@ def test_names_that_differ_in_one_number_are_one(names: list[str], folded: str) 
 
 
 def facts_of_runs(home: Path, recording: Recording) -> RecordingFacts:
-    return recording_facts(RecordingTarget(home / "runs.safetensors", recording))
+    return recording_facts(RecordingSubject(home / "runs.safetensors", recording))
 
 
 def test_recording_facts(home: Path) -> None:
@@ -438,7 +438,7 @@ def test_a_recording_of_one_step_has_unknown_dependence(home: Path) -> None:
 
 
 def facts_of_onnx(path: Path) -> OnnxFacts:
-    facts = inspect_target(path)
+    facts = inspect_subject(path)
     assert isinstance(facts, OnnxFacts)
     return facts
 
@@ -483,7 +483,7 @@ def test_onnx_attention_is_counted() -> None:
 
 
 def facts_of_model(model: onnx.ModelProto) -> OnnxFacts:
-    return onnx_facts(OnnxTarget(small_folder() / "small.onnx", ir.from_proto(model)))
+    return onnx_facts(OnnxSubject(small_folder() / "small.onnx", ir.from_proto(model)))
 
 
 @pytest.mark.parametrize(
@@ -574,7 +574,7 @@ def test_a_changed_or_foreign_file_beside_a_manifest_is_warned_of(copy: Path) ->
 def test_a_model_is_not_changed_by_looking_at_it(home: Path) -> None:
     model = read_onnx(home / "small.onnx")
     before = [value.shape for node in model.graph for value in node.outputs]
-    onnx_facts(OnnxTarget(home / "small.onnx", model))
+    onnx_facts(OnnxSubject(home / "small.onnx", model))
     assert [value.shape for node in model.graph for value in node.outputs] == before
 
 
@@ -595,17 +595,17 @@ KEYS = {
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_json_keys_stay_as_they_are(home: Path, kind: str) -> None:
-    found = json.loads(facts_json(inspect_target(home / NAMES[kind])))
+    found = json.loads(facts_json(inspect_subject(home / NAMES[kind])))
     assert list(found) == KEYS[kind].split()
     assert found["kind"] == kind
     assert found["path"] == str(home / NAMES[kind])
 
 
 def test_json_names_modes_classes_and_work(home: Path) -> None:
-    plan = json.loads(facts_json(inspect_target(home / "plan")))
+    plan = json.loads(facts_json(inspect_subject(home / "plan")))
     assert plan["schedule"]["modes"][:2] == ["REFRESH", "CALIBRATE"]
     assert [spec["dependence"] for spec in plan["inputs"]] == ["latent", "step"]
-    artifact = json.loads(facts_json(inspect_target(home / "dit.onnx.d")))
+    artifact = json.loads(facts_json(inspect_subject(home / "dit.onnx.d")))
     assert [entry["mode"] for entry in artifact["modes"]] == [mode.name for mode in StepMode]
     assert artifact["layers"][1]["work"]["CALIBRATE"] == "reuse"
 
@@ -625,10 +625,10 @@ def test_the_command_prints_the_facts(home: Path, name: str) -> None:
     assert done.exit_code == 0, done.output
     assert (
         steady(done.output).splitlines()[0]
-        == steady(printed(inspect_target(home / name))).splitlines()[0]
+        == steady(printed(inspect_subject(home / name))).splitlines()[0]
     )
     assert json.loads(run(home / name, "--json").output) == json.loads(
-        facts_json(inspect_target(home / name))
+        facts_json(inspect_subject(home / name))
     )
 
 
@@ -666,5 +666,5 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_narrow_terminals_lose_nothing(home: Path, kind: str) -> None:
-    text = printed(inspect_target(home / NAMES[kind]), width=44)
+    text = printed(inspect_subject(home / NAMES[kind]), width=44)
     assert max(len(line) for line in text.splitlines()) <= 44

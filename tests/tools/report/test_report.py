@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_targets import STEPS, small_model, small_runs
+from support.small_subjects import STEPS, small_model, small_runs
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from calicache.export import export_onnx
 from calicache.graph_passes import Plan, Recording, StepMode, optimize
-from calicache.graph_passes.common.errors import CompareError, TargetError
+from calicache.graph_passes.common.errors import CompareError, SubjectError
 from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint
 from calicache.tools.cli import app
 from calicache.tools.compare.site_errors import LATENTS, OUTPUT, site_errors
@@ -28,7 +28,7 @@ SCHEDULE = (R, C, F, R, U, C)
 SECTIONS = ["summary", "schedule", "errors", "steps", "energy", "cost", "operators", "front"]
 SECTIONS += ["belonging", "graphs", "images"]
 CHROMIUM = which("chromium") or which("chromium-browser")
-MODEL_FILE = "from small_targets import small_model\n\ndef build():\n    return small_model()\n"
+MODEL_FILE = "from small_subjects import small_model\n\ndef build():\n    return small_model()\n"
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +193,12 @@ def test_plan_with_model_shows_energies_and_front(folder: Path, model: nn.Module
 def test_plan_of_another_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     other = small_model(1)
     Plan.from_trajectory(other, small_runs(other), schedule=SCHEDULE, rank=2).save(tmp_path / "p")
-    with pytest.raises(TargetError, match=r"^target: plan: expected the plan of the artifact's"):
+    with pytest.raises(SubjectError, match=r"^subject: plan: expected the plan of the artifact's"):
         gather_report(folder / "small.onnx.d", plan=Plan.load(tmp_path / "p"))
 
 
 def test_recording_is_no_target(folder: Path) -> None:
-    with pytest.raises(TargetError, match="got a file of the kind recording"):
+    with pytest.raises(SubjectError, match="got a file of the kind recording"):
         gather_report(folder / "runs.safetensors")
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from support.small_targets import small_folder
+from support.small_subjects import small_folder
 
-from calicache.graph_passes.common.errors import ArtifactError, PlanError, RecordError, TargetError
+from calicache.graph_passes.common.errors import ArtifactError, PlanError, RecordError, SubjectError
 from calicache.tools.terminal.looks_like import file_looks_like, is_safetensors
 from calicache.tools.terminal.subject import (
-    ArtifactTarget,
-    OnnxTarget,
-    PlanTarget,
-    RecordingTarget,
-    read_target,
+    ArtifactSubject,
+    OnnxSubject,
+    PlanSubject,
+    RecordingSubject,
+    read_subject,
 )
 
 KINDS = (
@@ -41,26 +41,26 @@ def copy(home: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(home, tmp_path / "copy"))
 
 
-def refusal(path: Path | str) -> TargetError:
-    with pytest.raises(TargetError) as caught:
-        read_target(path)
+def refusal(path: Path | str) -> SubjectError:
+    with pytest.raises(SubjectError) as caught:
+        read_subject(path)
     return caught.value
 
 
 def assert_none_of_them(path: Path, got: str, fix: str = ANY) -> None:
     error = refusal(path)
-    assert str(error) == f"target: {path}: expected {KINDS}, got {got}. {fix}"
+    assert str(error) == f"subject: {path}: expected {KINDS}, got {got}. {fix}"
 
 
 def test_a_plan(home: Path) -> None:
-    target = read_target(home / "plan")
-    assert isinstance(target, PlanTarget)
+    target = read_subject(home / "plan")
+    assert isinstance(target, PlanSubject)
     assert (target.path, target.plan.settings.rank) == (home / "plan", 4)
 
 
 def test_an_artifact(home: Path) -> None:
-    target = read_target(str(home / "dit.onnx.d"))
-    assert isinstance(target, ArtifactTarget)
+    target = read_subject(str(home / "dit.onnx.d"))
+    assert isinstance(target, ArtifactSubject)
     assert target.path == home / "dit.onnx.d"
     assert [record.name for record in target.manifest.files][-1] == "weights.bin"
 
@@ -68,8 +68,8 @@ def test_an_artifact(home: Path) -> None:
 @pytest.mark.parametrize("name", ["runs.safetensors", "runs", "runs.onnx"])
 def test_a_recording_under_any_name(home: Path, tmp_path: Path, name: str) -> None:
     shutil.copy(home / "runs.safetensors", tmp_path / name)
-    target = read_target(tmp_path / name)
-    assert isinstance(target, RecordingTarget)
+    target = read_subject(tmp_path / name)
+    assert isinstance(target, RecordingSubject)
     assert len(target.recording.calls) == 6
 
 
@@ -80,17 +80,17 @@ def test_an_onnx_file_under_any_name_but_that_of_something_else(
     shutil.copy(home / "small.onnx", tmp_path / name)
     if name.endswith(".safetensors"):
         with pytest.raises(RecordError):
-            read_target(tmp_path / name)
+            read_subject(tmp_path / name)
     else:
-        target = read_target(tmp_path / name)
-        assert isinstance(target, OnnxTarget)
+        target = read_subject(tmp_path / name)
+        assert isinstance(target, OnnxSubject)
         assert [node.op_type for node in target.model.graph] == ["Conv", "Flatten", "Gemm", "If"]
 
 
 def test_an_onnx_file_is_read_without_the_weights_outside_of_it(copy: Path) -> None:
     (copy / "dit.onnx.d" / "weights.bin").unlink()
-    target = read_target(copy / "dit.onnx.d" / "model.onnx")
-    assert isinstance(target, OnnxTarget)
+    target = read_subject(copy / "dit.onnx.d" / "model.onnx")
+    assert isinstance(target, OnnxSubject)
     assert target.model.graph.initializers
 
 
@@ -181,28 +181,28 @@ def test_a_folder_that_is_two_things(copy: Path) -> None:
 def test_an_artifact_without_its_manifest_names_the_model(copy: Path) -> None:
     folder = copy / "dit.onnx.d"
     (folder / "manifest.json").unlink()
-    got = "a folder with graphs.json, model.onnx, weights.bin"
+    got = "a folder with graphs.json.gz, model.onnx, weights.bin"
     assert_none_of_them(folder, got, f"Give one of its files, such as {folder / 'model.onnx'}.")
 
 
 def test_a_plan_without_a_file_is_told_by_plan_load(copy: Path) -> None:
     (copy / "plan" / "plan.json").unlink()
     with pytest.raises(PlanError, match=r"No such file .*plan\.json"):
-        read_target(copy / "plan")
+        read_subject(copy / "plan")
 
 
 def test_a_damaged_artifact_is_told_by_load_artifact(copy: Path) -> None:
     path = copy / "dit.onnx.d" / "weights.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=r"weights\.bin: expected \d+ bytes, got \d+ bytes"):
-        read_target(copy / "dit.onnx.d")
+        read_subject(copy / "dit.onnx.d")
 
 
 def test_a_recording_cut_short_is_told_by_recording_load(copy: Path) -> None:
     path = copy / "runs.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RecordError, match=r"runs\.safetensors: .*SafetensorError: "):
-        read_target(path)
+        read_subject(path)
 
 
 def damaged_onnx(path: Path, content: bytes) -> str:
