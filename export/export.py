@@ -75,7 +75,7 @@ def export_onnx(
             fix="Read the sampler with this optimised model and its recording.",
         )
     if layout is Layout.SAMPLER:
-        optimized = optimized.batched()
+        optimized = optimized.by_step()
     with atomic_path(Path(directory)) as folder:
         folder.mkdir()
         if layout is Layout.PAIR:
@@ -83,7 +83,9 @@ def export_onnx(
         else:
             model = step_model(optimized) if sampler is None else sampler_model(optimized, sampler)
             ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
-        write_graphs(view_graphs(optimized.captured, optimized.variant_set), folder)
+        write_graphs(
+            view_graphs(optimized.compiled.captured, optimized.compiled.variant_set), folder
+        )
         names = sorted(path.name for path in folder.iterdir())
         files = tuple(
             FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
@@ -112,37 +114,38 @@ def _manifest(
     files: tuple[FileRecord, ...],
     sampler: Sampler | None,
 ) -> Manifest:
-    settings, cost = optimized.plan.settings, optimized.cost
-    caches = optimized.variant_set.caches
+    plan, compiled = optimized.plan, optimized.compiled
+    recipe, binding, cost = plan.recipe, plan.binding, compiled.cost
+    caches = optimized.compiled.variant_set.caches
     return Manifest(
         format=FORMAT,
         calicache=version("calicache"),
         layout=layout,
         files=files,
-        schedule=settings.schedule,
-        rank=settings.rank,
-        order=settings.order,
-        weighting=settings.weighting,
-        correction=settings.correction,
-        weights_hash=settings.weights_hash,
-        inputs=settings.signature.tensors,
-        calls_per_step=calls_of(settings.timestep),
-        fixed=settings.fixed,
+        schedule=recipe.schedule,
+        rank=recipe.rank,
+        order=recipe.order,
+        weighting=recipe.weighting,
+        correction=recipe.correction,
+        weights_hash=binding.weights_hash,
+        inputs=binding.signature.tensors,
+        calls_per_step=calls_of(binding.timestep),
+        fixed=compiled.analysis.fixed,
         outputs=output_names(optimized),
         caches=tuple(
             TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
             for cache in caches
         ),
-        history=optimized.variant_set.history,
+        history=optimized.compiled.variant_set.history,
         cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
         modes=tuple(
             ModeRecord(mode, cost.modes[mode], _kept_reads(optimized, mode))
-            for mode in sorted(optimized.variant_set.variants)
+            for mode in sorted(optimized.compiled.variant_set.variants)
         ),
         targets=_target_records(optimized),
-        branches=tuple(branch.name for branch in optimized.sites.branches),
-        rejections=optimized.sites.rejections,
+        branches=tuple(branch.name for branch in optimized.compiled.analysis.sites.branches),
+        rejections=optimized.compiled.rejections,
         sampler=None if sampler is None else _sampler_record(optimized, sampler),
         front=optimized.plan.front,
     )
@@ -159,7 +162,7 @@ def _sampler_record(optimized: OptimizedModel, sampler: Sampler) -> SamplerRecor
 
 
 def _kept_reads(optimized: OptimizedModel, mode: StepMode) -> tuple[str, ...]:
-    variant_set = optimized.variant_set
+    variant_set = optimized.compiled.variant_set
     return tuple(
         name for name in variant_set.variants[mode].reads if name not in variant_set.tables
     )
@@ -167,8 +170,11 @@ def _kept_reads(optimized: OptimizedModel, mode: StepMode) -> tuple[str, ...]:
 
 def _target_records(optimized: OptimizedModel) -> tuple[TargetRecord, ...]:
     records = []
-    for target in optimized.targets:
-        cost, factors = optimized.cost.targets[target.name], optimized.factors.get(target.name)
+    for target in optimized.compiled.targets:
+        cost, factors = (
+            optimized.compiled.cost.targets[target.name],
+            optimized.compiled.factors.get(target.name),
+        )
         records.append(
             TargetRecord(
                 name=target.name,

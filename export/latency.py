@@ -24,8 +24,6 @@ from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError, ExportError
 from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.graph.run_values import find_run_values
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.settings.choices import Granularity, SiteMode, SiteRule, StepMode
@@ -37,7 +35,6 @@ from calicache.graph_passes.settings.latency import (
     group_of,
 )
 from calicache.graph_passes.settings.schedule import anchor_table, uniform_schedule
-from calicache.graph_passes.sites.analysis import analyse
 from calicache.graph_passes.sites.sites import LinearSite, Sites
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
@@ -88,9 +85,9 @@ def measure_latency(
     plan = Plan.from_trajectory(
         model, recording, schedule=schedule, order=order, rank=0, correct=False
     )
-    captured, sites, _ = analyse(model, plan.settings)
-    keeps = bool(find_run_values(captured, classify_nodes(captured, plan.settings.dependence)))
-    cases = list(_cases(captured, sites, ranks, keeps=keeps))
+    analysis = plan.workspace.analysis(model, plan.binding)
+    keeps = bool(analysis.run_values)
+    cases = list(_cases(analysis.captured, analysis.sites, ranks, keeps=keeps))
     forecast = [mode if mode is StepMode.REFRESH else StepMode.FORECAST for mode in schedule]
     # One at a time: the moments of a large model take as much memory as its weights.
     plans = chain([plan.with_schedule(forecast)], (_plan(plan, case) for case in cases))
@@ -113,9 +110,9 @@ def _table(
     plain = statistics.median(beside)
     forecast, *rows = (taken.scaled(plain) for taken in times)
     return LatencyTable(
-        weights_hash=plan.settings.weights_hash,
+        weights_hash=plan.binding.weights_hash,
         runtime=f"ONNX Runtime {ort.__version__}, {provider}",
-        order=plan.settings.order,
+        order=plan.recipe.order,
         plain=plain,
         forecast=forecast.step,
         rows=tuple(
@@ -262,9 +259,9 @@ def _ranks(inside: Sequence[LinearSite]) -> tuple[int, int]:
 
 
 def _plan(plan: Plan, case: _Case) -> Plan:
-    settings = replace(plan.settings, rank=case.rank, rules=case.rules)
+    recipe = replace(plan.recipe, rank=case.rank, rules=case.rules)
     moments = {target.name: _unit_moments(target) for target in case.targets if target.rank}
-    return replace(plan, settings=settings, statistics=moments)
+    return replace(plan, recipe=recipe, statistics=moments)
 
 
 def _unit_moments(target: CalibrationTarget) -> SecondMoments:

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.api.runtime import OptimizedModel
-from calicache.graph_passes.common.errors import ExportError
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import ExportError, NoSampler
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.update import SamplerSteps, find_sampler_steps, recorded_next
 
@@ -69,18 +67,16 @@ def read_sampler(optimized: OptimizedModel, recording: Recording, scheduler: Any
         ExportError: the sampler adds noise, or its update is no fixed weighted sum of latents
             and outputs; the last update is known from nowhere; the scheduler is another one.
     """
-    if recording.calls_per_step > 1:
-        settings = optimized.plan.settings
-        batch = batch_size(settings.signature, settings.dependence)
-        whole = batch_calls(recording, batch)
-        if isinstance(whole, Rejection):
-            raise _refused(whole.reason)
-        optimized, recording = optimized.batched(), whole
-    settings = optimized.plan.settings
-    length = len(settings.schedule)
-    recorded = recover_sampler(optimized.captured, recording, settings.dependence, length)
-    if isinstance(recorded, Rejection):
-        raise _refused(recorded.reason)
+    try:
+        return _read_sampler(optimized, recording, scheduler)
+    except NoSampler as refusal:
+        raise _refused(refusal.reason) from refusal
+
+
+def _read_sampler(optimized: OptimizedModel, recording: Recording, scheduler: Any) -> Sampler:
+    optimized, recording = optimized.by_step(), recording.by_step()
+    length, dependence = len(optimized.plan.schedule), optimized.plan.binding.dependence
+    recorded = recover_sampler(optimized.compiled.captured, recording, dependence, length)
     conditional, guidance, mix = _guidance(recorded)
     guided = _guided(recorded, mix)
     scales = (1.0,) * length
@@ -143,10 +139,11 @@ def replay_scheduler(scheduler: Any, length: int) -> tuple[SamplerSteps, tuple[f
             run.append({"x": x})
             outputs.append(output)
             x = fresh.step(output, now, x).prev_sample.double()
-    found = find_sampler_steps("x", [run], [outputs], [x], parts=1)
-    if isinstance(found, Rejection):
-        raise _refused(f"{name}: {found.reason}")
-    return found, tuple(scales)
+    try:
+        steps = find_sampler_steps("x", [run], [outputs], [x], parts=1)
+    except NoSampler as refusal:
+        raise _refused(f"{name}: {refusal.reason}") from refusal
+    return steps, tuple(scales)
 
 
 def _as_before_a_run(scheduler: Any) -> Any:
@@ -236,10 +233,7 @@ def _refit(recorded: RecordedSampler, guided: Sequence[Sequence[Tensor]]) -> Sam
         None if end is None else end[: len(run[0][latent])]
         for run, end in zip(runs, recorded.ends, strict=True)
     ]
-    found = find_sampler_steps(latent, runs, guided, ends, parts=1)
-    if isinstance(found, Rejection):
-        raise _refused(found.reason)
-    return found
+    return find_sampler_steps(latent, runs, guided, ends, parts=1)
 
 
 def _check_same(
@@ -274,7 +268,7 @@ def _row(weights: Sequence[float]) -> tuple[float, ...]:
 
 def _step_inputs(optimized: OptimizedModel, recorded: RecordedSampler) -> dict[str, Tensor]:
     tables = {}
-    for name, kind in optimized.plan.settings.dependence.items():
+    for name, kind in optimized.plan.binding.dependence.items():
         if name == recorded.steps.latent or kind < Dependence.STEP:
             continue
         table = torch.stack([call[name].cpu() for call in recorded.runs[0]])

@@ -84,7 +84,9 @@ def main(out: Path = Path("out")) -> None:
         generate(pipe, "A photo of a cat", seed=2)
     plan = Plan.from_trajectory(original, recording, interval=3, rank=16)
     optimized = optimize(original, plan)
-    print(f"MACs of a run: {optimized.cost.run_share(plan.schedule):.2f} of the original's")
+    print(
+        f"MACs of a run: {optimized.compiled.cost.run_share(plan.schedule):.2f} of the original's"
+    )
 
     pipe.transformer = optimized
     fast = generate(pipe, prompt, seed)

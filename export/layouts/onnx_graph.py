@@ -30,7 +30,7 @@ def output_names(optimized: OptimizedModel) -> tuple[str, ...]:
 
     An output that is None has no name.
     """
-    count = sum(isinstance(v, fx.Node) for v in graph_outputs(optimized.captured.graph))
+    count = sum(isinstance(v, fx.Node) for v in graph_outputs(optimized.compiled.captured.graph))
     return ("output",) if count == 1 else tuple(f"output_{k}" for k in range(count))
 
 
@@ -44,7 +44,7 @@ def check_names(optimized: OptimizedModel, added: Mapping[str, str]) -> None:
     Raises:
         ExportError: one has.
     """
-    for spec in optimized.plan.settings.signature.tensors:
+    for spec in optimized.plan.binding.signature.tensors:
         if spec.name in added:
             raise ExportError(
                 f"input {spec.name}",

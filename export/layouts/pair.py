@@ -40,12 +40,13 @@ def pair_models(optimized: OptimizedModel) -> dict[StepMode, ir.Model]:
     """
     names: dict[bytes, str] = {}
     return {
-        mode: _mode_model(optimized, mode, names) for mode in sorted(optimized.variant_set.variants)
+        mode: _mode_model(optimized, mode, names)
+        for mode in sorted(optimized.compiled.variant_set.variants)
     }
 
 
 def _mode_model(optimized: OptimizedModel, mode: StepMode, names: dict[bytes, str]) -> ir.Model:
-    variant_set, specs = optimized.variant_set, optimized.plan.settings.signature.tensors
+    variant_set, specs = optimized.compiled.variant_set, optimized.plan.binding.signature.tensors
     variant, slots = variant_set.variants[mode], variant_set.slots()
     arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
     kept = {

@@ -47,14 +47,14 @@ Kept = Mapping[tuple[str, int], ir.Value]  # by cache and refreshes before the s
 
 def noise_spec(optimized: OptimizedModel, sampler: Sampler) -> TensorSpec:
     """The sampler's noise and latents: one copy of x, in the sampler's own float32."""
-    specs = optimized.plan.settings.signature.tensors
+    specs = optimized.plan.binding.signature.tensors
     rows, *rest = next(spec.shape for spec in specs if spec.name == sampler.latent)
     return TensorSpec(NOISE_INPUT, (rows // sampler.parts, *rest), "float32")
 
 
 def run_specs(optimized: OptimizedModel, sampler: Sampler) -> tuple[TensorSpec, ...]:
     """The model's inputs that stay the same over a run: labels, embeddings."""
-    specs = optimized.plan.settings.signature.tensors
+    specs = optimized.plan.binding.signature.tensors
     made = {sampler.latent, *sampler.inputs}
     return tuple(spec for spec in specs if spec.name not in made)
 
@@ -70,11 +70,14 @@ def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
     """
     added = {NOISE_INPUT: "the noise", GUIDANCE_INPUT: "the guidance scale"}
     check_names(optimized, {**added, LATENTS_OUTPUT: "the result"})
-    noise, dependence = noise_spec(optimized, sampler), optimized.plan.settings.dependence
+    noise, dependence = noise_spec(optimized, sampler), optimized.plan.binding.dependence
     before, variants = hoist_steps(
-        optimized.captured, dependence, optimized.variant_set.variants, sampler.inputs
+        optimized.compiled.captured,
+        dependence,
+        optimized.compiled.variant_set.variants,
+        sampler.inputs,
     )
-    variant_set = replace(optimized.variant_set, variants=variants)
+    variant_set = replace(optimized.compiled.variant_set, variants=variants)
     constant = run_specs(optimized, sampler)
     taken = {*added, LATENTS_OUTPUT, *(spec.name for spec in constant), *LOOK_UP_NAMES}
     pool = InitializerPool(taken | set(variant_set.tables))
@@ -84,7 +87,7 @@ def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
     models = {mode: export_variant(variants[mode]) for mode in sorted(variants)}
     arithmetic = SamplerArithmetic(sampler, pool, given.get(GUIDANCE_INPUT))
     ahead, stacks = _all_steps(before, sampler, pool, given)
-    schedule, specs = optimized.plan.schedule, optimized.plan.settings.signature.tensors
+    schedule, specs = optimized.plan.schedule, optimized.plan.binding.signature.tensors
     run = _Run(variant_set, schedule, specs, sampler, pool, given, models, arithmetic, stacks)
     nodes, latents = run.loop_over_segments()
     latents.name = LATENTS_OUTPUT

@@ -44,7 +44,7 @@ def step_model(optimized: OptimizedModel) -> ir.Model:
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
     """
-    variant_set, specs = optimized.variant_set, optimized.plan.settings.signature.tensors
+    variant_set, specs = optimized.compiled.variant_set, optimized.plan.binding.signature.tensors
     arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
     step = argument(STEP_INPUT, (), torch.int64)
     slots = {

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from calicache.graph_passes.api.planner import (
+    collect_statistics,
+    fit_output_weights,
+    planned_calls,
+)
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.files import atomic_path
-from calicache.graph_passes.common.hashing import hash_weights, sha256_of
+from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.describe.html import plan_html
 from calicache.graph_passes.factors.statistics import Statistics, named_statistics, named_tensors
-from calicache.graph_passes.recording.input_classes import classify_inputs
-from calicache.graph_passes.recording.reads import find_reads
+from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.rewriting.workspace import Workspace
+from calicache.graph_passes.search.search import SearchRequest, search_plan
 from calicache.graph_passes.settings.choices import (
     Granularity,
     SiteRule,
@@ -30,35 +37,35 @@ from calicache.graph_passes.settings.choices import (
 )
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
-from calicache.graph_passes.settings.recipe import PlanSettings
-from calicache.graph_passes.settings.schedule import uniform_schedule
+from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.schedule import named_schedule
 
-if TYPE_CHECKING:
-    from calicache.graph_passes.search.search import SearchProgress
-
-FORMAT = 5
-SETTINGS_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
-FITTED = "fitted to the recorded runs"
+FORMAT = 6
+PLAN_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Settings and statistics, bound to one checkpoint and one form of call.
+    """A recipe and its statistics, bound to one checkpoint and one form of call.
 
     Attributes:
-        settings: see `PlanSettings`.
+        binding: the checkpoint and the calls that the plan is tied to.
+        recipe: what is done at every step, and the weights that were fitted.
         statistics: by name of the calibration target; empty where none are needed.
         front: what a search found beside this plan; None for a plan that was not searched.
+        workspace: what was made of the model on the way, in memory alone; no part of the value.
     """
 
-    settings: PlanSettings
+    binding: Binding
+    recipe: Recipe
     statistics: Mapping[str, Statistics]
     front: Front | None = None
+    workspace: Workspace = field(default_factory=Workspace, compare=False, repr=False)
 
     @property
     def schedule(self) -> tuple[StepMode, ...]:
         """Mode of every step."""
-        return self.settings.schedule
+        return self.recipe.schedule
 
     @property
     def interval(self) -> int:
@@ -71,10 +78,9 @@ class Plan:
         model: nn.Module,
         recording: Recording,
         *,
-        interval: int = 3,
+        schedule: int | Sequence[StepMode | str] = 3,
+        mode: StepMode | str | None = None,
         rank: int = 128,
-        mode: StepMode = StepMode.CALIBRATE,
-        schedule: Sequence[StepMode] | None = None,
         order: int = 2,
         weighting: Weighting | str = Weighting.COVARIANCE,
         granularity: Granularity | str = Granularity.LINEAR,
@@ -82,7 +88,7 @@ class Plan:
         correct: bool = True,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
-        on_step: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Plan:
         """Plan for a model from what its sampler was seen to do.
 
@@ -91,30 +97,26 @@ class Plan:
         Args:
             model: in eval mode; the one that was recorded.
             recording: at least one whole run, from `record`.
-            interval: steps from one REFRESH to the next.
+            schedule: steps from one REFRESH to the next, or the mode of every step: modes, their
+                names, or letters as in "RCCRCC".
+            mode: of the steps between two REFRESH steps of an interval; CALIBRATE where None.
             rank: r of every calibration branch, 0 .. the smaller side of each layer.
-            mode: of the steps between two REFRESH steps.
-            schedule: mode of every step; overrides interval and mode.
             order: of the polynomial that forecasts anchors from kept refreshes: 0, 1 or 2.
             weighting: `none`, `activation`, `increment` or `covariance`.
             granularity: `linear` layers or whole residual branches are calibrated.
             rules: what to do with some sites and branches instead.
             correct: fit output weights along the corrected trajectory; where the sampler's
-                update cannot be recovered, `settings.correction` says why.
+                update cannot be recovered, `recipe.correction` says why.
             include: shell patterns; sites to calibrate.
             exclude: shell patterns; sites to leave alone.
-            on_step: called as on_step(done, total) while recorded steps are run.
+            on_progress: told how many calls of the model were run.
 
         Raises:
             CalicacheError: whatever stage refuses names itself.
         """
-        # Here, not above: the planner runs the compiler, which takes plans.
-        from calicache.graph_passes.api.planner import make_plan
-
-        if schedule is None:
-            schedule = uniform_schedule(recording.steps, interval, mode)
-        settings = PlanSettings(
-            schedule=tuple(schedule),
+        binding, workspace = bind(model, recording), Workspace()
+        recipe = Recipe(
+            schedule=named_schedule(schedule, recording.steps, mode),
             rank=rank,
             order=order,
             weighting=member(Weighting, weighting),
@@ -122,13 +124,13 @@ class Plan:
             rules=tuple(rules),
             include=tuple(include),
             exclude=tuple(exclude),
-            signature=recording.signature,
-            dependence=classify_inputs(recording),
-            timestep=recording.timestep,
-            weights_hash=hash_weights(model),
-            reads=find_reads(model, recording),
         )
-        return make_plan(model, recording, settings, correct=correct, on_step=on_step)
+        meter = Meter(planned_calls(recording, correct=correct), on_progress)
+        stage = (model, recording, binding)
+        statistics = collect_statistics(*stage, recipe, workspace, meter)
+        if correct:
+            recipe = fit_output_weights(*stage, recipe, statistics, workspace, meter)
+        return Plan(binding, recipe, statistics, workspace=workspace)
 
     @staticmethod
     def search(
@@ -141,8 +143,8 @@ class Plan:
         effort: int = 1,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
-        folder: Path | str | None = None,
-        on_progress: Callable[[SearchProgress], None] | None = None,
+        path: Path | str | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Plan:
         """The best plan under a budget, or the cheapest one under an error.
 
@@ -158,8 +160,8 @@ class Plan:
             effort: 1 or more; how many candidates are run for every one at effort 1.
             include: shell patterns; sites that may be calibrated.
             exclude: shell patterns; sites to leave alone.
-            folder: for what is done already; a search that was interrupted goes on from there.
-            on_progress: called with what is done and what is still to do.
+            path: a folder for what is done already; an interrupted search goes on from there.
+            on_progress: told how much is done and how much is still to do.
 
         Returns:
             A plan with the search's front, whose other points `take` gives.
@@ -167,11 +169,12 @@ class Plan:
         Raises:
             CalicacheError: the request cannot be met, or a stage refuses; it names itself.
         """
-        # Here, not above: the search runs the compiler, which takes plans.
-        from calicache.graph_passes.search.search import SearchRequest, search_plan
-
         request = SearchRequest(budget, max_error, latency, effort, tuple(include), tuple(exclude))
-        return search_plan(model, recording, request, folder, on_progress)
+        workspace = Workspace()
+        searched = search_plan(model, recording, request, workspace, path, on_progress)
+        return Plan(
+            searched.binding, searched.recipe, searched.statistics, searched.front, workspace
+        )
 
     def take(self, place: int) -> Plan:
         """The plan of another point of the front, numbered from 0.
@@ -187,20 +190,13 @@ class Plan:
                 got=str(place) if points else "a plan without a front",
                 fix="Choose one of these." if points else "Search for a plan first.",
             )
-        point = points[place]
-        settings = replace(
-            self.settings,
-            schedule=point.schedule,
-            order=point.order,
-            rules=point.rules,
-            ranks=dict(point.ranks),
-            output_weights=point.output_weights,
-            latent=self.front.latent,
-            correction=FITTED,
+        return replace(
+            self,
+            recipe=self.front.recipe(place, self.recipe),
+            front=replace(self.front, taken=place),
         )
-        return Plan(settings, self.statistics, replace(self.front, taken=place))
 
-    def with_schedule(self, schedule: Sequence[StepMode]) -> Plan:
+    def with_schedule(self, schedule: Sequence[StepMode | str]) -> Plan:
         """The same plan with other step modes, and without what was fitted to the old ones.
 
         Statistics of `covariance` stay those of the old schedule's lags.
@@ -208,7 +204,7 @@ class Plan:
         Raises:
             PlanError: the schedule is empty or does not start with REFRESH.
         """
-        return self._with(schedule=tuple(schedule))
+        return self._with(schedule=named_schedule(schedule, len(schedule)))
 
     def with_rank(self, rank: int) -> Plan:
         """The same plan with another rank, and without what was fitted to the old one.
@@ -220,55 +216,59 @@ class Plan:
 
     def _with(self, **changes: Any) -> Plan:
         unfitted = replace(
-            self.settings,
+            self.recipe,
             output_weights=None,
             latent=None,
             correction="not fitted: the plan was changed",
         )
-        return Plan(replace(unfitted, **changes), self.statistics)
+        return replace(self, recipe=replace(unfitted, **changes), front=None)
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the plan."""
-        return plan_html(self)
+        return plan_html(self.binding, self.recipe, len(self.statistics), self.front)
 
-    def save(self, directory: Path | str) -> None:
+    def save(self, path: Path | str) -> None:
         """Write `plan.json` and `statistics.safetensors` into a new or replaced folder."""
-        with atomic_path(Path(directory)) as folder:
+        with atomic_path(Path(path)) as folder:
             folder.mkdir()
             tensors = {n: v.contiguous() for n, v in named_tensors(self.statistics).items()}
             save_file(tensors, folder / STATISTICS_FILE)
-            written = PlanFile(
-                FORMAT, sha256_of(folder / STATISTICS_FILE), self.settings, self.front
+            content = PlanFile(
+                FORMAT,
+                sha256_of(folder / STATISTICS_FILE),
+                self.binding,
+                self.recipe,
+                self.front,
             )
-            (folder / SETTINGS_FILE).write_text(
-                json.dumps(_PLAN_FILE.dump_python(written, mode="json"), indent=2) + "\n"
+            (folder / PLAN_FILE).write_text(
+                json.dumps(_PLAN_FILE.dump_python(content, mode="json"), indent=2) + "\n"
             )
 
     @staticmethod
-    def load(directory: Path | str) -> Plan:
+    def load(path: Path | str) -> Plan:
         """Read what `save` wrote.
 
         Raises:
             PlanError: a file is missing, damaged, of another version, or not a plan.
         """
-        folder = Path(directory)
+        folder = Path(path)
         try:
-            text = (folder / SETTINGS_FILE).read_bytes()
-            found = json.loads(text)["format"]  # first: another format has other fields
-            if found != FORMAT:
-                raise ValueError(f"format {found}, this version reads {FORMAT}")
-            written = _PLAN_FILE.validate_json(text)
-            if sha256_of(folder / STATISTICS_FILE) != written.statistics_sha256:
+            text = (folder / PLAN_FILE).read_bytes()
+            number = json.loads(text)["format"]  # first: another format has other fields
+            if number != FORMAT:
+                raise ValueError(f"format {number}, this version reads {FORMAT}")
+            content = _PLAN_FILE.validate_json(text)
+            if sha256_of(folder / STATISTICS_FILE) != content.statistics_sha256:
                 raise ValueError(f"{STATISTICS_FILE} is not the file the plan was saved with")
             statistics = named_statistics(load_file(folder / STATISTICS_FILE))
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, PlanError) as error:
             raise PlanError(
-                str(directory),
+                str(path),
                 expected="a folder written by Plan.save",
                 got=f"{type(error).__name__}: {error}",
                 fix="Make the plan again from the recording.",
             ) from error
-        return Plan(written.settings, statistics, written.front)
+        return Plan(content.binding, content.recipe, statistics, content.front)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +277,8 @@ class PlanFile:
 
     format: int
     statistics_sha256: str
-    settings: PlanSettings
+    binding: Binding
+    recipe: Recipe
     front: Front | None = None
 
 

@@ -1,96 +1,111 @@
-"""From a recorded recording to a plan: the stages, in one visible list."""
+"""From a recording to a recipe with its statistics: the stages, in one visible list."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
-from calicache.graph_passes.api.optimize import rewrite_captured
-from calicache.graph_passes.api.plan import FITTED, Plan
-from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import NoSampler, PlanError
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.observe import observe
-from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.factors.statistics import Statistics
+from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.step_calls import batch_calls, batch_size, one_call
+from calicache.graph_passes.rewriting.compile import assign_targets, compile_recipe
+from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.sampler.recover import recover_sampler
 from calicache.graph_passes.sampler.replay import replay
-from calicache.graph_passes.settings.choices import StepMode, Weighting
-from calicache.graph_passes.settings.recipe import PlanSettings
-from calicache.graph_passes.settings.schedule import Table
-from calicache.graph_passes.sites.analysis import analyse, fixed_values
-from calicache.graph_passes.sites.sites import Sites
-from calicache.graph_passes.sites.targets import CalibrationTarget
+from calicache.graph_passes.settings.choices import Weighting
+from calicache.graph_passes.settings.recipe import FITTED, Recipe
 
 
-def make_plan(
+def planned_calls(recording: Recording, *, correct: bool) -> float:
+    """Calls of the model that planning takes, for a progress bar."""
+    passes = 3 if correct else 1  # observed; run plainly; replayed
+    return float(passes * len(recording.calls))
+
+
+def collect_statistics(
     model: nn.Module,
     recording: Recording,
-    settings: PlanSettings,
-    *,
-    correct: bool,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Plan:
-    """Collect what the settings need along a recorded recording; see `Plan.from_trajectory`."""
-    _check_weights_are_there(model, settings, correct=correct)
-    captured, sites, targets = analyse(model, settings)
-    settings = replace(settings, fixed=fixed_values(captured, recording, settings.dependence))
-    calibrated = targets if StepMode.CALIBRATE in settings.schedule else ()
-    statistics = observe(
-        captured,
-        calibrated,
+    binding: Binding,
+    recipe: Recipe,
+    workspace: Workspace,
+    meter: Meter,
+) -> Mapping[str, Statistics]:
+    """What the factors of a recipe are made from, seen along the recorded runs.
+
+    Raises:
+        CalicacheError: whatever stage refuses names itself.
+    """
+    check_weights_are_loaded(model, needed=recipe.weighting is not Weighting.NONE)
+    meter.stage("capture the model")
+    analysis = workspace.analysis(model, binding, recipe.include, recipe.exclude)
+    assignment = assign_targets(analysis, recipe)
+    meter.stage("observe increments")
+    return observe(
+        analysis.captured,
+        assignment.targets if recipe.calibrates else (),
         recording,
-        settings.weighting,
-        settings.schedule,
-        settings.order,
-        on_step,
+        recipe.weighting,
+        recipe.schedule,
+        recipe.order,
+        lambda *_: meter.add(),
     )
-    plan = Plan(settings, statistics)
-    if not correct:
-        return plan
-    fitted = _fit(model, recording, plan, (captured, sites, targets), on_step)
-    if isinstance(fitted, Rejection):
-        correction = f"not fitted: {fitted.reason}"
-        return replace(plan, settings=replace(settings, correction=correction))
-    weights, latent = fitted
-    corrected = replace(settings, output_weights=weights, latent=latent, correction=FITTED)
-    return replace(plan, settings=corrected)
 
 
-def _fit(
+def fit_output_weights(
     model: nn.Module,
     recording: Recording,
-    plan: Plan,
-    analysed: tuple[CapturedGraph, Sites, tuple[CalibrationTarget, ...]],
-    on_step: Callable[[int, int], None] | None,
-) -> tuple[Table, str] | Rejection:
-    """Output weights and the latent's name, fitted with the calls of a step in one batch."""
-    settings, calls = plan.settings, recording.calls_per_step
-    if calls > 1:
-        batch = batch_size(settings.signature, settings.dependence)
-        whole = batch_calls(recording, batch)
-        if isinstance(whole, Rejection):
-            return whole
-        recording = whole
-        settings = replace(
-            settings, signature=whole.signature, timestep=one_call(settings.timestep)
+    binding: Binding,
+    recipe: Recipe,
+    statistics: Mapping[str, Statistics],
+    workspace: Workspace,
+    meter: Meter,
+) -> Recipe:
+    """The recipe with output weights, fitted with the calls of a step in one batch.
+
+    Where the sampler's update cannot be told from the recording, the recipe says why.
+
+    Raises:
+        CalicacheError: whatever stage refuses names itself.
+    """
+    check_weights_are_loaded(model, needed=True)
+    try:
+        whole = recording.by_step()
+        analysis = workspace.analysis(model, binding.by_step(), recipe.include, recipe.exclude)
+        meter.stage("run the recorded calls")
+        recorded = recover_sampler(
+            analysis.captured,
+            whole,
+            binding.dependence,
+            len(recipe.schedule),
+            lambda *_: meter.add(binding.calls),
         )
-        analysed = analyse(model, settings)
-    captured, sites, targets = analysed
-    recorded = recover_sampler(
-        captured, recording, settings.dependence, len(settings.schedule), on_step
+    except NoSampler as unknown:
+        return replace(recipe, correction=f"not fitted: {unknown.reason}")
+    compiled = compile_recipe(analysis, recipe, statistics, workspace.decompositions)
+    meter.stage("fit output weights")
+    fit = replay(
+        compiled.variant_set,
+        recorded,
+        recipe.schedule,
+        recipe.order,
+        on_step=lambda *_: meter.add(binding.calls * len(recorded.runs)),
     )
-    if isinstance(recorded, Rejection):
-        return recorded
-    _, variant_set = rewrite_captured(captured, sites, targets, replace(plan, settings=settings))
-    made = replay(variant_set, recorded, settings.schedule, settings.order, on_step=on_step)
-    return made.weights, recorded.steps.latent
+    return replace(
+        recipe, output_weights=fit.weights, latent=recorded.steps.latent, correction=FITTED
+    )
 
 
-def _check_weights_are_there(model: nn.Module, settings: PlanSettings, *, correct: bool) -> None:
-    needed = correct or settings.weighting is not Weighting.NONE
+def check_weights_are_loaded(model: nn.Module, *, needed: bool) -> None:
+    """Refuse a model on the meta device where the recorded calls have to be run.
+
+    Raises:
+        PlanError: there are no weights.
+    """
     if needed and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError(
             "model",

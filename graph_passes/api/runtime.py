@@ -13,18 +13,13 @@ from torch.utils import _pytree as pytree
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.errors import RunError
 from calicache.graph_passes.describe.html import model_html
-from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.reads import check_fixed
-from calicache.graph_passes.recording.signature import CallSignature, flatten_call
-from calicache.graph_passes.recording.step_calls import batch_signature, batch_size, one_call
-from calicache.graph_passes.recording.timestep import Timestep, calls_of
-from calicache.graph_passes.rewriting.cost import ModelCost
-from calicache.graph_passes.rewriting.variants import VariantSet
+from calicache.graph_passes.recording.signature import flatten_call
+from calicache.graph_passes.recording.timestep import Timestep
+from calicache.graph_passes.rewriting.compile import Compiled, assign_targets, compile_graphs
+from calicache.graph_passes.sampler.kept import RunState, keep_refresh
 from calicache.graph_passes.settings.choices import StepMode
-from calicache.graph_passes.settings.recipe import PlanSettings
-from calicache.graph_passes.sites.sites import Sites
-from calicache.graph_passes.sites.targets import CalibrationTarget
 
 
 class OptimizedModel(nn.Module):
@@ -39,38 +34,31 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         original: the model as it was.
-        plan, captured, sites, targets, factors, variant_set, cost: what each stage of `optimize`
-            made.
-        step: index of the next step in the running denoising; `call` the next call in it.
+        plan: what it runs under.
+        compiled: what was made of it, for calls of the plan's own form.
+        state: the running denoising.
     """
 
-    def __init__(
-        self,
-        original: nn.Module,
-        *,
-        plan: Plan,
-        captured: CapturedGraph,
-        sites: Sites,
-        targets: Sequence[CalibrationTarget],
-        factors: dict[str, CalibrationFactors],
-        variant_set: VariantSet,
-        cost: ModelCost,
-        again: Callable[[PlanSettings], OptimizedModel],
-    ) -> None:
+    def __init__(self, original: nn.Module, plan: Plan, compiled: Compiled) -> None:
         super().__init__()
         self.original = original
-        self.plan, self.captured, self.sites = plan, captured, sites
-        self.targets, self.factors = targets, factors
-        self.variant_set, self.cost = variant_set, cost
+        self.plan, self.compiled = plan, compiled
         self.variants = nn.ModuleDict(
-            {mode.name: variant.module for mode, variant in variant_set.variants.items()}
+            {mode.name: variant.module for mode, variant in compiled.variant_set.variants.items()}
         )
-        self._calls = calls_of(plan.settings.timestep)
-        self._again = again
-        self._others: dict[tuple[CallSignature, Timestep | None], OptimizedModel] = {}
-        self.step, self.call = 0, 0
-        self.reset()
+        self.state = RunState(plan.binding.calls)
+        self._others: list[OptimizedModel] = []
         self.eval()
+
+    @property
+    def step(self) -> int:
+        """Index of the next step in the running denoising."""
+        return self.state.step
+
+    @property
+    def call(self) -> int:
+        """The next call in that step."""
+        return self.state.call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the next call; takes and returns what the original model does.
@@ -89,28 +77,33 @@ class OptimizedModel(nn.Module):
     ) -> tuple[OptimizedModel, nn.Module, list[Tensor], list[Tensor]]:
         """The model of this batch size, its variant, the call's tensors, and what it reads."""
         call = flatten_call(self.original, args, kwargs)
-        signature = self.plan.settings.signature
+        signature, fixed = self.plan.binding.signature, self.compiled.analysis.fixed
         other = signature.other_batch(call)
         if other is not None:
-            check_fixed(self.plan.settings.fixed, call.tensors)
-            return self._for_form(other, self.plan.settings.timestep)._begin(args, kwargs)  # type: ignore[no-any-return]
+            check_fixed(fixed, call.tensors)
+            form = self._for_form(self.plan.binding.with_signature(other))
+            return form._begin(args, kwargs)  # type: ignore[no-any-return]
         tensors = signature.match(call)
         mode = self._next_mode(call.tensors)
         if mode is StepMode.REFRESH:
-            check_fixed(self.plan.settings.fixed, call.tensors)
-        reads, kept = self.variant_set.variants[mode].reads, self._kept[self.call]
-        values = self.variant_set.read(reads, kept, self.step, tensors[0].device)
+            check_fixed(fixed, call.tensors)
+        variant_set, state = self.compiled.variant_set, self.state
+        values = variant_set.read(
+            variant_set.variants[mode].reads, state.kept[state.call], state.step, tensors[0].device
+        )
         return self, self.variants[mode.name], tensors, values
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
         """Keep what a REFRESH gave, count the call, return the model's own outputs."""
-        if self.plan.schedule[self.step] is StepMode.REFRESH:
-            self._kept[self.call] = self._keep(outputs, tensors, self._kept[self.call])
-        self.call = (self.call + 1) % self._calls
-        self.step += self.call == 0
-        flat = list(outputs[: self.variant_set.outputs])
-        return pytree.tree_unflatten(flat, self.captured.output_tree)
+        variant_set, state = self.compiled.variant_set, self.state
+        if self.plan.schedule[state.step] is StepMode.REFRESH:
+            state.kept[state.call] = keep_refresh(
+                variant_set, outputs, state.kept[state.call], variant_set.history, tensors
+            )
+        state.advance()
+        flat = list(outputs[: variant_set.outputs])
+        return pytree.tree_unflatten(flat, self.compiled.captured.output_tree)
 
     def for_call(self, *args: Any, **kwargs: Any) -> OptimizedModel:
         """The optimised model for calls like this one, which may have another batch size.
@@ -119,38 +112,40 @@ class OptimizedModel(nn.Module):
             RunError: the call differs from the plan's in more than the batch size.
         """
         call = flatten_call(self.original, args, kwargs)
-        other = self.plan.settings.signature.other_batch(call)
+        other = self.plan.binding.signature.other_batch(call)
         if other is not None:
-            return self._for_form(other, self.plan.settings.timestep)
-        self.plan.settings.signature.match(call)
+            return self._for_form(self.plan.binding.with_signature(other))
+        self.plan.binding.signature.match(call)
         return self
 
     def reset(self) -> None:
         """Forget the running denoising: the next call is step 0."""
-        self.step, self.call = 0, 0
-        self._kept: list[list[dict[str, Tensor]]] = [[] for _ in range(self._calls)]
-        self._timestep: float | None = None
-        for other in self._others.values():
+        self.state.restart()
+        for other in self._others:
             other.reset()
 
-    def batched(self) -> OptimizedModel:
+    def by_step(self) -> OptimizedModel:
         """The optimised model for all calls of a step in one; this one where a step has one."""
-        if self._calls == 1:
-            return self
-        settings = self.plan.settings
-        batch = batch_size(settings.signature, settings.dependence)
-        signature = batch_signature(settings.signature, self._calls, batch)
-        return self._for_form(signature, one_call(settings.timestep))
+        return self._for_form(self.plan.binding.by_step())
 
-    def _for_form(self, signature: CallSignature, timestep: Timestep | None) -> OptimizedModel:
-        key = (signature, timestep)
-        if key not in self._others:
-            settings = replace(self.plan.settings, signature=signature, timestep=timestep)
-            self._others[key] = self._again(settings)
-        return self._others[key]
+    def _for_form(self, binding: Binding) -> OptimizedModel:
+        """The same model and plan for calls of another form, made at the first request."""
+        if binding == self.plan.binding:
+            return self
+        for other in self._others:
+            if other.plan.binding == binding:
+                return other
+        plan, recipe = replace(self.plan, binding=binding), self.plan.recipe
+        analysis = plan.workspace.analysis(self.original, binding, recipe.include, recipe.exclude)
+        weight = next(analysis.captured.module.parameters())
+        factors = {name: value.to(weight) for name, value in self.compiled.factors.items()}
+        assignment = assign_targets(analysis, recipe)
+        compiled = compile_graphs(analysis, recipe, assignment, factors)
+        self._others.append(OptimizedModel(self.original, plan, compiled))
+        return self._others[-1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModel:
-        self._others = {}  # they are made again where the weights have gone
+        self._others = []  # they are made again where the weights have gone
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -172,7 +167,7 @@ class OptimizedModel(nn.Module):
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the optimised model."""
-        return model_html(self)
+        return model_html(type(self.original).__name__, self.compiled)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -182,59 +177,40 @@ class OptimizedModel(nn.Module):
                 raise
             return getattr(self.original, name)
 
-    def _keep(
-        self,
-        outputs: Sequence[Tensor],
-        tensors: Sequence[Tensor],
-        kept: Sequence[dict[str, Tensor]],
-    ) -> list[dict[str, Tensor]]:
-        """Take over the caches of a REFRESH step; copy what the caller may write to."""
-        own = self.variant_set.outputs
-        theirs = [v for v in (*tensors, *outputs[:own]) if isinstance(v, Tensor)]
-        shared = {value.untyped_storage().data_ptr() for value in theirs}
-        fresh = {
-            cache.name: value.clone() if value.untyped_storage().data_ptr() in shared else value
-            for cache, value in zip(self.variant_set.caches, outputs[own:], strict=True)
-        }
-        older = [
-            {c.name: values[c.name] for c in self.variant_set.caches if back < c.history}
-            for back, values in enumerate(kept, start=1)
-        ]
-        return [fresh, *older][: self.variant_set.history]
-
     def _next_mode(self, tensors: Mapping[str, Tensor]) -> StepMode:
         """Mode of this call, after starting a new run where one begins."""
-        schedule, timestep = self.plan.schedule, self.plan.settings.timestep
+        schedule, timestep = self.plan.schedule, self.plan.binding.timestep
         if timestep is None:
-            if self.step == len(schedule):
+            if self.state.step == len(schedule):
                 self.reset()
         else:
             self._follow(timestep, float(tensors[timestep.name].flatten()[0]))
-        if self.step >= len(schedule):
+        if self.state.step >= len(schedule):
             raise RunError(
-                f"step {self.step}",
+                f"step {self.state.step}",
                 expected=f"at most {len(schedule)} steps in a run",
                 got="one more",
                 fix="Record and plan with this many steps, or call reset() before a new run.",
             )
-        return schedule[self.step]
+        return schedule[self.state.step]
 
     def _follow(self, timestep: Timestep, now: float) -> None:
         """Start a new run where the timestep turns back; keep count of the calls of a step."""
-        before, self._timestep = self._timestep, now
+        state = self.state
+        before, state.timestep = state.timestep, now
         if before is None:
             return
         if timestep.turns_back(before, now):
             self.reset()
-            self._timestep = now
-        elif timestep.calls > 1 and now == before and (self.step, self.call) == (1, 0):
+            state.timestep = now
+        elif timestep.calls > 1 and now == before and (state.step, state.call) == (1, 0):
             # The run before was broken off in its first step: of its calls the newest count.
-            self.step, self.call = 0, timestep.calls - 1
-            self._kept = [*self._kept[1:], []]
-        elif timestep.calls > 1 and now != before and self.call:
+            state.step, state.call = 0, timestep.calls - 1
+            state.kept = [*state.kept[1:], ()]
+        elif timestep.calls > 1 and now != before and state.call:
             raise RunError(
-                f"step {self.step}",
+                f"step {state.step}",
                 expected=f"{timestep.calls} calls with one timestep, as recorded",
-                got=str(self.call),
+                got=str(state.call),
                 fix="Record and plan with this guidance, or call reset() before a new run.",
             )

@@ -52,6 +52,29 @@ class DependenceError(CalicacheError):
     stage = "dependence"
 
 
+class NoSampler(CalicacheError):  # noqa: N818 - what is not there, not that it is an error
+    """The sampler's update cannot be told from recorded runs.
+
+    Args:
+        reason: why not.
+    """
+
+    stage = "sampler"
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            "recording",
+            expected="a sampler whose latents are fixed weighted sums of what came before",
+            got=reason,
+            fix="Record whole runs of such a sampler (DDIM without clip_sample, Euler, flow "
+            "matching, DPM-Solver++ 2M).",
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.reason,)
+
+
 class SiteError(CalicacheError):
     """The graph has nothing to calibrate."""
 

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from calicache.graph_passes.settings.choices import StepMode
-
-if TYPE_CHECKING:
-    from calicache.graph_passes.api.plan import Plan
-    from calicache.graph_passes.api.runtime import OptimizedModel
-    from calicache.graph_passes.settings.front import Front
-    from calicache.graph_passes.settings.recipe import PlanSettings
-
-STEP_LETTERS = {
-    StepMode.REFRESH: "R",
-    StepMode.CALIBRATE: "C",
-    StepMode.REUSE: "U",
-    StepMode.FORECAST: "F",
-}
+from calicache.graph_passes.recording.binding import Binding
+from calicache.graph_passes.rewriting.compile import Compiled
+from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
+from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.recipe import Recipe
 
 
-def plan_html(plan: Plan) -> str:
-    """Schedule, settings, cost where a search counted it, and the front."""
-    settings, front = plan.settings, plan.front
+def plan_html(binding: Binding, recipe: Recipe, statistics: int, front: Front | None) -> str:
+    """Schedule, recipe, cost where a search counted it, and the front.
+
+    Args:
+        binding: what the plan is tied to.
+        recipe: what it does.
+        statistics: how many calibration targets it has statistics of.
+        front: of the search that made it.
+    """
     facts = [
-        *_schedule_facts(plan.schedule),
-        ("settings", _settings_line(settings)),
-        ("statistics", f"of {len(plan.statistics)} targets"),
-        ("output weights", settings.correction),
-        ("weights", settings.weights_hash[:16]),
+        *_schedule_facts(recipe.schedule),
+        ("settings", _recipe_line(recipe)),
+        ("statistics", f"of {statistics} targets"),
+        ("output weights", recipe.correction),
+        ("weights", binding.weights_hash[:16]),
     ]
     if front is not None:
         taken = front.points[front.taken]
@@ -42,31 +38,36 @@ def plan_html(plan: Plan) -> str:
     return f"<div>{''.join(parts)}</div>"
 
 
-def model_html(optimized: OptimizedModel) -> str:
-    """Schedule, sites, share of the full run, cost by mode and caches."""
-    plan, cost = optimized.plan, optimized.cost
-    sites = f"{len(optimized.sites.linears)} in {len(optimized.sites.branches)} residual branches"
-    caches, history = len(optimized.variant_set.caches), optimized.variant_set.history
+def model_html(name: str, compiled: Compiled) -> str:
+    """Schedule, sites, share of the full run, cost by mode and caches.
+
+    Args:
+        name: of the model's class.
+        compiled: what was made of it.
+    """
+    recipe, cost, sites = compiled.recipe, compiled.cost, compiled.analysis.sites
+    places = f"{len(sites.linears)} in {len(sites.branches)} residual branches"
+    caches, history = len(compiled.variant_set.caches), compiled.variant_set.history
     kept = f"{history} refresh{'es' if history > 1 else ''}"
     facts = [
-        *_schedule_facts(plan.schedule),
-        ("cost", f"{cost.run_share(plan.schedule):.3f} of the full run, in MACs"),
-        ("sites", f"{sites}, {len(optimized.sites.rejections)} left alone"),
-        ("calibration branches", f"{len(optimized.factors)}; {_settings_line(plan.settings)}"),
+        *_schedule_facts(recipe.schedule),
+        ("cost", f"{cost.run_share(recipe.schedule):.3f} of the full run, in MACs"),
+        ("sites", f"{places}, {len(compiled.rejections)} left alone"),
+        ("calibration branches", f"{len(compiled.factors)}; {_recipe_line(recipe)}"),
         ("caches", f"{caches} values, {kept} of each at most, {cost.cache_bytes:,} bytes"),
     ]
     head = ("mode", "steps", "MACs of a call", "of plain")
     rows = [
         (
             mode.name,
-            str(plan.schedule.count(mode)),
+            str(recipe.schedule.count(mode)),
             f"{macs:,}",
             f"{macs / cost.plain_macs:.3f}",
         )
         for mode, macs in sorted(cost.modes.items())
     ]
-    name = escape(type(optimized.original).__name__)
-    return f"<div><b>{name} optimised by calicache</b>{_rows(facts)}{_table(head, rows)}</div>"
+    title = f"<b>{escape(name)} optimised by calicache</b>"
+    return f"<div>{title}{_rows(facts)}{_table(head, rows)}</div>"
 
 
 def _schedule_facts(schedule: Sequence[StepMode]) -> list[tuple[str, str]]:
@@ -79,11 +80,11 @@ def _schedule_facts(schedule: Sequence[StepMode]) -> list[tuple[str, str]]:
     return [("schedule", strip), ("steps", f"{len(schedule)}: {counts}")]
 
 
-def _settings_line(settings: PlanSettings) -> str:
+def _recipe_line(recipe: Recipe) -> str:
     return (
-        f"rank {settings.rank}, order {settings.order}, weighting {settings.weighting}, "
-        f"granularity {settings.granularity}, {len(settings.rules)} rules, "
-        f"{len(settings.ranks)} ranks of their own"
+        f"rank {recipe.rank}, order {recipe.order}, weighting {recipe.weighting}, "
+        f"granularity {recipe.granularity}, {len(recipe.rules)} rules, "
+        f"{len(recipe.ranks)} ranks of their own"
     )
 
 

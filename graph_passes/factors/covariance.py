@@ -10,52 +10,91 @@ M = E[dy dx^T] C^-1, and U holds the top r eigenvectors of M C M^T.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.common.errors import DecomposeError
-from calicache.graph_passes.factors.decompose import CalibrationFactors
+from calicache.graph_passes.factors.decompose import (
+    CalibrationFactors,
+    best_columns,
+    check_finite,
+    check_rank,
+    descending,
+    kept_share,
+)
 from calicache.graph_passes.factors.statistics import SecondMoments
 
 RIDGE = 1e-5
 
 
-def covariance_factors(
-    weights: Sequence[Tensor], rank: int, moments: SecondMoments
-) -> CalibrationFactors:
-    """The best rank-r map of one site, or of sibling sites stacked.
+@dataclass(frozen=True, slots=True)
+class OutputDirections:
+    """Directions of W C W^T, whose best r columns U give the best map, U U^T W.
+
+    Attributes:
+        exact: float64 W (out, in), the full-rank map.
+        dtype: of the factors.
+        vectors: float64, the best direction last: of W C W^T (out, out), or of (W L)^T W L (in, in)
+            with C = L L^T, where W is tall.
+        tall: float64 W L (out, in), where W is tall.
+        spectrum: float64 (k,), energy of every direction, largest first.
+        readable: whether A x can be read off the output: not where W is a regression.
+    """
+
+    exact: Tensor
+    dtype: torch.dtype
+    vectors: Tensor
+    tall: Tensor | None
+    spectrum: Tensor
+    readable: bool
+
+    def at(self, rank: int) -> CalibrationFactors:
+        """The factors of rank r, `up` with the rows of all siblings; see `Decomposition`."""
+        check_rank(rank, self.exact.shape)
+        up = best_columns(self.vectors, rank)
+        if self.tall is not None:
+            # Directions that carry no energy are left to the QR's completion.
+            up, _ = torch.linalg.qr(self.tall @ up)
+        own = up.to(self.dtype).contiguous()
+        return CalibrationFactors(
+            (up.T @ self.exact).to(self.dtype).contiguous(),
+            own,
+            kept_share(self.spectrum, rank),
+            own.T if self.readable else None,
+            self.spectrum.float().cpu(),
+        )
+
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        held = (self.exact, self.vectors, self.tall)
+        return sum(value.nbytes for value in held if value is not None)
+
+
+def decompose_increments(weights: Sequence[Tensor], moments: SecondMoments) -> OutputDirections:
+    """Directions of one site, or of sibling sites stacked.
 
     Args:
         weights: W of every sibling, each (out, in).
-        rank: r, 0 .. min(in, sum of out).
         moments: `output` of the stacked y where out < in, else `input`.
-
-    Returns:
-        Factors with `up` (sum of out, r), rows in the order of `weights`.
 
     Raises:
         DecomposeError: weights or moments are not finite.
     """
-    dtype = weights[0].dtype
     stacked = torch.cat([weight.detach().double() for weight in weights])  # W (out, in)
-    _check_finite(stacked, *moments.tensors().values())
+    check_finite(stacked, *moments.tensors().values())
+    dtype = weights[0].dtype
     if moments.output is not None:
-        spectrum, vectors = _eigen(moments.output.to(stacked))
-        up = _top(vectors, rank)  # (out, r)
-    else:
-        assert moments.input is not None
-        spectrum, up = _output_directions(stacked, moments.input.to(stacked), rank)
-    factors = _factors(up, up.T @ stacked, spectrum, rank, dtype)
-    return replace(factors, read=factors.up.T)
+        values, vectors = _eigen(moments.output.to(stacked))
+        return OutputDirections(stacked, dtype, vectors, None, descending(values), readable=True)
+    assert moments.input is not None
+    return _directions(stacked, moments.input.to(stacked), dtype, readable=True)
 
 
-def branch_factors(rank: int, moments: SecondMoments, dtype: torch.dtype) -> CalibrationFactors:
-    """The best rank-r map from the input increment of a residual branch to its output's.
+def decompose_branch(moments: SecondMoments, dtype: torch.dtype) -> OutputDirections:
+    """Directions of the map from the input increment of a residual branch to its output's.
 
     Args:
-        rank: r, 0 .. min(in, out).
         moments: `input` and `cross`.
         dtype: of the factors.
 
@@ -64,28 +103,27 @@ def branch_factors(rank: int, moments: SecondMoments, dtype: torch.dtype) -> Cal
     """
     assert moments.input is not None
     assert moments.cross is not None
-    _check_finite(moments.input, moments.cross)
+    check_finite(moments.input, moments.cross)
     second, cross = moments.input.double(), moments.cross.double()
     # A small ridge keeps directions that were hardly seen from taking huge weights.
     ridge = (RIDGE * second.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny)
     exact = torch.linalg.solve(second + ridge * torch.eye(len(second)).to(second), cross).T
-    spectrum, up = _output_directions(exact, second, rank)
-    return _factors(up, up.T @ exact, spectrum, rank, dtype)
+    return _directions(exact, second, dtype, readable=False)
 
 
-def _output_directions(exact: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of W C W^T, ascending, and its top r eigenvectors (out, r)."""
+def _directions(
+    exact: Tensor, second: Tensor, dtype: torch.dtype, *, readable: bool
+) -> OutputDirections:
+    """From W (out, in) and C (in, in), by the smaller of the two Gram matrices."""
     out_features, in_features = exact.shape
     if out_features <= in_features:
-        spectrum, vectors = _eigen(exact @ second @ exact.T)
-        return spectrum, _top(vectors, rank)
+        values, vectors = _eigen(exact @ second @ exact.T)
+        return OutputDirections(exact, dtype, vectors, None, descending(values), readable)
     # W is tall: with C = L L^T and M = W L, the top eigenvectors of M M^T are M V / s from
     # M^T M = V s^2 V^T.
     tall = exact @ _square_root(second)  # (out, in)
-    spectrum, right = _eigen(tall.T @ tall)
-    # Directions that carry no energy are left to the QR's completion.
-    up, _ = torch.linalg.qr(tall @ _top(right, rank))
-    return spectrum, up
+    values, vectors = _eigen(tall.T @ tall)
+    return OutputDirections(exact, dtype, vectors, tall, descending(values), readable)
 
 
 def _square_root(second: Tensor) -> Tensor:
@@ -101,31 +139,3 @@ def _square_root(second: Tensor) -> Tensor:
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return values, vectors
-
-
-def _top(vectors: Tensor, rank: int) -> Tensor:
-    return vectors[:, vectors.shape[1] - rank :].flip(1)
-
-
-def _factors(
-    up: Tensor, down: Tensor, spectrum: Tensor, rank: int, dtype: torch.dtype
-) -> CalibrationFactors:
-    # Running sums, so that rounding never makes the energy fall or pass 1.
-    sums = torch.cat([spectrum.new_zeros(1), spectrum.clamp(min=0.0).flip(0).cumsum(0)])
-    kept, total = float(sums[rank]), float(sums[-1])
-    return CalibrationFactors(
-        down.to(dtype).contiguous(),
-        up.to(dtype).contiguous(),
-        kept / total if total > 0 else 1.0,
-        spectrum=sums.diff().float().cpu(),
-    )
-
-
-def _check_finite(*values: Tensor) -> None:
-    if not all(bool(torch.isfinite(value).all()) for value in values):
-        raise DecomposeError(
-            "weight or statistics",
-            expected="finite values",
-            got="NaN or Inf",
-            fix="Check the checkpoint and the recorded recording.",
-        )

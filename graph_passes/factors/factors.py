@@ -1,43 +1,60 @@
-"""Calibration factors for every target of a plan."""
+"""Every calibration target decomposed once, and factors of any rank cut from that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from calicache.graph_passes.common.errors import DecomposeError
-from calicache.graph_passes.factors.covariance import branch_factors, covariance_factors
-from calicache.graph_passes.factors.decompose import CalibrationFactors, decompose
+from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.factors.covariance import decompose_branch, decompose_increments
+from calicache.graph_passes.factors.decompose import (
+    CalibrationFactors,
+    Decomposition,
+    decompose_weight,
+)
 from calicache.graph_passes.factors.statistics import SecondMoments, Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.settings.choices import Granularity
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
+MOST_BYTES = 256 << 20  # held at once; what does not fit is decomposed again when it is asked for
 
-def make_factors(
-    captured: CapturedGraph,
-    targets: Sequence[CalibrationTarget],
-    statistics: Mapping[str, Statistics],
-    on_target: Callable[[int, int], None] | None = None,
-) -> dict[str, CalibrationFactors]:
-    """Factors by target name; targets of rank 0 need none and get none.
 
-    Args:
-        captured: where the weights are.
-        targets: from `assign`.
-        statistics: by target name; empty for weighting `none`.
-        on_target: called as on_target(done, total), for a progress bar.
+@dataclass(slots=True)
+class Decompositions:
+    """The decompositions of one checkpoint, in memory alone, as far as they are small.
 
-    Raises:
-        DecomposeError: weight or statistics are not finite; with the target's name.
+    Attributes:
+        held: by name of the calibration target, with the statistics that it was made from.
+        nbytes: memory that they hold.
+        count: decompositions that were made.
     """
-    factors: dict[str, CalibrationFactors] = {}
-    for done, target in enumerate(targets, start=1):
+
+    held: dict[str, tuple[Statistics | None, Decomposition]] = field(default_factory=dict)
+    nbytes: int = 0
+    count: int = 0
+
+    def of(
+        self, captured: CapturedGraph, target: CalibrationTarget, statistics: Statistics | None
+    ) -> Decomposition:
+        """The decomposition of a calibration target, made at the first request.
+
+        Args:
+            captured: where the weights are.
+            target: of any rank.
+            statistics: of the target; None for weighting `none`.
+
+        Raises:
+            DecomposeError: weight or statistics are not finite; with the target's name.
+        """
+        source, known = self.held.get(target.name, (None, None))
+        if known is not None and source is statistics:
+            return known
         try:
-            if target.rank:
-                factors[target.name] = _factors(captured, target, statistics.get(target.name))
+            fresh = _decompose(captured, target, statistics)
         except DecomposeError as error:
             raise DecomposeError(
                 f"{target.name}: {error.where}",
@@ -45,29 +62,77 @@ def make_factors(
                 got=error.got,
                 fix=error.fix,
             ) from error
-        if on_target:
-            on_target(done, len(targets))
+        self.count += 1
+        if known is not None:
+            self.nbytes -= known.nbytes()
+            del self.held[target.name]
+        if self.nbytes + fresh.nbytes() <= MOST_BYTES:
+            self.held[target.name] = (statistics, fresh)
+            self.nbytes += fresh.nbytes()
+        return fresh
+
+
+def make_factors(
+    captured: CapturedGraph,
+    targets: Sequence[CalibrationTarget],
+    statistics: Mapping[str, Statistics],
+    decompositions: Decompositions,
+    meter: Meter | None = None,
+) -> dict[str, CalibrationFactors]:
+    """Factors by target name; targets of rank 0 need none and get none.
+
+    Args:
+        captured: where the weights are.
+        targets: from `assign`.
+        statistics: by target name; empty for weighting `none`.
+        decompositions: what has been decomposed of this checkpoint before.
+        meter: counts the targets.
+
+    Raises:
+        DecomposeError: weight or statistics are not finite; with the target's name.
+    """
+    factors: dict[str, CalibrationFactors] = {}
+    for target in targets:
+        if target.rank:
+            factors[target.name] = _factors(
+                captured, target, statistics.get(target.name), decompositions
+            )
+        if meter:
+            meter.add()
     return factors
 
 
 def _factors(
-    captured: CapturedGraph, target: CalibrationTarget, statistics: Statistics | None
+    captured: CapturedGraph,
+    target: CalibrationTarget,
+    statistics: Statistics | None,
+    decompositions: Decompositions,
 ) -> CalibrationFactors:
+    if any(parameter.is_meta for parameter in captured.module.parameters()):
+        return _meta_factors(captured, target)
+    factors = decompositions.of(captured, target, statistics).at(target.rank)
+    return factors.to(factors.up.to(captured.device))
+
+
+def _meta_factors(captured: CapturedGraph, target: CalibrationTarget) -> CalibrationFactors:
+    """Shapes alone, for the costs of a model on the meta device."""
     value = captured.node(target.nodes[0]).meta["val"]
-    weights = [captured.attribute(name) for name in target.weights]
-    parameter = weights[0] if weights else next(captured.module.parameters())
-    if parameter.is_meta:
-        meta = torch.empty(0, device="meta", dtype=value.dtype)
-        down = meta.new_empty(target.rank, target.in_features)
-        up = meta.new_empty(sum(target.out_features), target.rank)
-        read = None if target.granularity is Granularity.BRANCH else up.T
-        return CalibrationFactors(down, up, 0.0, read)
+    meta = torch.empty(0, device="meta", dtype=value.dtype)
+    down = meta.new_empty(target.rank, target.in_features)
+    up = meta.new_empty(sum(target.out_features), target.rank)
+    read = None if target.granularity is Granularity.BRANCH else up.T
+    return CalibrationFactors(down, up, 0.0, read)
+
+
+def _decompose(
+    captured: CapturedGraph, target: CalibrationTarget, statistics: Statistics | None
+) -> Decomposition:
     if target.granularity is Granularity.BRANCH:
         assert isinstance(statistics, SecondMoments)
-        made = branch_factors(target.rank, statistics, value.dtype)
-        device = parameter.device
-        return replace(made, down=made.down.to(device), up=made.up.to(device))
+        value = captured.node(target.nodes[0]).meta["val"]
+        return decompose_branch(statistics, value.dtype)
+    weights = [captured.attribute(name) for name in target.weights]
     if isinstance(statistics, SecondMoments):
-        return covariance_factors(weights, target.rank, statistics)
+        return decompose_increments(weights, statistics)
     (weight,) = weights
-    return decompose(weight, target.rank, statistics)
+    return decompose_weight(weight, statistics)

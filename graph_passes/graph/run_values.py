@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.macs import node_macs
 from calicache.graph_passes.graph.operations import before_views
 from calicache.graph_passes.recording.input_classes import Dependence
 
 
-def find_run_values(captured: CapturedGraph, classes: Mapping[str, Dependence]) -> tuple[str, ...]:
+def find_run_values(
+    captured: CapturedGraph, classes: Mapping[str, Dependence], macs: Mapping[str, int]
+) -> tuple[str, ...]:
     """Names of the nodes to keep over a run, in graph order.
 
     Args:
         captured: the plain graph.
         classes: of every node, from `classify_nodes`.
+        macs: multiply-accumulates of every node, by name.
 
     Returns:
         Nodes of class `run` that others of class `step` or `latent` use, directly or through
@@ -32,7 +34,7 @@ def find_run_values(captured: CapturedGraph, classes: Mapping[str, Dependence]) 
             continue
         sources = node.all_input_nodes
         if classes[node.name] is Dependence.RUN:
-            if node_macs(node) or any(source.name in costly for source in sources):
+            if macs.get(node.name) or any(source.name in costly for source in sources):
                 costly.add(node.name)
         elif classes[node.name] in (Dependence.STEP, Dependence.LATENT):
             found |= {before_views(s).name: None for s in sources if s.name in costly}

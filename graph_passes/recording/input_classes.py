@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
 
 from calicache.graph_passes.common.errors import DependenceError
-from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 
 
@@ -20,25 +20,28 @@ class Dependence(IntEnum):
     LATENT = 3
 
 
-def classify_inputs(recording: Recording) -> dict[str, Dependence]:
+def classify_inputs(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Dependence]:
     """Class every tensor argument by its recorded values.
 
     An input that never changes inside a run is `run`. One that changes is `step` where it is
     known before the run starts: it is one number in every call, or runs that differ
     elsewhere have it the same, step by step. Otherwise it is `latent`.
 
+    Args:
+        names: of the tensor arguments.
+        runs: the recorded calls of every denoising.
+
     Raises:
         DependenceError: no run has two steps, or no input depends on the latent.
     """
-    runs = recording.runs
-    if recording.steps < 2:
+    longest = max(len(run) for run in runs)
+    if longest < 2:
         raise DependenceError(
             "recording",
             expected="a run of at least 2 steps",
-            got=f"{recording.steps} step",
+            got=f"{longest} step",
             fix="Record a whole sampler run.",
         )
-    names = [spec.name for spec in recording.signature.tensors]
     moving = [name for name in names if any(_moves(run, name) for run in runs)]
     repeated = {name for name in moving if len(runs) > 1 and _repeats(runs, name)}
     classes = dict.fromkeys(names, Dependence.RUN)
@@ -60,7 +63,7 @@ def _moves(run: Run, name: str) -> bool:
     return any(call[name] is not first and not torch.equal(call[name], first) for call in run)
 
 
-def _repeats(runs: tuple[Run, ...], name: str) -> bool:
+def _repeats(runs: Sequence[Run], name: str) -> bool:
     return all(
         torch.equal(call[name], first[name])
         for run in runs[1:]
@@ -68,6 +71,6 @@ def _repeats(runs: tuple[Run, ...], name: str) -> bool:
     )
 
 
-def _one_number_each(runs: tuple[Run, ...], name: str) -> bool:
+def _one_number_each(runs: Sequence[Run], name: str) -> bool:
     values = (call[name] for run in runs for call in run)
     return all(value.numel() > 0 and bool((value == value.flatten()[0]).all()) for value in values)

@@ -1,37 +1,127 @@
-"""Recording the calls of a model, with nothing known of its sampler."""
+"""Recording the calls of a model, with nothing known of its sampler, and nothing changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from calicache.graph_passes.common.errors import RecordError
 from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.recording.signature import (
+    CallSignature,
+    ConstantSpec,
+    TensorSpec,
+    flatten_call,
+)
+from calicache.graph_passes.recording.timestep import Call
+
+
+class Recorder(Recording):
+    """A recording that still grows: what `record` gives."""
+
+    def __init__(self) -> None:
+        self._grown_calls: list[Call] = []
+        self._grown_results: dict[int, Tensor] = {}
+        super().__init__(self._grown_calls, None, self._grown_results)
+
+    def append(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Keep one call.
+
+        Raises:
+            RecordError: the call has another form than the ones before.
+        """
+        flat = flatten_call(model, args, kwargs)
+        signature = flat.signature()
+        if self._signature is None:
+            self._signature = signature
+        elif _specs(signature) != _specs(self._signature):
+            raise _changed_form(self._signature, signature)
+        last = self.calls[-1] if self.calls else {}
+        call = {name: _detached(v, last.get(name)) for name, v in flat.tensors.items()}
+        self._grown_calls.append(call)
+        self._forget_derived()
+
+    def finish(self, latents: Tensor) -> None:
+        """Keep the result of the run that just ended: the latents after the sampler's last step.
+
+        Without it the last update of the sampler is not known, since no call of the model shows
+        it: the last step's output is then left as it is, and the `sampler` layout needs the
+        scheduler.
+
+        Args:
+            latents: of one sample each, (B, ...), or as the model takes them, guidance included.
+
+        Raises:
+            RecordError: no run is open.
+        """
+        if not self.calls or len(self.calls) in self.results:
+            raise RecordError(
+                "finish",
+                expected="calls of the model before it",
+                got="none since the last result",
+                fix="Call it once after every whole run of the sampler.",
+            )
+        self._grown_results[len(self.calls)] = _detached(latents, None)
+        self._forget_derived()
+
+    def _forget_derived(self) -> None:
+        """Runs, classes and the timestep are computed again from what has been added."""
+        for name in ("timestep", "denoisings", "runs", "ends", "steps", "dependence"):
+            vars(self).pop(name, None)
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[Recording]:
+def record(model: nn.Module) -> Iterator[Recorder]:
     """Keep the inputs of every call of `model` made inside the `with` block.
 
     Args:
         model: the denoiser that the user's sampler or pipeline calls.
 
     Yields:
-        A Recording that grows with every call.
+        A recording that grows with every call.
 
     Examples:
         >>> with record(pipe.transformer) as recording:
-        ...     pipe(class_labels=[1, 2], num_inference_steps=50)
+        ...     recording.finish(pipe(class_labels=[1, 2], output_type="latent").images)
     """
-    recording = Recording()
+    recorder = Recorder()
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.append(module, args, kwargs)
+        recorder.append(module, args, kwargs)
 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        yield recording
+        yield recorder
     finally:
         handle.remove()
+
+
+def _detached(value: Tensor, last: Tensor | None) -> Tensor:
+    """A copy on the CPU; the last call's own where it is equal."""
+    copy = value.detach().to("cpu", copy=True)
+    return last if last is not None and torch.equal(copy, last) else copy
+
+
+def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:
+    before = _specs(first)
+    after = _specs(now)
+    name = next((n for n in {**before, **after} if before.get(n) != after.get(n)), "call")
+    moving_number = isinstance(before.get(name), ConstantSpec)
+    return RecordError(
+        f"argument {name}",
+        expected=str(before.get(name)),
+        got=str(after.get(name)),
+        fix="Pass it as a tensor: a Python value must be the same in every call."
+        if moving_number
+        else "Record calls of one form: the same arguments, shapes and dtypes.",
+    )
+
+
+def _specs(signature: CallSignature) -> dict[str, TensorSpec | ConstantSpec]:
+    tensors = {spec.name: spec for spec in signature.tensors}
+    constants = {spec.name: spec for spec in signature.constants}
+    return {**tensors, **constants}

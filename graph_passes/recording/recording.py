@@ -1,32 +1,28 @@
-"""Recording what a sampler feeds to a model: every call, split into runs and steps.
+"""A recording: what a sampler fed to a model, split into runs and steps.
 
-Nothing of the sampler is known or changed. A run is one denoising from noise to result;
-a new run is seen where the timestep turns back.
+A run is one denoising from noise to result; a new run is seen where the timestep turns back.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from calicache.graph_passes.common.errors import RecordError
 from calicache.graph_passes.common.files import atomic_path
-from calicache.graph_passes.recording.signature import (
-    CallSignature,
-    ConstantSpec,
-    TensorSpec,
-    flatten_call,
-)
+from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.signature import CallSignature
+from calicache.graph_passes.recording.step_calls import batch_signature, batch_size, merge_calls
 from calicache.graph_passes.recording.timestep import (
     Call,
     Run,
@@ -36,20 +32,35 @@ from calicache.graph_passes.recording.timestep import (
     find_timestep,
 )
 
+NO_RESULTS: Mapping[int, Tensor] = MappingProxyType({})
 
-@dataclass(frozen=True, slots=True)
+
 class Recording:
-    """The recorded calls of one model, oldest first.
+    """The recorded calls of one model, oldest first. Nothing in it changes.
 
-    Attributes:
+    Args:
         calls: tensors by argument name, detached, on the CPU.
-        signatures: the form of the calls: one entry, filled by the first call.
-        results: what `finish` was given, by the number of calls before it.
+        signature: the form that all calls share; None where nothing was recorded.
+        results: what the sampler made of a run, by the number of calls before its end.
     """
 
-    calls: list[Call] = field(default_factory=list)
-    signatures: list[CallSignature] = field(default_factory=list)
-    results: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        signature: CallSignature | None,
+        results: Mapping[int, Tensor] = NO_RESULTS,
+    ) -> None:
+        self._calls, self._signature, self._results = calls, signature, results
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """Tensors by argument name, call by call."""
+        return self._calls
+
+    @property
+    def results(self) -> Mapping[int, Tensor]:
+        """Latents after the last step of a run, by the number of calls before its end."""
+        return self._results
 
     @property
     def signature(self) -> CallSignature:
@@ -58,16 +69,16 @@ class Recording:
         Raises:
             RecordError: nothing was recorded.
         """
-        if not self.signatures:
+        if self._signature is None:
             raise RecordError(
                 "recording",
                 expected="at least one call of the model",
                 got="none",
                 fix="Run the sampler inside `with record(model) as recording:`.",
             )
-        return self.signatures[0]
+        return self._signature
 
-    @property
+    @cached_property
     def timestep(self) -> Timestep | None:
         """The input that counts the denoising down; None without one."""
         names = [spec.name for spec in self.signature.tensors]
@@ -78,30 +89,58 @@ class Recording:
         """How often a step of the sampler calls the model."""
         return calls_of(self.timestep)
 
-    @property
+    @cached_property
+    def denoisings(self) -> tuple[Run, ...]:
+        """All calls of every denoising, the calls of a step one after another."""
+        return tuple(cut_runs(self.timestep, self.calls, self.results))
+
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """The calls of every denoising; several runs side by side where a step calls several times.
+        """One call of every step; several runs side by side where a step calls several times.
 
         With guidance by two calls a step, the conditional calls are one run and the
         unconditional ones another.
         """
-        timestep = self.timestep
-        beside = calls_of(timestep)
-        whole = cut_runs(timestep, self.calls, self.results)
-        return tuple(run[k::beside] for run in whole for k in range(beside))
+        beside = self.calls_per_step
+        return tuple(run[k::beside] for run in self.denoisings for k in range(beside))
 
-    @property
+    @cached_property
     def ends(self) -> tuple[Tensor | None, ...]:
         """What the sampler made of every run's last output, where `finish` was given it."""
-        timestep = self.timestep
-        counts = accumulate(len(run) for run in cut_runs(timestep, self.calls, self.results))
-        beside = range(calls_of(timestep))
-        return tuple(self.results.get(count) for count in counts for _ in beside)
+        counts = accumulate(len(run) for run in self.denoisings)
+        return tuple(self.results.get(n) for n in counts for _ in range(self.calls_per_step))
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Steps of the longest run."""
         return max(len(run) for run in self.runs)
+
+    @cached_property
+    def dependence(self) -> Mapping[str, Dependence]:
+        """Class of every tensor argument.
+
+        Raises:
+            DependenceError: no run has two steps, or no input depends on the latent.
+        """
+        return classify_inputs([spec.name for spec in self.signature.tensors], self.runs)
+
+    def by_step(self) -> Recording:
+        """The calls of every step in one batch; this recording where a step has one call.
+
+        Raises:
+            NoSampler: the calls of a step differ in what has no batch dimension.
+        """
+        beside = self.calls_per_step
+        if beside == 1:
+            return self
+        batch = batch_size(self.signature, self.dependence)
+        calls = [
+            merge_calls(run[first : first + beside], batch)
+            for run in self.denoisings
+            for first in range(0, len(run), beside)
+        ]
+        results = {count // beside: value for count, value in self.results.items()}
+        return Recording(calls, batch_signature(self.signature, beside, batch), results)
 
     def take_runs(self, places: Sequence[int]) -> Recording:
         """A recording of some runs, for a recording with one call a step.
@@ -109,51 +148,14 @@ class Recording:
         Args:
             places: in `runs`.
         """
-        runs, ends = self.runs, self.ends
-        taken = Recording(signatures=self.signatures[:1])
+        calls: list[Call] = []
+        results: dict[int, Tensor] = {}
         for place in places:
-            taken.calls.extend(runs[place])
-            end = ends[place]
+            calls.extend(self.runs[place])
+            end = self.ends[place]
             if end is not None:
-                taken.results[len(taken.calls)] = end.clone()  # a run may be taken twice
-        return taken
-
-    def finish(self, latents: Tensor) -> None:
-        """Keep the result of the run that just ended: the latents after the sampler's last step.
-
-        Without it the last update of the sampler is not known, since no call of the model shows
-        it: the last step's output is then left as it is, and the `sampler` layout needs the
-        scheduler.
-
-        Args:
-            latents: of one sample each, (B, ...), or as the model takes them, guidance included.
-
-        Raises:
-            RecordError: no run is open.
-        """
-        if not self.calls or len(self.calls) in self.results:
-            raise RecordError(
-                "finish",
-                expected="calls of the model before it",
-                got="none since the last result",
-                fix="Call it once after every whole run of the sampler.",
-            )
-        self.results[len(self.calls)] = _keep(latents, None)
-
-    def append(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Keep one call.
-
-        Raises:
-            RecordError: the call has another form than the ones before.
-        """
-        flat = flatten_call(model, args, kwargs)
-        signature = flat.signature()
-        if not self.signatures:
-            self.signatures.append(signature)
-        elif _specs(signature) != _specs(self.signature):
-            raise _changed_form(self.signature, signature)
-        last = self.calls[-1] if self.calls else {}
-        self.calls.append({name: _keep(v, last.get(name)) for name, v in flat.tensors.items()})
+                results[len(calls)] = end.clone()  # a run may be taken twice
+        return Recording(calls, self._signature, results)
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file; a value shared by several calls is stored once."""
@@ -204,37 +206,11 @@ class Recording:
                 str(path),
                 expected="a recording written by Recording.save",
                 got=f"{type(error).__name__}: {error}",
-                fix="Record the recording again.",
+                fix="Record again.",
             ) from error
         for call in calls:
             _check_loaded(call, signature, path)
-        return Recording(list(calls), [signature], results)
-
-
-def _keep(value: Tensor, last: Tensor | None) -> Tensor:
-    kept = value.detach().to("cpu", copy=True)
-    return last if last is not None and torch.equal(kept, last) else kept
-
-
-def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:
-    before = _specs(first)
-    after = _specs(now)
-    name = next((n for n in {**before, **after} if before.get(n) != after.get(n)), "call")
-    moving_number = isinstance(before.get(name), ConstantSpec)
-    return RecordError(
-        f"argument {name}",
-        expected=str(before.get(name)),
-        got=str(after.get(name)),
-        fix="Pass it as a tensor: a Python value must be the same in every call."
-        if moving_number
-        else "Record calls of one form: the same arguments, shapes and dtypes.",
-    )
-
-
-def _specs(signature: CallSignature) -> dict[str, TensorSpec | ConstantSpec]:
-    tensors = {spec.name: spec for spec in signature.tensors}
-    constants = {spec.name: spec for spec in signature.constants}
-    return {**tensors, **constants}
+        return Recording(calls, signature, results)
 
 
 def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> None:
@@ -245,5 +221,5 @@ def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> Non
                 f"{path}: {spec.name}",
                 expected=str(spec),
                 got="nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}",
-                fix="The file is damaged; record the recording again.",
+                fix="The file is damaged; record again.",
             )

@@ -1,7 +1,7 @@
 """The calls of one step as one call: guidance by two calls, seen as guidance by a batch of two.
 
-What the sampler makes of the outputs is found, fitted and exported in this form; the model itself
-goes on being called as its pipeline calls it.
+What the sampler makes of the outputs is recovered, fitted and exported in this form; the model
+itself goes on being called as its pipeline calls it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature
-from calicache.graph_passes.recording.timestep import Call, Timestep, calls_of, cut_runs
+from calicache.graph_passes.recording.timestep import Call
 
 
 def batch_size(signature: CallSignature, dependence: Mapping[str, Dependence]) -> int:
@@ -36,36 +35,16 @@ def batch_signature(signature: CallSignature, calls: int, batch: int) -> CallSig
     return replace(signature, tensors=tuple(specs))
 
 
-def one_call(timestep: Timestep | None) -> Timestep | None:
-    """The timestep of a run whose steps call the model once."""
-    return None if timestep is None else replace(timestep, calls=1)
-
-
-def batch_calls(recording: Recording, batch: int) -> Recording | Rejection:
-    """The same recording with the calls of every step in one batch.
+def merge_calls(calls: Sequence[Call], batch: int) -> Call:
+    """The calls of one step as one call.
 
     Args:
-        recording: with several calls a step.
-        batch: first dimension of the latent.
+        calls: tensors by argument name, each (B, ...) or the same in all calls.
+        batch: B, the first dimension of the latent.
 
-    Returns:
-        The recording, or why the calls cannot be one: they differ in what has no batch dimension.
+    Raises:
+        NoSampler: the calls differ in what has no batch dimension.
     """
-    timestep = recording.timestep
-    beside = calls_of(timestep)
-    made: list[Call] = []
-    for run in cut_runs(timestep, recording.calls, recording.results):
-        for first in range(0, len(run), beside):
-            call = _one_call(run[first : first + beside], batch)
-            if isinstance(call, Rejection):
-                return call
-            made.append(call)
-    signature = batch_signature(recording.signature, beside, batch)
-    results = {count // beside: value for count, value in recording.results.items()}
-    return Recording(made, [signature], results)
-
-
-def _one_call(calls: Sequence[Call], batch: int) -> Call | Rejection:
     merged: dict[str, Tensor] = {}
     for name, first in calls[0].items():
         values = [call[name] for call in calls]
@@ -74,6 +53,5 @@ def _one_call(calls: Sequence[Call], batch: int) -> Call | Rejection:
         elif all(torch.equal(first, value) for value in values):
             merged[name] = first
         else:
-            reason = f"the calls of a step differ in {name}, which has no batch dimension"
-            return Rejection("sampler", "", reason)
+            raise NoSampler(f"the calls of a step differ in {name}, which has no batch dimension")
     return merged

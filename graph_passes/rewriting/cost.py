@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.macs import graph_macs, node_macs
+from calicache.graph_passes.graph.macs import graph_macs
 from calicache.graph_passes.rewriting.fold import fold_macs
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.choices import Granularity, StepMode
+from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.sites import LinearSite, Sites
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
@@ -64,20 +65,16 @@ class ModelCost:
 
 
 def model_cost(
-    captured: CapturedGraph,
-    sites: Sites,
-    targets: Sequence[CalibrationTarget],
-    variant_set: VariantSet,
+    analysis: Analysis, targets: Sequence[CalibrationTarget], variant_set: VariantSet
 ) -> ModelCost:
     """Cost of every mode, counted on the rewritten graphs from their shapes.
 
     Args:
-        captured: the plain graph.
-        sites: sites and branches.
+        analysis: the model as it is.
         targets: what CALIBRATE replaces.
         variant_set: the variants; weights may be on the meta device.
     """
-    macs = {node.name: node_macs(node) for node in captured.graph.nodes}
+    sites, macs = analysis.sites, analysis.macs
     owner = {target.nodes[0]: target for target in targets}
     bytes_by_target = dict.fromkeys((target.name for target in targets), 0)
     by_node = {node: target.name for target in targets for node in target.nodes}
@@ -90,15 +87,15 @@ def model_cost(
             bytes_by_target[name] += cache.nbytes * cache.history
     folded = {cache.folded for cache in variant_set.caches}
     return ModelCost(
-        plain_macs=sum(macs.values()),
+        plain_macs=analysis.plain_macs,
         modes={mode: graph_macs(v.module.graph) for mode, v in variant_set.variants.items()},
         cache_bytes=sum(cache.nbytes * cache.history for cache in variant_set.caches),
         targets={
             target.name: _target_cost(
-                captured,
+                analysis.captured,
                 target,
                 [site for site in sites.linears if site.name in target.sites],
-                sum(macs[node] for node in _replaced_nodes(sites, target)),
+                sum(macs.get(node, 0) for node in _replaced_nodes(sites, target)),
                 bytes_by_target[target.name],
                 folds=target.name in folded,
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
 from calicache.graph_passes.recording.input_classes import Dependence
@@ -18,7 +18,7 @@ from calicache.graph_passes.sampler.update import (
     SamplerSteps,
     find_latent,
     find_sampler_steps,
-    match_channels,
+    latent_channels,
 )
 
 
@@ -45,7 +45,7 @@ def recover_sampler(
     dependence: Mapping[str, Dependence],
     length: int,
     on_step: Callable[[int, int], None] | None = None,
-) -> RecordedSampler | Rejection:
+) -> RecordedSampler:
     """Run the plain model along the recorded runs of one length and find the sampler's update.
 
     Args:
@@ -55,34 +55,26 @@ def recover_sampler(
         length: of the runs to use, in steps.
         on_step: called as on_step(done, total), for a progress bar.
 
-    Returns:
-        The sampler, or why it cannot be told from the recording.
+    Raises:
+        NoSampler: it cannot be told from the recording.
     """
     returned = graph_outputs(captured.graph)
     meta = returned[0].meta.get("val") if isinstance(returned[0], fx.Node) else None
     if len(returned) != 1 or not (isinstance(meta, Tensor) and meta.is_floating_point()):
-        reason = f"the model returns {len(returned)} values, not one floating-point tensor"
-        return Rejection("sampler", "", reason)
+        raise NoSampler(f"the model returns {len(returned)} values, not one floating-point tensor")
     runs, ends = _runs_of_length(recording, length, captured.device)
     if not runs or length < 2:
-        reason = f"no recorded run has the plan's {length} steps"
-        return Rejection("sampler", "", reason)
+        raise NoSampler(f"no recorded run has the plan's {length} steps")
     latent = find_latent(runs[0][0], run_plain(captured, runs[0][0]), dependence)
-    if isinstance(latent, Rejection):
-        return latent
     outputs: list[list[Tensor]] = []
     for run in runs:
         outputs.append([])
         for call in run:
-            own = match_channels(run_plain(captured, call), call[latent])
-            assert own is not None
-            outputs[-1].append(own)
+            outputs[-1].append(latent_channels(run_plain(captured, call), call[latent]))
             if on_step:
                 on_step(sum(len(done) for done in outputs), len(runs) * length)
-    found = find_sampler_steps(latent, runs, outputs, ends)
-    if isinstance(found, Rejection):
-        return found
-    return RecordedSampler(tuple(runs), tuple(tuple(made) for made in outputs), tuple(ends), found)
+    steps = find_sampler_steps(latent, runs, outputs, ends)
+    return RecordedSampler(tuple(runs), tuple(map(tuple, outputs)), tuple(ends), steps)
 
 
 def _runs_of_length(

@@ -12,7 +12,7 @@ from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.correct import fit_step, mix
 from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler
-from calicache.graph_passes.sampler.update import SamplerSteps, match_channels, recorded_next
+from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels, recorded_next
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.schedule import Table, anchor_table, output_table
 
@@ -129,8 +129,7 @@ class _Sweep:
         kept: list[Tensor | None] = [*run.outputs, *(self.history - len(run.outputs)) * [None]]
         if mode is not StepMode.FORECAST:
             raw = self._run_variant(run, mode, step, list(call.values()))
-            own = match_channels(raw, run.x)
-            assert own is not None
+            own = latent_channels(raw, run.x)
             if mode is StepMode.REFRESH:
                 run.outputs = (own, *run.outputs)[: self.history]
         return [run.x.chunk(self.sampler.parts)[0]], [own, *kept, run.x]

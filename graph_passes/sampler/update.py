@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.timestep import Call, Run
 
@@ -55,28 +55,41 @@ class SamplerSteps:
         return torch.cat([x] * self.parts)  # type: ignore[list-item]
 
 
-def find_latent(call: Call, output: Tensor, classes: Mapping[str, Dependence]) -> str | Rejection:
-    """The input that the sampler makes from the output: of its shape, but for extra channels."""
-    found = [
+def find_latent(call: Call, output: Tensor, classes: Mapping[str, Dependence]) -> str:
+    """The input that the sampler makes from the output: of its shape, but for extra channels.
+
+    Raises:
+        NoSampler: no input is, or several.
+    """
+    candidates = [
         name
         for name, value in call.items()
-        if classes[name] is Dependence.LATENT and match_channels(output, value) is not None
+        if classes[name] is Dependence.LATENT and _holds_channels(output, value)
     ]
-    if len(found) == 1:
-        return found[0]
-    reason = f"{len(found)} inputs have the output's shape {tuple(output.shape)}"
-    return Rejection("sampler", "", reason)
+    if len(candidates) != 1:
+        shape = tuple(output.shape)
+        raise NoSampler(f"{len(candidates)} inputs have the output's shape {shape}")
+    return candidates[0]
 
 
-def match_channels(output: Tensor, latent: Tensor) -> Tensor | None:
-    """The output's channels that the latent has (a learned variance is cut off); None if unlike."""
-    if output.shape == latent.shape:
-        return output
-    same = output.ndim == latent.ndim and output.ndim > 1
-    if same and output.shape[1] > latent.shape[1]:
-        cut = output[:, : latent.shape[1]]
-        return cut if cut.shape == latent.shape else None
-    return None
+def latent_channels(output: Tensor, latent: Tensor) -> Tensor:
+    """The output's channels that the latent has: a learned variance is cut off.
+
+    Raises:
+        NoSampler: the output's shape differs in more than further channels.
+    """
+    if not _holds_channels(output, latent):
+        raise NoSampler(
+            f"an output of shape {tuple(output.shape)} is unlike the latent {tuple(latent.shape)}"
+        )
+    return output if output.shape == latent.shape else output[:, : latent.shape[1]]
+
+
+def _holds_channels(output: Tensor, latent: Tensor) -> bool:
+    if output.ndim != latent.ndim or output.ndim < 2:
+        return output.shape == latent.shape
+    rest = output.shape[:1] + output.shape[2:]
+    return rest == latent.shape[:1] + latent.shape[2:] and output.shape[1] >= latent.shape[1]
 
 
 def recorded_next(run: Run, end: Tensor | None, step: int, latent: str, parts: int) -> Tensor:
@@ -93,7 +106,7 @@ def find_sampler_steps(
     outputs: Sequence[Sequence[Tensor]],
     ends: Sequence[Tensor | None],
     parts: int | None = None,
-) -> SamplerSteps | Rejection:
+) -> SamplerSteps:
     """Fit the update of every step over some runs of one length.
 
     Args:
@@ -102,37 +115,41 @@ def find_sampler_steps(
         outputs: e for every call of every run, with x's channels alone.
         ends: results of the runs, as far as they are known.
         parts: copies of x in one batch; None counts them.
+
+    Raises:
+        NoSampler: a latent is no fixed weighted sum of what came before, or a run's result is no
+            latent.
     """
     parts = parts or _count_parts([call[latent] for run in runs for call in run])
     shape = SamplerSteps(latent, parts, ())
     for run, end in zip(runs, ends, strict=True):
         x = run[-1][latent]
         if end is not None and not _is_end_of(end, x, parts):
-            reason = f"a run's result has the shape {tuple(end.shape)}, its latent {tuple(x.shape)}"
-            return Rejection("sampler", latent, reason)
+            raise NoSampler(
+                f"a run's result has the shape {tuple(end.shape)}, its latent {tuple(x.shape)}"
+            )
     steps = len(runs[0]) - any(end is None for end in ends)
     # Recorded in half precision, the latents themselves are rounded.
     tolerance = max(TOLERANCE, torch.finfo(runs[0][0][latent].dtype).eps)
     weights: list[tuple[float, ...]] = []
     for step in range(steps):
         terms = [_terms(shape, run, outs, step) for run, outs in zip(runs, outputs, strict=True)]
-        target = [
+        following = [
             recorded_next(run, end, step, latent, parts)
             for run, end in zip(runs, ends, strict=True)
         ]
-        found, left = _solve([now for now, _ in terms], target)
+        row, left = _solve([now for now, _ in terms], following)
         # Look back wherever rounding does not explain what is left: a two-step solver is nearly
         # one of one step where its outputs change little.
         if left > ROUNDING and step > 0:
-            longer, less = _solve([now + before for now, before in terms], target)
-            found, left = (longer, less) if less < left / 10 else (found, left)
+            longer, less = _solve([now + before for now, before in terms], following)
+            row, left = (longer, less) if less < left / 10 else (row, left)
         if not left <= tolerance:
-            reason = (
+            raise NoSampler(
                 f"step {step} to {step + 1} is no fixed weighted sum of latents and outputs "
                 "(a sampler that adds noise, clips, or looks back further)"
             )
-            return Rejection("sampler", latent, reason)
-        weights.append(found)
+        weights.append(row)
     return SamplerSteps(latent, parts, tuple(weights))
 
 
@@ -149,9 +166,9 @@ def _terms(
 
 
 def _solve(
-    terms: Sequence[Sequence[Tensor]], target: Sequence[Tensor]
+    terms: Sequence[Sequence[Tensor]], following: Sequence[Tensor]
 ) -> tuple[tuple[float, ...], float]:
-    """Least squares in float64, and the share of the target that is left over."""
+    """Least squares in float64, and the share of the following latents that is left over."""
     matrix = torch.stack(
         [
             torch.cat([run[k].double().flatten().cpu() for run in terms])
@@ -159,10 +176,10 @@ def _solve(
         ],
         1,
     )
-    wanted = torch.cat([value.double().flatten().cpu() for value in target])[:, None]
+    latents = torch.cat([value.double().flatten().cpu() for value in following])[:, None]
     # The SVD-based driver gives the smallest weights where guidance parts are (nearly) equal.
-    solution = torch.linalg.lstsq(matrix, wanted, rcond=1e-9, driver="gelsd").solution
-    left = float((matrix @ solution - wanted).norm() / wanted.norm())
+    solution = torch.linalg.lstsq(matrix, latents, rcond=1e-9, driver="gelsd").solution
+    left = float((matrix @ solution - latents).norm() / latents.norm())
     return tuple(solution[:, 0].tolist()), left
 
 

@@ -8,7 +8,7 @@ from math import prod
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler
-from calicache.graph_passes.sampler.update import match_channels
+from calicache.graph_passes.sampler.update import latent_channels
 from calicache.graph_passes.search.rehearse import Scales
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.schedule import anchor_table, kept_refreshes
@@ -49,9 +49,8 @@ def cheap_errors(
                 order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
                 for mode in modes:
                     own, _ = run_step(views[order], mode, kept, step, tensors, history)
-                    shown = match_channels(own, latent)
-                    assert shown is not None
-                    off = float((shown - outputs[step]).double().square().sum())
+                    off_output = latent_channels(own, latent) - outputs[step]
+                    off = float(off_output.double().square().sum())
                     found = squares[mode][order]
                     found[step] = found.get(step, 0.0) + off / recorded.steps.parts
             if on_step:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from calicache.graph_passes.factors.statistics import SecondMoments
-from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.macs import graph_macs, node_macs
+from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.fold import fold_groups, fold_macs, reads_per_refresh
-from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve
 from calicache.graph_passes.settings.choices import Granularity, StepMode
 from calicache.graph_passes.settings.latency import BranchChoice, LatencyTable, group_of
+from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.branches import ResidualBranch
 from calicache.graph_passes.sites.sites import Sites
 from calicache.graph_passes.sites.targets import CalibrationTarget
@@ -77,14 +76,13 @@ class Candidates:
 
 
 def branch_options(
-    captured: CapturedGraph, sites: Sites, known: Candidates, latency: LatencyTable | None
+    analysis: Analysis, known: Candidates, latency: LatencyTable | None
 ) -> dict[str, list[BranchOption]]:
     """Every way to treat every branch, FULL first, and every site outside of branches.
 
     Costs are MACs, or seconds from a table; what it did not measure is left out.
     """
-    macs = {node.name: node_macs(node) for node in captured.graph.nodes}
-    plain = sum(macs.values())
+    sites, macs, plain = analysis.sites, analysis.macs, analysis.plain_macs
     branch_of = {site.name: site.branch for site in sites.linears}
     members = Counter(group_of(branch.name) for branch in sites.branches)
     options: dict[str, list[BranchOption]] = {}
@@ -107,7 +105,7 @@ def branch_options(
         if branch_of[target.sites[0]] is None:
             options[target.name] = [BranchOption(BranchChoice.FULL, 0.0, patterns=target.sites)]
             if latency is None:
-                saved = sum(macs[node] for node in target.nodes) / plain
+                saved = sum(macs.get(node, 0) for node in target.nodes) / plain
                 curves = (known.curve(target),)
                 options[target.name].append(
                     BranchOption(BranchChoice.LINEAR, -saved, 1 / plain, curves)
@@ -115,20 +113,18 @@ def branch_options(
     return options
 
 
-def macs_shares(
-    variant_set: VariantSet, captured: CapturedGraph, targets: Sequence[CalibrationTarget]
-) -> StepShares:
+def macs_shares(compiled: Compiled) -> StepShares:
     """Costs in MACs, counted on the variants; caches cost the products that fold them."""
-    plain = graph_macs(captured.graph)
+    plain = compiled.cost.plain_macs
     steps: dict[StepMode, float] = {
-        mode: graph_macs(variant.module.graph) / plain
-        for mode, variant in variant_set.variants.items()
+        mode: macs / plain
+        for mode, macs in compiled.cost.modes.items()
         if mode is not StepMode.REFRESH
     }
-    itemsize = next(captured.module.parameters()).element_size()
+    itemsize = next(compiled.captured.module.parameters()).element_size()
     folds = tuple(
         (group.threshold, sum(fold_macs(target) for target in group.targets) / plain)
-        for group in fold_groups(targets, itemsize)
+        for group in fold_groups(compiled.targets, itemsize)
     )
     return StepShares({**steps, StepMode.FORECAST: 0.0}, dict.fromkeys(StepMode, 0.0), folds)
 
@@ -148,7 +144,7 @@ def latency_shares(
         written = latency.refresh_change(group, BranchChoice.REUSE, 0)
         reuse += float("inf") if change is None else change / latency.plain
         reused += (written or 0.0) / latency.plain
-    steps = {
+    steps: dict[StepMode, float] = {
         StepMode.FORECAST: latency.forecast / latency.plain,
         StepMode.REUSE: max(0.0, reuse),
     }
@@ -189,8 +185,8 @@ def _saved(
     choice: BranchChoice,
 ) -> int:
     if choice is BranchChoice.LINEAR:
-        return sum(macs[node] for target in targets for node in target.nodes)
-    return sum(macs[node] for node in branch.nodes)
+        return sum(macs.get(node, 0) for target in targets for node in target.nodes)
+    return sum(macs.get(node, 0) for node in branch.nodes)
 
 
 def _line(

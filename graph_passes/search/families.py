@@ -13,11 +13,8 @@ from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import SecondMoments, named_statistics, named_tensors
-from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.graph.run_values import find_run_values
-from calicache.graph_passes.rewriting.checks import verify_variants
-from calicache.graph_passes.rewriting.fold import choose_folds
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.compile import Assignment, assign_targets, compile_graphs
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.search.allocate import MULTIPLE, Allocation, allocate
 from calicache.graph_passes.search.cheap_errors import cheap_errors
 from calicache.graph_passes.search.costs import (
@@ -32,7 +29,8 @@ from calicache.graph_passes.search.rehearse import Scales
 from calicache.graph_passes.search.sensitivity import BACK, sensitivities
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.latency import LatencyTable
-from calicache.graph_passes.settings.schedule import MAX_ORDER, anchor_table, uniform_schedule
+from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.schedule import MAX_ORDER, uniform_schedule
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 LEVELS = (0.15, 0.3, 0.45, 0.6)  # shares of a full step that a CALIBRATE step may cost
@@ -94,13 +92,13 @@ def find_families(
     orders = tuple(range(MAX_ORDER + 1)) if latency is None else (latency.order,)
     highest = (max(orders),)
     families = [_family(ground, latency, "forecast", frozenset(), highest)]
-    if ground.sites.branches:
+    if ground.analysis.sites.branches:
         ground.meter.stage("measure REUSE steps")
         families.append(_family(ground, latency, "reuse", frozenset({StepMode.REUSE}), orders))
     known = _candidates(ground)
     if known is None:
         return families, None
-    options = branch_options(ground.captured, ground.sites, known, latency)
+    options = branch_options(ground.analysis, known, latency)
     full = 1.0 if latency is None else latency.full_step / latency.plain
     seen: list[Mapping[str, int]] = []
     for level in sorted(LEVELS, key=lambda level: abs(level - (budget or 0.3)))[:effort]:
@@ -139,8 +137,8 @@ def probe_schedule(steps: int) -> tuple[StepMode, ...]:
 def planned_targets(ground: Ground, allocation: Allocation) -> tuple[CalibrationTarget, ...]:
     """The targets that a plan with this allocation will have."""
     targets, _ = assign(
-        ground.captured,
-        ground.sites,
+        ground.analysis.captured,
+        ground.analysis.sites,
         rank=MULTIPLE,
         rules=allocation.rules,
         joint=True,
@@ -158,26 +156,24 @@ def _family(
     allocation: Allocation | None = None,
     known: Candidates | None = None,
 ) -> Family:
-    targets: tuple[CalibrationTarget, ...] = ()
+    analysis = ground.analysis
+    recipe = Recipe(
+        schedule=uniform_schedule(ground.steps, OBSERVED_INTERVAL),
+        rank=MULTIPLE,
+        order=MAX_ORDER,
+        weighting=Weighting.COVARIANCE,
+        rules=allocation.rules if allocation else (),
+        ranks=allocation.ranks if allocation else {},
+    )
+    assignment = Assignment(())
     factors: dict[str, CalibrationFactors] = {}
     if allocation and known:
-        targets = planned_targets(ground, allocation)
-        factors = make_factors(ground.captured, targets, known.moments)
-    schedule = uniform_schedule(ground.steps, OBSERVED_INTERVAL)
-    itemsize = next(ground.captured.module.parameters()).element_size()
-    history = MAX_ORDER + 1
-    classes = classify_nodes(ground.captured, ground.dependence)
-    variant_set = rewrite(
-        ground.captured,
-        ground.sites,
-        targets,
-        factors,
-        modes,
-        folded=choose_folds(targets, schedule, itemsize, history),
-        anchors=anchor_table(schedule, MAX_ORDER),
-        run_values=find_run_values(ground.captured, classes),
-    )
-    verify_variants(ground.captured, variant_set)
+        assignment = assign_targets(analysis, recipe)
+        factors = make_factors(
+            analysis.captured, assignment.targets, known.moments, ground.decompositions
+        )
+    compiled = compile_graphs(analysis, recipe, assignment, factors, modes)
+    variant_set = compiled.variant_set
     tried = [StepMode.CALIBRATE] if allocation else [*modes]  # REUSE was measured before
     found = (
         {}
@@ -198,15 +194,16 @@ def _family(
     )
     scales = _SCALES.validate_python(found)
     if latency is None:
-        shares = macs_shares(variant_set, ground.captured, targets)
+        shares = macs_shares(compiled)
     else:
-        shares = latency_shares(ground.sites, latency, modes, allocation)
+        shares = latency_shares(analysis.sites, latency, modes, allocation)
     return Family(name, allocation, variant_set, shares, scales, orders)
 
 
 def _candidates(ground: Ground) -> Candidates | None:
     """Statistics, spectra and sensitivities of all layers and all whole branches."""
-    captured, sites, seen = ground.captured, ground.sites, set[str]()
+    analysis, seen = ground.analysis, set[str]()
+    captured, sites = analysis.captured, analysis.sites
     targets: list[CalibrationTarget] = []
     for granularity in Granularity:
         found, _ = assign(captured, sites, rank=MULTIPLE, granularity=granularity, joint=True)
@@ -235,17 +232,16 @@ def _candidates(ground: Ground) -> Candidates | None:
     ground.meter.stage("observe increments")
     moments = _moments(ground, targets)
     spectra: dict[str, Tensor] = {}
-    for target in targets:  # one at a time: factors of full rank are as large as the weights
-        made = make_factors(captured, [replace(target, rank=1)], moments)[target.name]
-        assert made.spectrum is not None
-        spectra[target.name] = made.spectrum
+    for target in targets:  # one at a time: decompositions are as large as the weights
+        decomposition = ground.decompositions.of(captured, target, moments[target.name])
+        spectra[target.name] = decomposition.spectrum.float().cpu()
     return Candidates(tuple(targets), spectra, moments, gains)
 
 
 def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, SecondMoments]:
     def collect() -> dict[str, Tensor]:
         found = observe(
-            ground.captured,
+            ground.analysis.captured,
             targets,
             ground.recording,
             Weighting.COVARIANCE,

@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.errors import NoSampler, PlanError
 from calicache.graph_passes.common.hashing import tensor_bytes
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.factors.factors import Decompositions
 from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.step_calls import batch_calls, batch_size, one_call
 from calicache.graph_passes.recording.timestep import Run
+from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler, run_plain
-from calicache.graph_passes.sampler.update import SamplerSteps, match_channels
+from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
 from calicache.graph_passes.search.journal import Journal
-from calicache.graph_passes.settings.recipe import PlanSettings
-from calicache.graph_passes.sites.analysis import analyse, fixed_values
-from calicache.graph_passes.sites.sites import Sites
+from calicache.graph_passes.sites.analysis import Analysis
 
 LEAST_RUNS, LEAST_STEPS = 3, 5
 MOST_OFF = 2e-3  # of a latent made by the recovered update: above rounding in half precision
-
-
-@dataclass(frozen=True, slots=True)
-class SearchProgress:
-    """How far a search is.
-
-    Attributes:
-        done, total: in calls of the plain model, or their like; the total is an estimate.
-        stage: what is being done.
-    """
-
-    done: float
-    total: float
-    stage: str
-
-
-class Meter:
-    """Counts the calls that a search has made, for a progress bar."""
-
-    def __init__(self, total: float, report: Callable[[SearchProgress], None] | None) -> None:
-        self.total, self.report = total, report
-        self.done, self.name = 0.0, ""
-
-    def stage(self, name: str) -> None:
-        """Begin a stage."""
-        self.name = name
-        self.add(0.0)
-
-    def add(self, calls: float = 1.0) -> None:
-        """Count calls of the plain model; a cheap step is a share of one."""
-        self.done += calls
-        if self.report:
-            self.report(SearchProgress(self.done, max(self.total, self.done), self.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +32,18 @@ class Ground:
     """The recorded runs and the model of one search.
 
     Attributes:
-        settings: of the plan to make, in the form of the user's calls.
-        captured, sites: in the form with all calls of a step in one.
+        binding: what the plan is tied to, in the form of the user's calls.
+        analysis: of the model, in the form with all calls of a step in one.
+        decompositions: of its calibration targets.
         recording: the runs to fit and search with, in that form.
         recorded: the same runs with their outputs, and the sampler's update.
         choice: runs to choose with; `report` runs that have no part in the search.
         journal, meter: what is done.
     """
 
-    settings: PlanSettings
-    captured: CapturedGraph
-    sites: Sites
+    binding: Binding
+    analysis: Analysis
+    decompositions: Decompositions
     recording: Recording
     recorded: RecordedSampler
     choice: RecordedSampler
@@ -86,7 +54,7 @@ class Ground:
     @property
     def steps(self) -> int:
         """Steps of a run."""
-        return len(self.settings.schedule)
+        return len(self.recorded.runs[0])
 
     @property
     def choice_samples(self) -> int:
@@ -94,20 +62,26 @@ class Ground:
         latent, parts = self.recorded.steps.latent, self.recorded.steps.parts
         return sum(run[0][latent].shape[0] // parts for run in self.choice.runs)
 
-    @property
-    def dependence(self) -> Mapping[str, Dependence]:
-        """Class of every tensor argument."""
-        return self.settings.dependence
-
 
 def prepare_ground(
     model: nn.Module,
     recording: Recording,
-    settings: PlanSettings,
+    binding: Binding,
+    patterns: tuple[tuple[str, ...], tuple[str, ...]],
+    workspace: Workspace,
     journal: Journal,
     meter: Meter,
 ) -> Ground:
     """Share out the recorded runs, capture the model, recover the sampler.
+
+    Args:
+        model: with its weights.
+        recording: three runs or more.
+        binding: of both.
+        patterns: shell patterns over site names, to include and to exclude.
+        workspace: for the analysis of the model.
+        journal: results of an interrupted search.
+        meter: counts calls of the model.
 
     Raises:
         CalicacheError: too few runs or steps, runs of several kinds, or a sampler whose update
@@ -120,32 +94,26 @@ def prepare_ground(
             got="a model on the meta device",
             fix="Load the weights.",
         )
-    check_runs(recording, settings)
+    check_runs(recording, binding)
     meter.stage("capture the model")
-    captured, sites, _ = analyse(model, settings)
-    settings = replace(settings, fixed=fixed_values(captured, recording, settings.dependence))
-    whole = recording
-    if recording.calls_per_step > 1:
-        batched = batch_calls(recording, batch_size(settings.signature, settings.dependence))
-        if isinstance(batched, Rejection):
-            raise _no_sampler(batched)
-        whole = batched
-        form = replace(
-            settings, signature=whole.signature, timestep=one_call(settings.timestep), fixed={}
+    try:
+        whole = recording.by_step()
+        analysis = workspace.analysis(model, binding.by_step(), *patterns)
+        parts = [whole.take_runs(places) for places in share_out(len(whole.runs))]
+        meter.stage("run the recorded calls")
+        recorded = recover_sampler(
+            analysis.captured, parts[0], binding.dependence, whole.steps, lambda *_: meter.add()
         )
-        captured, sites, _ = analyse(model, form)
-    parts = [whole.take_runs(places) for places in share_out(len(whole.runs))]
-    meter.stage("run the recorded calls")
-    recorded = recover_sampler(
-        captured, parts[0], settings.dependence, len(settings.schedule), lambda *_: meter.add()
+    except NoSampler as unknown:
+        raise _no_sampler(unknown) from unknown
+    choice, report = (_without_outputs(part, recorded, analysis.captured) for part in parts[1:])
+    decompositions = workspace.decompositions
+    return Ground(
+        binding, analysis, decompositions, parts[0], recorded, choice, report, journal, meter
     )
-    if isinstance(recorded, Rejection):
-        raise _no_sampler(recorded)
-    choice, report = (_without_outputs(part, recorded, captured) for part in parts[1:])
-    return Ground(settings, captured, sites, parts[0], recorded, choice, report, journal, meter)
 
 
-def check_runs(recording: Recording, settings: PlanSettings) -> None:
+def check_runs(recording: Recording, binding: Binding) -> None:
     """Refuse what a search cannot be made with.
 
     Raises:
@@ -168,7 +136,7 @@ def check_runs(recording: Recording, settings: PlanSettings) -> None:
             got=f"{min(lengths)}",
             fix="Record whole runs of the sampler that you are going to use.",
         )
-    names = [n for n, kind in settings.dependence.items() if kind is Dependence.STEP]
+    names = [n for n, kind in binding.dependence.items() if kind is Dependence.STEP]
     same = len(lengths) == 1 and all(
         first[name].equal(other[name])
         for run in runs[1:]
@@ -199,14 +167,14 @@ def share_out(runs: int) -> tuple[range, range, range]:
     return range(runs - 2 * each), range(runs - 2 * each, runs - each), range(runs - each, runs)
 
 
-def search_key(recording: Recording, settings: PlanSettings, request: object) -> str:
+def search_key(recording: Recording, binding: Binding, request: object) -> str:
     """What the results of a search depend on, as text."""
     digest = hashlib.sha256()
     for tensors in (*recording.calls, {str(k): v for k, v in recording.results.items()}):
         for name, value in tensors.items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             digest.update(tensor_bytes(value))
-    return f"{settings.weights_hash} {digest.hexdigest()} {request}"
+    return f"{binding.weights_hash} {digest.hexdigest()} {request}"
 
 
 def _without_outputs(
@@ -228,8 +196,7 @@ def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> N
     terms: list[Tensor] = []
     for place in (step, step - 1):
         call = run[place]
-        own = match_channels(run_plain(captured, call), call[sampler.latent])
-        assert own is not None
+        own = latent_channels(run_plain(captured, call), call[sampler.latent])
         terms += sampler.terms(call[sampler.latent], own)
     made = sampler.next_latent(step, terms, ()).double()
     found = run[step + 1][sampler.latent].double()
@@ -243,11 +210,11 @@ def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> N
         )
 
 
-def _no_sampler(rejection: Rejection) -> PlanError:
+def _no_sampler(unknown: NoSampler) -> PlanError:
     return PlanError(
         "sampler",
         expected="a deterministic sampler, recorded with this model",
-        got=rejection.reason,
+        got=unknown.reason,
         fix="Record with the model and the sampler that you are going to use; plan for others "
         "with Plan.from_trajectory.",
     )

@@ -7,39 +7,35 @@ searching decide, replays on other runs choose and report.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.hashing import hash_weights
-from calicache.graph_passes.recording.input_classes import classify_inputs
-from calicache.graph_passes.recording.reads import find_reads
+from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.factors.statistics import Statistics
+from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.search.allocate import MULTIPLE
 from calicache.graph_passes.search.candidates import Explorer, Measured
 from calicache.graph_passes.search.costs import Candidates
 from calicache.graph_passes.search.families import find_families
 from calicache.graph_passes.search.ground import (
     Ground,
-    Meter,
-    SearchProgress,
     check_runs,
     prepare_ground,
     search_key,
     share_out,
 )
 from calicache.graph_passes.search.journal import Journal
-from calicache.graph_passes.settings.choices import Granularity, Weighting
+from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint, pareto
 from calicache.graph_passes.settings.latency import LatencyTable
-from calicache.graph_passes.settings.recipe import PlanSettings
+from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.schedule import MAX_ORDER, uniform_schedule
-
-__all__ = ["SearchProgress", "SearchRequest", "search_plan"]
 
 FRONT_BUDGETS = (0.2, 0.35, 0.5)
 APART = 0.06  # budgets nearer than this to the request are not measured beside it
@@ -72,27 +68,39 @@ class SearchRequest:
         return f"max_error {self.max_error:g}"
 
 
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """What a plan is made of: see `Plan`."""
+
+    binding: Binding
+    recipe: Recipe
+    statistics: Mapping[str, Statistics]
+    front: Front
+
+
 def search_plan(
     model: nn.Module,
     recording: Recording,
     request: SearchRequest,
-    folder: Path | str | None = None,
-    on_progress: Callable[[SearchProgress], None] | None = None,
-) -> Plan:
+    workspace: Workspace,
+    path: Path | str | None = None,
+    on_progress: OnProgress | None = None,
+) -> SearchResult:
     """Search; see `Plan.search`.
 
     Raises:
         CalicacheError: the request cannot be met, or a stage refuses; it names itself.
     """
     _check_request(request)
-    settings = _settings(model, recording, request)
-    check_runs(recording, settings)
-    _check_latency(request.latency, settings)
-    journal = Journal.open(folder, search_key(recording, settings, request))
+    binding = bind(model, recording)
+    check_runs(recording, binding)
+    _check_latency(request.latency, binding)
+    journal = Journal.open(path, search_key(recording, binding, request))
     searched, _, _ = share_out(len(recording.runs) // recording.calls_per_step)
-    calls = RUNS * len(searched) * len(settings.schedule)
+    calls = RUNS * len(searched) * recording.steps
     meter = Meter(calls * request.effort, on_progress)
-    ground = prepare_ground(model, recording, settings, journal, meter)
+    patterns = (request.include, request.exclude)
+    ground = prepare_ground(model, recording, binding, patterns, workspace, journal, meter)
     families, known = find_families(ground, request.latency, request.budget, request.effort)
     least = min(family.least_share(ground.steps) for family in families)
     _check_least(request, least)
@@ -106,7 +114,7 @@ def search_plan(
     meter.stage("report")
     held_out = ErrorSummary.of(explorer.errors(chosen, ground.report, "report"))
     points = [measured.point(explorer.summary(measured)) for measured in (chosen, *others)]
-    return _plan(ground, request, points[0], points[1:], held_out, known)
+    return _result(ground, request, points[0], points[1:], held_out, known)
 
 
 def _under_budget(
@@ -196,50 +204,37 @@ def _next_budget(
     return dear[0] + min(max(share, 0.15), 0.85) * (cheap[0] - dear[0])
 
 
-def _plan(
+def _result(
     ground: Ground,
     request: SearchRequest,
     chosen: FrontPoint,
     others: Sequence[FrontPoint],
     held_out: ErrorSummary,
     known: Candidates | None,
-) -> Plan:
-    """The chosen point as a plan, with the front and the statistics that its points need."""
+) -> SearchResult:
+    """The chosen point's recipe, with the front and the statistics that its points need."""
     kept = [p for p in others if p.cost > chosen.cost or p.error.mean > chosen.error.mean]
-    front = pareto([chosen, *kept])
-    needed = {name for point in front for name, rank in point.ranks.items() if rank}
+    points = pareto([chosen, *kept])
+    needed = {name for point in points for name, rank in point.ranks.items() if rank}
     moments = known.moments if known else {}
-    plan = Plan(
-        ground.settings,
-        {name: value for name, value in moments.items() if name in needed},
-        Front(
-            unit="MACs" if request.latency is None else request.latency.runtime,
-            request=request.text,
-            latent=ground.recorded.steps.latent,
-            points=front,
-            taken=front.index(chosen),
-            held_out=held_out,
-        ),
+    front = Front(
+        unit="MACs" if request.latency is None else request.latency.runtime,
+        request=request.text,
+        latent=ground.recorded.steps.latent,
+        points=points,
+        taken=points.index(chosen),
+        held_out=held_out,
     )
-    return plan.take(front.index(chosen))
-
-
-def _settings(model: nn.Module, recording: Recording, request: SearchRequest) -> PlanSettings:
-    return PlanSettings(
-        schedule=uniform_schedule(recording.steps, 1),
+    base = Recipe(
+        schedule=uniform_schedule(ground.steps, 1),
         rank=MULTIPLE,
         order=MAX_ORDER,
         weighting=Weighting.COVARIANCE,
-        granularity=Granularity.LINEAR,
-        rules=(),
         include=request.include,
         exclude=request.exclude,
-        signature=recording.signature,
-        dependence=classify_inputs(recording),
-        timestep=recording.timestep,
-        weights_hash=hash_weights(model),
-        reads=find_reads(model, recording),
     )
+    statistics = {name: value for name, value in moments.items() if name in needed}
+    return SearchResult(ground.binding, front.recipe(front.taken, base), statistics, front)
 
 
 def _check_request(request: SearchRequest) -> None:
@@ -263,11 +258,11 @@ def _check_request(request: SearchRequest) -> None:
         )
 
 
-def _check_latency(latency: LatencyTable | None, settings: PlanSettings) -> None:
-    if latency is not None and latency.weights_hash != settings.weights_hash:
+def _check_latency(latency: LatencyTable | None, binding: Binding) -> None:
+    if latency is not None and latency.weights_hash != binding.weights_hash:
         raise PlanError(
             "latency",
-            expected=f"a table of this checkpoint ({settings.weights_hash[:12]})",
+            expected=f"a table of this checkpoint ({binding.weights_hash[:12]})",
             got=f"of another ({latency.weights_hash[:12]})",
             fix="Measure this model.",
         )

@@ -23,6 +23,33 @@ class StepMode(IntEnum):
     REUSE = 2
     FORECAST = 3
 
+    @staticmethod
+    def of(mode: StepMode | str) -> StepMode:
+        """A mode by its name in any case, or by its letter: R, C, U (REUSE), F.
+
+        Raises:
+            PlanError: there is no such mode.
+        """
+        if isinstance(mode, StepMode):
+            return mode
+        names = dict(StepMode.__members__)
+        names |= {letter: value for value, letter in STEP_LETTERS.items()}
+        if not isinstance(mode, str) or mode.upper() not in names:
+            raise PlanError(
+                "step mode",
+                expected=" | ".join(names),
+                got=repr(mode),
+                fix="Choose one of these.",
+            )
+        return names[mode.upper()]
+
+
+STEP_LETTERS = {
+    StepMode.REFRESH: "R",
+    StepMode.CALIBRATE: "C",
+    StepMode.REUSE: "U",
+    StepMode.FORECAST: "F",
+}
 
 Member = TypeVar("Member", bound=StrEnum)
 
@@ -78,6 +105,12 @@ class SiteRule:
     mode: SiteMode
     rank: int | None = None
     granularity: Granularity | None = None
+
+    def __post_init__(self) -> None:
+        # Strings are taken for the enumerations' members; frozen fields are set in this way alone.
+        object.__setattr__(self, "mode", member(SiteMode, self.mode))
+        if self.granularity is not None:
+            object.__setattr__(self, "granularity", member(Granularity, self.granularity))
 
 
 class Weighting(StrEnum):

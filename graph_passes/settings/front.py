@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 from calicache.graph_passes.settings.choices import SiteRule, StepMode
+from calicache.graph_passes.settings.recipe import FITTED, Recipe
 from calicache.graph_passes.settings.schedule import Table, count_modes
 
 CONFIDENCE = 0.99
@@ -57,7 +58,7 @@ class FrontPoint:
     Attributes:
         cost: share of the full run, in the front's unit.
         error: on samples that neither the weights nor the statistics were fitted to.
-        schedule, order, rules, ranks, output_weights: as in `PlanSettings`.
+        schedule, order, rules, ranks, output_weights: as in `Recipe`.
     """
 
     cost: float
@@ -94,6 +95,25 @@ class Front:
     points: tuple[FrontPoint, ...]
     taken: int
     held_out: ErrorSummary | None = field(default=None)
+
+    def recipe(self, place: int, base: Recipe) -> Recipe:
+        """The recipe of a point.
+
+        Args:
+            place: of the point, from 0.
+            base: of any point of the search.
+        """
+        point = self.points[place]
+        return replace(
+            base,
+            schedule=point.schedule,
+            order=point.order,
+            rules=point.rules,
+            ranks=dict(point.ranks),
+            output_weights=point.output_weights,
+            latent=self.latent,
+            correction=FITTED,
+        )
 
 
 def pareto(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:

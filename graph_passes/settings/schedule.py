@@ -25,6 +25,38 @@ def uniform_schedule(
     return tuple(mode if k % interval else StepMode.REFRESH for k in range(steps))
 
 
+def named_schedule(
+    schedule: int | Sequence[StepMode | str], steps: int, mode: StepMode | str | None = None
+) -> tuple[StepMode, ...]:
+    """A schedule as users write it: an interval, modes, or letters such as "RCCRCC".
+
+    Args:
+        schedule: steps from one REFRESH to the next, or the mode of every step.
+        steps: of a run, for an interval.
+        mode: between two REFRESH steps of an interval; CALIBRATE where None.
+
+    Raises:
+        PlanError: an unknown mode, an interval below 1, or a mode beside a whole schedule.
+    """
+    if isinstance(schedule, int) and not isinstance(schedule, bool):
+        return uniform_schedule(steps, schedule, StepMode.of(mode or StepMode.CALIBRATE))
+    if mode is not None:
+        raise PlanError(
+            "mode",
+            expected="none beside a schedule of every step",
+            got=StepMode.of(mode).name,
+            fix="Give an interval as the schedule, or write the mode into it.",
+        )
+    if not isinstance(schedule, Sequence):
+        raise PlanError(
+            "schedule",
+            expected="an interval such as 3, or the mode of every step",
+            got=repr(schedule),
+            fix="Give one of these.",
+        )
+    return tuple(StepMode.of(name) for name in schedule)
+
+
 def spread_schedule(
     steps: int, refreshes: int, power: float = 1.0, mode: StepMode = StepMode.CALIBRATE
 ) -> tuple[StepMode, ...]:

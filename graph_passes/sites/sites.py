@@ -71,8 +71,6 @@ def find_sites(
     classes: Mapping[str, Dependence],
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-    *,
-    some: bool = True,
 ) -> Sites:
     """Find every latent-dependent, token-wise linear layer in a residual branch or between two.
 
@@ -81,10 +79,6 @@ def find_sites(
         classes: class of every node, from `classify_nodes`.
         include: shell patterns; a site needs to match one.
         exclude: shell patterns; a site may match none.
-        some: refuse where there is none; without sites the model's output can still be forecast.
-
-    Raises:
-        SiteError: nothing is left to calibrate; the reasons are in the message.
     """
     branches, rejections = find_branches(captured.graph, classes)
     owner = {node: branch.name for branch in branches for node in branch.nodes}
@@ -107,17 +101,26 @@ def find_sites(
             linears.append(site)
         else:
             rejections.append(site)
-    if some and not linears:
-        reasons = "; ".join(f"{r.name}: {r.reason}" for r in rejections[:5])
-        raise SiteError(
-            "model",
-            expected="a latent-dependent linear layer inside a residual branch",
-            got=f"none ({reasons or 'the graph has no linear layer on the latent stream'})",
-            fix="Check the include and exclude patterns, and that the model is a transformer.",
-        )
     held = {site.branch for site in linears}
     kept = tuple(branch for branch in branches if branch.name in held)
     return Sites(tuple(linears), _groups(linears), kept, tuple(rejections))
+
+
+def require_sites(sites: Sites) -> None:
+    """Refuse a model without sites, whose output alone can be forecast.
+
+    Raises:
+        SiteError: nothing is left to calibrate; the reasons are in the message.
+    """
+    if sites.linears:
+        return
+    reasons = "; ".join(f"{r.name}: {r.reason}" for r in sites.rejections[:5])
+    raise SiteError(
+        "model",
+        expected="a latent-dependent linear layer inside a residual branch",
+        got=f"none ({reasons or 'the graph has no linear layer on the latent stream'})",
+        fix="Check the include and exclude patterns, and that the model is a transformer.",
+    )
 
 
 def _takes_weights(node: fx.Node, classes: Mapping[str, Dependence]) -> bool:

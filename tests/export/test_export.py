@@ -140,14 +140,14 @@ def test_manifest_repeats_the_plan(fast, manifest) -> None:
 
 def test_manifest_macs_are_those_of_the_cost_model(fast, manifest) -> None:
     by_mode = [manifest.mode(mode).macs for mode in StepMode]
-    assert by_mode == [fast.cost.modes[mode] for mode in StepMode]
-    assert manifest.plain_macs == fast.cost.plain_macs
+    assert by_mode == [fast.compiled.cost.modes[mode] for mode in StepMode]
+    assert manifest.plain_macs == fast.compiled.cost.plain_macs
     assert by_mode[R] >= manifest.plain_macs > by_mode[C] > by_mode[U] > by_mode[FORECAST] == 0
 
 
 def test_modes_are_those_of_the_schedule_with_the_kept_values_they_read(fast, manifest) -> None:
     assert [record.mode for record in manifest.modes] == sorted(set(manifest.schedule))
-    variant_set = fast.variant_set
+    variant_set = fast.compiled.variant_set
     for record_ in manifest.modes:
         reads = variant_set.variants[record_.mode].reads
         assert record_.reads == tuple(name for name in reads if name in variant_set.slots())
@@ -169,11 +169,11 @@ def test_run_share_is_macs_of_the_whole_run_over_plain(manifest) -> None:
 
 
 def test_manifest_caches_are_those_of_the_rewritten_model(fast, manifest) -> None:
-    caches = fast.variant_set.caches
+    caches = fast.compiled.variant_set.caches
     assert [(spec.name, spec.shape, spec.torch_dtype) for spec in manifest.caches] == [
         (cache.name, cache.shape, cache.dtype) for cache in caches
     ]
-    assert manifest.history == fast.variant_set.history == 3
+    assert manifest.history == fast.compiled.variant_set.history == 3
     assert manifest.cache_bytes == 3 * sum(cache.nbytes for cache in caches)
 
 
@@ -187,9 +187,9 @@ def test_cache_bytes_are_those_of_the_values_a_run_keeps(artifact, manifest, dit
 
 
 def test_target_records_agree_with_targets_factors_and_costs(fast, manifest) -> None:
-    assert len(manifest.targets) == len(fast.targets)
-    for record_, target in zip(manifest.targets, fast.targets, strict=True):
-        factors, cost = fast.factors[target.name], fast.cost.targets[target.name]
+    assert len(manifest.targets) == len(fast.compiled.targets)
+    for record_, target in zip(manifest.targets, fast.compiled.targets, strict=True):
+        factors, cost = fast.compiled.factors[target.name], fast.compiled.cost.targets[target.name]
         assert (record_.name, record_.granularity) == (target.name, target.granularity)
         assert record_.sites == target.sites
         assert (record_.energy, record_.rank) == (factors.energy, factors.rank)
@@ -202,7 +202,9 @@ def test_target_records_agree_with_targets_factors_and_costs(fast, manifest) -> 
     names = {record_.name: record_ for record_ in manifest.targets}
     assert names["blocks.0.mlp"].granularity is Granularity.BRANCH
     assert names["blocks.0.attn.q+k+v"].out_features == (32, 32, 32)
-    assert manifest.branches == tuple(branch.name for branch in fast.sites.branches)
+    assert manifest.branches == tuple(
+        branch.name for branch in fast.compiled.analysis.sites.branches
+    )
 
 
 def test_target_that_is_reused_has_no_energy_and_no_factors(dit, dit_recording, tmp_path) -> None:
@@ -221,7 +223,7 @@ def test_target_that_is_reused_has_no_energy_and_no_factors(dit, dit_recording, 
 
 
 def test_manifest_lists_rejections_with_reasons(fast, manifest) -> None:
-    assert manifest.rejections == fast.sites.rejections
+    assert manifest.rejections == fast.compiled.rejections
     reasons = {rejection.name: rejection.reason for rejection in manifest.rejections}
     assert "blocks.1.mlp.fc2" in reasons["blocks.1.mlp.fc2"]
 

@@ -44,7 +44,7 @@ def small_model(order: int) -> OptimizedModel:
 def small_graphs(order: int) -> ModelGraphs:
     """The graphs of `small_model`."""
     optimized = small_model(order)
-    return view_graphs(optimized.captured, optimized.variant_set)
+    return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
 
 
 class Mix(nn.Module):

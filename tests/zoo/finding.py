@@ -140,7 +140,7 @@ def full_rank(plan: Plan, sites: Sites) -> Plan:
         )
         for site in sites.linears
     )
-    return replace(plan, settings=replace(plan.settings, rules=rules))
+    return replace(plan, recipe=replace(plan.recipe, rules=rules))
 
 
 def one_line(error: Exception) -> str:
@@ -161,8 +161,8 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def _coverage(optimized: OptimizedModel) -> dict[str, Any]:
     """Sites and their share of the linear layers on the latent stream."""
-    captured, sites = optimized.captured, optimized.sites
-    classes = classify_nodes(captured, optimized.plan.settings.dependence)
+    captured, sites = optimized.compiled.captured, optimized.compiled.analysis.sites
+    classes = classify_nodes(captured, optimized.plan.binding.dependence)
     macs = {
         node.name: node_macs(node)
         for node in captured.graph.nodes

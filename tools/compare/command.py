@@ -11,7 +11,7 @@ from rich.console import Console
 
 from calicache.graph_passes.common.errors import CompareError, ModelError
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.search.search import SearchProgress
+from calicache.graph_passes.common.progress import Progress
 from calicache.tools.compare.comparison import Comparison, compare
 from calicache.tools.compare.image_grid import check_grid, save_grid
 from calicache.tools.compare.image_measures import Decoder, picture_kind
@@ -116,7 +116,7 @@ def _compare(
     with progress_shown(progress) as report:
 
         def on_step(done: int, total: int) -> None:
-            report(SearchProgress(done, total, "run full and optimised"))
+            report(Progress(done, total, "run full and optimised"))
 
         return compare(
             arguments.artifact,

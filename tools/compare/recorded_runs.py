@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from calicache.export.artifact.manifest import Layout, Manifest
-from calicache.graph_passes.common.errors import CompareError
-from calicache.graph_passes.common.rejection import Rejection
-from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.common.errors import CompareError, NoSampler
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
@@ -65,7 +64,7 @@ def matching_runs(
         CompareError: other inputs, steps or calls per step than the artifact's, a run without
             its result, or fewer runs than asked for.
     """
-    dependence = classify_inputs(recording)
+    dependence = recording.dependence
     calls = recording.calls_per_step
     if manifest.layout is not Layout.SAMPLER and calls != manifest.calls_per_step:
         raise CompareError(
@@ -76,15 +75,15 @@ def matching_runs(
         )
     whole = recording
     if calls > 1:
-        batched = batch_calls(recording, batch_size(recording.signature, dependence))
-        if isinstance(batched, Rejection):
+        try:
+            whole = batch_calls(recording, batch_size(recording.signature, dependence))
+        except NoSampler as refusal:
             raise CompareError(
                 "calls per step",
                 expected="calls that can be seen as one batch",
-                got=batched.reason,
+                got=refusal.reason,
                 fix="Compare with a recording of guidance in one batch.",
-            )
-        whole = batched
+            ) from refusal
     batched_layout = manifest.layout is Layout.SAMPLER
     _check_inputs(manifest.inputs, (whole if batched_layout else recording).signature.tensors)
     found = _check_count(len(whole.runs), count)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calicache.export.session.session import Session
-from calicache.graph_passes.common.errors import CompareError
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import CompareError, NoSampler
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.timestep import Run
@@ -20,7 +19,7 @@ from calicache.graph_passes.sampler.update import (
     SamplerSteps,
     find_latent,
     find_sampler_steps,
-    match_channels,
+    latent_channels,
     recorded_next,
 )
 from calicache.tools.compare.artifact_tables import FirstStep
@@ -73,10 +72,19 @@ def run_steps(
     Raises:
         CompareError: the latents are no fixed weighted sums of earlier ones and the outputs.
     """
-    latent, outputs, full_seconds = _run_full(session, run, dependence, first_step, on_step)
-    sampler = find_sampler_steps(latent, [run.whole], [outputs], [run.end])
-    if isinstance(sampler, Rejection):
-        raise _no_sampler(sampler)
+    try:
+        latent, outputs, full_seconds = _run_full(session, run, dependence, first_step, on_step)
+        sampler = find_sampler_steps(latent, [run.whole], [outputs], [run.end])
+    except NoSampler as refusal:
+        raise CompareError(
+            "sampler",
+            expected="recorded latents that are fixed weighted sums of earlier ones and of the "
+            "artifact's own full outputs",
+            got=refusal.reason,
+            fix="Compare with a recording of the weights that were exported, under a "
+            "deterministic sampler (DDIM without clip_sample, Euler, flow matching, "
+            "DPM-Solver++ 2M).",
+        ) from refusal
     wanted = [
         recorded_next(run.whole, run.end, step, latent, sampler.parts)
         for step in range(len(run.whole))
@@ -100,9 +108,8 @@ def _run_full(
     for calls, whole in zip(run.calls, run.whole, strict=True):
         output, spent = _call(session, 0, calls)
         if not outputs:
-            latent = _latent_of(whole, output, dependence)
-        own = match_channels(output, whole[latent])
-        assert own is not None
+            latent = find_latent(whole, output, dependence)
+        own = latent_channels(output, whole[latent])
         outputs.append(first_step.plain_output(own, whole[latent].float()))
         seconds.append(spent)
         on_step()
@@ -121,9 +128,7 @@ def _run_cached(
         rows = x.to(recorded.dtype).chunk(len(calls))
         moved = [{**call, latent: own} for call, own in zip(calls, rows, strict=True)]
         output, spent = _call(session, step, moved)
-        own = match_channels(output, x)
-        assert own is not None
-        now = sampler.terms(x, own)
+        now = sampler.terms(x, latent_channels(output, x))
         x, before = sampler.next_latent(step, now, before), now
         reached.append(x.chunk(sampler.parts)[0])
         seconds.append(spent)
@@ -240,23 +245,3 @@ def _call(session: Session, step: int, calls: Run) -> tuple[Tensor, float]:
     made = [session.step(step, call, **inputs) for call, inputs in enumerate(calls)]
     spent = time.perf_counter() - begun
     return torch.cat([torch.from_numpy(output).float() for output in made]), spent
-
-
-def _latent_of(
-    call: Mapping[str, Tensor], output: Tensor, classes: Mapping[str, Dependence]
-) -> str:
-    found = find_latent(call, output, classes)
-    if isinstance(found, Rejection):
-        raise _no_sampler(found)
-    return found
-
-
-def _no_sampler(rejection: Rejection) -> CompareError:
-    return CompareError(
-        "sampler",
-        expected="recorded latents that are fixed weighted sums of earlier ones and of the "
-        "artifact's own full outputs",
-        got=rejection.reason,
-        fix="Compare with a recording of the weights that were exported, under a deterministic "
-        "sampler (DDIM without clip_sample, Euler, flow matching, DPM-Solver++ 2M).",
-    )

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.api.runtime import OptimizedModel
-from calicache.graph_passes.common.errors import CompareError
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import CompareError, NoSampler
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 from calicache.graph_passes.recording.timestep import Call
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
-from calicache.graph_passes.sampler.update import SamplerSteps, match_channels
+from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
 from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.recipe import PlanSettings
 
 LATENTS, OUTPUT = "latents", "output"
 
@@ -61,7 +61,8 @@ def site_errors(
     Raises:
         CompareError: the sampler's update cannot be told from the recording.
     """
-    recorded, model = _recorded(optimized, recording)
+    model = optimized.by_step()
+    recorded = _recorded_sampler(model, optimized.plan.settings, recording)
     sums = _Sums()
     steps, joins = len(model.plan.schedule), _joins(model)
     total = steps * len(recorded.runs)
@@ -126,8 +127,7 @@ class _Walk:
         outputs, found = self._run_variant(step, list(call.values()))
         for node, value in found.items():
             sums.add(self.joins[node], step, value, exact[node])
-        own = match_channels(outputs, self.x)
-        assert own is not None
+        own = latent_channels(outputs, self.x)
         sums.add(OUTPUT, step, own, output)
         if step < len(sampler.weights):
             terms = [self.x.chunk(sampler.parts)[0], *sampler.output_terms(own)]
@@ -177,25 +177,19 @@ def _joins(model: OptimizedModel) -> dict[str, str]:
     return dict(sorted(names.items(), key=lambda entry: order.index(entry[0])))
 
 
-def _recorded(
-    optimized: OptimizedModel, recording: Recording
-) -> tuple[RecordedSampler, OptimizedModel]:
-    model, settings, whole = optimized.batched(), optimized.plan.settings, recording
-    if recording.calls_per_step > 1:
-        batched = batch_calls(recording, batch_size(settings.signature, settings.dependence))
-        if isinstance(batched, Rejection):
-            raise _no_sampler(batched)
-        whole = batched
-    found = recover_sampler(model.captured, whole, settings.dependence, len(settings.schedule))
-    if isinstance(found, Rejection):
-        raise _no_sampler(found)
-    return found, model
-
-
-def _no_sampler(rejection: Rejection) -> CompareError:
-    return CompareError(
-        "sampler",
-        expected="whole runs of a deterministic sampler, recorded with this model",
-        got=rejection.reason,
-        fix="Record with the sampler and the steps that the plan is for.",
-    )
+def _recorded_sampler(
+    batched: OptimizedModel, settings: PlanSettings, recording: Recording
+) -> RecordedSampler:
+    try:
+        if recording.calls_per_step > 1:
+            batch = batch_size(settings.signature, settings.dependence)
+            recording = batch_calls(recording, batch)
+        steps = len(settings.schedule)
+        return recover_sampler(batched.captured, recording, settings.dependence, steps)
+    except NoSampler as refusal:
+        raise CompareError(
+            "sampler",
+            expected="whole runs of a deterministic sampler, recorded with this model",
+            got=refusal.reason,
+            fix="Record with the sampler and the steps that the plan is for.",
+        ) from refusal

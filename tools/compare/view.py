@@ -11,8 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from calicache.graph_passes.describe.html import STEP_LETTERS
-from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
 from calicache.graph_passes.settings.front import ErrorSummary
 from calicache.tools.compare.comparison import Comparison
 from calicache.tools.compare.image_grid import ImageGrid

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from calicache.export.artifact.manifest import FileRecord
-from calicache.graph_passes.api.plan import FORMAT, SETTINGS_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.api.plan import FORMAT, PLAN_FILE, STATISTICS_FILE, Plan
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.factors.statistics import statistics_tensors
 from calicache.graph_passes.recording.signature import ConstantSpec
@@ -92,7 +92,7 @@ def plan_facts(target: PlanSubject) -> PlanFacts:
     return PlanFacts(
         path=str(target.path),
         format=FORMAT,
-        files=tuple(_file(target.path / name) for name in (SETTINGS_FILE, STATISTICS_FILE)),
+        files=tuple(_file(target.path / name) for name in (PLAN_FILE, STATISTICS_FILE)),
         weights_hash=settings.weights_hash,
         inputs=input_facts(settings.signature.tensors, settings.dependence),
         constants=settings.signature.constants,
@@ -116,7 +116,7 @@ def _file(path: Path) -> FileRecord:
 
 
 def _targets(plan: Plan) -> tuple[PlannedTarget, ...]:
-    ranks, facts = plan.settings.ranks, []
+    ranks, facts = plan.recipe.ranks, []
     for name in sorted({*plan.statistics, *ranks}):
         tensors = statistics_tensors(plan.statistics.get(name))
         shapes = {part: tuple(value.shape) for part, value in tensors.items()}

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import DependenceError
-from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import ConstantSpec
 from calicache.graph_passes.recording.timestep import Run, Timestep
@@ -86,7 +86,7 @@ def recording_facts(target: RecordingSubject) -> RecordingFacts:
 
 def _dependence(recording: Recording) -> tuple[Mapping[str, Dependence], tuple[Caution, ...]]:
     try:
-        return classify_inputs(recording), ()
+        return recording.dependence, ()
     except DependenceError as error:
         text = f"What the inputs depend on is not known: {error}"
         return {}, (Caution("dependence-unknown", text),)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from calicache.graph_passes.api.plan import SETTINGS_FILE, Plan
+from calicache.graph_passes.api.plan import PLAN_FILE, Plan
 from calicache.graph_passes.common.errors import CalicacheError, PlanError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.front import Front
@@ -153,11 +153,11 @@ def _print_saved(plan: Plan, output: Path, console: Console, *, searched: bool) 
 
 
 def _load_plan(target: str) -> Plan:
-    if not (Path(target) / SETTINGS_FILE).is_file():
+    if not (Path(target) / PLAN_FILE).is_file():
         raise PlanError(
             target,
             expected="the folder of a plan: --show and --take look at one that is there",
-            got=f"no {SETTINGS_FILE} in it" if Path(target).is_dir() else "no such folder",
+            got=f"no {PLAN_FILE} in it" if Path(target).is_dir() else "no such folder",
             fix=f"Make one: {_SEARCH.usage}",
         )
     return Plan.load(target)
@@ -222,7 +222,7 @@ def _shown(name: str) -> str:
 
 def _check_output(output: Path) -> None:
     # Plan.save replaces whatever lies there; a mistyped -o must not cost a folder of pictures.
-    is_plan = (output / SETTINGS_FILE).is_file()
+    is_plan = (output / PLAN_FILE).is_file()
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not is_plan and not empty:
         raise PlanError(

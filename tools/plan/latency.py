@@ -13,8 +13,8 @@ from rich.text import Text
 
 from calicache.export.latency import measure_latency
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.search.search import SearchProgress
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.terminal.model_file import load_model
 from calicache.tools.terminal.progress import progress_shown
@@ -58,7 +58,7 @@ def run_latency(arguments: LatencyArguments, console: Console, progress: Console
     with progress_shown(progress) as report:
 
         def on_row(done: int, total: int) -> None:
-            report(SearchProgress(done, total, f"time steps, {done} of {total} rows"))
+            report(Progress(done, total, f"time steps, {done} of {total} rows"))
 
         table = measure_latency(
             load_model(arguments.model),

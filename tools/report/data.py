@@ -146,7 +146,9 @@ def _energy_curves(
 ) -> tuple[EnergyCurve, ...] | None:
     """Of every target that has energies by rank; None where nothing knows them."""
     if optimized is not None:
-        known = [(n, made.rank, made.kept_energy()) for n, made in optimized.factors.items()]
+        known = [
+            (n, made.rank, made.kept_energy()) for n, made in optimized.compiled.factors.items()
+        ]
     elif isinstance(facts, ArtifactFacts):
         known = [(target.name, target.rank, target.kept) for target in facts.targets]
     else:
@@ -155,12 +157,12 @@ def _energy_curves(
 
 
 def _check_plan(plan: Plan | None, facts: ArtifactFacts | PlanFacts) -> None:
-    if plan is None or plan.settings.weights_hash == facts.weights_hash:
+    if plan is None or plan.binding.weights_hash == facts.weights_hash:
         return
     raise SubjectError(
         "plan",
         expected=f"the plan of the artifact's checkpoint ({facts.weights_hash[:12]})",
-        got=f"one of another ({plan.settings.weights_hash[:12]})",
+        got=f"one of another ({plan.binding.weights_hash[:12]})",
         fix="Give the plan that the artifact was exported from.",
     )
 
@@ -169,7 +171,7 @@ def _graphs(
     facts: ArtifactFacts | PlanFacts, optimized: OptimizedModel | None
 ) -> ModelGraphs | None:
     if optimized is not None:
-        return view_graphs(optimized.captured, optimized.variant_set)
+        return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
     if isinstance(facts, ArtifactFacts) and any(f.name == GRAPHS_FILE for f in facts.files):
         return read_graphs(facts.path)
     return None

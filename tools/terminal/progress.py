@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from calicache.graph_passes.search.search import SearchProgress
+from calicache.graph_passes.common.progress import Progress
 
 _SPEED_SECONDS = 1800.0  # one call of a large model may take minutes
 _BAR_COLUMNS = 20
 
 
 @contextmanager
-def progress_shown(console: Console) -> Iterator[Callable[[SearchProgress], None]]:
+def progress_shown(console: Console) -> Iterator[Callable[[Progress], None]]:
     """Give what `Plan.search` takes as `on_progress`; a bar is gone afterwards, lines stay."""
     if not console.is_terminal:
         yield _Lines(console)
@@ -40,7 +40,7 @@ class _Bar:
         self._task = progress.add_task("load the model", total=None)
         self._begun = False
 
-    def __call__(self, now: SearchProgress) -> None:
+    def __call__(self, now: Progress) -> None:
         if not self._begun:
             # What an earlier, interrupted search did must not count as speed.
             self._begun = True
@@ -57,7 +57,7 @@ class _Lines:
         self._console = console
         self._last = ("", -1)
 
-    def __call__(self, now: SearchProgress) -> None:
+    def __call__(self, now: Progress) -> None:
         share = min(1.0, now.done / now.total) if now.total else 0.0
         if (now.stage, int(10 * share)) != self._last:
             self._last = (now.stage, int(10 * share))

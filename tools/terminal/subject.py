@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest, load_artifact
-from calicache.graph_passes.api.plan import SETTINGS_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.api.plan import PLAN_FILE, STATISTICS_FILE, Plan
 from calicache.graph_passes.common.errors import SubjectError, reason_of
 from calicache.graph_passes.recording.recording import Recording
 
@@ -19,7 +19,7 @@ KINDS = (
 )
 _ONNX, _SAFETENSORS = ".onnx", ".safetensors"
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
-_FOLDERS = {SETTINGS_FILE: "plan", STATISTICS_FILE: "plan", MANIFEST_FILE: "artifact"}
+_FOLDERS = {PLAN_FILE: "plan", STATISTICS_FILE: "plan", MANIFEST_FILE: "artifact"}
 _MOST_NAMES = 3
 
 
@@ -70,12 +70,12 @@ def read_subject(path: Path | str) -> Subject:
 
 def _read_folder(folder: Path) -> PlanSubject | ArtifactSubject:
     names = sorted(path.name for path in folder.iterdir())
-    if SETTINGS_FILE in names and MANIFEST_FILE in names:
-        raise _none_of_them(folder, f"a folder with both {SETTINGS_FILE} and {MANIFEST_FILE}")
+    if PLAN_FILE in names and MANIFEST_FILE in names:
+        raise _none_of_them(folder, f"a folder with both {PLAN_FILE} and {MANIFEST_FILE}")
     if MANIFEST_FILE in names:
         return ArtifactSubject(folder, load_artifact(folder))
     # With the statistics alone it is a plan that lost a file; Plan.load says which.
-    if SETTINGS_FILE in names or STATISTICS_FILE in names:
+    if PLAN_FILE in names or STATISTICS_FILE in names:
         return PlanSubject(folder, Plan.load(folder))
     raise _none_of_them(folder, _names_in_words(names))
 

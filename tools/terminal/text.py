@@ -8,9 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from calicache.export.artifact.manifest import FileRecord
-from calicache.graph_passes.describe.html import STEP_LETTERS
 from calicache.graph_passes.recording.signature import ConstantSpec
-from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
 
 _STYLES = {
     StepMode.REFRESH: "bold red",

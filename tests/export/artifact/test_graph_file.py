@@ -38,7 +38,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_graphs_are_read_back_as_they_were_written(
     order: int, folder: Path, unchecked: None
 ) -> None:
-    optimized = small_model(order)
+    optimized = small_model(order).compiled
     graphs = view_graphs(optimized.captured, optimized.variant_set)
     write_graphs(graphs, folder)
     content = (folder / GRAPHS_FILE).read_bytes()

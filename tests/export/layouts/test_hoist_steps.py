@@ -62,7 +62,7 @@ def fast() -> tuple[OptimizedModel, dict[str, Tensor]]:
 @pytest.fixture(scope="module")
 def hoisted(fast: tuple[OptimizedModel, dict[str, Tensor]]) -> tuple[StepValues, dict]:
     model, tables = fast
-    dependence = model.plan.settings.dependence
+    dependence = model.plan.binding.dependence
     before, variants = hoist_steps(model.captured, dependence, model.variant_set.variants, tables)
     assert before is not None
     return before, dict(variants)
@@ -120,7 +120,7 @@ def test_given_variants_are_not_changed(fast, hoisted) -> None:
 def test_second_time_there_is_nothing_to_hoist(fast, hoisted) -> None:
     model, tables = fast
     _, variants = hoisted
-    dependence = model.plan.settings.dependence
+    dependence = model.plan.binding.dependence
     again, same = hoist_steps(model.captured, dependence, variants, tables)
     assert again is not None  # the plain graph still has the values
     assert {mode: linears(v) for mode, v in same.items()} == {
@@ -133,7 +133,7 @@ def test_tables_larger_than_the_weights_are_not_made() -> None:
     # 5 steps of 64 samples of 4 x 32 numbers, against 33 x 32 + 32 x 96 weights.
     model, tables = compiled(batch=64)
     variants = model.variant_set.variants
-    before, same = hoist_steps(model.captured, model.plan.settings.dependence, variants, tables)
+    before, same = hoist_steps(model.captured, model.plan.binding.dependence, variants, tables)
     assert before is None
     assert same is variants
 
@@ -141,4 +141,4 @@ def test_tables_larger_than_the_weights_are_not_made() -> None:
 def test_no_step_inputs_mean_no_values(fast) -> None:
     model, _ = fast
     variants = model.variant_set.variants
-    assert hoist_steps(model.captured, model.plan.settings.dependence, variants, {})[0] is None
+    assert hoist_steps(model.captured, model.plan.binding.dependence, variants, {})[0] is None

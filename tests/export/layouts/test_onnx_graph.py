@@ -129,14 +129,14 @@ def stored_as(model: onnx.ModelProto, weight: Tensor) -> list[str]:
 def empty_caches(optimized: OptimizedModel) -> dict[str, np.ndarray]:
     return {
         name: np.zeros((0, *cache.shape[1:]), np.float32)
-        for name, (cache, _) in optimized.variant_set.slots().items()
+        for name, (cache, _) in optimized.compiled.variant_set.slots().items()
     }
 
 
 def zero_caches(optimized: OptimizedModel) -> dict[str, np.ndarray]:
     return {
         name: np.zeros(cache.shape, np.float32)
-        for name, (cache, _) in optimized.variant_set.slots().items()
+        for name, (cache, _) in optimized.compiled.variant_set.slots().items()
     }
 
 
@@ -185,7 +185,7 @@ def test_full_check_accepts_a_model_with_several_modes(
 
 
 def test_inputs_are_the_models_own_then_step_then_caches(dit_fast, dit_model) -> None:
-    caches = [cache.name for cache in dit_fast.variant_set.caches]
+    caches = [cache.name for cache in dit_fast.compiled.variant_set.caches]
     own = ["hidden_states", "timestep", "class_labels"]
     assert [value.name for value in dit_model.graph.input] == [*own, "step", *caches]
     step = dit_model.graph.input[3].type.tensor_type
@@ -193,7 +193,7 @@ def test_inputs_are_the_models_own_then_step_then_caches(dit_fast, dit_model) ->
 
 
 def test_every_kept_refresh_is_an_input_newest_first(forecast_fast, forecast_model) -> None:
-    caches = [cache.name for cache in forecast_fast.variant_set.caches]
+    caches = [cache.name for cache in forecast_fast.compiled.variant_set.caches]
     slots = [f"{name}{back}" for back in ("", "_back1", "_back2") for name in caches]
     names = [value.name for value in forecast_model.graph.input]
     assert names == ["hidden_states", "timestep", "class_labels", "step", *slots]
@@ -247,7 +247,7 @@ def test_four_modes_are_three_nested_ifs_and_forecast_multiplies_no_weights(fore
 def test_weights_of_every_step_are_tables_in_the_graph_with_the_plans_values(
     forecast_fast, forecast_model
 ) -> None:
-    tables = forecast_fast.variant_set.tables
+    tables = forecast_fast.compiled.variant_set.tables
     # Own output, three kept ones and the latent; anchors of three kept refreshes.
     assert sorted(tables) == [
         *(f"anchor_weight_{k}" for k in range(3)),
@@ -271,7 +271,7 @@ def test_a_table_is_an_initializer_of_its_own_name(forecast_model) -> None:
 
 
 def test_order_zero_without_output_weights_has_no_tables(dit_fast, dit_model) -> None:
-    assert dit_fast.variant_set.tables == {}
+    assert dit_fast.compiled.variant_set.tables == {}
     assert not any("weight_" in name and "table" in name for name in arrays(dit_model))
 
 
@@ -279,7 +279,7 @@ def test_order_zero_without_output_weights_has_no_tables(dit_fast, dit_model) ->
 def test_forecast_alone_keeps_the_output_and_nothing_else(schedule: Sequence[StepMode]) -> None:
     optimized = compiled(Residual(), schedule)
     onnx.checker.check_model(proto(optimized), full_check=True)
-    assert len(optimized.variant_set.caches) == 1
+    assert len(optimized.compiled.variant_set.caches) == 1
 
 
 @pytest.mark.parametrize("other", [C, U, FORECAST])
@@ -332,11 +332,11 @@ def test_initializers_weigh_as_much_as_weights_and_factors(
 ) -> None:
     fast = request.getfixturevalue(f"{name}_fast")
     weights = [*fast.original.parameters(), *fast.original.buffers()]
-    factors = [part for made in fast.factors.values() for part in (made.down, made.up)]
-    folded = {cache.folded for cache in fast.variant_set.caches}
-    for target in fast.targets:
+    factors = [part for made in fast.compiled.factors.values() for part in (made.down, made.up)]
+    folded = {cache.folded for cache in fast.compiled.variant_set.caches}
+    for target in fast.compiled.targets:
         if target.name in folded and reads_output(target):  # K, and K b of the same rank
-            read = fast.factors[target.name].read
+            read = fast.compiled.factors[target.name].read
             factors += [read, read[:, 0]]
     expected = sum(value.nbytes for value in [*weights, *factors])
     stored = sum(
@@ -383,7 +383,7 @@ def test_input_with_a_name_of_the_layout_is_refused() -> None:
 
 def test_only_refresh_returns_caches_and_it_reads_none(dit_fast, dit_recording, dit_model) -> None:
     feed = {name: value.numpy() for name, value in dit_recording.calls[0].items()}
-    caches = dit_fast.variant_set.caches
+    caches = dit_fast.compiled.variant_set.caches
     first = run(dit_model, **feed, **empty_caches(dit_fast), step=np.array(0))
     assert [first[f"{cache.name}_next"].shape for cache in caches] == [c.shape for c in caches]
     kept = {cache.name: first[f"{cache.name}_next"] for cache in caches}

@@ -347,10 +347,10 @@ def test_only_older_refreshes_travel_between_segments(exports, models) -> None:
     fast, _ = exports["forecast"]
     outer, inner = loops(models["forecast"].graph)
     assert len(inner.input) == 3
-    caches = len(fast.variant_set.caches)
+    caches = len(fast.compiled.variant_set.caches)
     # x, and at most the `history` refreshes before; the newest is read where it was made.
-    assert caches * (fast.variant_set.history - 1) <= len(outer.input) - 3
-    assert len(outer.input) - 3 <= caches * fast.variant_set.history
+    assert caches * (fast.compiled.variant_set.history - 1) <= len(outer.input) - 3
+    assert len(outer.input) - 3 <= caches * fast.compiled.variant_set.history
     assert len(body(outer).output) == len(outer.input) - 1
 
 

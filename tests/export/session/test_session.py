@@ -294,7 +294,7 @@ def test_kept_refreshes_move_back_without_a_copy(forecast, calls) -> None:
 def test_forecast_plan_agrees_with_eager_at_every_step(
     dit, forecast_plan, dit_recording, tmp_path
 ) -> None:
-    assert forecast_plan.settings.output_weights is not None
+    assert forecast_plan.recipe.output_weights is not None
     assert_recorded_calls_agree(dit, forecast_plan, dit_recording, tmp_path / "d")
 
 
@@ -326,7 +326,7 @@ def test_full_rank_at_order_two_is_exact(dit, dit_recording, tmp_path) -> None:
     plan = Plan.from_trajectory(
         dit, dit_recording, schedule=schedule, rank=32, weighting="none", correct=False
     )
-    assert plan.settings.order == 2
+    assert plan.recipe.order == 2
     export_onnx(optimize(dit, plan), tmp_path / "d")
     session = Session(tmp_path / "d")
     for step, call in enumerate(dit_recording.calls):
@@ -339,7 +339,7 @@ def test_full_rank_at_order_two_is_exact(dit, dit_recording, tmp_path) -> None:
 def test_refresh_not_yet_there_has_weight_zero(forecast, calls) -> None:
     fast, folder = forecast
     first_cheap = fast.plan.schedule.index(C)
-    for name, table in fast.variant_set.tables.items():
+    for name, table in fast.compiled.variant_set.tables.items():
         if name in ("anchor_weight_1", "anchor_weight_2"):
             assert table[first_cheap] == 0.0
     session = Session(folder)
@@ -359,7 +359,7 @@ def test_first_refresh_needs_no_kept_values_even_with_output_weights(forecast, c
     got = session.step(0, **calls[0])
     expected = fast.original(**{name: torch.from_numpy(v) for name, v in calls[0].items()})
     # The first row of the table: own output and latent, the kept ones have weight 0.
-    own, *kept, latent = fast.plan.settings.output_weights[0]
+    own, *kept, latent = fast.plan.recipe.output_weights[0]
     assert kept == [0.0] * 3
     x = torch.from_numpy(calls[0]["hidden_states"])
     assert relative(torch.from_numpy(got), own * expected + latent * x) < SAME
@@ -397,7 +397,7 @@ def test_caches_do_not_change_with_the_callers_arrays(tmp_path: Path) -> None:
     # At rank 16 after many REFRESH steps nothing is folded: x itself is a cache.
     schedule = (*[R] * 8, C)
     fast, folder = export_residual(schedule, 16, tmp_path / "d")
-    assert any(cache.node == "x" and not cache.folded for cache in fast.variant_set.caches)
+    assert any(cache.node == "x" and not cache.folded for cache in fast.compiled.variant_set.caches)
     session = Session(folder)
     outputs = []
     for spoil in (False, True):

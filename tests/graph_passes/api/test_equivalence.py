@@ -80,7 +80,7 @@ class Subject:
         targets, _ = assign(self.captured, self.sites, rank=rank)
         factors = make_factors(self.captured, targets, self.plan.statistics)
         plan = self.plan.with_schedule(schedule)
-        plan = replace(plan, settings=replace(plan.settings, order=order))
+        plan = replace(plan, recipe=replace(plan.recipe, order=order))
         variant_set = rewrite(
             self.captured,
             self.sites,
@@ -89,7 +89,7 @@ class Subject:
             set(schedule),
             folded=frozenset(factors) if fold else frozenset(),
             anchors=anchor_table(schedule, order),
-            outputs=plan.settings.outputs,
+            outputs=plan.recipe.outputs,
         )
         return OptimizedModel(
             self.model,
@@ -115,7 +115,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     with record(model) as recording:
         sample(model)
     captured = capture(model, recording.signature)
-    sites = find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
+    sites = find_sites(captured, classify_nodes(captured, recording.dependence))
     width = min(min(site.in_features, site.out_features) for site in sites.linears)
     plan = Plan.from_trajectory(
         model, recording, rank=width, order=0, weighting="increment", correct=False
@@ -291,7 +291,7 @@ def test_calibrate_at_rank_zero_returns_the_last_refreshed_outputs(
 
 def test_calibrate_is_the_low_rank_correction_by_hand(subject: Subject) -> None:
     fast = optimize(subject.model, subject.plan.with_schedule(CALIBRATED).with_rank(MIDDLE))
-    oracle = Oracle(subject, CALIBRATED, fast.factors)
+    oracle = Oracle(subject, CALIBRATED, fast.compiled.factors)
     assert_same(subject.outputs(fast), subject.outputs(oracle))
 
 
@@ -326,7 +326,7 @@ def test_any_schedule_and_order_is_what_the_hooks_compute(
 ) -> None:
     schedule = (REFRESH, *tail)
     fast = subject.build(schedule, MIDDLE, fold=fold, order=order)
-    oracle = Oracle(subject, schedule, fast.factors, order)
+    oracle = Oracle(subject, schedule, fast.compiled.factors, order)
     assert_same(subject.outputs(fast), subject.outputs(oracle), EXTRAPOLATED if order else ROUNDING)
 
 

@@ -51,7 +51,7 @@ def test_other_weights_are_refused(dit: FashionDiT, dit_plan: Plan) -> None:
     with pytest.raises(PlanError, match="the checkpoint the plan was made from") as raised:
         optimize(other, dit_plan)
     assert raised.value.where == "weights"
-    assert dit_plan.settings.weights_hash[:12] in str(raised.value)
+    assert dit_plan.binding.weights_hash[:12] in str(raised.value)
     other.blocks[1].mlp.fc2.bias.copy_(dit.blocks[1].mlp.fc2.bias)
     assert isinstance(optimize(other, dit_plan), OptimizedModel)  # equal weights, another object
 
@@ -116,7 +116,9 @@ def test_statistics_that_do_not_fit_are_refused(dit: FashionDiT, dit_plan: Plan)
 def test_plain_svd_needs_no_statistics(dit: FashionDiT, dit_plan: Plan) -> None:
     settings = dataclasses.replace(dit_plan.settings, weighting=Weighting.NONE)
     fast = optimize(dit, Plan(settings, {}))
-    assert set(fast.factors) == {site.name for site in fast.sites.linears}
+    assert set(fast.compiled.factors) == {
+        site.name for site in fast.compiled.analysis.sites.linears
+    }
 
 
 # --- what the plan decides --------------------------------------------------------------------
@@ -125,7 +127,7 @@ def test_plain_svd_needs_no_statistics(dit: FashionDiT, dit_plan: Plan) -> None:
 def test_patterns_of_the_plan_choose_the_sites(dit: FashionDiT, dit_plan: Plan) -> None:
     settings = dataclasses.replace(dit_plan.settings, include=("*.mlp.*",), exclude=("blocks.0.*",))
     fast = optimize(dit, dataclasses.replace(dit_plan, settings=settings))
-    assert list(fast.factors) == ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
+    assert list(fast.compiled.factors) == ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
 
 
 @pytest.mark.parametrize("schedule", [(REFRESH, CALIBRATE), (REFRESH, REUSE), (REFRESH, REFRESH)])
@@ -134,11 +136,11 @@ def test_only_the_modes_of_the_schedule_are_made(
 ) -> None:
     seen: list[tuple[int, int]] = []
     fast = optimize(dit, dit_plan.with_schedule(schedule), lambda *step: seen.append(step))
-    assert set(fast.variant_set.variants) == set(schedule)
+    assert set(fast.compiled.variant_set.variants) == set(schedule)
     # No layer is decomposed for nothing.
     layers = 12 if CALIBRATE in schedule else 0
     assert seen == [(done, layers) for done in range(1, layers + 1)]
-    assert len(fast.factors) == layers
+    assert len(fast.compiled.factors) == layers
 
 
 # --- what is left alone, what is shared -------------------------------------------------------
@@ -178,7 +180,7 @@ def test_model_of_diffusers_is_not_changed(
 def test_weights_are_shared_by_all_variants(dit: FashionDiT, fast: OptimizedModel) -> None:
     own = {name: value.data_ptr() for name, value in tensors(dit).items()}
     seen: dict[str, int] = {}
-    for variant in fast.variant_set.variants.values():
+    for variant in fast.compiled.variant_set.variants.values():
         for name, value in tensors(variant.module).items():
             assert seen.setdefault(name, value.data_ptr()) == value.data_ptr(), name
     assert {name: seen[name] for name in own if name in seen} == own
@@ -193,10 +195,10 @@ def test_parameters_are_counted_once(dit: FashionDiT, fast: OptimizedModel) -> N
 def test_result_keeps_what_each_stage_made(fast: OptimizedModel, dit: FashionDiT) -> None:
     assert fast.original is dit
     assert len(fast.plan.schedule) == STEPS
-    assert {factors.rank for factors in fast.factors.values()} == {4}
-    modes = fast.cost.modes
-    assert modes[REUSE] < modes[CALIBRATE] < fast.cost.plain_macs
-    assert list(fast.cost.targets) == [target.name for target in fast.targets]
+    assert {factors.rank for factors in fast.compiled.factors.values()} == {4}
+    modes = fast.compiled.cost.modes
+    assert modes[REUSE] < modes[CALIBRATE] < fast.compiled.cost.plain_macs
+    assert list(fast.compiled.cost.targets) == [target.name for target in fast.compiled.targets]
 
 
 # --- forecasts, rules, output weights ---------------------------------------------------------
@@ -205,18 +207,18 @@ def test_result_keeps_what_each_stage_made(fast: OptimizedModel, dit: FashionDiT
 def test_plan_with_everything_makes_all_modes(dit: FashionDiT, forecast_plan: Plan) -> None:
     seen: list[tuple[int, int]] = []
     fast = optimize(dit, forecast_plan, on_target=lambda *step: seen.append(step))
-    assert set(fast.variant_set.variants) == set(StepMode)
+    assert set(fast.compiled.variant_set.variants) == set(StepMode)
     # q, k and v together, proj, fc1, fc2; twice.
-    assert [len(target.sites) for target in fast.targets] == [3, 1, 1, 1] * 2
+    assert [len(target.sites) for target in fast.compiled.targets] == [3, 1, 1, 1] * 2
     assert seen == [(done, 8) for done in range(1, 9)]
-    assert fast.cost.modes[FORECAST] == 0
-    assert set(fast.variant_set.tables) == {
+    assert fast.compiled.cost.modes[FORECAST] == 0
+    assert set(fast.compiled.variant_set.tables) == {
         *(f"anchor_weight_{k}" for k in range(3)),
         *(f"output_weight_{k}" for k in range(5)),
     }
     for place in range(5):
-        column = tuple(row[place] for row in forecast_plan.settings.output_weights)
-        assert fast.variant_set.tables[f"output_weight_{place}"] == column
+        column = tuple(row[place] for row in forecast_plan.recipe.output_weights)
+        assert fast.compiled.variant_set.tables[f"output_weight_{place}"] == column
 
 
 def test_saved_plan_makes_the_same_model(
@@ -236,14 +238,14 @@ def test_rules_decide_what_a_step_calibrates(dit: FashionDiT, dit_recording: Rec
     )
     plan = Plan.from_trajectory(dit, dit_recording, rank=4, rules=rules, correct=False)
     fast = optimize(dit, plan)
-    assert [(target.name, target.granularity, target.rank) for target in fast.targets] == [
+    assert [(target.name, target.granularity, target.rank) for target in fast.compiled.targets] == [
         ("blocks.0.attn", Granularity.BRANCH, 0),
         ("blocks.0.mlp", Granularity.BRANCH, 3),
         ("blocks.1.attn.q+k+v", Granularity.LINEAR, 6),
         ("blocks.1.attn.proj", Granularity.LINEAR, 4),
         ("blocks.1.mlp.fc2", Granularity.LINEAR, 4),
     ]
-    assert list(fast.factors) == [target.name for target in fast.targets[1:]]
+    assert list(fast.compiled.factors) == [target.name for target in fast.compiled.targets[1:]]
     read = {str(n.target) for n in fast.variants["CALIBRATE"].graph.nodes if n.op == "get_attr"}
     assert "blocks.1.mlp.fc1.weight" in read
     assert "blocks.0.mlp.fc1.weight" not in read
@@ -256,11 +258,11 @@ def test_branch_granularity_calibrates_every_branch_as_a_whole(
         dit, dit_recording, rank=4, granularity="branch", correct=False, order=1
     )
     fast = optimize(dit, plan)
-    assert {target.granularity for target in fast.targets} == {Granularity.BRANCH}
-    assert len(fast.targets) == len(fast.sites.branches) == 4
-    for target in fast.targets:  # 32 channels at rank 4, over 4 x 49 tokens
-        assert fast.cost.targets[target.name].calibrate_macs == 4 * 49 * 4 * (32 + 32)
-    assert fast.cost.modes[CALIBRATE] < 0.5 * fast.cost.plain_macs
+    assert {target.granularity for target in fast.compiled.targets} == {Granularity.BRANCH}
+    assert len(fast.compiled.targets) == len(fast.compiled.analysis.sites.branches) == 4
+    for target in fast.compiled.targets:  # 32 channels at rank 4, over 4 x 49 tokens
+        assert fast.compiled.cost.targets[target.name].calibrate_macs == 4 * 49 * 4 * (32 + 32)
+    assert fast.compiled.cost.modes[CALIBRATE] < 0.5 * fast.compiled.cost.plain_macs
 
 
 class Turned(nn.Module):
@@ -282,8 +284,10 @@ def test_branch_that_is_not_token_wise_falls_back_to_its_layers() -> None:
             model(torch.randn(2, 5, 8))
     plan = Plan.from_trajectory(model, recording, rank=2, granularity="branch", correct=False)
     fast = optimize(model, plan)
-    assert [(t.name, t.granularity) for t in fast.targets] == [("inner", Granularity.LINEAR)]
-    (rejection,) = [r for r in fast.sites.rejections if "not token-wise" in r.reason]
+    assert [(t.name, t.granularity) for t in fast.compiled.targets] == [
+        ("inner", Granularity.LINEAR)
+    ]
+    (rejection,) = [r for r in fast.compiled.rejections if "not token-wise" in r.reason]
     assert rejection.reason == "not token-wise as a whole: from (2, 8, 5) to (2, 5, 8)"
 
 

@@ -131,7 +131,7 @@ def weighting(request: pytest.FixtureRequest) -> Weighting:
 @pytest.fixture(scope="module")
 def found(dit: FashionDiT, two_runs: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(dit, two_runs.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(two_runs)))
+    return captured, find_sites(captured, classify_nodes(captured, two_runs.dependence))
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from calicache.graph_passes import (
     record,
     uniform_schedule,
 )
-from calicache.graph_passes.api.plan import SETTINGS_FILE, STATISTICS_FILE
+from calicache.graph_passes.api.plan import PLAN_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights, sha256_of
 from calicache.graph_passes.factors.observe import observe
@@ -72,7 +72,7 @@ def assert_equal(one: Plan, other: Plan) -> None:
 @pytest.fixture(scope="module")
 def found(dit: FashionDiT, dit_recording: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(dit, dit_recording.signature)
-    classes = classify_nodes(captured, classify_inputs(dit_recording))
+    classes = classify_nodes(captured, dit_recording.dependence)
     return captured, find_sites(captured, classes)
 
 
@@ -83,7 +83,7 @@ def targets(found: tuple[CapturedGraph, Sites]) -> tuple[CalibrationTarget, ...]
 
 def check(plan: Plan, targets: Sequence[CalibrationTarget]) -> None:
     """The statistics of a plan against targets."""
-    check_statistics(plan.statistics, plan.settings.weighting, targets)
+    check_statistics(plan.statistics, plan.recipe.weighting, targets)
 
 
 def test_plan_holds_what_the_recording_showed(
@@ -127,9 +127,9 @@ def test_options_reach_the_plan(dit: FashionDiT, dit_recording: Recording) -> No
         on_step=lambda done, total: seen.append((done, total)),
     )
     assert plan.schedule == (R, C, R, C, R, C)
-    assert (plan.settings.order, plan.settings.rules) == (1, rules)
-    assert (plan.settings.rank, plan.settings.weighting) == (8, Weighting.ACTIVATION)
-    assert (plan.settings.include, plan.settings.exclude) == (("blocks.1.*",), ("*.fc?",))
+    assert (plan.recipe.order, plan.recipe.rules) == (1, rules)
+    assert (plan.recipe.rank, plan.recipe.weighting) == (8, Weighting.ACTIVATION)
+    assert (plan.recipe.include, plan.recipe.exclude) == (("blocks.1.*",), ("*.fc?",))
     assert list(plan.statistics) == [f"blocks.1.attn.{name}" for name in ("q", "k", "proj")]
     assert seen == [(k, STEPS) for k in range(1, STEPS + 1)]
 
@@ -210,7 +210,7 @@ def test_any_settings_survive_json(
 @pytest.mark.parametrize("value", [None, True, 1, 1.0, "1", math.inf, -math.inf])
 def test_constant_arguments_survive_json(dit_plan: Plan, tmp_path: Path, value: object) -> None:
     constants = (ConstantSpec("scale", value),)
-    signature = replace(dit_plan.settings.signature, constants=constants)
+    signature = replace(dit_plan.binding.signature, constants=constants)
     Plan(replace(dit_plan.settings, signature=signature), {}).save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan").settings.signature.constants[0].value
     assert loaded == value
@@ -233,10 +233,10 @@ def test_failing_save_leaves_the_old_plan(dit_plan: Plan, tmp_path: Path, late: 
 
 
 def edit(folder: Path, **changes: object) -> None:
-    written = json.loads((folder / SETTINGS_FILE).read_text())
+    written = json.loads((folder / PLAN_FILE).read_text())
     for key, value in changes.items():
         (written if key in written else written["settings"])[key] = value
-    (folder / SETTINGS_FILE).write_text(json.dumps(written))
+    (folder / PLAN_FILE).write_text(json.dumps(written))
 
 
 def truncate(folder: Path, name: str = STATISTICS_FILE) -> None:
@@ -256,11 +256,11 @@ def rehash(folder: Path) -> None:
 GOOD_ROWS = ((1.0, 0.0, 0.0),) * STEPS  # at order 0: own, kept, latent
 Q = "blocks.0.attn.q.output"
 DAMAGES = {
-    "no settings": (lambda at: (at / SETTINGS_FILE).unlink(), "No such file"),
+    "no settings": (lambda at: (at / PLAN_FILE).unlink(), "No such file"),
     "no statistics": (lambda at: (at / STATISTICS_FILE).unlink(), "No such file"),
-    "half the json": (lambda at: truncate(at, SETTINGS_FILE), "JSON"),
-    "not text": (lambda at: (at / SETTINGS_FILE).write_bytes(b"\x80"), "Error: "),
-    "not a plan": (lambda at: (at / SETTINGS_FILE).write_text("{}"), "format"),
+    "half the json": (lambda at: truncate(at, PLAN_FILE), "JSON"),
+    "not text": (lambda at: (at / PLAN_FILE).write_bytes(b"\x80"), "Error: "),
+    "not a plan": (lambda at: (at / PLAN_FILE).write_text("{}"), "format"),
     "truncated": (truncate, "is not the file the plan was saved with"),
     "truncated, hash mended": (lambda at: [truncate(at), rehash(at)], "SafetensorError"),
     "swapped": (lambda at: add_to_statistics(at, 1.0), "is not the file the plan was saved with"),
@@ -340,7 +340,7 @@ def test_unknown_weighting_lists_the_valid_ones(dit: FashionDiT, dit_recording: 
 def test_changing_a_plan_leaves_the_original(dit_plan: Plan) -> None:
     changed = dit_plan.with_rank(9).with_schedule((R, U))
     assert (changed.settings.rank, changed.schedule) == (9, (R, U))
-    assert (dit_plan.settings.rank, dit_plan.schedule) == (4, (R, C, C, R, C, C))
+    assert (dit_plan.recipe.rank, dit_plan.schedule) == (4, (R, C, C, R, C, C))
     assert changed.statistics is dit_plan.statistics
 
 
@@ -467,12 +467,12 @@ def test_rules_output_weights_and_second_moments_survive_saving(
     moments = ruled_plan.statistics["blocks.0.mlp"]
     assert isinstance(moments, SecondMoments)
     assert set(moments.tensors()) == {"input", "cross", "energy"}
-    assert ruled_plan.settings.output_weights is not None
+    assert ruled_plan.recipe.output_weights is not None
     ruled_plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
     assert_equal(loaded, ruled_plan)
     assert loaded.settings.rules == RULES
-    assert loaded.settings.output_weights == ruled_plan.settings.output_weights
+    assert loaded.settings.output_weights == ruled_plan.recipe.output_weights
     assert loaded.settings.latent == "hidden_states"
     assert type(loaded.settings.rules[1].granularity) is Granularity
     assert loaded.settings.rules[0].rank is None
@@ -506,7 +506,7 @@ def test_what_was_fitted_is_dropped_with_what_it_was_fitted_to(
     )
     assert (changed.settings.output_weights, changed.settings.latent) == (None, None)
     assert changed.settings.correction == "not fitted: the plan was changed"
-    assert forecast_plan.settings.output_weights is not None
+    assert forecast_plan.recipe.output_weights is not None
     if change == "schedule":
         assert changed.settings.outputs is None
     else:  # it still forecasts: by the plain table
@@ -565,7 +565,7 @@ def test_latent_is_named_where_there_are_output_weights_and_only_there(
 
 
 def test_outputs_are_mixed_only_where_something_is_forecast(dit_plan: Plan) -> None:
-    assert dit_plan.settings.outputs is None
+    assert dit_plan.recipe.outputs is None
     forecast = dit_plan.with_schedule((R, C, F)).settings
     assert forecast.output_weights is None
     assert forecast.outputs == ((1.0, 0.0), (1.0, 0.0), (0.0, 1.0))
@@ -577,16 +577,16 @@ def test_sampler_that_adds_noise_gets_no_output_weights(dit: FashionDiT) -> None
             latents, labels = torch.randn(2, 1, 28, 28), torch.tensor([1, 10])
             dit(latents, torch.full((2,), now), labels)  # noise that no update explains
     plan = Plan.from_trajectory(dit, recording, rank=4, interval=3)
-    assert plan.settings.output_weights is None
-    assert plan.settings.correction.startswith("not fitted: ")
-    assert "no fixed weighted sum" in plan.settings.correction
+    assert plan.recipe.output_weights is None
+    assert plan.recipe.correction.startswith("not fitted: ")
+    assert "no fixed weighted sum" in plan.recipe.correction
 
 
 def test_run_of_another_length_gets_no_output_weights(
     dit: FashionDiT, dit_recording: Recording
 ) -> None:
     plan = Plan.from_trajectory(dit, dit_recording, rank=4, schedule=(R, C, C))
-    assert plan.settings.correction == "not fitted: no recorded run has the plan's 3 steps"
+    assert plan.recipe.correction == "not fitted: no recorded run has the plan's 3 steps"
 
 
 def test_rule_that_fits_nothing_is_refused(dit: FashionDiT, dit_recording: Recording) -> None:

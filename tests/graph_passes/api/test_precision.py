@@ -68,7 +68,7 @@ def test_weights_and_caches_have_the_models_dtype(made, layout: Layout) -> None:
         stored = onnx.load(path, load_external_data=False).graph.initializer
         large = {tensor.data_type for tensor in stored if len(tensor.dims) == 2}
         assert wanted[dtype] in large
-    assert {cache.dtype for cache in fast.variant_set.caches} == {dtype}
+    assert {cache.dtype for cache in fast.compiled.variant_set.caches} == {dtype}
 
 
 def test_sampler_takes_and_returns_float32(made) -> None:

@@ -246,7 +246,9 @@ def test_caches_survive_a_sampler_that_writes_in_place(written: str) -> None:
         model, recording, rank=64, schedule=schedule, order=0, correct=False
     )
     fast = optimize(model, plan)
-    assert all(cache.folded is None for cache in fast.variant_set.caches)  # x_ref itself is kept
+    assert all(
+        cache.folded is None for cache in fast.compiled.variant_set.caches
+    )  # x_ref itself is kept
     first, second = torch.randn(2, 2, 5, 64)
     fast(first)
     expected = fast(second)[1]
@@ -331,7 +333,7 @@ def test_fitted_outputs_bring_the_sampler_nearer(
     fast_forecast: OptimizedModel, dit: FashionDiT, forecast_plan: Plan
 ) -> None:
     unfitted = optimize(dit, forecast_plan.with_rank(4))
-    assert unfitted.plan.settings.output_weights is None
+    assert unfitted.plan.recipe.output_weights is None
     plain = sample_dit(dit)
     errors = [relative(sample_dit(model), plain) for model in (fast_forecast, unfitted)]
     # The recorded run itself: the fit can only lower the distance at each of its steps.

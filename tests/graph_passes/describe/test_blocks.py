@@ -41,7 +41,7 @@ def optimized(request: pytest.FixtureRequest) -> OptimizedModel:
 
 @pytest.fixture(scope="module")
 def graphs(optimized: OptimizedModel) -> ModelGraphs:
-    return view_graphs(optimized.captured, optimized.variant_set)
+    return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -139,8 +139,8 @@ def test_macs_of_the_parts_are_those_of_the_model(
 ) -> None:
     for mode in StepMode:
         views = [view_block(graphs, part, mode) for part in graphs.parts]
-        assert sum(view.macs for view in views) == optimized.cost.modes[mode]
-        assert sum(view.plain_macs for view in views) == optimized.cost.plain_macs
+        assert sum(view.macs for view in views) == optimized.compiled.cost.modes[mode]
+        assert sum(view.plain_macs for view in views) == optimized.compiled.cost.plain_macs
 
 
 def test_plain_view_marks_nothing(graphs: ModelGraphs) -> None:

@@ -40,15 +40,15 @@ def optimized(request: pytest.FixtureRequest) -> OptimizedModel:
 
 @pytest.fixture(scope="module")
 def graphs(optimized: OptimizedModel) -> ModelGraphs:
-    return view_graphs(optimized.captured, optimized.variant_set)
+    return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
 
 
 def test_every_mode_has_the_nodes_of_its_graph_in_order(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
     assert list(graphs.modes) == list(StepMode)
-    sources = {None: optimized.captured.graph}
-    sources |= {mode: v.module.graph for mode, v in optimized.variant_set.variants.items()}
+    sources = {None: optimized.compiled.captured.graph}
+    sources |= {mode: v.module.graph for mode, v in optimized.compiled.variant_set.variants.items()}
     for mode, source in sources.items():
         nodes = [node for node in source.nodes if node.op != "output"]
         assert [node.name for node in graphs.graph(mode).nodes] == [node.name for node in nodes]
@@ -65,7 +65,7 @@ def test_names_of_copied_nodes_are_those_of_the_plain_graph(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
     plain = named(graphs.plain.nodes)
-    for mode, variant in optimized.variant_set.variants.items():
+    for mode, variant in optimized.compiled.variant_set.variants.items():
         views = named(graphs.modes[mode].nodes)
         kept = [view for view in views.values() if view.mark is Mark.PLAIN]
         assert all(
@@ -79,8 +79,8 @@ def test_names_of_copied_nodes_are_those_of_the_plain_graph(
 def test_reads_are_caches_or_weights_of_the_step(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
-    slots = optimized.variant_set.slots()
-    for mode, variant in optimized.variant_set.variants.items():
+    slots = optimized.compiled.variant_set.slots()
+    for mode, variant in optimized.compiled.variant_set.variants.items():
         read = [v for v in graphs.modes[mode].nodes if v.mark in (Mark.CACHE, Mark.WEIGHT)]
         assert tuple(view.name for view in read) == variant.reads
         assert {view.name for view in read if view.mark is Mark.CACHE} == set(slots) & set(
@@ -93,16 +93,18 @@ def test_refresh_alone_writes_every_cache_by_the_node_that_makes_it(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
     writes = graphs.modes[REFRESH].writes
-    assert [write.cache for write in writes] == [c.name for c in optimized.variant_set.caches]
+    assert [write.cache for write in writes] == [
+        c.name for c in optimized.compiled.variant_set.caches
+    ]
     made = named(graphs.modes[REFRESH].nodes)
-    for write, cache in zip(writes, optimized.variant_set.caches, strict=True):
+    for write, cache in zip(writes, optimized.compiled.variant_set.caches, strict=True):
         assert made[write.node].shape == cache.shape
     assert not any(graphs.modes[mode].writes for mode in (CALIBRATE, REUSE, FORECAST))
     assert graphs.plain.outputs == ("_unsafe_view_1",)
 
 
 def test_macs_are_those_of_the_cost_model(optimized: OptimizedModel, graphs: ModelGraphs) -> None:
-    cost = optimized.cost
+    cost = optimized.compiled.cost
     assert sum(node.macs for node in graphs.plain.nodes) == cost.plain_macs
     for mode, graph in graphs.modes.items():
         assert sum(node.macs for node in graph.nodes) == cost.modes[mode]
@@ -112,12 +114,12 @@ def test_calibration_branch_says_which_layer_it_stands_for(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
     views = graphs.modes[CALIBRATE].nodes
-    for target in optimized.targets:
+    for target in optimized.compiled.targets:
         factors = [v for v in views if v.op == "linear" and v.module == target.name]
         assert len(factors) == 1 + len(target.nodes)  # A, and B for every layer
         assert {(v.mark, v.block) for v in factors} == {(Mark.INSERTED, target.name[:8])}
     anchors = {v.module for v in views if v.mark is Mark.CACHE and "_down" not in v.name}
-    assert {site.name for site in optimized.sites.linears} <= anchors
+    assert {site.name for site in optimized.compiled.analysis.sites.linears} <= anchors
 
 
 def test_nodes_are_frozen() -> None:
@@ -158,13 +160,13 @@ def test_inserted_nodes_and_caches_are_in_the_block_of_what_they_stand_for(
     parts = {node.name: node.block for node in graphs.plain.nodes}
     views = named(graphs.modes[CALIBRATE].nodes)
     read = 0
-    for cache in optimized.variant_set.caches:
+    for cache in optimized.compiled.variant_set.caches:
         for back in range(cache.history):
             view = views.get(slot_name(cache.name, back))
             if view is not None:
                 read += 1
                 assert view.block == parts[cache.node]
-    assert read == len(optimized.variant_set.variants[CALIBRATE].reads) - len(
+    assert read == len(optimized.compiled.variant_set.variants[CALIBRATE].reads) - len(
         [view for view in views.values() if view.mark is Mark.WEIGHT]
     )
     for mode in StepMode:  # what is inserted outside the blocks mixes the output

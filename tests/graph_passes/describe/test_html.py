@@ -52,7 +52,7 @@ def test_plan_shows_schedule_settings_and_statistics(plan: Plan) -> None:
     assert found["settings"].startswith("rank 4, order 1, weighting covariance")
     assert found["statistics"] == "of 3 targets"
     assert found["output weights"] == "fitted to the recorded runs"
-    assert found["weights"] == plan.settings.weights_hash[:16]
+    assert found["weights"] == plan.binding.weights_hash[:16]
     assert "cost" not in found
 
 
@@ -78,17 +78,17 @@ def test_optimised_model_shows_sites_cost_and_caches(fast: OptimizedModel) -> No
     found = facts(html)
     assert html.startswith("<div><b>Small optimised by calicache</b>")
     assert found["schedule"] == "RCRURF"
-    share = fast.cost.run_share(fast.plan.schedule)
+    share = fast.compiled.cost.run_share(fast.plan.schedule)
     assert found["cost"] == f"{share:.3f} of the full run, in MACs"
     assert found["sites"] == "6 in 3 residual branches, 2 left alone"
     assert found["calibration branches"].startswith("3; rank 4")
-    size = f"{fast.cost.cache_bytes:,} bytes"
+    size = f"{fast.compiled.cost.cache_bytes:,} bytes"
     assert found["caches"] == f"8 values, 2 refreshes of each at most, {size}"
     totals = {row[0]: row[1:] for row in rows(html) if len(row) == 4}
     assert totals["CALIBRATE"] == [
         "1",
-        f"{fast.cost.modes[StepMode.CALIBRATE]:,}",
-        f"{fast.cost.modes[StepMode.CALIBRATE] / fast.cost.plain_macs:.3f}",
+        f"{fast.compiled.cost.modes[StepMode.CALIBRATE]:,}",
+        f"{fast.compiled.cost.modes[StepMode.CALIBRATE] / fast.compiled.cost.plain_macs:.3f}",
     ]
 
 

@@ -36,7 +36,7 @@ FC1, QKV, MLP = "blocks.1.mlp.fc1", "blocks.1.attn.q+k+v", "blocks.1.mlp"
 @pytest.fixture(scope="module")
 def found(dit: FashionDiT, dit_recording: Recording) -> Found:
     captured = capture(dit, dit_recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(dit_recording)))
+    return captured, find_sites(captured, classify_nodes(captured, dit_recording.dependence))
 
 
 def targets_of(found: Found, rank: int = 4, **options: object) -> dict[str, CalibrationTarget]:
@@ -124,7 +124,7 @@ def test_meta_weights_give_meta_factors_without_statistics(
 ) -> None:
     meta = copy.deepcopy(dit).to("meta")
     captured = capture(meta, dit_recording.signature)
-    sites = find_sites(captured, classify_nodes(captured, classify_inputs(dit_recording)))
+    sites = find_sites(captured, classify_nodes(captured, dit_recording.dependence))
     target = targets_of((captured, sites), **options)[name]
     factors = make_factors(captured, [target], {})[name]
     assert tuple(factors.down.shape) == (target.rank, target.in_features)

@@ -50,7 +50,7 @@ PAPER = modes("RCCRCC")
 
 def find(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
+    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
 
 
 def seen_by(

@@ -53,7 +53,7 @@ def graph_and_classes(
     model: nn.Module, recording: Recording
 ) -> tuple[CapturedGraph, dict[str, Dependence]]:
     captured = capture(model, recording.signature)
-    return captured, classify_nodes(captured, classify_inputs(recording))
+    return captured, classify_nodes(captured, recording.dependence)
 
 
 class Watch(fx.Interpreter):
@@ -98,8 +98,8 @@ def test_inputs_of_the_real_models(
     dit_recording: Recording, diffusers_recording: Recording
 ) -> None:
     expected = {"hidden_states": LATENT, "timestep": STEP, "class_labels": RUN}
-    assert classify_inputs(dit_recording) == expected
-    assert classify_inputs(diffusers_recording) == expected
+    assert dit_recording.dependence == expected
+    assert diffusers_recording.dependence == expected
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_classes_do_not_depend_on_how_many_runs_were_recorded(
         diffusers_calls(diffusers_dit, seed=1)
         diffusers_calls(diffusers_dit, seed=2)
     assert len(recording.runs) == 2
-    assert classify_inputs(recording) == classify_inputs(diffusers_recording)
+    assert recording.dependence == diffusers_recording.dependence
 
 
 # --- inputs of other kinds --------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_timestep_of_any_shape_is_step(shape: tuple[int, ...]) -> None:
     recording = recorded(
         {"x": torch.randn(2, 3), "timestep": torch.full(shape, t)} for t in (0.9, 0.5, 0.1)
     )
-    assert classify_inputs(recording) == {"x": LATENT, "timestep": STEP}
+    assert recording.dependence == {"x": LATENT, "timestep": STEP}
 
 
 def test_text_that_differs_only_between_runs_is_run() -> None:
@@ -215,7 +215,7 @@ def test_two_runs_from_the_same_noise_leave_the_latent_latent() -> None:
 
 def test_an_input_that_moves_in_one_run_only_is_not_run() -> None:
     recording = sampled(lambda run, t: torch.tensor(float(t == 1 and run == 1)))
-    assert classify_inputs(recording)["cond"] is STEP
+    assert recording.dependence["cond"] is STEP
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_an_input_that_moves_in_one_run_only_is_not_run() -> None:
 )
 def test_timesteps_that_come_twice_are_step(times: list[int], calls: int) -> None:
     recording = recorded({"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in times)
-    assert classify_inputs(recording) == {"x": LATENT, "timestep": STEP}
+    assert recording.dependence == {"x": LATENT, "timestep": STEP}
     assert recording.calls_per_step == calls
 
 

@@ -60,8 +60,8 @@ def test_batch_sizes_in_turn_keep_apart(fast) -> None:
 def test_factors_are_not_made_again(fast) -> None:
     noise, labels = torch.zeros(16, 1, 28, 28), torch.zeros(16, dtype=torch.int64)
     other = fast.for_call(noise, timestep=torch.zeros(16, dtype=torch.int64), class_labels=labels)
-    assert other.factors is fast.factors
-    assert other.variant_set.caches[0].shape[0] == 4 * fast.variant_set.caches[0].shape[0]
+    assert other.factors is fast.compiled.factors
+    assert other.variant_set.caches[0].shape[0] == 4 * fast.compiled.variant_set.caches[0].shape[0]
     assert fast.for_call(noise[:4], timestep=labels[:4], class_labels=labels[:4]) is fast
 
 
@@ -135,8 +135,8 @@ def test_costs_can_be_planned_without_weights(dit, dit_recording: Recording) -> 
     meta = copy.deepcopy(dit).to("meta")
     fast = optimize(meta, Plan.from_trajectory(meta, dit_recording, **options))
     real = optimize(dit, Plan.from_trajectory(dit, dit_recording, **options))
-    assert fast.cost == real.cost
-    assert fast.cost.modes
+    assert fast.compiled.cost == real.cost
+    assert fast.compiled.cost.modes
 
 
 def test_statistics_without_weights_are_refused_with_the_way_out(dit, dit_recording) -> None:

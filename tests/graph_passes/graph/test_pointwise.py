@@ -266,7 +266,10 @@ def test_a_conv_mlp_is_calibrated_and_exact_at_full_rank(options: dict[str, bool
     plan = Plan.from_trajectory(model, recording, rank=IN, order=0, correct=False)
     fast = optimize(model, plan)
     assert StepMode.CALIBRATE in plan.schedule
-    sites = [(s.name, s.in_features, s.out_features, s.tokens) for s in fast.sites.linears]
+    sites = [
+        (s.name, s.in_features, s.out_features, s.tokens)
+        for s in fast.compiled.analysis.sites.linears
+    ]
     tokens = 2 * PLACES[0] * PLACES[1]
     assert sites == [("up", IN, 2 * IN, tokens), ("down", 2 * IN, IN, tokens)]
     for x, now in zip(inputs, times, strict=True):

@@ -98,34 +98,34 @@ def fast(model, recording) -> OptimizedModel:
 
 
 def run_caches(fast: OptimizedModel) -> list:
-    return [cache for cache in fast.variant_set.caches if cache.history == 1]
+    return [cache for cache in fast.compiled.variant_set.caches if cache.history == 1]
 
 
 def test_keys_and_values_of_the_text_are_kept_once(fast: OptimizedModel) -> None:
     kept = run_caches(fast)
     assert len(kept) == 4  # k and v of two blocks; the caption's own projection is behind them
     assert {cache.shape for cache in kept} == {(2 * TEXT, WIDTH)}
-    slots = fast.variant_set.slots()
+    slots = fast.compiled.variant_set.slots()
     assert all(f"{cache.name}_back1" not in slots for cache in kept)
-    others = [cache for cache in fast.variant_set.caches if cache not in kept]
+    others = [cache for cache in fast.compiled.variant_set.caches if cache not in kept]
     assert all(f"{cache.name}_back2" in slots for cache in others)
 
 
 def test_cheap_modes_make_no_product_of_the_text(fast: OptimizedModel) -> None:
-    reads = fast.variant_set.variants[StepMode.CALIBRATE].reads
+    reads = fast.compiled.variant_set.variants[StepMode.CALIBRATE].reads
     assert {cache.name for cache in run_caches(fast)} <= set(reads)
-    graph = fast.variant_set.variants[StepMode.CALIBRATE].module.graph
+    graph = fast.compiled.variant_set.variants[StepMode.CALIBRATE].module.graph
     weights = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     assert not {name for name in weights if ".k." in name or ".v." in name or "caption" in name}
     assert any(name.startswith("labels") for name in weights)  # costs no product: left in place
 
 
 def test_cost_counts_what_is_saved_and_kept(fast: OptimizedModel) -> None:
-    graph = fast.variant_set.variants[StepMode.CALIBRATE].module.graph
-    assert fast.cost.modes[StepMode.CALIBRATE] == graph_macs(graph)
+    graph = fast.compiled.variant_set.variants[StepMode.CALIBRATE].module.graph
+    assert fast.compiled.cost.modes[StepMode.CALIBRATE] == graph_macs(graph)
     held = sum(cache.nbytes for cache in run_caches(fast))
-    others = sum(c.nbytes for c in fast.variant_set.caches if c.history == 3)
-    assert fast.cost.cache_bytes == held + 3 * others
+    others = sum(c.nbytes for c in fast.compiled.variant_set.caches if c.history == 3)
+    assert fast.compiled.cost.cache_bytes == held + 3 * others
 
 
 @pytest.mark.parametrize("mode", [StepMode.CALIBRATE, StepMode.REUSE])

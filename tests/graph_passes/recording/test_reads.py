@@ -450,14 +450,14 @@ def fast(packed: nn.Module, plan: Plan) -> OptimizedModel:
 
 
 def test_the_plan_fixes_the_mask_at_its_recorded_value(plan: Plan) -> None:
-    assert json.loads(plan.settings.reads) == [WHERE, WHERE]
+    assert json.loads(plan.binding.reads) == [WHERE, WHERE]
     assert plan.settings.fixed == {"mask": (digest(MASK),)}
 
 
 def test_layers_on_packed_tokens_are_calibrated(fast: OptimizedModel) -> None:
     assert StepMode.CALIBRATE in fast.plan.schedule
     # 3 + 1 tokens under the mask, not 2 x 4.
-    sites = [(site.name, site.tokens) for site in fast.sites.linears]
+    sites = [(site.name, site.tokens) for site in fast.compiled.analysis.sites.linears]
     assert sites == [("fc1", 4), ("fc2", 4), ("fc3", 4)]
 
 

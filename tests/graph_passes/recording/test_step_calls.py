@@ -14,8 +14,7 @@ from support.tiny_pipelines import CASES, PipelineCase
 
 from calicache.export import Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
-from calicache.graph_passes.common.errors import RunError
-from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.errors import NoSampler, RunError
 from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 
@@ -50,10 +49,8 @@ def optimized(case: PipelineCase) -> OptimizedModel:
 
 
 def whole(recording: Recording) -> Recording:
-    batch = batch_size(recording.signature, classify_inputs(recording))
-    made = batch_calls(recording, batch)
-    assert isinstance(made, Recording)
-    return made
+    batch = batch_size(recording.signature, recording.dependence)
+    return batch_calls(recording, batch)
 
 
 def test_calls_of_a_step_become_one_batch(case: PipelineCase) -> None:
@@ -72,15 +69,15 @@ def test_calls_of_a_step_become_one_batch(case: PipelineCase) -> None:
 
 def test_calls_that_differ_without_a_batch_dimension_are_told(case: PipelineCase) -> None:
     _, recording = recorded(case)
-    made = batch_calls(recording, batch=1000)  # no first dimension is that
-    assert isinstance(made, Rejection)
-    assert "encoder_hidden_states, which has no batch dimension" in made.reason
+    reason = "encoder_hidden_states, which has no batch dimension"
+    with pytest.raises(NoSampler, match=reason):
+        batch_calls(recording, batch=1000)  # no first dimension is that
 
 
 def test_output_weights_are_fitted_to_both_calls(case: PipelineCase) -> None:
     pipe, recording = recorded(case)
     fast = optimized(case)
-    assert fast.plan.settings.correction == "fitted to the recorded runs"
+    assert fast.plan.recipe.correction == "fitted to the recorded runs"
     plain = Plan.from_trajectory(pipe.transformer, recording, interval=2, rank=4, correct=False)
     errors = {}
     for name, model in (("fitted", fast), ("plain", optimize(fast.original, plain))):
@@ -98,9 +95,9 @@ def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None
     _, recording = recorded(case)
     fast = optimized(case)
     fast.reset()
-    both = fast.batched()
+    both = fast.by_step()
     both.reset()
-    assert both is fast.batched()
+    assert both is fast.by_step()
     made = whole(recording)
     for number in range(made.steps):
         calls = recording.calls[2 * number : 2 * number + 2]

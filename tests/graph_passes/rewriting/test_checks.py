@@ -46,15 +46,15 @@ def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
 @pytest.fixture
 def made(fast: OptimizedModel) -> tuple[CapturedGraph, VariantSet]:
     """Variants of its own for every test to break."""
-    folded = frozenset(cache.folded for cache in fast.variant_set.caches if cache.folded)
-    return fast.captured, rewrite(
-        fast.captured,
-        fast.sites,
-        fast.targets,
-        fast.factors,
+    folded = frozenset(cache.folded for cache in fast.compiled.variant_set.caches if cache.folded)
+    return fast.compiled.captured, rewrite(
+        fast.compiled.captured,
+        fast.compiled.analysis.sites,
+        fast.compiled.targets,
+        fast.compiled.factors,
         set(StepMode),
         folded=folded,
-        outputs=fast.plan.settings.outputs,
+        outputs=fast.plan.recipe.outputs,
     )
 
 

@@ -48,7 +48,7 @@ SHARES = {  # whole run at intervals 2, 3, 4
 
 def found(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
+    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
 
 
 def cost_of(
@@ -252,20 +252,20 @@ def test_cost_is_that_of_the_emitted_graphs(dit: FashionDiT, dit_plan: Plan, ran
     fast = optimize(dit, dit_plan.with_rank(rank).with_schedule(tuple(StepMode)))
     emitted = {
         mode: graph_macs(variant.module.graph)
-        for mode, variant in fast.variant_set.variants.items()
+        for mode, variant in fast.compiled.variant_set.variants.items()
     }
-    assert fast.cost.plain_macs == graph_macs(fast.captured.graph)
-    assert emitted == fast.cost.modes
+    assert fast.compiled.cost.plain_macs == graph_macs(fast.compiled.captured.graph)
+    assert emitted == fast.compiled.cost.modes
     assert set(emitted) == set(StepMode)
     assert emitted[FORECAST] == 0
     assert emitted[FORECAST] < emitted[REUSE] < emitted[REFRESH]
     # By hand: what is replaced goes, the calibration branches come (nothing, at rank 0; there,
     # what only fed the replaced layers goes as well).
-    targets = fast.cost.targets.values()
+    targets = fast.compiled.cost.targets.values()
     replaced = sum(t.full_macs - t.calibrate_macs for t in targets)
-    assert emitted[REFRESH] == fast.cost.plain_macs + sum(t.fold_macs for t in targets)
-    assert (emitted[CALIBRATE] == fast.cost.plain_macs - replaced) == (rank > 0)
-    assert emitted[CALIBRATE] <= fast.cost.plain_macs - replaced
+    assert emitted[REFRESH] == fast.compiled.cost.plain_macs + sum(t.fold_macs for t in targets)
+    assert (emitted[CALIBRATE] == fast.compiled.cost.plain_macs - replaced) == (rank > 0)
+    assert emitted[CALIBRATE] <= fast.compiled.cost.plain_macs - replaced
 
 
 @pytest.fixture(scope="module")

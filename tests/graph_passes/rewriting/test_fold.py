@@ -175,7 +175,7 @@ def test_schedule_without_calibrate_folds_nothing(schedule: tuple[StepMode, ...]
 def test_optimize_folds_what_the_rule_says(dit: nn.Module, dit_plan: Plan) -> None:
     # Two cheap steps a REFRESH in float32: folded where the group's ranks sum to less than 240.
     few, many = optimize(dit, dit_plan), optimize(dit, dit_plan.with_rank(16))
-    folded = [{c.folded for c in fast.variant_set.caches} - {None} for fast in (few, many)]
+    folded = [{c.folded for c in fast.compiled.variant_set.caches} - {None} for fast in (few, many)]
     names = {site.name for site in few.sites.linears}
     assert folded[0] == names
     # 3 x 16 is more than the 32 channels that q, k and v read.
@@ -206,7 +206,7 @@ def found(request: pytest.FixtureRequest) -> Found:
         model = request.getfixturevalue("dit" if request.param == "dit" else "diffusers_dit")
         recording = request.getfixturevalue(f"{request.param}_recording")
     captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
+    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
 
 
 def emit(

@@ -39,7 +39,7 @@ Found = tuple[CapturedGraph, Sites]
 
 def find(model: nn.Module, recording: Recording) -> Found:
     captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
+    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
 
 
 def emit(found: Found, *, fold: bool, order: int = 0, mix: bool = False) -> VariantSet:

@@ -277,9 +277,9 @@ def test_exported_run_of_a_model_with_a_learned_variance_gives_what_torch_gives(
     plan = Plan.from_trajectory(
         diffusers_dit, diffusers_recording, schedule=(R, F, R, C, U, F), rank=4
     )
-    table = plan.settings.output_weights
+    table = plan.recipe.output_weights
     assert table is not None
-    assert plan.settings.latent == "hidden_states"
+    assert plan.recipe.latent == "hidden_states"
     fast = optimize(diffusers_dit, plan)
     export_onnx(fast, tmp_path / "d")
     session = Session(tmp_path / "d")

@@ -44,7 +44,7 @@ Found = tuple[CapturedGraph, Sites]
 
 def find(model: nn.Module, recording: Recording, exclude: Collection[str] = ()) -> Found:
     captured = capture(model, recording.signature)
-    classes = classify_nodes(captured, classify_inputs(recording))
+    classes = classify_nodes(captured, recording.dependence)
     return captured, find_sites(captured, classes, exclude=tuple(exclude))
 
 
@@ -391,7 +391,7 @@ def forecast_block() -> VariantSet:
         sample_dit(model, batch=1, steps=6)
     schedule = (REFRESH, CALIBRATE, REFRESH, CALIBRATE, REFRESH, FORECAST)
     plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=2, order=2, correct=False)
-    return optimize(model, plan).variant_set
+    return optimize(model, plan).compiled.variant_set
 
 
 @pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())

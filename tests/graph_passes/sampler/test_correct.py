@@ -19,13 +19,13 @@ from weights import DIT_WEIGHTS, load_weights
 from calicache.graph_passes import (
     Plan,
     Recording,
-    Rejection,
     StepMode,
     classify_inputs,
     optimize,
     record,
     uniform_schedule,
 )
+from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.sampler.correct import RIDGE, fit_step, mix
 from calicache.graph_passes.sampler.recover import recover_sampler
@@ -46,13 +46,13 @@ def fitted(model: nn.Module, recording: Recording, letters: str, order: int = 2)
     plan = Plan.from_trajectory(
         model, recording, schedule=modes(letters), rank=4, order=order, weighting="none"
     )
-    assert plan.settings.correction == "fitted to the recorded runs"
+    assert plan.recipe.correction == "fitted to the recorded runs"
     return plan
 
 
 def without_weights(plan: Plan) -> Plan:
     """The same plan with the plain output table."""
-    return replace(plan, settings=replace(plan.settings, output_weights=None, latent=None))
+    return replace(plan, recipe=replace(plan.recipe, output_weights=None, latent=None))
 
 
 def last_latents(model: nn.Module, steps: int, seed: int, batch: int = 2) -> list[Tensor]:
@@ -118,8 +118,8 @@ def test_last_recorded_latent_is_nearer_in_every_mode(
 
 
 def weights_of(plan: Plan) -> Table:
-    assert plan.settings.output_weights is not None
-    return plan.settings.output_weights
+    assert plan.recipe.output_weights is not None
+    return plan.recipe.output_weights
 
 
 @settings(max_examples=4, deadline=None)
@@ -145,7 +145,7 @@ def test_forecast_rows_have_no_own_output(trained_plan: Plan) -> None:
 
 def test_last_row_is_the_plain_one(trained_plan: Plan) -> None:
     # What the last output becomes was not recorded.
-    *_, plain = output_table(trained_plan.schedule, trained_plan.settings.order)
+    *_, plain = output_table(trained_plan.schedule, trained_plan.recipe.order)
     assert weights_of(trained_plan)[-1] == (*plain, 0.0)
     assert all(row[-1] != 0.0 for row in weights_of(trained_plan)[:-1])
 
@@ -167,28 +167,26 @@ def test_runs_that_refresh_always_keep_their_own_outputs(dit, dit_recording: Rec
 
 def fit(
     model: nn.Module, recording: Recording, schedule: Sequence[StepMode], on_step=None
-) -> Table | Rejection:
+) -> Table:
     plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=4, correct=False)
     fast = optimize(model, plan)
     captured = capture(model, recording.signature)
-    classes = classify_inputs(recording)
+    classes = recording.dependence
     recorded = recover_sampler(captured, recording, classes, len(schedule), on_step)
-    if isinstance(recorded, Rejection):
-        return recorded
-    return replay(fast.variant_set, recorded, schedule, 2, on_step=on_step).weights
+    return replay(fast.compiled.variant_set, recorded, schedule, 2, on_step=on_step).weights
 
 
 @pytest.mark.parametrize("steps", [1, STEPS - 1, STEPS + 1])
 def test_run_of_another_length_is_refused(steps: int, dit, dit_recording: Recording) -> None:
-    result = fit(dit, dit_recording, (R, *[U] * (steps - 1)))
-    assert isinstance(result, Rejection)
-    assert result.reason == f"no recorded run has the plan's {steps} steps"
+    with pytest.raises(NoSampler) as refusal:
+        fit(dit, dit_recording, (R, *[U] * (steps - 1)))
+    assert refusal.value.reason == f"no recorded run has the plan's {steps} steps"
 
 
 def test_plan_of_another_length_says_that_nothing_was_fitted(dit, dit_recording: Recording) -> None:
     plan = Plan.from_trajectory(dit, dit_recording, schedule=modes("RUFU"), rank=4)
-    assert plan.settings.output_weights is None
-    assert plan.settings.correction == "not fitted: no recorded run has the plan's 4 steps"
+    assert plan.recipe.output_weights is None
+    assert plan.recipe.correction == "not fitted: no recorded run has the plan's 4 steps"
 
 
 def test_only_runs_of_the_plans_length_are_used(dit, dit_recording: Recording) -> None:
@@ -217,8 +215,8 @@ def test_sampler_that_adds_noise_leaves_a_plan_that_runs_and_says_why(dit) -> No
             output = dit(x, torch.full((2,), 999 - 100 * now), labels)
             x = x - 0.1 * output + 0.3 * torch.randn(x.shape, generator=draw)
     plan = Plan.from_trajectory(dit, recording, schedule=modes("RFCRUF"), rank=4)
-    assert plan.settings.correction.startswith("not fitted: step 0 to 1 is no fixed weighted sum")
-    assert plan.settings.output_weights is None
+    assert plan.recipe.correction.startswith("not fitted: step 0 to 1 is no fixed weighted sum")
+    assert plan.recipe.output_weights is None
     fast = optimize(dit, plan)
     for call in recording.calls:
         assert fast(**call).isfinite().all()

@@ -366,14 +366,12 @@ def tokens(seed: int) -> Tensor:
 
 
 def recover(graph: CapturedGraph, recording: Recording, steps: int = LONG) -> RecordedSampler:
-    found = recover_sampler(graph, recording, classify_inputs(recording), steps)
-    assert isinstance(found, RecordedSampler)
-    return found
+    return recover_sampler(graph, recording, recording.dependence, steps)
 
 
 def variants_of(graph: CapturedGraph, recording: Recording, history: int) -> VariantSet:
     """All modes but FORECAST at rank 2, the output as it is."""
-    sites = find_sites(graph, classify_nodes(graph, classify_inputs(recording)))
+    sites = find_sites(graph, classify_nodes(graph, recording.dependence))
     targets, _ = assign(graph, sites, rank=2)
     anchors = anchor_table(modes("R" * recording.steps), history - 1)
     factors = make_factors(graph, targets, {})
@@ -421,8 +419,8 @@ def test_fit_of_all_modes_is_that_of_the_optimised_model_in_numpy(
     assert_same_table(made.weights, expected, atol=1e-4)
     assert made.errors == pytest.approx(expected.errors(), rel=1e-4)
     assert_same_answers(made, expected)
-    assert plan.settings.output_weights is not None
-    assert_same_table(plan.settings.output_weights, expected, atol=1e-4)
+    assert plan.recipe.output_weights is not None
+    assert_same_table(plan.recipe.output_weights, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("letters", "order"), MIXED[1:])
@@ -434,7 +432,7 @@ def test_errors_are_those_of_sampling_with_the_optimised_model(
     fitted = plan_of(blocks, ended, letters, order)
     without = replace(fitted.settings, output_weights=None, latent=None)
     for plan in (fitted, replace(fitted, settings=without)):
-        table = plan.settings.output_weights or plain_table(schedule, order)
+        table = plan.recipe.output_weights or plain_table(schedule, order)
         made = replay(variants, recorded, schedule, order, table)
         fast, expected = optimize(blocks, plan), list[float]()
         for seed, end in zip((1, 2), recorded.ends, strict=True):
@@ -467,7 +465,7 @@ def test_dit_sampled_with_a_plan_has_the_errors_of_its_replay(dit: FashionDiT) -
     with record(dit) as recording:
         recording.finish(sample_dit(dit))
     plan = plan_of(dit, recording, "RCRURF", 2)
-    graph, table = capture(dit, recording.signature), plan.settings.output_weights
+    graph, table = capture(dit, recording.signature), plan.recipe.output_weights
     variants, recorded = variants_of(graph, recording, 3), recover(graph, recording, STEPS)
     made = replay(variants, recorded, plan.schedule, 2, table)
     cached, full = sample_dit(optimize(dit, plan)), sample_dit(dit)

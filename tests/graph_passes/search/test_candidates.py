@@ -197,7 +197,7 @@ def table(rows: dict[BranchChoice, tuple[float, float]], forecast: float) -> Lat
     own = Plan.from_trajectory(model, recording, weighting="none", correct=False)
     made = [LatencyRow(EVERY, BranchChoice.FULL, 0, REFRESH, FULL)]
     made += [LatencyRow(GROUP, choice, 0, *seconds) for choice, seconds in rows.items()]
-    return LatencyTable(own.settings.weights_hash, "by hand", 2, PLAIN, forecast, tuple(made))
+    return LatencyTable(own.binding.weights_hash, "by hand", 2, PLAIN, forecast, tuple(made))
 
 
 def by_hand(point: FrontPoint, latency: LatencyTable) -> float:
@@ -281,10 +281,14 @@ class Single(nn.Module):
 def test_branches_of_one_layer_can_be_searched() -> None:
     model = Single().eval()
     plan = Plan.search(model, record_runs(model), budget=0.6, effort=3)
-    assert {site.branch for site in optimize(model, plan).sites.linears} == {"a", None, "b"}
+    assert {site.branch for site in optimize(model, plan).compiled.analysis.sites.linears} == {
+        "a",
+        None,
+        "b",
+    }
     for taken, point in points_of(plan):
         fast = optimize(model, taken)
-        assert fast.cost.run_share(point.schedule) == pytest.approx(point.cost, rel=1e-9)
+        assert fast.compiled.cost.run_share(point.schedule) == pytest.approx(point.cost, rel=1e-9)
         errors = sample_errors(euler(fast, CHOICE), euler(model, CHOICE))
         assert fmean(errors) == pytest.approx(point.error.mean, **ROUNDING)
 
@@ -323,4 +327,4 @@ def test_forecasts_need_nothing_to_calibrate(kind: type[nn.Module]) -> None:
     for taken, point in points_of(plan):
         assert set(point.schedule) == {R, F}
         fast = optimize(model, taken)
-        assert fast.cost.run_share(point.schedule) == pytest.approx(point.cost, rel=1e-9)
+        assert fast.compiled.cost.run_share(point.schedule) == pytest.approx(point.cost, rel=1e-9)

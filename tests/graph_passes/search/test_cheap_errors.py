@@ -62,14 +62,12 @@ def ended(blocks: Blocks) -> Recording:
 @pytest.fixture(scope="module")
 def recorded(blocks: Blocks, ended: Recording) -> RecordedSampler:
     graph = capture(blocks, ended.signature)
-    found = recover_sampler(graph, ended, classify_inputs(ended), STEPS)
-    assert isinstance(found, RecordedSampler)
-    return found
+    return recover_sampler(graph, ended, ended.dependence, STEPS)
 
 
 def variants_of(model: nn.Module, recording: Recording, rank: int, history: int = 3) -> VariantSet:
     graph = capture(model, recording.signature)
-    sites = find_sites(graph, classify_nodes(graph, classify_inputs(recording)))
+    sites = find_sites(graph, classify_nodes(graph, recording.dependence))
     targets, _ = assign(graph, sites, rank=rank)
     anchors = anchor_table(modes("R" * STEPS), history - 1)
     factors = make_factors(graph, targets, {})

@@ -116,7 +116,7 @@ class Known:
 def learn(model: nn.Module, recording: Recording) -> Known:
     """All that a search knows before it allocates."""
     captured = capture(model, recording.signature)
-    classes = classify_nodes(captured, classify_inputs(recording))
+    classes = classify_nodes(captured, recording.dependence)
     sites = find_sites(captured, classes)
     schedule = uniform_schedule(recording.steps, 3)
     targets: dict[str, CalibrationTarget] = {}
@@ -328,10 +328,10 @@ def test_plan_of_an_allocation_is_optimised_to_its_cost(dit_known: Known) -> Non
             known.candidates.moments,
         )
         fast = optimize(known.model, plan)
-        assert {t.name: t.rank for t in fast.targets} == dict(allocation.ranks)
-        assert fast.targets == known.planned(allocation)
+        assert {t.name: t.rank for t in fast.compiled.targets} == dict(allocation.ranks)
+        assert fast.compiled.targets == known.planned(allocation)
         # Every block keeps a layer that is modulated: nothing but what was foreseen goes away.
-        share = fast.cost.modes[C] / fast.cost.plain_macs
+        share = fast.compiled.cost.modes[C] / fast.compiled.cost.plain_macs
         assert math.isclose(allocation.cost, share, **EXACT)
         costs.append(share)
     assert costs[0] <= 0.4 < costs[1] <= 0.7

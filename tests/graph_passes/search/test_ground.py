@@ -131,7 +131,7 @@ def assert_same_plan(one: Plan, other: Plan, *, held_out: bool = True) -> None:
         weights = [torch.tensor(point.output_weights) for point in (mine, its)]
         torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
         assert mine.error.mean == pytest.approx(its.error.mean, rel=1e-2, abs=1e-6)
-    assert one.settings.latent == other.settings.latent
+    assert one.recipe.latent == other.recipe.latent
     settings = [
         replace(plan.settings, output_weights=None, latent=None, fixed={}, reads="[]")
         for plan in (one, other)
@@ -307,7 +307,7 @@ def test_a_latency_table_of_another_checkpoint_is_refused() -> None:
     own = Plan.from_trajectory(model, recording, weighting="none", correct=False)
     table = LatencyTable("1234567890abcdef", "by hand", 2, plain=1.0, forecast=0.1, rows=())
     with refuses(
-        f"plan: latency: expected a table of this checkpoint ({own.settings.weights_hash[:12]}), "
+        f"plan: latency: expected a table of this checkpoint ({own.binding.weights_hash[:12]}), "
         "got of another (1234567890ab). Measure this model."
     ):
         Plan.search(model, recording, budget=0.5, latency=table)

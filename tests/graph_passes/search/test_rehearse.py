@@ -212,10 +212,9 @@ def recorded_dit(model: nn.Module) -> RecordedSampler:
         for seed in (1, 2):
             recording.finish(sample_dit(model, seed=seed))
     graph = capture(model, recording.signature)
-    found = recover_sampler(graph, recording, classify_inputs(recording), recording.steps)
-    assert isinstance(found, RecordedSampler)
-    assert found.steps.parts == 2
-    return found
+    recorded = recover_sampler(graph, recording, recording.dependence, recording.steps)
+    assert recorded.steps.parts == 2
+    return recorded
 
 
 # --- errors against real replays ----------------------------------------------------------------

@@ -108,11 +108,11 @@ def assert_kept(case: Case, plan: Plan, budget: float) -> None:
     """Budget, cost and held-out error of a plan are true."""
     point, fast = taken(plan), optimize(case.model, plan)
     assert plan.schedule == point.schedule
-    assert plan.settings.output_weights == point.output_weights
+    assert plan.recipe.output_weights == point.output_weights
     assert plan.front is not None
-    assert plan.settings.latent == plan.front.latent == "hidden_states"
-    assert fast.cost.run_share(plan.schedule) <= budget + 1e-9
-    assert fast.cost.run_share(plan.schedule) == pytest.approx(point.cost, rel=1e-9)
+    assert plan.recipe.latent == plan.front.latent == "hidden_states"
+    assert fast.compiled.cost.run_share(plan.schedule) <= budget + 1e-9
+    assert fast.compiled.cost.run_share(plan.schedule) == pytest.approx(point.cost, rel=1e-9)
     assert_summary(plan.front.held_out, case.errors(fast, REPORT))
     assert_summary(point.error, case.errors(fast, CHOICE))
 
@@ -145,7 +145,7 @@ def test_every_point_of_the_front_is_a_plan(make: Callable[[], Case], tmp_path: 
     for place, point in enumerate(points):
         chosen = loaded.take(place)
         fast = optimize(make().model, chosen)
-        assert fast.cost.run_share(chosen.schedule) == pytest.approx(point.cost, rel=1e-9)
+        assert fast.compiled.cost.run_share(chosen.schedule) == pytest.approx(point.cost, rel=1e-9)
         assert_summary(point.error, make().errors(fast, CHOICE))
 
 
@@ -164,8 +164,8 @@ def test_no_uniform_plan_of_that_cost_is_better(mode: StepMode, order: int, refr
     fitted = case.recording.take_runs([SEARCHED])
     plan = Plan.from_trajectory(case.model, fitted, schedule=schedule, order=order, rank=28)
     fast = optimize(case.model, plan)
-    assert fast.cost.run_share(schedule) <= budget
-    assert fast.cost.run_share(spread_schedule(steps, refreshes + 1, mode=mode)) > budget
+    assert fast.compiled.cost.run_share(schedule) <= budget
+    assert fast.compiled.cost.run_share(spread_schedule(steps, refreshes + 1, mode=mode)) > budget
     assert taken(found(trained, budget)).error.mean <= fmean(case.errors(fast, CHOICE))
 
 
@@ -236,8 +236,8 @@ def test_calibration_is_found_where_forecasts_fail() -> None:
     needed = {n for p in plan.front.points for n, rank in p.ranks.items() if rank}
     assert set(plan.statistics) == needed  # those of branches as a whole, seen too, are dropped
     fast = optimize(model, plan)
-    assert fast.cost.run_share(plan.schedule) == pytest.approx(taken(plan).cost, rel=1e-9)
-    assert {t.name: t.rank for t in fast.targets} == taken(plan).ranks
+    assert fast.compiled.cost.run_share(plan.schedule) == pytest.approx(taken(plan).cost, rel=1e-9)
+    assert {t.name: t.rank for t in fast.compiled.targets} == taken(plan).ranks
     errors = sample_errors(euler(fast, REPORT), euler(model, REPORT))
     assert_summary(plan.front.held_out, errors)
 
@@ -260,7 +260,7 @@ def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
             recording.finish(case.latents(pipe, "A dog", seed))
     plan = Plan.search(pipe.transformer, recording, budget=0.5)
     fast = optimize(pipe.transformer, plan)
-    assert fast.cost.run_share(plan.schedule) == pytest.approx(taken(plan).cost, rel=1e-9)
+    assert fast.compiled.cost.run_share(plan.schedule) == pytest.approx(taken(plan).cost, rel=1e-9)
     own = build(case)
     own.transformer = fast
     got = case.latents(own, "A dog", REPORT)
@@ -275,7 +275,6 @@ def assert_exported(folder: Path, recording: Recording, latent: str, wanted: Ten
     """The exported run makes the last recorded noise into the same latents."""
     session = Session(folder)
     whole = batch_calls(recording, wanted.shape[0])
-    assert isinstance(whole, Recording)
     first, spec = whole.runs[-1][0], session.manifest.sampler
     assert spec is not None
     inputs = {value.name: first[value.name] for value in spec.inputs}

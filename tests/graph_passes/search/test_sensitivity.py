@@ -48,7 +48,7 @@ def found_in(model: nn.Module, dtype: torch.dtype = torch.float32) -> Found:
 
 def _analysed(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
+    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
 
 
 def gains_of(found: Found, *steps: int, joint: bool = False) -> dict[str, float]:

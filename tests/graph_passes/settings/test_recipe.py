@@ -27,7 +27,7 @@ from calicache.graph_passes import (
     Weighting,
     optimize,
 )
-from calicache.graph_passes.api.plan import SETTINGS_FILE
+from calicache.graph_passes.api.plan import PLAN_FILE
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import member
 from calicache.graph_passes.settings.schedule import output_table
@@ -88,9 +88,9 @@ def test_any_ranks_survive_saving(dit_plan: Plan, ranks: dict[str, int]) -> None
 
 
 def test_plans_without_a_search_name_no_ranks(dit_plan: Plan, tmp_path: Path) -> None:
-    assert dit_plan.settings.ranks == {}
+    assert dit_plan.recipe.ranks == {}
     dit_plan.save(tmp_path / "plan")
-    path = tmp_path / "plan" / SETTINGS_FILE
+    path = tmp_path / "plan" / PLAN_FILE
     written = json.loads(path.read_text())
     assert written["settings"].pop("ranks") == {}
     path.write_text(json.dumps(written))  # as one that was written before there were any
@@ -98,7 +98,7 @@ def test_plans_without_a_search_name_no_ranks(dit_plan: Plan, tmp_path: Path) ->
 
 
 def test_ranks_reach_the_targets(dit: FashionDiT, searched: Plan) -> None:
-    targets = optimize(dit, searched).targets
+    targets = optimize(dit, searched).compiled.targets
     assert {target.name: target.rank for target in targets} == {"blocks.0.attn": 0, **RANKS}
 
 
@@ -149,8 +149,8 @@ def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place:
     others = {f.name for f in fields(taken.settings)} - {*OF_A_POINT, "correction"}
     for name in others:
         assert getattr(taken.settings, name) == getattr(searched.settings, name), name
-    assert taken.settings.correction == "fitted to the recorded runs"
-    assert taken.settings.latent == searched.front.latent == "hidden_states"
+    assert taken.recipe.correction == "fitted to the recorded runs"
+    assert taken.recipe.latent == searched.front.latent == "hidden_states"
     assert taken.statistics is searched.statistics
     assert taken.front == replace(searched.front, taken=place)
     assert searched.front.taken == 2
@@ -163,8 +163,8 @@ def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place:
 def test_every_point_runs(dit: FashionDiT, searched: Plan, place: int) -> None:
     plan = searched.take(place)
     fast = optimize(dit, plan)
-    plain = output_table(plan.schedule, plan.settings.order)
-    assert fast.plan.settings.output_weights == tuple((*row, 0.0) for row in plain)
+    plain = output_table(plan.schedule, plan.recipe.order)
+    assert fast.plan.recipe.output_weights == tuple((*row, 0.0) for row in plain)
     exact = sample_dit(dit)
     off = float((sample_dit(fast) - exact).norm() / exact.norm())
     # All weights are random: what counts is that every mode of the point runs, and counts.
@@ -206,7 +206,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def test_damaged_front_or_ranks_are_refused(searched: Plan, tmp_path: Path, damage: str) -> None:
     spoil, reason = DAMAGES[damage]
     searched.save(tmp_path / "plan")
-    path = tmp_path / "plan" / SETTINGS_FILE
+    path = tmp_path / "plan" / PLAN_FILE
     written = json.loads(path.read_text())
     spoil(written)
     path.write_text(json.dumps(written))

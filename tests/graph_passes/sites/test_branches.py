@@ -93,7 +93,7 @@ def real_branches(request: pytest.FixtureRequest) -> dict[str, tuple[fx.Graph, A
     for name, model in (("dit", "dit"), ("diffusers", "diffusers_dit")):
         recording: Recording = request.getfixturevalue(f"{name}_recording")
         captured = capture(request.getfixturevalue(model), recording.signature)
-        classes = classify_nodes(captured, classify_inputs(recording))
+        classes = classify_nodes(captured, recording.dependence)
         found[name] = (captured.graph, classes, find_branches(captured.graph, classes))
     return found
 
@@ -599,8 +599,8 @@ def test_reused_joint_branch_reads_two_caches_and_none_of_its_weights(
         joint_model, joint_recording, rank=CHANNELS, order=0, rules=rules, correct=False
     )
     fast = optimize(joint_model, plan)
-    (target,) = [target for target in fast.targets if target.name == "blocks.1.attn"]
-    variant = fast.variant_set.variants[CALIBRATE]
+    (target,) = [target for target in fast.compiled.targets if target.name == "blocks.1.attn"]
+    variant = fast.compiled.variant_set.variants[CALIBRATE]
     assert {cache_name(node) for node in target.nodes} <= set(variant.reads)
     named = {str(n.target) for n in variant.module.graph.nodes if n.op == "get_attr"}
     assert not [name for name in named if "blocks.1.attn" in name]
@@ -657,7 +657,10 @@ def test_reuse_of_a_nested_branch_keeps_the_exit_of_the_outer_one_alone() -> Non
         model, recording, schedule=schedule_of(REUSE), rank=CHANNELS, order=0, correct=False
     )
     fast = optimize(model, plan)
-    paths = [module_path(fast.captured.node(cache.node)) for cache in fast.variant_set.caches]
+    paths = [
+        module_path(fast.compiled.captured.node(cache.node))
+        for cache in fast.compiled.variant_set.caches
+    ]
     assert paths == ["down", "after"]
 
 
@@ -672,8 +675,10 @@ def test_a_joint_branch_is_no_one_map_as_a_whole(
     fast = optimize(joint_model, plan)
     # Two exits in both; in the second, two entries too. Its layers are calibrated instead.
     reason = "not one map as a whole: several latent values go in or come out"
-    assert [(r.name, r.reason) for r in fast.sites.rejections if r.name == name] == [(name, reason)]
-    assert {t.granularity for t in fast.targets} == {Granularity.LINEAR}
+    assert [(r.name, r.reason) for r in fast.compiled.rejections if r.name == name] == [
+        (name, reason)
+    ]
+    assert {t.granularity for t in fast.compiled.targets} == {Granularity.LINEAR}
 
 
 # --- what is none, and why --------------------------------------------------------------------

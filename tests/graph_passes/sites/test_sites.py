@@ -25,13 +25,13 @@ OUTSIDE = "before the first residual branch or after the last"
 @pytest.fixture(scope="module")
 def dit_graph(dit: nn.Module, dit_recording: Recording) -> Graph:
     captured = capture(dit, dit_recording.signature)
-    return captured, classify_nodes(captured, classify_inputs(dit_recording))
+    return captured, classify_nodes(captured, dit_recording.dependence)
 
 
 @pytest.fixture(scope="module")
 def diffusers_graph(diffusers_dit: nn.Module, diffusers_recording: Recording) -> Graph:
     captured = capture(diffusers_dit, diffusers_recording.signature)
-    return captured, classify_nodes(captured, classify_inputs(diffusers_recording))
+    return captured, classify_nodes(captured, diffusers_recording.dependence)
 
 
 def tiny_sites(path: Forward, **arguments: Any) -> Sites:

@@ -39,7 +39,7 @@ JOINT_LAYERS = ("attn.q+k+v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 def found_in(model: nn.Module, recording: Recording) -> Found:
     captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, classify_inputs(recording)))
+    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_rank_of_no_target_is_refused_with_the_name(found: Found, case: str) -> 
     start = f"plan: rank of {name}: expected a calibration target, got none of that name among "
     assert message.startswith(start)
     assert all(shown in message for shown in some.split(", "))
-    assert message.endswith("Take the names from `optimize(model, plan).targets`.")
+    assert message.endswith("Take the names from `optimize(model, plan).compiled.targets`.")
 
 
 @pytest.mark.parametrize(

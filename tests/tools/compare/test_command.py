@@ -67,7 +67,7 @@ def given(dit, dit_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Give
     plan = Plan.from_trajectory(residual(), tokens, schedule=(R, C) * 3, rank=4)
     export_onnx(optimize(residual(), plan), made.tokens)
     tokens.save(made.token_runs)
-    table = plan.settings.output_weights
+    table = plan.recipe.output_weights
     assert table is not None
     huge = replace(plan.settings, output_weights=(table[0], (1e38,) * len(table[1]), *table[2:]))
     export_onnx(optimize(residual(), replace(plan, settings=huge)), made.diverging)

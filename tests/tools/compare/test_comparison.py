@@ -154,7 +154,7 @@ def plain_folder(dit, guided: Case, tmp_path_factory) -> Path:
 def test_step_0_gives_the_full_model_for_the_call_of_any_step(
     layout: Layout, dit, guided: Case
 ) -> None:
-    assert guided.fast.plan.settings.correction == "fitted to the recorded runs"
+    assert guided.fast.plan.recipe.correction == "fitted to the recorded runs"
     session = Session(guided.folder / layout)
     for call in guided.recording.calls:
         session.step(0, **call)
@@ -166,7 +166,7 @@ def test_step_0_gives_the_full_model_for_the_call_of_any_step(
 
 @pytest.mark.parametrize("layout", [Layout.STEP, Layout.PAIR])
 def test_fitted_weights_of_step_0_are_those_of_its_own_output(layout: Layout, guided: Case) -> None:
-    weights = guided.fast.plan.settings.output_weights
+    weights = guided.fast.plan.recipe.output_weights
     assert weights is not None
     # What was fitted there is rounding: 1e-7 of the latent, over the share of the output in it.
     assert weights[0] == pytest.approx((1.0, *[0.0] * (len(weights[0]) - 1)), abs=1e-5)
@@ -586,9 +586,7 @@ def test_bfloat16_is_refused(guided: Case) -> None:
     model = residual(torch.bfloat16)
     recording, _ = recorded(model, flow(torch.bfloat16), [draw(1, 2, 5, 8)])
     plan = Plan.from_trajectory(model, recording, schedule=(R, C) * 3, rank=4)
-    manifest = replace(
-        load_artifact(guided.folder / "step"), inputs=plan.settings.signature.tensors
-    )
+    manifest = replace(load_artifact(guided.folder / "step"), inputs=plan.binding.signature.tensors)
     with pytest.raises(CompareError) as refused:
         matching_runs(manifest, recording)
     assert str(refused.value) == (

@@ -75,7 +75,7 @@ def between(home: Path, plan: Plan, other: Plan) -> Difference:
 
 
 def changed(plan: Plan, **changes: object) -> Plan:
-    return replace(plan, settings=replace(plan.settings, **changes))  # type: ignore[arg-type]
+    return replace(plan, recipe=replace(plan.recipe, **changes))  # type: ignore[arg-type]
 
 
 def test_a_plan_saved_twice_is_equal(home: Path, plan: Plan, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
         "rules": (),
         "include": (),
         "exclude": ("x",),
-        "signature": replace(plan.settings.signature, order=("x",)),
+        "signature": replace(plan.binding.signature, order=("x",)),
         "dependence": {},
         "timestep": None,
         "weights_hash": "0",
@@ -145,7 +145,7 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
 
 
 def test_a_list_in_another_order_differs(home: Path, plan: Plan) -> None:
-    rules = tuple(reversed(plan.settings.rules))
+    rules = tuple(reversed(plan.recipe.rules))
     (change,) = between(home, plan, changed(plan, rules=rules)).settings
     assert change.a == tuple(reversed(change.b))
     assert len(change.a) == 3
@@ -201,7 +201,7 @@ def test_other_weights_and_statistics_belong_to_something_else(
 
 
 def test_output_weights_say_how_far_they_are_apart(home: Path, plan: Plan) -> None:
-    table = plan.settings.output_weights
+    table = plan.recipe.output_weights
     assert table is not None
     moved = ((table[0][0] + 0.25, *table[0][1:]), *table[1:])
     (change,) = between(home, plan, changed(plan, output_weights=moved)).settings
@@ -211,7 +211,7 @@ def test_output_weights_say_how_far_they_are_apart(home: Path, plan: Plan) -> No
 
 
 def test_output_weights_of_another_order_are_told_apart(home: Path, plan: Plan) -> None:
-    table = plan.settings.output_weights
+    table = plan.recipe.output_weights
     assert table is not None
     wider = tuple((*row, 0.0) for row in table)
     other = changed(plan, order=2, output_weights=wider)
@@ -244,7 +244,7 @@ def test_text_of_two_plans_is_as_it_was(home: Path, plan: Plan) -> None:
     other = changed(
         plan.with_schedule(schedule_of("RCCRCC")),
         ranks={"blocks.2.fc1": 2},
-        rules=plan.settings.rules[:1],
+        rules=plan.recipe.rules[:1],
     )
     text = printed(between(home, plan, other))
     assert_golden("diff_plans.txt", text.replace(str(home), "FOLDER"))

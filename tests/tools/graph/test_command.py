@@ -223,7 +223,7 @@ def test_every_layout_has_the_graphs_of_what_it_runs(
     with record(dit) as recording:
         recording.finish(sample_dit(dit))
     fast = optimize(dit, dit_plan)
-    expected = view_graphs(fast.captured, fast.variant_set)
+    expected = view_graphs(fast.compiled.captured, fast.compiled.variant_set)
     for layout in Layout:
         sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
         export_onnx(fast, tmp_path / layout, layout, sampler)

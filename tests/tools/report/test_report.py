@@ -61,7 +61,7 @@ def folder(
 
 
 def front_of(plan: Plan) -> Front:
-    weights, latent = plan.settings.output_weights, plan.settings.latent
+    weights, latent = plan.recipe.output_weights, plan.recipe.latent
     assert weights is not None
     assert latent is not None
     points = tuple(
@@ -110,7 +110,7 @@ def test_site_errors_are_those_of_the_drop_in_model(
 ) -> None:
     optimized = optimize(model, plan)
     found = site_errors(optimized, runs)
-    branches = tuple(branch.name for branch in optimized.sites.branches)
+    branches = tuple(branch.name for branch in optimized.compiled.analysis.sites.branches)
     assert found.sites == (LATENTS, *branches, OUTPUT)
     assert found.schedule == SCHEDULE
     expected = run_beside(model, optimized)

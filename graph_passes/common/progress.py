@@ -1,0 +1,49 @@
+"""How far a long piece of work is: one form of it for planning, searching and optimising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a piece of work is.
+
+    Attributes:
+        done: work done so far; it never falls.
+        total: all of it, in the same unit; an estimate where the work depends on what it finds.
+        stage: what is being done.
+    """
+
+    done: float
+    total: float
+    stage: str
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Meter:
+    """Counts work over all stages, and tells a listener after every piece.
+
+    Args:
+        total: expected work, such as calls of the plain model.
+        on_progress: the listener; None for none.
+    """
+
+    def __init__(self, total: float, on_progress: OnProgress | None = None) -> None:
+        self.total, self.on_progress = total, on_progress
+        self.done, self.name = 0.0, ""
+
+    def stage(self, name: str) -> None:
+        """Begin a stage."""
+        self.name = name
+        self.add(0.0)
+
+    def add(self, work: float = 1.0) -> None:
+        """Count work; the total grows with it rather than be passed."""
+        self.done += work
+        self.total = max(self.total, self.done)
+        if self.on_progress:
+            self.on_progress(Progress(self.done, self.total, self.name))

@@ -1,0 +1,82 @@
+"""What a plan is tied to: a checkpoint, a form of call, and how the inputs behave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from calicache.graph_passes.common.hashing import digest, hash_weights
+from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.recording.reads import DIFFERENT, NOTHING, find_reads
+from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.recording.signature import CallSignature
+from calicache.graph_passes.recording.step_calls import batch_signature, batch_size
+from calicache.graph_passes.recording.timestep import Timestep, calls_of
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What a plan is tied to.
+
+    Attributes:
+        signature: form of the model's calls.
+        dependence: class of every tensor argument.
+        timestep: the argument that counts the denoising down, or None.
+        weights_hash: of the checkpoint.
+        reads: what the model reads off its tensors in every call, from `find_reads`.
+        run_values: where it reads anything, digests of the recorded values of every argument that
+            stays the same over a run: the graph is made for what some of them decide.
+    """
+
+    signature: CallSignature
+    dependence: dict[str, Dependence]
+    timestep: Timestep | None
+    weights_hash: str
+    reads: str = NOTHING
+    run_values: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> int:
+        """Calls of the model in a step."""
+        return calls_of(self.timestep)
+
+    def with_signature(self, signature: CallSignature) -> Binding:
+        """The same for calls of another form."""
+        return replace(self, signature=signature)
+
+    def by_step(self) -> Binding:
+        """The same with all calls of a step in one; this one where a step has one call."""
+        if self.timestep is None or self.calls == 1:
+            return self
+        batch = batch_size(self.signature, self.dependence)
+        signature = batch_signature(self.signature, self.calls, batch)
+        return replace(self, signature=signature, timestep=replace(self.timestep, calls=1))
+
+
+def bind(model: nn.Module, recording: Recording) -> Binding:
+    """Tie a plan to a model and to what its sampler was seen to do.
+
+    Args:
+        model: the one that was recorded; may be on the meta device.
+        recording: one run or more.
+
+    Raises:
+        RecordError: nothing was recorded.
+        DependenceError: the inputs do not tell what changes over the steps.
+    """
+    reads = find_reads(model, recording)
+    names = [name for name, kind in recording.dependence.items() if kind is Dependence.RUN]
+    if reads in (NOTHING, DIFFERENT):
+        names = []
+    firsts = [run[0] for run in recording.runs]
+    return Binding(
+        signature=recording.signature,
+        dependence=dict(recording.dependence),
+        timestep=recording.timestep,
+        weights_hash=hash_weights(model),
+        reads=reads,
+        run_values={
+            name: tuple(dict.fromkeys(digest(call[name]) for call in firsts)) for name in names
+        },
+    )

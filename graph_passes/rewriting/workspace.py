@@ -1,0 +1,63 @@
+"""What has been made of a model in this process: a plan hands it on, so that nothing is made twice.
+
+It holds analyses by model, as long as the model lives, and decompositions as far as they are small.
+It is no part of a plan's value: copies and files begin with an empty one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from calicache.graph_passes.factors.factors import Decompositions
+from calicache.graph_passes.recording.binding import Binding
+from calicache.graph_passes.sites.analysis import Analysis, analyse
+
+Place = frozenset[tuple[torch.device, torch.dtype]]
+
+
+class Workspace:
+    """Analyses and decompositions of one checkpoint."""
+
+    def __init__(self) -> None:
+        self._analyses: WeakKeyDictionary[nn.Module, list[tuple[Place, Analysis]]]
+        self._analyses = WeakKeyDictionary()
+        self.decompositions = Decompositions()
+
+    def analysis(
+        self,
+        model: nn.Module,
+        binding: Binding,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+    ) -> Analysis:
+        """The analysis of a model for one form of call, made at the first request.
+
+        Args:
+            model: of the checkpoint that the binding names.
+            binding: the form of the calls.
+            include: shell patterns; a site needs to match one.
+            exclude: shell patterns; a site may match none.
+
+        Raises:
+            CalicacheError: see `analyse`.
+        """
+        wish, place = (binding, tuple(include), tuple(exclude)), _place(model)
+        analyses = self._analyses.setdefault(model, [])
+        for known_place, analysis in analyses:
+            known = (analysis.binding, analysis.include, analysis.exclude)
+            if known == wish and known_place == place:
+                return analysis
+        analyses.append((place, analyse(model, *wish)))
+        return analyses[-1][1]
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return Workspace, ()
+
+
+def _place(model: nn.Module) -> Place:
+    """Where the weights are, and in which dtypes: a graph holds constants that do not move."""
+    return frozenset((value.device, value.dtype) for value in model.parameters())
