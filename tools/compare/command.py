@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from calicache.graph_passes.common.errors import CompareError, ModelError
-from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.common.progress import Progress
+from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.compare.comparison import Comparison, compare
 from calicache.tools.compare.image_grid import check_grid, save_grid
 from calicache.tools.compare.image_measures import Decoder, picture_kind
