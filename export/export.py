@@ -126,6 +126,7 @@ def _manifest(
         rank=recipe.rank,
         order=recipe.order,
         weighting=recipe.weighting,
+        output_weights=recipe.outputs,
         correction=recipe.correction,
         weights_hash=binding.weights_hash,
         inputs=binding.signature.tensors,
@@ -158,6 +159,7 @@ def _sampler_record(optimized: OptimizedModel, sampler: Sampler) -> SamplerRecor
         parts=sampler.parts,
         conditional=sampler.conditional,
         guidance=sampler.guidance,
+        scale=sampler.scales[0],
     )
 
 

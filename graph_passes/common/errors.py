@@ -145,3 +145,9 @@ class CompareError(CalicacheError):
     """A recording and an artifact cannot be run side by side."""
 
     stage = "compare"
+
+
+class LibraryError(CalicacheError):
+    """A library that only some commands need is not installed."""
+
+    stage = "library"

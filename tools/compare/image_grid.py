@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import CompareError
-from calicache.tools.compare.image_measures import (
-    IMAGE_CHANNELS,
-    NoPictures,
-    PictureKind,
-    Pictures,
-    missing,
-)
+from calicache.tools.compare.image_measures import NoPictures, PictureKind, Pictures
+from calicache.tools.terminal.options import import_library
 
 MOST_COLUMNS = 8
 _MARGIN, _GAP, _SMALLEST = 96, 4, 96  # pixels: of the row names, between cells, of a cell's side
@@ -49,7 +44,8 @@ def check_grid(path: Path, kind: PictureKind | NoPictures, channels: int) -> Non
         channels: of the results.
 
     Raises:
-        CompareError: no images, no PNG, nowhere to put it, or pillow is missing.
+        CompareError: no images, no PNG, or nowhere to put it.
+        LibraryError: pillow is missing.
     """
     if isinstance(kind, NoPictures) or kind is PictureKind.LATENTS:
         latents = f"latents of {channels} channels, and there is no decoder"
@@ -66,7 +62,7 @@ def check_grid(path: Path, kind: PictureKind | NoPictures, channels: int) -> Non
             got="a folder" if path.is_dir() else repr(str(path)),
             fix="Choose a name such as compare.png.",
         )
-    _pillow()
+    _pillow("Image")
 
 
 def save_grid(pictures: Pictures, path: Path) -> ImageGrid:
@@ -80,37 +76,32 @@ def save_grid(pictures: Pictures, path: Path) -> ImageGrid:
         path: of the PNG; an existing one is replaced.
 
     Raises:
-        CompareError: as `check_grid`.
+        CalicacheError: as `check_grid`.
     """
     check_grid(path, pictures.kind, pictures.full.shape[1])
-    assert pictures.full.shape[1] in IMAGE_CHANNELS
-    image, draw = _pillow()
+    image, draw = _pillow("Image"), _pillow("ImageDraw")
     full, cached = (value[:MOST_COLUMNS] for value in (pictures.full, pictures.cached))
     difference = (cached - full).abs() / 2  # of the way from black to white
-    factor = _factor(float(difference.max()))
-    rows = [(full + 1) / 2, (cached + 1) / 2, difference * factor]
-    names = ["full", "cached", f"difference\nx {factor}"]
-    height, width = (side * _zoom(full) + _GAP for side in full.shape[2:])
-    sheet = image.new(
-        "RGB", (_MARGIN + len(full) * width, len(rows) * height - _GAP), (_PAPER,) * 3
-    )
+    largest = float(difference.max())
+    factor = max((f for f in _FACTORS if f * largest <= 1.0), default=1)
+    rows = {
+        "full": (full + 1) / 2,
+        "cached": (cached + 1) / 2,
+        f"difference\nx {factor}": difference * factor,
+    }
+    zoom = max(1, -(-_SMALLEST // min(full.shape[2:])))  # whole pixels: small pictures stay sharp
+    height, width = (side * zoom + _GAP for side in full.shape[2:])
+    size = _MARGIN + len(full) * width, len(rows) * height - _GAP
+    sheet = image.new("RGB", size, (_PAPER,) * 3)
     pen = draw.Draw(sheet)
-    for place, (name, row) in enumerate(zip(names, rows, strict=True)):
+    for place, (name, row) in enumerate(rows.items()):
         pen.multiline_text((_GAP, place * height + _LETTER_HEIGHT), name, fill=(0, 0, 0))
         for column, cell in enumerate(row):
-            made = image.fromarray(_pixels(cell, _zoom(full)))
-            sheet.paste(made, (_MARGIN + column * width, place * height))
+            sheet.paste(
+                image.fromarray(_pixels(cell, zoom)), (_MARGIN + column * width, place * height)
+            )
     sheet.save(path, format="PNG")
     return ImageGrid(path, len(full), factor)
-
-
-def _factor(largest: float) -> int:
-    return max((f for f in _FACTORS if f * largest <= 1.0), default=1)
-
-
-def _zoom(images: Tensor) -> int:
-    """Whole pixels, so that small pictures stay sharp."""
-    return max(1, -(-_SMALLEST // min(images.shape[2:])))
 
 
 def _pixels(cell: Tensor, zoom: int) -> np.ndarray[Any, Any]:
@@ -119,9 +110,5 @@ def _pixels(cell: Tensor, zoom: int) -> np.ndarray[Any, Any]:
     return values.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
 
 
-def _pillow() -> tuple[Any, Any]:
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError as error:
-        raise missing("pillow", "the image grid", error) from error
-    return Image, ImageDraw
+def _pillow(module: str) -> Any:
+    return import_library(f"PIL.{module}", "pillow", "draws the image grid")

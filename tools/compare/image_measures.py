@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import CompareError, reason_of
+from calicache.tools.terminal.options import import_library
 
-INSTALL = "pip install 'calicache[report]'"
 IMAGE_CHANNELS = (1, 3)
 IMAGE_RANGE = (-1.0, 1.0)
 _WINDOW = 11  # of SSIM, in pixels
@@ -76,15 +76,6 @@ class ImageMeasures:
     ssim_worst: float | None
 
 
-def check_measures() -> None:
-    """Refuse where the library that measures is missing.
-
-    Raises:
-        CompareError: it is.
-    """
-    _functions()
-
-
 def picture_kind(shape: Sequence[int], decoder: Decoder | None) -> PictureKind | NoPictures:
     """What results of a shape are compared as, or why they cannot be.
 
@@ -130,9 +121,9 @@ def measure_pictures(pictures: Pictures) -> ImageMeasures:
     0 .. 1 by the range that it has in the full results.
 
     Raises:
-        CompareError: torchmetrics is missing.
+        LibraryError: torchmetrics is missing.
     """
-    psnr, ssim = _functions()
+    psnr, ssim = measure_functions()
     full, cached = pictures.full, pictures.cached
     data_range, scale = 2.0, "-1 .. 1"
     if pictures.kind is PictureKind.LATENTS:
@@ -141,8 +132,8 @@ def measure_pictures(pictures: Pictures) -> ImageMeasures:
     decibels = psnr(cached, full, data_range=data_range, reduction="none", dim=(1, 2, 3)).tolist()
     alike: list[float] | None = None
     if min(full.shape[2:]) >= _WINDOW:
-        found = ssim(cached, full, data_range=data_range, reduction="none", kernel_size=_WINDOW)
-        alike = found.reshape(-1).tolist()
+        windows = ssim(cached, full, data_range=data_range, reduction="none", kernel_size=_WINDOW)
+        alike = windows.reshape(-1).tolist()
     return ImageMeasures(
         kind=pictures.kind,
         data_range=data_range,
@@ -154,25 +145,15 @@ def measure_pictures(pictures: Pictures) -> ImageMeasures:
     )
 
 
-def _functions() -> tuple[Any, Any]:
-    try:
-        from torchmetrics.functional.image import (
-            peak_signal_noise_ratio,
-            structural_similarity_index_measure,
-        )
-    except ImportError as error:
-        raise missing("torchmetrics", "PSNR and SSIM", error) from error
-    return peak_signal_noise_ratio, structural_similarity_index_measure
+def measure_functions() -> tuple[Any, Any]:
+    """PSNR and SSIM.
 
-
-def missing(library: str, purpose: str, error: ImportError) -> CompareError:
-    """What to tell where an optional library is not installed."""
-    return CompareError(
-        library,
-        expected=f"the package {library}, for {purpose}",
-        got=reason_of(error),
-        fix=f"Install it: {INSTALL}",
-    )
+    Raises:
+        LibraryError: torchmetrics is missing.
+    """
+    name = "torchmetrics.functional.image"
+    functions = import_library(name, "torchmetrics", "measures PSNR and SSIM")
+    return functions.peak_signal_noise_ratio, functions.structural_similarity_index_measure
 
 
 def _decode(decoder: Decoder, latents: Tensor) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 
 from calicache.export.artifact.manifest import Manifest
 from calicache.tools.diff.difference import (
@@ -17,15 +15,17 @@ from calicache.tools.diff.difference import (
     diff_schedules,
     diff_states,
 )
-from calicache.tools.diff.words import changed, changed_fields, changed_fronts
+from calicache.tools.diff.words import changed, changed_fields, changed_fronts, changed_weights
 from calicache.tools.inspect.artifact_facts import ArtifactFacts, artifact_facts
-from calicache.tools.inspect.onnx_facts import operator_counts
-from calicache.tools.terminal.subject import ONNX_SUFFIX, ArtifactSubject, read_onnx
+from calicache.tools.terminal.subject import ArtifactSubject
 
 _BELONGING = ("calicache", "format", "weights_hash")
 _SETTINGS = ("rank", "order", "weighting", "correction", "calls_per_step", "fixed")
 # Shown in other sections, as costs or as targets.
-_ELSEWHERE = ("files", "schedule", "cache_bytes", "plain_macs", "modes", "targets", "front")
+_ELSEWHERE = (
+    *("files", "schedule", "cache_bytes", "plain_macs", "modes", "targets", "front"),
+    "output_weights",
+)
 
 
 def diff_artifacts(a: ArtifactSubject, b: ArtifactSubject) -> Difference:
@@ -39,6 +39,7 @@ def diff_artifacts(a: ArtifactSubject, b: ArtifactSubject) -> Difference:
         schedule=diff_schedules(first.schedule, second.schedule),
         settings=(
             *_fields(a.manifest, b.manifest, _SETTINGS),
+            *changed_weights(a.manifest.output_weights, b.manifest.output_weights),
             *changed_fronts(first.front, second.front),
         ),
         targets=diff_states(_states(first), _states(second)),
@@ -47,7 +48,6 @@ def diff_artifacts(a: ArtifactSubject, b: ArtifactSubject) -> Difference:
         structure=tuple(
             changed_fields(a.manifest, b.manifest, (*_BELONGING, *_SETTINGS, *_ELSEWHERE))
         ),
-        operators=_operators(a, b),
     )
 
 
@@ -83,33 +83,3 @@ def _shares(facts: ArtifactFacts) -> dict[str, float]:
 
 def _reads(facts: ArtifactFacts) -> dict[str, float]:
     return {f"read by {entry.mode.name}": float(entry.read_bytes) for entry in facts.modes}
-
-
-def _operators(a: ArtifactSubject, b: ArtifactSubject) -> tuple[NumberChange, ...]:
-    """Nodes by operator: of every model, or of all together where the models are others."""
-    digests = [_models(target) for target in (a, b)]
-    if digests[0] == digests[1]:
-        return ()
-    counts = [
-        {name: Counter(operator_counts(read_onnx(target.path / name))) for name in models}
-        for target, models in zip((a, b), digests, strict=True)
-    ]
-    if counts[0].keys() != counts[1].keys():
-        totals = (sum(by_model.values(), Counter[str]()) for by_model in counts)
-        return diff_numbers("nodes", *map(_floats, totals))
-    several = len(counts[0]) > 1
-    changes: list[NumberChange] = []
-    for name in counts[0]:
-        found = diff_numbers("nodes", *(_floats(by_model[name]) for by_model in counts))
-        changes += [replace(c, name=f"{name}: {c.name}") if several else c for c in found]
-    return tuple(changes)
-
-
-def _floats(counts: Mapping[str, int]) -> dict[str, float]:
-    return {name: float(count) for name, count in counts.items()}
-
-
-def _models(target: ArtifactSubject) -> dict[str, str]:
-    """SHA-256 of every ONNX file of an artifact."""
-    files = target.manifest.files
-    return {file.name: file.sha256 for file in files if file.name.endswith(ONNX_SUFFIX)}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
 from calicache.graph_passes.api.plan import STATISTICS_FILE, Plan
-from calicache.graph_passes.settings.schedule import Table
 from calicache.tools.diff.difference import (
     Change,
     Difference,
@@ -16,7 +14,7 @@ from calicache.tools.diff.difference import (
     diff_schedules,
     diff_states,
 )
-from calicache.tools.diff.words import changed, changed_fields, changed_fronts
+from calicache.tools.diff.words import changed, changed_fields, changed_fronts, changed_weights
 from calicache.tools.inspect.plan_facts import PlanFacts, plan_facts
 from calicache.tools.terminal.subject import PlanSubject
 
@@ -26,52 +24,35 @@ _ELSEWHERE = ("schedule", "weights_hash", "ranks", "output_weights")
 
 def diff_plans(a: PlanSubject, b: PlanSubject) -> Difference:
     """What differs between two plans."""
-    facts = plan_facts(a), plan_facts(b)
-    first, second = a.plan.settings, b.plan.settings
+    first, second = plan_facts(a), plan_facts(b)
+    recipes = a.plan.recipe, b.plan.recipe
     return Difference(
         kind="plan",
         a=str(a.path),
         b=str(b.path),
-        belonging=tuple(_belonging(*facts)),
-        schedule=diff_schedules(*(fact.schedule for fact in facts)),
+        belonging=tuple(_belonging(first, second)),
+        schedule=diff_schedules(first.schedule, second.schedule),
         settings=(
-            *changed_fields(first, second, _ELSEWHERE),
-            *_output_weights(first.output_weights, second.output_weights),
+            *changed_fields(*recipes, _ELSEWHERE),
+            *changed_fields(a.plan.binding, b.plan.binding, _ELSEWHERE),
+            *changed_weights(*(recipe.output_weights for recipe in recipes)),
             *changed_fronts(a.plan.front, b.plan.front),
         ),
-        targets=diff_states(*map(_states, facts)),
+        targets=diff_states(_states(first), _states(second)),
         layers=(),
         costs=_costs(a.plan, b.plan),
         structure=(),
-        operators=(),
     )
 
 
 def _belonging(a: PlanFacts, b: PlanFacts) -> Iterator[Change]:
     yield from changed("weights", a.weights_hash, b.weights_hash)
-    digests = (
-        next(file.sha256 for file in facts.files if file.name == STATISTICS_FILE)
-        for facts in (a, b)
-    )
-    yield from changed(STATISTICS_FILE, *digests)
+    digests = ({file.name: file.sha256 for file in facts.files} for facts in (a, b))
+    yield from changed(STATISTICS_FILE, *(by_name[STATISTICS_FILE] for by_name in digests))
 
 
 def _states(facts: PlanFacts) -> dict[str, TargetState]:
     return {target.name: TargetState(target.rank, None) for target in facts.targets}
-
-
-def _output_weights(a: Table | None, b: Table | None) -> Iterator[Change]:
-    if a == b:
-        return
-    if a is None or b is None:
-        words = [() if table is None else ("fitted",) for table in (a, b)]
-        yield Change("output weights", *words)
-    elif [len(row) for row in a] == [len(row) for row in b]:
-        pairs = zip(chain.from_iterable(a), chain.from_iterable(b), strict=True)
-        most = max(abs(x - y) for x, y in pairs)
-        yield Change("output weights", ("fitted",), (f"fitted, up to {most:.3g} from A",))
-    else:
-        yield Change("output weights", ("fitted",), ("fitted, for other steps or order",))
 
 
 def _costs(a: Plan, b: Plan) -> tuple[NumberChange, ...]:

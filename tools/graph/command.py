@@ -1,11 +1,12 @@
-"""What `calicache graph` does: read the graphs of an artifact, take a view of them, write it."""
+"""`calicache graph`: read the graphs of an artifact, take a view of them, write it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from pydantic import TypeAdapter
 
 from calicache.export.artifact.graph_file import read_graphs
@@ -28,59 +29,65 @@ class GraphFormat(StrEnum):
     JSON = "json"
 
 
-@dataclass(frozen=True, slots=True)
-class GraphArguments:
-    """The command line of `calicache graph`; None for what was left out.
+def graph(
+    artifact: Annotated[Path, typer.Argument(help="An artifact written by export_onnx.")],
+    block: Annotated[
+        str | None,
+        typer.Option(help="Name or number of a block; left out, the model is folded by block."),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="plain, or a mode of the schedule; if left out its first one that is not refresh."
+        ),
+    ] = None,
+    form: Annotated[
+        GraphFormat, typer.Option("--format", help="How the graph is written.")
+    ] = GraphFormat.TEXT,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write; printed if left out.")
+    ] = None,
+) -> None:
+    """Show a rewritten graph beside the plain one: what was inserted, removed, read and kept.
 
-    Attributes:
-        target: folder of an artifact.
-        block: name or number of a block; without one the whole model is folded by block.
-        mode: `plain`, or a mode in any case; the cheap mode that the schedule uses first.
-        format: of the result.
-        output: file to write.
+    Example: calicache graph out/dit.onnx.d --block 3 --mode calibrate
+
+    As a drawing: calicache graph out/dit.onnx.d --block 3 --format svg -o block.svg
     """
-
-    target: Path
-    block: str | None = None
-    mode: str | None = None
-    format: GraphFormat = GraphFormat.TEXT
-    output: Path | None = None
-
-
-def run_graph(arguments: GraphArguments) -> str:
-    """The view that the arguments ask for, written into `output` where there is one.
-
-    Returns:
-        What to print.
-
-    Raises:
-        CalicacheError: no artifact, one without graphs, or no such block or mode.
-    """
-    graphs = read_graphs(arguments.target)
-    mode = find_mode(graphs, arguments.mode or first_cheap_mode(arguments.target))
-    view: BlockView | FoldedView
-    if arguments.block is None:
-        view = fold_blocks(graphs, mode)
-    else:
-        view = view_block(graphs, arguments.block, mode)
-    text = write_view(view, arguments.format)
-    if arguments.output is None:
-        return text
-    if arguments.output.is_dir():
+    text = view_text(artifact, block, mode, form)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    if output.is_dir():
         raise SubjectError(
-            "output", expected="a file", got=f"the folder {arguments.output}", fix="Name a file."
+            "output", expected="a file", got=f"the folder {output}", fix="Name a file."
         )
-    with atomic_path(arguments.output) as temporary:
+    with atomic_path(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return f"Written: {arguments.output}\n"
+    typer.echo(f"Written: {output}")
 
 
-def write_view(view: BlockView | FoldedView, form: GraphFormat) -> str:
-    """A view as text, as SVG, as a Mermaid flowchart or as JSON.
+def view_text(
+    path: Path,
+    block: str | None = None,
+    mode: str | None = None,
+    form: GraphFormat = GraphFormat.TEXT,
+) -> str:
+    """One view of an artifact's graphs, as text, SVG, a Mermaid flowchart or JSON.
+
+    Args:
+        path: folder of the artifact.
+        block: name or number of a block; without one the whole model is folded by block.
+        mode: `plain`, or a mode in any case; without one the cheap mode that comes first.
+        form: of the result.
 
     Raises:
-        SubjectError: pygraphviz is missing, for SVG.
+        CalicacheError: no artifact, no such block or mode, or no pygraphviz for SVG.
     """
+    graphs = read_graphs(path)
+    step_mode = find_mode(graphs, mode or first_cheap_mode(path))
+    view: BlockView | FoldedView
+    view = view_block(graphs, block, step_mode) if block else fold_blocks(graphs, step_mode)
     if form is GraphFormat.SVG:
         return svg_text(view)
     if form is GraphFormat.MERMAID:
@@ -90,13 +97,13 @@ def write_view(view: BlockView | FoldedView, form: GraphFormat) -> str:
     return block_text(view) if isinstance(view, BlockView) else folded_text(view)
 
 
-def first_cheap_mode(directory: Path) -> str:
+def first_cheap_mode(path: Path) -> str:
     """The first mode of an artifact's schedule that is not REFRESH, or REFRESH, in lower case.
 
     Raises:
         ArtifactError: it is no artifact.
     """
-    schedule = read_manifest(directory).schedule
+    schedule = read_manifest(path).schedule
     cheap = (mode for mode in schedule if mode is not StepMode.REFRESH)
     return next(cheap, StepMode.REFRESH).name.lower()
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 from calicache.export.artifact.graph_file import read_graphs
 from calicache.export.artifact.manifest import (
-    GRAPHS_FILE,
     MANIFEST_FILE,
     WEIGHTS_FILE,
     FileRecord,
@@ -58,8 +57,7 @@ class ArtifactFacts:
         caches: how many values a REFRESH keeps, `history` refreshes of each at most.
         cache_bytes: of all kept refreshes, over all calls of a step.
         targets, rejections: what CALIBRATE replaces, and what was left alone and why.
-        layers: every linear layer and what the steps do with it; empty where the artifact is of a
-            version that wrote no graphs.
+        layers: every linear layer and what the steps do with it.
         front: of the search that the plan is from; None without one.
         warnings: what a user should know.
     """
@@ -93,13 +91,11 @@ class ArtifactFacts:
     warnings: tuple[Caution, ...]
 
 
-def artifact_facts(target: ArtifactSubject) -> ArtifactFacts:
+def artifact_facts(subject: ArtifactSubject) -> ArtifactFacts:
     """Facts of an artifact whose files were checked."""
-    manifest = target.manifest
-    has_graphs = any(record.name == GRAPHS_FILE for record in manifest.files)
-    graphs = read_graphs(target.path) if has_graphs else None
+    manifest = subject.manifest
     return ArtifactFacts(
-        path=str(target.path),
+        path=str(subject.path),
         format=manifest.format,
         calicache=manifest.calicache,
         layout=manifest.layout.value,
@@ -122,9 +118,9 @@ def artifact_facts(target: ArtifactSubject) -> ArtifactFacts:
         cache_bytes=_cache_bytes(manifest),
         targets=manifest.targets,
         rejections=manifest.rejections,
-        layers=() if graphs is None else layer_facts(graphs, manifest.targets),
+        layers=layer_facts(read_graphs(subject.path), manifest.targets),
         front=manifest.front,
-        warnings=tuple(_cautions(manifest, target.path)),
+        warnings=tuple(_cautions(manifest, subject.path)),
     )
 
 
@@ -173,9 +169,6 @@ def _cautions(manifest: Manifest, folder: Path) -> Iterator[Caution]:
         text = f"A calibration branch costs as much as the layers: {some_names(dear)}."
         yield Caution("no-saving", text)
     yield from _size_cautions(manifest)
-    if all(record.name != GRAPHS_FILE for record in manifest.files):
-        text = "The artifact has no graphs, so that no step modes by layer are shown: export again."
-        yield Caution("no-graphs", text)
     recorded = {record.name for record in manifest.files} | {MANIFEST_FILE}
     others = sorted(path.name for path in folder.iterdir() if path.name not in recorded)
     if others:

@@ -14,7 +14,6 @@ from calicache.export.artifact.manifest import TargetRecord
 from calicache.tools.inspect.artifact_facts import ArtifactFacts
 from calicache.tools.terminal.front import front_lines
 from calicache.tools.terminal.text import (
-    add_plain_row,
     fact_grid,
     files_in_words,
     format_count,
@@ -24,6 +23,7 @@ from calicache.tools.terminal.text import (
     title,
 )
 
+COST_COLUMNS = ("mode", "steps", "MACs", "of plain", "reads", "keeps")
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
@@ -35,11 +35,11 @@ def describe_artifact(facts: ArtifactFacts) -> Iterator[RenderableType]:
     yield from schedule_strip(facts.schedule.modes)
     yield title("Targets, with MACs and cache bytes of one call")
     yield _target_table(facts.targets)
-    if facts.layers:
-        yield title("Linear layers by step mode")
-        yield _layer_table(facts)
+    yield title("Linear layers by step mode")
+    yield _layer_table(facts)
     yield title("Left alone")
-    yield _rejection_table(facts)
+    rejections = ((rejection.name, rejection.reason) for rejection in facts.rejections)
+    yield plain_table(["layer", "reason"], rows=rejections)
     yield title("Totals of one call")
     yield _total_table(facts)
     if facts.front is not None:
@@ -95,10 +95,8 @@ def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
 
 
 def _target_table(targets: Sequence[TargetRecord]) -> Table:
-    table = plain_table(["target"], ["in", "out", "rank", "energy", "full", "calibrate", "cache"])
-    for target in targets:
-        add_plain_row(
-            table,
+    rows = (
+        (
             target.name,
             str(target.in_features),
             str(sum(target.out_features)),
@@ -108,32 +106,24 @@ def _target_table(targets: Sequence[TargetRecord]) -> Table:
             format_count(target.calibrate_macs),
             format_count(target.cache_bytes, "B"),
         )
-    return table
+        for target in targets
+    )
+    right = ("in", "out", "rank", "energy", "full", "calibrate", "cache")
+    return plain_table(["target"], right, rows)
 
 
 def _layer_table(facts: ArtifactFacts) -> Table:
     """What is done where; layers of several blocks that are treated alike in one row."""
     modes = [entry.mode.name for entry in facts.modes]
     rows = [(one.name, tuple(one.work[mode].value for mode in modes)) for one in facts.layers]
-    table = plain_table(["layer", *modes])
-    for names, there in fold_layers(rows):
-        add_plain_row(table, names, *there)
-    return table
+    return plain_table(["layer", *modes], rows=((name, *work) for name, work in fold_layers(rows)))
 
 
-def _rejection_table(facts: ArtifactFacts) -> Table:
-    table = plain_table(["layer", "reason"])
-    for rejection in facts.rejections:
-        add_plain_row(table, rejection.name, rejection.reason)
-    return table
-
-
-def _total_table(facts: ArtifactFacts) -> Table:
-    table = plain_table(["mode"], ["steps", "MACs", "of plain", "reads", "keeps"])
-    add_plain_row(table, "plain model", "", format_count(facts.plain_macs), "1.000", "", "")
+def cost_rows(facts: ArtifactFacts) -> Iterator[tuple[str, ...]]:
+    """Costs of one call of the plain model, then by mode: the cells below `COST_COLUMNS`."""
+    yield "plain model", "", format_count(facts.plain_macs), "1.000", "", ""
     for entry in facts.modes:
-        add_plain_row(
-            table,
+        yield (
             entry.mode.name,
             str(entry.steps),
             format_count(entry.macs),
@@ -141,6 +131,8 @@ def _total_table(facts: ArtifactFacts) -> Table:
             format_count(entry.read_bytes, "B"),
             format_count(entry.written_bytes, "B"),
         )
-    steps, share = str(len(facts.schedule.modes)), f"{facts.run_share:.3f}"
-    add_plain_row(table, "whole run", steps, "", share, "", "")
-    return table
+
+
+def _total_table(facts: ArtifactFacts) -> Table:
+    whole = ("whole run", str(len(facts.schedule.modes)), "", f"{facts.run_share:.3f}", "", "")
+    return plain_table(COST_COLUMNS[:1], COST_COLUMNS[1:], [*cost_rows(facts), whole])

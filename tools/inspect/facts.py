@@ -10,10 +10,10 @@ from typing import Annotated
 
 from pydantic import PlainSerializer
 
-from calicache.graph_passes.api.plan import FITTED
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
+from calicache.graph_passes.settings.recipe import FITTED
 
 # In JSON these two are their names, which stay readable and do not change with a new member.
 Mode = Annotated[StepMode, PlainSerializer(lambda mode: mode.name, return_type=str)]

@@ -14,9 +14,8 @@ from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.factors.statistics import statistics_tensors
 from calicache.graph_passes.recording.signature import ConstantSpec
 from calicache.graph_passes.recording.timestep import Timestep
-from calicache.graph_passes.settings.choices import SiteRule, StepMode, Weighting
+from calicache.graph_passes.settings.choices import SiteRule, Weighting
 from calicache.graph_passes.settings.front import Front
-from calicache.graph_passes.settings.recipe import PlanSettings
 from calicache.tools.inspect.facts import (
     Caution,
     InputFacts,
@@ -59,9 +58,9 @@ class PlanFacts:
         timestep: the argument that shows the start of a new run, or None.
         schedule: modes of the steps.
         rank, weighting, granularity, include, exclude, rules, correction: as in
-            `PlanSettings`.
+            `Recipe`.
         targets: all that have statistics or a rank of their own, by name.
-        front: as `calicache plan PLAN --show --json` prints it; None without a search.
+        front: as `calicache plan show --json` prints it; None without a search.
         warnings: what a user should know.
     """
 
@@ -86,28 +85,29 @@ class PlanFacts:
     warnings: tuple[Caution, ...]
 
 
-def plan_facts(target: PlanSubject) -> PlanFacts:
+def plan_facts(subject: PlanSubject) -> PlanFacts:
     """Facts of a plan that was read from a folder."""
-    settings = target.plan.settings
+    plan = subject.plan
+    binding, recipe = plan.binding, plan.recipe
     return PlanFacts(
-        path=str(target.path),
+        path=str(subject.path),
         format=FORMAT,
-        files=tuple(_file(target.path / name) for name in (PLAN_FILE, STATISTICS_FILE)),
-        weights_hash=settings.weights_hash,
-        inputs=input_facts(settings.signature.tensors, settings.dependence),
-        constants=settings.signature.constants,
-        timestep=settings.timestep,
-        schedule=schedule_facts(settings.schedule, settings.order),
-        rank=settings.rank,
-        weighting=settings.weighting.value,
-        granularity=settings.granularity.value,
-        include=settings.include,
-        exclude=settings.exclude,
-        rules=settings.rules,
-        correction=settings.correction,
-        targets=_targets(target.plan),
-        front=target.plan.front,
-        warnings=tuple(_cautions(target.plan)),
+        files=tuple(_file(subject.path / name) for name in (PLAN_FILE, STATISTICS_FILE)),
+        weights_hash=binding.weights_hash,
+        inputs=input_facts(binding.signature.tensors, binding.dependence),
+        constants=binding.signature.constants,
+        timestep=binding.timestep,
+        schedule=schedule_facts(recipe.schedule, recipe.order),
+        rank=recipe.rank,
+        weighting=recipe.weighting.value,
+        granularity=recipe.granularity.value,
+        include=recipe.include,
+        exclude=recipe.exclude,
+        rules=recipe.rules,
+        correction=recipe.correction,
+        targets=_targets(plan),
+        front=plan.front,
+        warnings=tuple(_cautions(plan)),
     )
 
 
@@ -126,16 +126,15 @@ def _targets(plan: Plan) -> tuple[PlannedTarget, ...]:
 
 
 def _cautions(plan: Plan) -> Iterator[Caution]:
-    settings = plan.settings
-    yield from schedule_cautions(settings.schedule, settings.order, settings.correction)
-    missing = _without_statistics(plan, settings)
+    recipe, front = plan.recipe, plan.front
+    yield from schedule_cautions(recipe.schedule, recipe.order, recipe.correction)
+    missing = _without_statistics(plan)
     if missing:
         yield Caution(
             "statistics-missing",
             f"No statistics for {some_names(missing)}: the schedule has CALIBRATE steps, and "
-            f"weighting {settings.weighting.value} needs them.",
+            f"weighting {recipe.weighting.value} needs them.",
         )
-    front = plan.front
     if front is None:
         return
     taken = front.points[front.taken]
@@ -149,12 +148,12 @@ def _cautions(plan: Plan) -> Iterator[Caution]:
         )
 
 
-def _without_statistics(plan: Plan, settings: PlanSettings) -> list[str]:
+def _without_statistics(plan: Plan) -> list[str]:
     """Targets that the plan names, and that have none though their factors need some."""
-    calibrates = StepMode.CALIBRATE in settings.schedule
-    if not calibrates or settings.weighting is Weighting.NONE:
+    recipe = plan.recipe
+    if not recipe.calibrates or recipe.weighting is Weighting.NONE:
         return []
-    named = [name for name, rank in settings.ranks.items() if rank]
-    if not named and not plan.statistics and settings.rank:
+    named = [name for name, rank in recipe.ranks.items() if rank]
+    if not named and not plan.statistics and recipe.rank:
         return ["any target"]
     return [name for name in named if name not in plan.statistics]

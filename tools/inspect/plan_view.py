@@ -11,7 +11,6 @@ from rich.text import Text
 from calicache.tools.inspect.plan_facts import PlanFacts
 from calicache.tools.terminal.front import front_lines
 from calicache.tools.terminal.text import (
-    add_plain_row,
     constants_in_words,
     fact_grid,
     files_in_words,
@@ -53,7 +52,7 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
         yield _target_table(facts)
     if facts.front is not None:
         yield from front_lines(facts.front)
-        yield Text("Schedules and a chart: calicache plan PLAN --show", style="dim")
+        yield Text("Schedules and a chart: calicache plan show PLAN", style="dim")
     yield Text(
         "\nA plan alone has no model: sites, MACs and energy kept are told by an artifact.",
         style="dim",
@@ -61,18 +60,25 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
 
 
 def _rule_table(facts: PlanFacts) -> Table:
-    table = plain_table(["pattern", "there"], ["rank", "granularity"])
-    for rule in facts.rules:
-        rank = "-" if rule.rank is None else str(rule.rank)
-        add_plain_row(table, rule.pattern, rule.mode, rank, rule.granularity or "-")
-    return table
+    rows = (
+        (rule.pattern, rule.mode, _number(rule.rank), rule.granularity or "-")
+        for rule in facts.rules
+    )
+    return plain_table(["pattern", "there"], ["rank", "granularity"], rows)
 
 
 def _target_table(facts: PlanFacts) -> Table:
-    table = plain_table(["target", "statistics"], ["bytes", "rank"])
-    for target in facts.targets:
-        parts = (f"{name} {shape}" for name, shape in target.statistics.items())
-        rank = "-" if target.rank is None else str(target.rank)
-        size = format_count(target.bytes, "B")
-        add_plain_row(table, target.name, ", ".join(parts) or "none", size, rank)
-    return table
+    rows = (
+        (
+            target.name,
+            ", ".join(f"{name} {shape}" for name, shape in target.statistics.items()) or "none",
+            format_count(target.bytes, "B"),
+            _number(target.rank),
+        )
+        for target in facts.targets
+    )
+    return plain_table(["target", "statistics"], ["bytes", "rank"], rows)
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)

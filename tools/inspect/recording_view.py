@@ -6,12 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from calicache.tools.inspect.recording_facts import RecordingFacts
 from calicache.tools.terminal.text import (
-    add_plain_row,
     constants_in_words,
     fact_grid,
     format_count,
@@ -33,7 +31,16 @@ def describe_recording(facts: RecordingFacts) -> Iterator[RenderableType]:
         ]
     )
     yield title("Inputs")
-    yield _input_table(facts)
+    rows = (
+        (
+            spec.name,
+            spec.dtype,
+            str(spec.shape),
+            spec.dependence.name.lower() if spec.dependence is not None else "unknown",
+        )
+        for spec in facts.inputs
+    )
+    yield plain_table(["input", "dtype", "shape", "depends on"], rows=rows)
     if facts.timestep is not None:
         way = "falls" if facts.timestep.descends else "rises"
         yield title(f"Timesteps: {facts.timestep.name} {way}")
@@ -46,11 +53,3 @@ def _runs(facts: RecordingFacts) -> str:
     lengths = ", ".join(f"{count} of {steps} steps" for steps, count in sorted(counts.items()))
     finished = sum(run.finished for run in facts.runs)
     return f"{lengths}; {finished} with a result"
-
-
-def _input_table(facts: RecordingFacts) -> Table:
-    table = plain_table(["input", "dtype", "shape", "depends on"])
-    for spec in facts.inputs:
-        depends = "unknown" if spec.dependence is None else spec.dependence.name.lower()
-        add_plain_row(table, spec.name, spec.dtype, str(spec.shape), depends)
-    return table

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import Front
 from calicache.tools.compare.comparison import Comparison
@@ -16,6 +16,7 @@ from calicache.tools.compare.site_errors import SiteErrors
 from calicache.tools.inspect.artifact_facts import ArtifactFacts
 from calicache.tools.inspect.facts import ModeFacts
 from calicache.tools.report.data import EnergyCurve
+from calicache.tools.terminal.options import import_library
 
 COLOURS = {
     StepMode.REFRESH: "#d1495b",
@@ -34,23 +35,10 @@ def plotly_script() -> str:
     """Plotly's own JavaScript, for a page that works offline.
 
     Raises:
-        SubjectError: plotly is missing.
+        LibraryError: plotly is missing.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise no_library("plotly", "draws the charts", error) from error
-    return str(get_plotlyjs())
-
-
-def no_library(name: str, purpose: str, error: ImportError) -> SubjectError:
-    """What to tell where a library of the extra `report` is missing."""
-    return SubjectError(
-        name,
-        expected=f"the library that {purpose}",
-        got=str(error),
-        fix="pip install 'calicache[report]'",
-    )
+    offline = import_library("plotly.offline", "plotly", "draws the charts")
+    return str(offline.get_plotlyjs())
 
 
 def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> Chart:
@@ -157,32 +145,25 @@ def time_chart(comparison: Comparison) -> Chart:
 
 def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
     """Milliseconds of one step by mode and operator, the slowest ones by name."""
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = defaultdict(float)
     for entry in operators:
-        totals[entry.operator] = totals.get(entry.operator, 0.0) + entry.milliseconds
+        totals[entry.operator] += entry.milliseconds
     named = sorted(totals, key=lambda name: -totals[name])[:_MOST_OPERATORS]
-    modes = list(dict.fromkeys(entry.mode for entry in operators))
-    bars = []
-    for name in (*named, "others"):
-        spent = [
-            sum(
-                entry.milliseconds
-                for entry in operators
-                if entry.mode == mode
-                and (entry.operator == name or (name == "others" and entry.operator not in named))
-            )
-            for mode in modes
-        ]
-        bars.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": name,
-                "y": modes,
-                "x": spent,
-                "hovertemplate": f"{name}<br>%{{y}}: %{{x:.2f}} ms<extra></extra>",
-            }
-        )
+    spent: dict[str, dict[str, float]] = {name: {} for name in (*named, "others")}
+    for entry in operators:
+        by_mode = spent[entry.operator if entry.operator in named else "others"]
+        by_mode[entry.mode] = by_mode.get(entry.mode, 0.0) + entry.milliseconds
+    bars = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "y": list(by_mode),
+            "x": list(by_mode.values()),
+            "hovertemplate": f"{name}<br>%{{y}}: %{{x:.2f}} ms<extra></extra>",
+        }
+        for name, by_mode in spent.items()
+    ]
     layout = _layout("ms of one step", "", barmode="stack")
     layout["yaxis"]["automargin"] = True
     return _chart(bars, layout)

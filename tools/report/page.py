@@ -22,9 +22,10 @@ from calicache.tools.graph.draw import COLOURS as MARK_COLOURS
 from calicache.tools.graph.draw import svg_text
 from calicache.tools.graph.drawing import LEGEND
 from calicache.tools.inspect.artifact_facts import ArtifactFacts
-from calicache.tools.report.charts import COLOURS, no_library, plotly_script
+from calicache.tools.report.charts import COLOURS, plotly_script
 from calicache.tools.report.data import ReportData
 from calicache.tools.report.sections import Section, report_cards, report_sections
+from calicache.tools.terminal.options import import_library
 
 ASSETS = "assets"
 WHOLE = "whole model"
@@ -44,7 +45,7 @@ def write_report(data: ReportData, path: Path | str) -> None:
     """Write the page; a file of that name is replaced.
 
     Raises:
-        SubjectError: a library of the extra `report` is missing.
+        LibraryError: a library of the extra `report` is missing.
     """
     page = render_report(data)
     with atomic_path(Path(path)) as place:
@@ -55,7 +56,7 @@ def render_report(data: ReportData) -> str:
     """The page as text.
 
     Raises:
-        SubjectError: a library of the extra `report` is missing.
+        LibraryError: a library of the extra `report` is missing.
     """
     sections = report_sections(data)
     graphs = tuple(_drawn(data.graphs)) if data.graphs else ()
@@ -115,11 +116,10 @@ def _layers(data: ReportData) -> dict[str, str]:
 
 
 def _template() -> Any:
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise no_library("jinja2", "fills the page in", error) from error
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    jinja = import_library("jinja2", "jinja2", "fills the page in")
+    environment = jinja.Environment(
+        autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True
+    )
     return environment.from_string(_asset("report.html"))
 
 

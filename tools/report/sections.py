@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from calicache.graph_passes.settings.schedule import count_modes
-from calicache.tools.compare.comparison import Comparison
+from calicache.tools.compare.view import STEP_COLUMNS, step_rows
 from calicache.tools.inspect.artifact_facts import ArtifactFacts
+from calicache.tools.inspect.artifact_view import COST_COLUMNS, cost_rows
 from calicache.tools.inspect.facts import ModeFacts
 from calicache.tools.inspect.plan_facts import PlanFacts
 from calicache.tools.report.charts import (
@@ -153,23 +154,8 @@ def _steps(data: ReportData) -> Section:
         "earlier ones did wrong."
     )
     charts = (step_error_chart(comparison), time_chart(comparison))
-    return Section("steps", title, lead, charts, (_step_table(comparison),))
-
-
-def _step_table(comparison: Comparison) -> DataTable:
-    rows = tuple(
-        (
-            str(step.step),
-            step.mode.name,
-            "" if step.error is None else f"{step.error.mean:.3g}",
-            "" if step.error is None else f"{step.error.worst:.3g}",
-            "" if step.full_seconds is None else f"{1e3 * step.full_seconds:.1f}",
-            "" if step.cached_seconds is None else f"{1e3 * step.cached_seconds:.1f}",
-        )
-        for step in comparison.steps
-    )
-    columns = ("step", "mode", "mean error", "worst", "full, ms", "optimised, ms")
-    return DataTable(columns, rows)
+    table = DataTable(STEP_COLUMNS, tuple(step_rows(comparison)))
+    return Section("steps", title, lead, charts, (table,))
 
 
 def _energy(data: ReportData) -> Section:
@@ -204,23 +190,9 @@ def _cost(data: ReportData) -> Section:
     facts = data.facts
     if not isinstance(facts, ArtifactFacts):
         return Section("cost", title, missing="A plan alone has no costs: report on an artifact.")
-    rows = (
-        ("plain", "", f"{facts.plain_macs:,}", "1.000", "", ""),
-        *(
-            (
-                mode.mode.name,
-                str(mode.steps),
-                f"{mode.macs:,}",
-                f"{mode.share:.3f}",
-                format_count(mode.read_bytes, "B"),
-                format_count(mode.written_bytes, "B"),
-            )
-            for mode in facts.modes
-        ),
-    )
-    columns = ("mode", "steps", "MACs of a call", "of plain", "reads", "keeps")
-    lead = f"A whole run costs {facts.run_share:.3f} of the full run's MACs."
-    return Section("cost", title, lead, (cost_chart(facts),), (DataTable(columns, rows),))
+    lead = f"A whole run costs {facts.run_share:.3f} of the full run's MACs; one call:"
+    table = DataTable(COST_COLUMNS, tuple(cost_rows(facts)))
+    return Section("cost", title, lead, (cost_chart(facts),), (table,))
 
 
 def _operators(data: ReportData) -> Section:
@@ -257,7 +229,7 @@ def _front(data: ReportData) -> Section:
 
 def _belonging(data: ReportData) -> Section:
     facts = data.facts
-    rows = [("target", facts.path), ("kind", facts.kind), ("weights", facts.weights_hash)]
+    rows = [("path", facts.path), ("kind", facts.kind), ("weights", facts.weights_hash)]
     rows += [(record.name, f"{record.size:,} B, {record.sha256}") for record in facts.files]
     if data.comparison is not None:
         rows += [

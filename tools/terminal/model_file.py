@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import re
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from calicache.graph_passes.common.errors import ModelError, reason_of
+from calicache.tools.terminal.options import import_library
 
 _DTYPES = {
     "F64": torch.float64,
@@ -135,15 +135,7 @@ def _failures_told(spec: str, path: Path) -> Iterator[None]:
 
 def _load_folder(folder: Path) -> nn.Module:
     name = _class_name(folder)
-    try:
-        diffusers: Any = importlib.import_module("diffusers")
-    except ImportError as error:
-        raise ModelError(
-            str(folder),
-            expected=f"diffusers, which has its class {name}",
-            got=reason_of(error),
-            fix="Install calicache[evaluate].",
-        ) from error
+    diffusers = import_library("diffusers", "diffusers", f"has its class {name}", "evaluate")
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -29,6 +30,7 @@ class PlanSubject:
 
     path: Path
     plan: Plan
+    kind: ClassVar[str] = "a plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class ArtifactSubject:
 
     path: Path
     manifest: Manifest
+    kind: ClassVar[str] = "an artifact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class RecordingSubject:
 
     path: Path
     recording: Recording
+    kind: ClassVar[str] = "a recording"
 
 
 Subject = PlanSubject | ArtifactSubject | RecordingSubject

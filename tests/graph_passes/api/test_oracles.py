@@ -24,7 +24,6 @@ from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.sites.targets import assign
 

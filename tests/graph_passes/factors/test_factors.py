@@ -17,7 +17,6 @@ from calicache.graph_passes import (
     Granularity,
     Recording,
     Sites,
-    classify_inputs,
     classify_nodes,
     find_sites,
 )

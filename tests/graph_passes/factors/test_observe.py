@@ -26,7 +26,6 @@ from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import ChannelStatistics, SecondMoments, Statistics
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.sites.targets import assign
 

@@ -15,7 +15,6 @@ from support.tiny_pipelines import CASES, PipelineCase
 from calicache.export import Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 from calicache.graph_passes.common.errors import NoSampler, RunError
-from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
 
 # float32 in two runtimes over six steps, which guidance amplifies.

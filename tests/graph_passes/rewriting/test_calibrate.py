@@ -24,7 +24,6 @@ from calicache.graph_passes import (
     Sites,
     StepMode,
     Weighting,
-    classify_inputs,
     classify_nodes,
     find_sites,
     optimize,

@@ -22,7 +22,6 @@ from calicache.graph_passes import (
     Recording,
     Sites,
     StepMode,
-    classify_inputs,
     classify_nodes,
     find_sites,
     model_cost,

@@ -21,7 +21,6 @@ from calicache.graph_passes import (
     Plan,
     Sites,
     StepMode,
-    classify_inputs,
     classify_nodes,
     find_sites,
     model_cost,

@@ -16,7 +16,6 @@ from calicache.graph_passes import (
     Recording,
     Sites,
     StepMode,
-    classify_inputs,
     classify_nodes,
     find_sites,
     record,

@@ -20,7 +20,6 @@ from calicache.graph_passes import (
     Recording,
     Sites,
     StepMode,
-    classify_inputs,
     classify_nodes,
     find_sites,
     optimize,

@@ -20,7 +20,6 @@ from calicache.graph_passes import (
     Plan,
     Recording,
     StepMode,
-    classify_inputs,
     optimize,
     record,
     uniform_schedule,

@@ -14,7 +14,7 @@ from methods import sample_dpm
 from support.models import diffusers_calls, relative
 from torch import Tensor
 
-from calicache.graph_passes import Dependence, classify_inputs
+from calicache.graph_passes import Dependence
 from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.recording.recorder import record
 from calicache.graph_passes.recording.recording import Recording, Run

@@ -17,7 +17,6 @@ from calicache.graph_passes import (
     Plan,
     Recording,
     StepMode,
-    classify_inputs,
     classify_nodes,
     find_sites,
     optimize,

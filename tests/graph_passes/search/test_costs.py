@@ -31,7 +31,6 @@ from calicache.graph_passes import (
     Sites,
     StepMode,
     Weighting,
-    classify_inputs,
     classify_nodes,
     find_sites,
     optimize,

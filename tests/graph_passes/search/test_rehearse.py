@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from calicache.graph_passes import Sites, StepMode, record
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.recording.input_classes import classify_inputs
 from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.sampler.correct import RIDGE
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler

@@ -27,7 +27,7 @@ from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.operations import ADD, LINEAR
 from calicache.graph_passes.graph.surgery import finish, module_path
-from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.rewriting.insertion import cache_name

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from calicache.graph_passes.common.errors import SiteError
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.sites.sites import EXPERTS, Rejection, Sites, find_sites

@@ -21,7 +21,6 @@ from calicache.graph_passes import (
     SiteMode,
     SiteRule,
     Sites,
-    classify_inputs,
     classify_nodes,
     find_sites,
     record,

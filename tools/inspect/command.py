@@ -1,10 +1,12 @@
-"""Facts of whatever a path is, as plain data, as JSON and as text for a terminal."""
+"""`calicache inspect`: facts of whatever a path is, as text or as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from pydantic import TypeAdapter
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -15,11 +17,39 @@ from calicache.tools.inspect.plan_facts import PlanFacts, plan_facts
 from calicache.tools.inspect.plan_view import describe_plan
 from calicache.tools.inspect.recording_facts import RecordingFacts, recording_facts
 from calicache.tools.inspect.recording_view import describe_recording
+from calicache.tools.terminal.options import Json, show
 from calicache.tools.terminal.subject import ArtifactSubject, PlanSubject, read_subject
 from calicache.tools.terminal.text import title
 
+WARNINGS = 2  # exit code; 1 is for what is refused
+
 Facts = PlanFacts | ArtifactFacts | RecordingFacts
 _FACTS: TypeAdapter[Facts] = TypeAdapter(Facts)
+
+
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(help="The folder of a plan or an artifact, or the file of a recording."),
+    ],
+    json: Json = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with code 2 where there are warnings.")
+    ] = False,
+) -> None:
+    """Print what a plan, an artifact or a recording is, and what is odd about it.
+
+    Example: calicache inspect out/dit.onnx.d
+
+    Exit codes: 1 for what is refused; with --strict 2 where there are warnings.
+    """
+    facts = inspect_subject(path)
+    if json:
+        typer.echo(facts_json(facts))
+    else:
+        show(describe_facts(facts))
+    if strict and facts.warnings:
+        raise typer.Exit(WARNINGS)
 
 
 def inspect_subject(path: Path | str) -> Facts:
