@@ -42,22 +42,10 @@ _BRACKETS: Mapping[Kind, tuple[str, str]] = {
     Kind.SCALAR: ("([", "])"),
     Kind.BORDER: (">", "]"),
 }
-_MERMAID_WORDS = [
-    "graph",
-    "flowchart",
-    "subgraph",
-    "end",
-    "style",
-    "linkStyle",
-    "classDef",
-    "class",
-    "click",
-    "href",
-    "call",
-    "default",
-    "direction",
-    "interpolate",
-]
+_MERMAID_WORDS = re.compile(
+    "graph|flowchart|subgraph|end|style|linkStyle|classDef|class|click|href|call|default|direction|"
+    "interpolate"
+)
 
 
 def mermaid_text(view: BlockView | FoldedView) -> str:
@@ -110,7 +98,7 @@ def _mermaid_ids(names: Iterable[str]) -> dict[str, str]:
     ids: dict[str, str] = {}
     for name in names:
         own = re.sub(r"\W", "_", name)
-        while own in _MERMAID_WORDS or own in ids.values():
+        while _MERMAID_WORDS.fullmatch(own) or own in ids.values():
             own += "_"
         ids[name] = own
     return ids

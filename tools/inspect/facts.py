@@ -110,8 +110,13 @@ class InputFacts:
     dtype: str
     dependence: Class | None
 
+    @property
+    def depends_on(self) -> str:
+        """The class in lower case; empty where it is not known."""
+        return "" if self.dependence is None else self.dependence.name.lower()
+
     def __str__(self) -> str:
-        kind = "" if self.dependence is None else f", {self.dependence.name.lower()}"
+        kind = f", {self.depends_on}" if self.depends_on else ""
         return f"{self.name} {self.dtype} {self.shape}{kind}"
 
 

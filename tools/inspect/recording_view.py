@@ -32,12 +32,7 @@ def describe_recording(facts: RecordingFacts) -> Iterator[RenderableType]:
     )
     yield title("Inputs")
     rows = (
-        (
-            spec.name,
-            spec.dtype,
-            str(spec.shape),
-            spec.dependence.name.lower() if spec.dependence is not None else "unknown",
-        )
+        (spec.name, spec.dtype, str(spec.shape), spec.depends_on or "unknown")
         for spec in facts.inputs
     )
     yield plain_table(["input", "dtype", "shape", "depends on"], rows=rows)
