@@ -3,9 +3,11 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+# One process for each core, each with one thread: more would wait for one another.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs train classifier card plan fidelity performance models clean
+.PHONY: help demo check test lint format docs train classifier card plan fidelity performance models clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,13 +21,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Record, plan, optimise, export and sample the trained DiT; writes out/demo.png
 	$(BIN)/python samples/fashion_dit/demo.py
 
-test: $(INSTALLED) ## Run the whole test suite
-	$(BIN)/python -m pytest
+check: lint ## Check style, types and layers, and run every test that is not slow (minutes)
+	$(PYTEST) -m "not slow"
 
-lint: $(INSTALLED) ## Check style and types
+test: $(INSTALLED) ## Run the whole test suite
+	$(PYTEST)
+
+lint: $(INSTALLED) ## Check style, types and the layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd .typecheck && $(abspath $(BIN))/lint-imports --no-cache --no-logo ../pyproject.toml
 
 format: $(INSTALLED) ## Mend style
 	$(BIN)/ruff check --fix .

@@ -52,7 +52,7 @@ def main() -> None:
     full = generate(pipe, seed=1)
     with record(pipe.transformer) as recording:
         generate(pipe, seed=2)
-    plan = Plan.from_trajectory(pipe.transformer, recording, interval=2, rank=32)
+    plan = Plan.from_trajectory(pipe.transformer, recording, schedule=2, rank=32)
     pipe.transformer = optimize(pipe.transformer, plan)
     fast = generate(pipe, seed=1)
     print(f"relative difference of the images: {float((fast - full).norm() / full.norm()):.4f}")

@@ -82,7 +82,7 @@ def main(out: Path = Path("out")) -> None:
 
     with record(original) as recording:
         generate(pipe, "A photo of a cat", seed=2)
-    plan = Plan.from_trajectory(original, recording, interval=3, rank=16)
+    plan = Plan.from_trajectory(original, recording, schedule=3, rank=16)
     optimized = optimize(original, plan)
     print(
         f"MACs of a run: {optimized.compiled.cost.run_share(plan.schedule):.2f} of the original's"

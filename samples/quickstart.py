@@ -29,7 +29,7 @@ def main(out: Path = Path("out")) -> None:
     with record(model) as recording:  # the sampler is not changed
         full = sampler.sample(model, noise, labels)
 
-    plan = Plan.from_trajectory(model, recording, interval=3, rank=32)
+    plan = Plan.from_trajectory(model, recording, schedule=3, rank=32)
     fast = optimize(model, plan)  # a drop-in: same call, same return type
     images = sampler.sample(fast, noise, labels)
     print(f"relative error in PyTorch: {float((images - full).norm() / full.norm()):.4f}")

@@ -34,7 +34,7 @@ def dit_recording(dit: FashionDiT) -> Recording:
 def dit_plan(dit: FashionDiT, dit_recording: Recording) -> Plan:
     """The paper's method: stale anchors, factors from channel statistics of the increments."""
     return Plan.from_trajectory(
-        dit, dit_recording, interval=3, rank=4, weighting="increment", order=0, correct=False
+        dit, dit_recording, schedule=3, rank=4, weighting="increment", order=0, correct=False
     )
 
 

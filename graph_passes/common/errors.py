@@ -52,7 +52,7 @@ class DependenceError(CalicacheError):
     stage = "dependence"
 
 
-class NoSampler(CalicacheError):  # noqa: N818 - what is not there, not that it is an error
+class NoSampler(CalicacheError):  # noqa: N818 - named for what is missing
     """The sampler's update cannot be told from recorded runs.
 
     Args:

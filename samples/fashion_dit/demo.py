@@ -22,8 +22,8 @@ from data import CLASS_NAMES
 from diffusion import GuidedDDIM
 from images import save_grid
 from model import FashionDiT
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from search_plan import PLAN_FOLDER
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from weights import DIT_WEIGHTS, load_weights
 from calicache.export import Session, export_onnx
 from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_schedule
 from calicache.graph_passes.common.environment import environment
+from calicache.graph_passes.common.progress import Progress
 
 GUIDANCE = 1.5
 RECORD_SEED, SAMPLE_SEED = 1, 2
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of every method")
     arguments = parser.parse_args()
     console = Console()
-    with Progress(console=console, transient=True) as progress:
+    with bars.Progress(console=console, transient=True) as progress:
         methods = prepare(arguments, progress)
         rows, images = compare(methods, arguments.images, arguments.repeats, progress)
     console.print(table(rows), highlight=False)
@@ -94,7 +95,7 @@ def main() -> None:
     console.print(f"  calicache inspect {arguments.out / 'calibrate.onnx.d'}", highlight=False)
 
 
-def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
+def prepare(arguments: argparse.Namespace, progress: bars.Progress) -> list[Method]:
     """Record, plan, optimise and export; returns what to compare, the full run first."""
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
     sampler = GuidedDDIM(arguments.steps, GUIDANCE, FashionDiT().null_class)
@@ -117,9 +118,9 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> list[Method]:
             order=arguments.order,
             weighting=arguments.weighting,
             correct=name != "full",
-            on_step=tick(progress, f"statistics for {name}"),
+            on_progress=tick(progress, f"plan {name}"),
         )
-        fast = optimize(model, plan, on_target=tick(progress, f"factors for {name}"))
+        fast = optimize(model, plan, on_progress=tick(progress, f"optimise {name}"))
         folder = arguments.out / f"{name.lower()}.onnx.d"
         export_onnx(fast, folder)
         sessions[name] = Session(folder)
@@ -157,7 +158,7 @@ def export_searched(model: nn.Module, arguments: argparse.Namespace) -> Session 
 
 
 def compare(
-    methods: list[Method], images: int, repeats: int, progress: Progress
+    methods: list[Method], images: int, repeats: int, progress: bars.Progress
 ) -> tuple[list[Row], dict[str, Tensor]]:
     """Time the methods in turn, so that a change of the machine's speed meets all of them."""
     noise, labels = draw(images, SAMPLE_SEED)
@@ -205,12 +206,12 @@ def draw(images: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(images, 1, 28, 28, generator=generator), torch.arange(images) % 10
 
 
-def tick(progress: Progress, title: str) -> Callable[[int, int], None]:
+def tick(progress: bars.Progress, title: str) -> Callable[[Progress], None]:
     """A callback that draws a bar from its first call on."""
     task = progress.add_task(title, visible=False)
 
-    def update(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total, visible=True)
+    def update(now: Progress) -> None:
+        progress.update(task, completed=now.done, total=now.total, visible=True)
 
     return update
 

@@ -80,7 +80,7 @@ def test_float16_agrees_with_float32(tmp_path) -> None:
     model = shake(FashionDiT(FashionDiTConfig(width=32, depth=2, frequency_channels=32))).half()
     with record(model) as recording:
         sample_dit(lambda **inputs: model(**{k: _half(v) for k, v in inputs.items()}).float())
-    plan = Plan.from_trajectory(model, recording, interval=3, rank=4)
+    plan = Plan.from_trajectory(model, recording, schedule=3, rank=4)
     export_onnx(optimize(model, plan), tmp_path / "d", "pair")
     session, exact = Session(tmp_path / "d", CUDA), model.float()
     for step, call in enumerate(recording.calls):

@@ -43,7 +43,7 @@ def errors() -> dict[str, float]:
     full = sample(model, seed=12)
     errors = {}
     for name, options in METHODS.items():
-        plan = Plan.from_trajectory(model, recording, interval=INTERVAL, rank=RANK, **options)
+        plan = Plan.from_trajectory(model, recording, schedule=INTERVAL, rank=RANK, **options)
         errors[name] = relative(sample(optimize(model, plan), seed=12), full)
     return errors
 

@@ -113,7 +113,7 @@ def take(entry: ZooEntry, *, sampler: bool = True) -> Finding:
             run = run_sampler(model, entry, linear=True)
         recording.finish(run.latents)
         plan = Plan.from_trajectory(
-            model, recording, interval=3, rank=0, order=0, weighting="none", correct=False
+            model, recording, schedule=3, rank=0, order=0, weighting="none", correct=False
         )
         stale = optimize(model, plan)
         error = _error_of_run(stale, entry, run)

@@ -33,8 +33,8 @@ def diff_plans(a: PlanSubject, b: PlanSubject) -> Difference:
         belonging=tuple(_belonging(first, second)),
         schedule=diff_schedules(first.schedule, second.schedule),
         settings=(
-            *changed_fields(*recipes, _ELSEWHERE),
             *changed_fields(a.plan.binding, b.plan.binding, _ELSEWHERE),
+            *changed_fields(*recipes, _ELSEWHERE),
             *changed_weights(*(recipe.output_weights for recipe in recipes)),
             *changed_fronts(a.plan.front, b.plan.front),
         ),

@@ -14,6 +14,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import Block, modulate
+from support.factors import factors_of
 from support.models import STEPS, diffusers_calls, relative, sample_dit, shake
 from torch import Tensor, nn
 
@@ -32,7 +33,6 @@ from calicache.graph_passes import (
     uniform_schedule,
 )
 from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.rewriting.checks import verify_variants
 from calicache.graph_passes.rewriting.variants import rewrite
@@ -77,7 +77,7 @@ class Subject:
     ) -> OptimizedModel:
         """As `optimize` does it, but every site folded or none."""
         targets, _ = assign(self.captured, self.sites, rank=rank)
-        factors = make_factors(self.captured, targets, self.plan.statistics)
+        factors = factors_of(self.captured, targets, self.plan.statistics)
         plan = self.plan.with_schedule(schedule)
         plan = replace(plan, recipe=replace(plan.recipe, order=order))
         variant_set = rewrite(

@@ -39,7 +39,7 @@ def fast(dit: FashionDiT, dit_plan: Plan) -> OptimizedModel:
 
 @pytest.fixture(scope="module")
 def diffusers_plan(diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording) -> Plan:
-    return Plan.from_trajectory(diffusers_dit, diffusers_recording, interval=3, rank=4)
+    return Plan.from_trajectory(diffusers_dit, diffusers_recording, schedule=3, rank=4)
 
 
 # --- what is refused --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 from model import FashionDiT
+from support.factors import factors_of
 from support.models import STEPS, sample_dit
 from torch import nn
 
@@ -20,7 +21,6 @@ from calicache.graph_passes import (
     uniform_schedule,
 )
 from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.dependence import classify_nodes
@@ -145,7 +145,7 @@ def pairs(
     targets = {rank: assign(captured, sites, rank=rank)[0] for rank in RANKS}
     schedule = uniform_schedule(STEPS, 3)
     statistics = observe(captured, targets[1], two_runs, weighting, schedule)
-    ours = {rank: make_factors(captured, targets[rank], statistics) for rank in RANKS}
+    ours = {rank: factors_of(captured, targets[rank], statistics) for rank in RANKS}
     result = {}
     for name in LAYERS:
         weight = dit.get_submodule(name).weight.double().numpy()

@@ -58,7 +58,7 @@ def recorded(case: PipelineCase) -> Recording:
 
 @cache
 def planned(case: PipelineCase) -> Plan:
-    return Plan.from_trajectory(built(case).transformer, recorded(case), interval=3, rank=4)
+    return Plan.from_trajectory(built(case).transformer, recorded(case), schedule=3, rank=4)
 
 
 @cache

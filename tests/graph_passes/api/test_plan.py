@@ -133,15 +133,13 @@ def test_options_reach_the_plan(dit: FashionDiT, dit_recording: Recording) -> No
     assert seen == [(k, STEPS) for k in range(1, STEPS + 1)]
 
 
-def test_given_schedule_overrides_interval_and_mode(
+def test_schedule_may_be_written_in_names_and_letters(
     dit: FashionDiT, dit_recording: Recording
 ) -> None:
     plan = Plan.from_trajectory(
         dit,
         dit_recording,
-        schedule=[R, U, C, R],
-        interval=2,
-        mode=C,
+        schedule=[R, "reuse", "C", "REFRESH"],
         rank=4,
         weighting="none",
         correct=False,
@@ -575,7 +573,7 @@ def test_sampler_that_adds_noise_gets_no_output_weights(dit: FashionDiT) -> None
         for now in (900, 500, 100):
             latents, labels = torch.randn(2, 1, 28, 28), torch.tensor([1, 10])
             dit(latents, torch.full((2,), now), labels)  # noise that no update explains
-    plan = Plan.from_trajectory(dit, recording, rank=4, interval=3)
+    plan = Plan.from_trajectory(dit, recording, rank=4, schedule=3)
     assert plan.recipe.output_weights is None
     assert plan.recipe.correction.startswith("not fitted: ")
     assert "no fixed weighted sum" in plan.recipe.correction

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.factors import branch_factors, covariance_factors
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import DecomposeError
-from calicache.graph_passes.factors.covariance import RIDGE, branch_factors, covariance_factors
+from calicache.graph_passes.factors.covariance import RIDGE
 from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.factors.statistics import SecondMoments
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.factors import decompose
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import DecomposeError
-from calicache.graph_passes.factors.decompose import CalibrationFactors, channel_scales, decompose
+from calicache.graph_passes.factors.decompose import CalibrationFactors, channel_scales
 from calicache.graph_passes.factors.statistics import ChannelStatistics
 
 SHAPES = [(24, 7), (7, 24), (16, 16), (1, 5), (5, 1)]  # tall, wide, square, one channel

@@ -116,7 +116,7 @@ def test_a_half_precision_model_keeps_its_dtype(dtype: torch.dtype, dit) -> None
 
     with record(model) as recording:
         exact = sample_dit(cast)
-    fast = optimize(model, Plan.from_trajectory(model, recording, interval=3, rank=8))
+    fast = optimize(model, Plan.from_trajectory(model, recording, schedule=3, rank=8))
 
     def run(**inputs: Tensor) -> Tensor:
         output = fast(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})

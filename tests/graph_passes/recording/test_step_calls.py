@@ -15,7 +15,7 @@ from support.tiny_pipelines import CASES, PipelineCase
 from calicache.export import Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 from calicache.graph_passes.common.errors import NoSampler, RunError
-from calicache.graph_passes.recording.step_calls import batch_calls, batch_size
+from calicache.graph_passes.recording.step_calls import merge_calls
 
 # float32 in two runtimes over six steps, which guidance amplifies.
 SAME = 1e-4
@@ -43,18 +43,13 @@ def recorded(case: PipelineCase) -> tuple[Any, Recording]:
 @cache
 def optimized(case: PipelineCase) -> OptimizedModel:
     pipe, recording = recorded(case)
-    plan = Plan.from_trajectory(pipe.transformer, recording, interval=2, rank=4)
+    plan = Plan.from_trajectory(pipe.transformer, recording, schedule=2, rank=4)
     return optimize(pipe.transformer, plan)
-
-
-def whole(recording: Recording) -> Recording:
-    batch = batch_size(recording.signature, recording.dependence)
-    return batch_calls(recording, batch)
 
 
 def test_calls_of_a_step_become_one_batch(case: PipelineCase) -> None:
     _, recording = recorded(case)
-    made = whole(recording)
+    made = recording.by_step()
     assert made.calls_per_step == 1
     assert len(made.calls) * 2 == len(recording.calls)
     assert made.steps == recording.steps
@@ -70,14 +65,14 @@ def test_calls_that_differ_without_a_batch_dimension_are_told(case: PipelineCase
     _, recording = recorded(case)
     reason = "encoder_hidden_states, which has no batch dimension"
     with pytest.raises(NoSampler, match=reason):
-        batch_calls(recording, batch=1000)  # no first dimension is that
+        merge_calls(recording.calls[:2], batch=1000)  # no first dimension is that
 
 
 def test_output_weights_are_fitted_to_both_calls(case: PipelineCase) -> None:
     pipe, recording = recorded(case)
     fast = optimized(case)
     assert fast.plan.recipe.correction == "fitted to the recorded runs"
-    plain = Plan.from_trajectory(pipe.transformer, recording, interval=2, rank=4, correct=False)
+    plain = Plan.from_trajectory(pipe.transformer, recording, schedule=2, rank=4, correct=False)
     errors = {}
     for name, model in (("fitted", fast), ("plain", optimize(fast.original, plain))):
         own = build(case)
@@ -97,7 +92,7 @@ def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None
     both = fast.by_step()
     both.reset()
     assert both is fast.by_step()
-    made = whole(recording)
+    made = recording.by_step()
     for number in range(made.steps):
         calls = recording.calls[2 * number : 2 * number + 2]
         apart = [
@@ -118,7 +113,7 @@ def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: 
     assert sampler.parts == 2
     assert sampler.guidance == pytest.approx(case.scale, rel=1e-3)  # found by least squares
     manifest = export_onnx(fast, tmp_path / "d", "sampler", sampler)
-    made = whole(recording)
+    made = recording.by_step()
     first = made.calls[0]
     inputs = {spec.name: first[spec.name] for spec in manifest.sampler.inputs}
     noise = first[sampler.latent].chunk(2)[0]

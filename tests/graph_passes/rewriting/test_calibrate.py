@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model import FashionDiT
+from support.factors import factors_of
 from support.models import relative, shake
 from torch import Tensor, fx, nn
 
@@ -31,7 +32,6 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
@@ -133,7 +133,7 @@ def make(
     )
     weighting = Weighting.COVARIANCE if joint else Weighting.NONE
     statistics = observe(captured, targets, recording, weighting, SCHEDULE, order)
-    factors = make_factors(captured, targets, statistics)
+    factors = factors_of(captured, targets, statistics)
     variant_set = rewrite(
         captured,
         sites,

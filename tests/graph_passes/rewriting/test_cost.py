@@ -10,6 +10,7 @@ from diffusers import DiTTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
+from support.factors import factors_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +30,6 @@ from calicache.graph_passes import (
     uniform_schedule,
 )
 from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
 from calicache.graph_passes.rewriting.variants import rewrite
@@ -63,7 +63,7 @@ def cost_of(
     targets, _ = assign(captured, sites, rank=rank, **options)
     # Zeros, as only shapes count; on the meta device they are made without statistics.
     if captured.attribute(sites.linears[0].weight).is_meta:
-        factors = make_factors(captured, targets, {})
+        factors = factors_of(captured, targets, {})
     else:
         factors = {target.name: zeros(captured, target) for target in targets if target.rank}
     variant_set = rewrite(

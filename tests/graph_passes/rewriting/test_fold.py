@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.factors import factors_of
 from support.models import shake
 from torch import Tensor, nn
 
@@ -28,7 +29,6 @@ from calicache.graph_passes import (
     record,
     uniform_schedule,
 )
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
@@ -225,7 +225,7 @@ def emit(
         for target in targets
         if len(target.nodes) > 1
     }
-    factors = make_factors(captured, targets, statistics)
+    factors = factors_of(captured, targets, statistics)
     variant_set = rewrite(
         captured,
         sites,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model import FashionDiT
+from support.factors import factors_of
 from support.models import shake
 from torch import Tensor, fx, nn
 
@@ -20,7 +21,6 @@ from calicache.graph_passes import (
     find_sites,
     record,
 )
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import read_attribute
@@ -44,7 +44,7 @@ def find(model: nn.Module, recording: Recording) -> Found:
 def emit(found: Found, *, fold: bool, order: int = 0, mix: bool = False) -> VariantSet:
     captured, sites = found
     targets, _ = assign(captured, sites, rank=2)
-    factors = make_factors(captured, targets, {})
+    factors = factors_of(captured, targets, {})
     return rewrite(
         captured,
         sites,

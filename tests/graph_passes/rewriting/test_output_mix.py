@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from support.golden import graph_text
 from support.models import relative
 from support.toys import captured, run_onnx
-from test_variants import text
 from torch import Tensor, nn
 
 from calicache.export import Session, export_onnx
@@ -100,7 +100,7 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
 def written(latent: str | None, mode: StepMode) -> list[str]:
     """The lines of a variant from the first mixed value on."""
     made = emit(captured(wider, *inputs(2, 3)), latent)
-    lines = text(made.variants[mode].module.graph).splitlines()
+    lines = graph_text(made.variants[mode].module.graph).splitlines()
     first = next(k for k, line in enumerate(lines) if line.startswith("mul_tensor:"))
     return lines[first:]
 
@@ -155,7 +155,7 @@ def test_outputs_of_the_latents_form_need_no_other_node() -> None:
 def test_latent_is_found_by_name_among_the_inputs() -> None:
     graph = captured(lambda t, noise: torch.tanh(noise) + t, torch.zeros(()), torch.ones(2, 3))
     assert [spec.name for spec in graph.signature.tensors] == ["t", "noise"]
-    lines = text(emit(graph, "noise").variants[F].module.graph)
+    lines = graph_text(emit(graph, "noise").variants[F].module.graph)
     assert "aten.mul.Tensor(noise, output_weight_3)" in lines
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Collection
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model import FashionDiT, FashionDiTConfig
+from support.factors import factors_of
+from support.golden import assert_golden, graph_text
 from support.models import relative, sample_dit, shake
 from torch import Tensor, fx, nn
 
@@ -25,7 +25,6 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.rewriting.checks import verify_variants
@@ -36,7 +35,6 @@ from calicache.graph_passes.sites.targets import assign
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 CHEAP = (REFRESH, CALIBRATE, REUSE)
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-GOLDEN = Path(__file__).parents[2] / "golden"
 
 Found = tuple[CapturedGraph, Sites]
 
@@ -62,7 +60,7 @@ def emit(
 ) -> VariantSet:
     captured, sites = found
     targets, _ = assign(captured, sites, rank=rank)
-    factors = make_factors(captured, targets, {})
+    factors = factors_of(captured, targets, {})
     variant_set = rewrite(captured, sites, targets, factors, modes, folded=frozenset(folded))
     return verify_variants(captured, variant_set)
 
@@ -195,7 +193,7 @@ def test_rewriting_leaves_the_source_and_repeats_itself(found: Found) -> None:
     assert str(captured.graph) == before
     assert first.caches == second.caches
     for mode in CHEAP:
-        assert text(graph(first, mode)) == text(graph(second, mode))
+        assert graph_text(graph(first, mode)) == graph_text(graph(second, mode))
         assert first.variants[mode].reads == second.variants[mode].reads
 
 
@@ -208,7 +206,7 @@ def test_every_kept_refresh_has_a_slot_and_a_weight(found: Found, order: int) ->
         captured,
         sites,
         targets,
-        make_factors(captured, targets, {}),
+        factors_of(captured, targets, {}),
         set(schedule),
         anchors=anchor_table(schedule, order),
         outputs=output_table(schedule, order),
@@ -289,7 +287,7 @@ def test_both_layers_of_a_chain_are_calibrated(fold: bool) -> None:
     assert not {"first.weight", "second.weight"} & weights(graph(variants, CALIBRATE))
     # Each layer once on REFRESH: embed, first, second, and two A x where folded.
     assert count(graph(variants, REFRESH), LINEAR) == (5 if fold else 3)
-    factors = make_factors(found[0], assign(*found, rank=2)[0], {})
+    factors = factors_of(found[0], assign(*found, rank=2)[0], {})
     first, second = torch.randn(2, 2, 5, 8)
     x, x_ref = model.norm(model.embed(second)), model.norm(model.embed(first))
     low = [factors[name].up @ factors[name].down for name in ("first", "second")]
@@ -355,24 +353,6 @@ def test_half_precision_model_keeps_its_dtype(
     assert relative(got.float(), exact) < 16 * torch.finfo(dtype).eps
 
 
-def text(source: fx.Graph) -> str:
-    """A graph as it is kept in tests/golden: one line a node."""
-    lines = []
-    for node in source.nodes:
-        if node.op == "output":
-            lines.append(f"return {node.args[0]}")
-            continue
-        value = node.meta["val"]
-        kind = f"{str(value.dtype)[6:]} {list(value.shape)}" if isinstance(value, Tensor) else "-"
-        options = "".join(f", {key}={option}" for key, option in node.kwargs.items())
-        name = str(node.target).replace("<built-in function getitem>", "getitem")
-        what = {"placeholder": "input", "get_attr": f"weight {node.target}"}.get(
-            node.op, f"{name}({', '.join(map(str, node.args))}{options})"
-        )
-        lines.append(f"{node.name}: {kind} = {what}")
-    return "\n".join(lines) + "\n"
-
-
 @pytest.fixture(scope="module")
 def one_block() -> VariantSet:
     """One block of width 8, as small as it gets, with some sites folded."""
@@ -395,17 +375,10 @@ def forecast_block() -> VariantSet:
 
 @pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())
 def test_graph_is_the_golden_one(one_block: VariantSet, mode: StepMode) -> None:
-    assert_golden(mode.name.lower(), graph(one_block, mode))
+    assert_golden(f"{mode.name.lower()}.txt", graph_text(graph(one_block, mode)))
 
 
 @pytest.mark.parametrize("mode", [CALIBRATE, FORECAST], ids=lambda mode: mode.name.lower())
 def test_graph_of_order_2_is_the_golden_one(forecast_block: VariantSet, mode: StepMode) -> None:
-    assert_golden(f"{mode.name.lower()}_order_2", graph(forecast_block, mode))
-
-
-def assert_golden(name: str, source: fx.Graph) -> None:
-    path, got = GOLDEN / f"{name}.txt", text(source)
-    if os.environ.get("WRITE_GOLDEN"):  # WRITE_GOLDEN=1 pytest tests/test_rewrite.py -k golden
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(got)
-    assert got == path.read_text()
+    text = graph_text(graph(forecast_block, mode))
+    assert_golden(f"{mode.name.lower()}_order_2.txt", text)

@@ -85,7 +85,7 @@ def trained_plan(trained: FashionDiT) -> Plan:
     """35 steps of DDIM, interval 3, FORECAST between; fitted on seed 1."""
     with record(trained) as recording:
         last_latents(trained, LONG, seed=1, batch=4)
-    return Plan.from_trajectory(trained, recording, interval=3, mode=FORECAST)
+    return Plan.from_trajectory(trained, recording, schedule=3, mode=FORECAST)
 
 
 def test_fitted_weights_bring_the_recorded_run_nearer_to_the_full_one(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusion import GuidedDDIM
 from model import FashionDiT
+from support.factors import factors_of
 from support.models import STEPS, relative, sample_dit
 from test_rehearse import (
     SHAPES,
@@ -34,7 +35,6 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.sampler.correct import RIDGE
@@ -373,7 +373,7 @@ def variants_of(graph: CapturedGraph, recording: Recording, history: int) -> Var
     sites = find_sites(graph, classify_nodes(graph, recording.dependence))
     targets, _ = assign(graph, sites, rank=2)
     anchors = anchor_table(modes("R" * recording.steps), history - 1)
-    factors = make_factors(graph, targets, {})
+    factors = factors_of(graph, targets, {})
     return rewrite(graph, sites, targets, factors, (C, U), anchors=anchors)
 
 

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 
 from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.sampler.replay import Answer, Replay
 from calicache.graph_passes.search.allocate import MULTIPLE
 from calicache.graph_passes.search.candidates import Explorer, step_answers
 from calicache.graph_passes.search.costs import Candidates
 from calicache.graph_passes.search.families import Family, find_families, probe_schedule
-from calicache.graph_passes.search.ground import Ground, Meter, prepare_ground
+from calicache.graph_passes.search.ground import Ground, prepare_ground
 from calicache.graph_passes.search.journal import Journal
 from calicache.graph_passes.settings.front import FrontPoint
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, LatencyRow, LatencyTable

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.factors import factors_of
 from test_rehearse import modes, recorded_run, sampler_of
 from test_replay import Blocks, tokens
 from torch import nn
@@ -22,7 +23,6 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
@@ -69,7 +69,7 @@ def variants_of(model: nn.Module, recording: Recording, rank: int, history: int 
     sites = find_sites(graph, classify_nodes(graph, recording.dependence))
     targets, _ = assign(graph, sites, rank=rank)
     anchors = anchor_table(modes("R" * STEPS), history - 1)
-    factors = make_factors(graph, targets, {})
+    factors = factors_of(graph, targets, {})
     return rewrite(graph, sites, targets, factors, (C, U), anchors=anchors)
 
 

@@ -13,6 +13,7 @@ from diffusion import GuidedDDIM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
+from support.factors import factors_of
 from support.models import shake
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -37,7 +38,6 @@ from calicache.graph_passes import (
     record,
     uniform_schedule,
 )
-from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import capture
@@ -99,7 +99,7 @@ class Known:
     def variant_set(
         self, targets: Sequence[CalibrationTarget], *modes: StepMode, fold: bool = False
     ) -> VariantSet:
-        factors = make_factors(self.captured, targets, self.candidates.moments)
+        factors = factors_of(self.captured, targets, self.candidates.moments)
         return rewrite(
             self.captured,
             self.sites,
@@ -126,7 +126,7 @@ def learn(model: nn.Module, recording: Recording) -> Known:
         captured, [*targets.values()], recording, Weighting.COVARIANCE, schedule, ORDER
     )
     moments = {name: m for name, m in observed.items() if isinstance(m, SecondMoments)}
-    factors = make_factors(captured, [*targets.values()], moments)
+    factors = factors_of(captured, [*targets.values()], moments)
     spectra = {name: made.spectrum for name, made in factors.items() if made.spectrum is not None}
     layers = [t for t in targets.values() if t.granularity is Granularity.LINEAR]
     steps = sorted({max(BACK, round(share * (recording.steps - 1))) for share in PROBES})
@@ -374,7 +374,7 @@ def test_curves_of_whole_branches_end_at_what_no_map_explains(known: Known) -> N
     assert len(whole) == len(known.sites.branches)
     for target in whole:
         curve, moments = known.candidates.curve(target), known.candidates.moments[target.name]
-        made = make_factors(known.captured, [target], {target.name: moments})[target.name]
+        made = factors_of(known.captured, [target], {target.name: moments})[target.name]
         assert moments.input is not None
         assert moments.energy is not None
         # The share that the map of full rank does not keep, from the map itself.

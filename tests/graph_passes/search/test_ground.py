@@ -17,13 +17,8 @@ from torch import Tensor, nn
 
 from calicache.graph_passes import Plan, Recording, StepMode, record
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.search.ground import (
-    LEAST_RUNS,
-    LEAST_STEPS,
-    Meter,
-    SearchProgress,
-    share_out,
-)
+from calicache.graph_passes.common.progress import Meter, Progress
+from calicache.graph_passes.search.ground import LEAST_RUNS, LEAST_STEPS, share_out
 from calicache.graph_passes.settings.latency import LatencyTable
 
 STEPS, TOKENS, WIDTH, BATCH = 8, 4, 64, 2
@@ -155,17 +150,17 @@ def test_runs_are_shared_out_once_each_in_thirds(runs: int) -> None:
 
 
 def test_meter_tells_more_and_more_and_never_more_than_the_total() -> None:
-    seen: list[SearchProgress] = []
+    seen: list[Progress] = []
     meter = Meter(2.0, seen.append)
     meter.stage("one")
     meter.add()
     meter.stage("two")
     meter.add(2.5)
     assert seen == [
-        SearchProgress(0.0, 2.0, "one"),
-        SearchProgress(1.0, 2.0, "one"),
-        SearchProgress(1.0, 2.0, "two"),
-        SearchProgress(3.5, 3.5, "two"),
+        Progress(0.0, 2.0, "one"),
+        Progress(1.0, 2.0, "one"),
+        Progress(1.0, 2.0, "two"),
+        Progress(3.5, 3.5, "two"),
     ]
 
 
@@ -313,10 +308,10 @@ def test_a_latency_table_of_another_checkpoint_is_refused() -> None:
         Plan.search(model, recording, budget=0.5, latency=table)
 
 
-def stop_at(stage: str) -> Callable[[SearchProgress], None]:
+def stop_at(stage: str) -> Callable[[Progress], None]:
     """As a user who loses patience there."""
 
-    def look(now: SearchProgress) -> None:
+    def look(now: Progress) -> None:
         if now.stage == stage:
             raise KeyboardInterrupt
 
@@ -324,8 +319,8 @@ def stop_at(stage: str) -> Callable[[SearchProgress], None]:
 
 
 @cache
-def in_one_go() -> tuple[Plan, list[SearchProgress]]:
-    seen: list[SearchProgress] = []
+def in_one_go() -> tuple[Plan, list[Progress]]:
+    seen: list[Progress] = []
     return Plan.search(*flicker(), budget=0.5, on_progress=seen.append), seen
 
 
@@ -350,7 +345,7 @@ def test_stopped_search_goes_on_from_there(stage: str, tmp_path: Path) -> None:
         Plan.search(*flicker(), budget=0.5, folder=tmp_path, on_progress=stop_at(stage))
     kept = written(tmp_path)
     assert kept
-    seen: list[SearchProgress] = []
+    seen: list[Progress] = []
     plan = Plan.search(*flicker(), budget=0.5, folder=tmp_path, on_progress=seen.append)
     assert_same_plan(plan, whole)
     assert kept.items() <= written(tmp_path).items()

@@ -24,7 +24,6 @@ from weights import DIT_WEIGHTS, load_weights
 from calicache.export import Session, export_onnx, read_sampler
 from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, spread_schedule
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.recording.step_calls import batch_calls
 from calicache.graph_passes.settings.front import ErrorSummary, FrontPoint
 
 R, C, U, F = StepMode
@@ -274,7 +273,7 @@ def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
 def assert_exported(folder: Path, recording: Recording, latent: str, wanted: Tensor) -> None:
     """The exported run makes the last recorded noise into the same latents."""
     session = Session(folder)
-    whole = batch_calls(recording, wanted.shape[0])
+    whole = recording.by_step()
     first, spec = whole.runs[-1][0], session.manifest.sampler
     assert spec is not None
     inputs = {value.name: first[value.name] for value in spec.inputs}

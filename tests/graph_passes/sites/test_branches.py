@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.joined_layers import CHANNELS, Forward, JoinedLayers, joined_graph
 from support.models import shake
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -33,34 +34,6 @@ from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.rewriting.insertion import cache_name
 from calicache.graph_passes.sites.branches import ResidualBranch, find_branches
 
-CHANNELS = 4
-Forward = Callable[..., Any]
-
-
-class Tiny(nn.Module):
-    """Some layers; `path` says how they are joined, which is all that matters here."""
-
-    def __init__(self, path: Forward) -> None:
-        super().__init__()
-        for name in "abcde":
-            setattr(self, name, nn.Linear(CHANNELS, CHANNELS))
-        self.norm = nn.LayerNorm(CHANNELS)
-        self.matrix = nn.Parameter(torch.randn(CHANNELS, CHANNELS))
-        self.path = path
-
-    def forward(self, x: Tensor, text: Tensor) -> Any:
-        return self.path(self, x, text)
-
-
-def tiny_graph(path: Forward, shape: tuple[int, ...] = (2, 3, CHANNELS)) -> Any:
-    """The captured graph of a tiny model and its classes: x is latent, text is run."""
-    model = Tiny(path).eval()
-    call = flatten_call(model, (torch.randn(shape), torch.randn(2, 5, CHANNELS)), {})
-    captured = capture(model, call.signature())
-    inputs = {"x": Dependence.LATENT, "text": Dependence.RUN}
-    return captured, classify_nodes(captured, inputs)
-
-
 Summary = tuple[str, str | None, str, str]
 Found = tuple[list[Summary], list[tuple[str, str]]]
 
@@ -72,7 +45,7 @@ def summary(branch: ResidualBranch) -> Summary:
 
 def found(path: Forward) -> Found:
     """(name, entry, exits, joins) of all branches, (node, reason) of all rejections."""
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     branches, rejections = find_branches(captured.graph, classes)
     return (
         list(map(summary, branches)),
@@ -163,14 +136,14 @@ def test_plain_residual_on_either_side_of_the_add() -> None:
 
 
 def test_skip_through_reshape_and_transpose() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(2, -1, 3).transpose(1, 2) + m.b(m.norm(m.a(x)))
 
     assert branches_of(path) == [("model", "x", "linear_1", "add")]
 
 
 def test_tokens_moved_before_the_branch_are_where_it_starts() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = m.a(x).transpose(1, 2).clone().transpose(1, 2)
         return x + m.b(m.norm(x))
 
@@ -178,7 +151,7 @@ def test_tokens_moved_before_the_branch_are_where_it_starts() -> None:
 
 
 def test_attention_and_mlp_in_parallel_are_one_branch() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         n = m.norm(x)
         mixed = m.d(F.scaled_dot_product_attention(m.a(n), m.b(n), m.c(n)))
         return x + (mixed + m.e(n))
@@ -187,7 +160,7 @@ def test_attention_and_mlp_in_parallel_are_one_branch() -> None:
 
 
 def test_branches_in_series_start_where_the_last_one_joined() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + m.a(x)
         return m.norm(x + m.b(x))
 
@@ -195,7 +168,7 @@ def test_branches_in_series_start_where_the_last_one_joined() -> None:
 
 
 def test_a_layer_called_twice_gives_two_names() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + m.a(x)
         return x + m.a(x)
 
@@ -203,7 +176,7 @@ def test_a_layer_called_twice_gives_two_names() -> None:
 
 
 def test_text_may_enter_a_branch_anywhere() -> None:
-    def path(m: Tiny, x: Tensor, text: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, text: Tensor) -> Tensor:
         mixed = F.scaled_dot_product_attention(m.a(m.norm(x)), m.b(text), m.c(text))
         return x + m.d(mixed)
 
@@ -211,7 +184,7 @@ def test_text_may_enter_a_branch_anywhere() -> None:
 
 
 def test_the_exit_may_be_read_again_after_the_join() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         y = m.b(m.a(x))
         return (x + y) * y
 
@@ -219,7 +192,7 @@ def test_the_exit_may_be_read_again_after_the_join() -> None:
 
 
 def test_rotary_positions_inside_a_branch_are_no_branch_of_their_own() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         q = m.a(x)
         turned = torch.cat([-q[..., 2:], q[..., :2]], dim=-1)
         return x + m.b(q * 0.6 + turned * 0.8)
@@ -228,7 +201,7 @@ def test_rotary_positions_inside_a_branch_are_no_branch_of_their_own() -> None:
 
 
 def test_an_activation_written_by_hand_does_not_hide_its_branch() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         h = m.a(x)
         gelu = 0.5 * h * (1 + torch.tanh(0.79788 * (h + 0.044715 * h**3)))
         return x + m.b(gelu)
@@ -239,7 +212,7 @@ def test_an_activation_written_by_hand_does_not_hide_its_branch() -> None:
 @settings(max_examples=6, deadline=None)
 @given(kinds=st.lists(st.sampled_from(["mlp", "gated", "plain", "norm"]), min_size=1, max_size=5))
 def test_a_chain_has_as_many_branches_as_residual_blocks(kinds: list[str]) -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         for kind in kinds:
             if kind == "mlp":
                 x = x + m.b(F.gelu(m.a(m.norm(x))))
@@ -258,11 +231,11 @@ def test_a_chain_has_as_many_branches_as_residual_blocks(kinds: list[str]) -> No
 
 
 def test_parallel_branches_added_one_after_the_other_share_their_norm() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         n = m.norm(x)
         return x + m.a(n) + m.b(n)
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), rejections = find_branches(captured.graph, classes)
     assert summary(branch) == ("model", "x", "linear linear_1", "add add_1")
     assert branch.nodes == ("layer_norm", "linear", "linear_1")
@@ -270,7 +243,7 @@ def test_parallel_branches_added_one_after_the_other_share_their_norm() -> None:
 
 
 def test_attention_and_mlp_added_one_after_the_other_are_one_branch() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         n = m.norm(x)
         mixed = m.d(F.scaled_dot_product_attention(m.a(n), m.b(n), m.c(n)))
         return x + mixed + m.e(F.gelu(n))
@@ -284,11 +257,11 @@ def test_parallel_branches_that_share_nothing_are_two_that_start_at_one_value() 
 
 
 def test_a_nested_branch_is_taken_in_by_an_outer_one_with_layers_of_its_own() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         h = m.a(x)
         return x + m.c(h + m.b(h))
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), rejections = find_branches(captured.graph, classes)
     assert (branch.name, branch.entry, branch.exits[-1]) == ("model", "x", "linear_2")
     assert branch.nodes == ("linear", "linear_1", "add", "linear_2")
@@ -296,11 +269,11 @@ def test_a_nested_branch_is_taken_in_by_an_outer_one_with_layers_of_its_own() ->
 
 
 def test_a_second_latent_entry_leaves_the_branch_without_the_one() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         y = m.norm(x)
         return y + m.b(y * m.a(x))
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), rejections = find_branches(captured.graph, classes)
     assert summary(branch) == ("model", None, "linear_1", "add")
     assert branch.nodes == ("linear", "mul", "linear_1")
@@ -308,11 +281,11 @@ def test_a_second_latent_entry_leaves_the_branch_without_the_one() -> None:
 
 
 def test_a_value_that_escapes_stays_outside_with_what_makes_it() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         h = m.b(m.norm(m.a(x)))
         return x + m.d(F.gelu(m.c(h))), h
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), rejections = find_branches(captured.graph, classes)
     assert summary(branch) == ("model", "linear_1", "linear_3", "add")
     assert branch.nodes == ("linear_2", "gelu", "linear_3")
@@ -320,12 +293,12 @@ def test_a_value_that_escapes_stays_outside_with_what_makes_it() -> None:
 
 
 def test_an_exit_read_elsewhere_keeps_no_node_but_itself_inside() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         h = m.a(x)
         y = m.b(F.gelu(h))
         return x + y, y * h
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     (branch,), _ = find_branches(captured.graph, classes)
     assert branch.nodes == ("gelu", "linear_1")
 
@@ -685,7 +658,7 @@ def test_a_joint_branch_is_no_one_map_as_a_whole(
 
 
 def test_of_a_chain_inside_an_outer_residual_the_links_are_kept() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         h = m.a(x)
         h = h + m.b(h)
         h = h + m.c(h)
@@ -697,7 +670,7 @@ def test_of_a_chain_inside_an_outer_residual_the_links_are_kept() -> None:
 
 
 def test_an_outer_residual_without_layers_of_its_own_is_rejected() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         return x + torch.tanh(x + m.a(x))
 
     branches, rejections = found(path)
@@ -706,7 +679,7 @@ def test_an_outer_residual_without_layers_of_its_own_is_rejected() -> None:
 
 
 def test_layers_that_only_escape_make_no_branch() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         h = m.a(x)
         return x + F.gelu(h), h
 
@@ -716,7 +689,7 @@ def test_layers_that_only_escape_make_no_branch() -> None:
 
 
 def test_a_latent_add_without_a_linear_is_rejected() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + F.gelu(x)
         return x + m.a(x)
 
@@ -747,10 +720,10 @@ def test_adds_that_join_no_skip_are_not_even_candidates(path: Forward) -> None:
 
 
 def test_a_step_known_residual_is_left_alone() -> None:
-    def path(m: Tiny, x: Tensor, text: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, text: Tensor) -> Tensor:
         text = text + m.a(text)
         return x * text.mean(dim=1, keepdim=True)
 
-    captured, classes = tiny_graph(path)
+    captured, classes = joined_graph(path)
     assert [n.name for n in captured.graph.nodes if n.target is ADD] == ["add"]
     assert find_branches(captured.graph, classes) == ([], [])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_branches import Forward, Tiny, tiny_graph
+from support.joined_layers import Forward, JoinedLayers, joined_graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ def diffusers_graph(diffusers_dit: nn.Module, diffusers_recording: Recording) ->
 
 
 def tiny_sites(path: Forward, **arguments: Any) -> Sites:
-    return find_sites(*tiny_graph(path), **arguments)
+    return find_sites(*joined_graph(path), **arguments)
 
 
 def names(sites: Sites) -> list[str]:
@@ -148,7 +148,7 @@ def test_patterns_that_leave_nothing_are_an_error_with_the_reasons(dit_graph: Gr
 
 
 def test_gate_and_up_projection_are_siblings() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         n = m.norm(x)
         return x + m.c(F.silu(m.a(n)) * m.b(n))
 
@@ -158,7 +158,7 @@ def test_gate_and_up_projection_are_siblings() -> None:
 
 
 def test_a_layer_called_twice_is_two_sites_with_one_weight() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + m.a(x)
         return x + m.a(x)
 
@@ -187,7 +187,7 @@ def test_a_computed_bias_is_rejected() -> None:
 
 
 def test_a_layer_on_the_text_is_neither_site_nor_rejection() -> None:
-    def path(m: Tiny, x: Tensor, text: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, text: Tensor) -> Tensor:
         return x + m.c(F.scaled_dot_product_attention(m.a(x), m.b(text), m.b(text)))
 
     sites = tiny_sites(path)
@@ -196,7 +196,7 @@ def test_a_layer_on_the_text_is_neither_site_nor_rejection() -> None:
 
 
 def test_layers_of_a_rejected_branch_are_rejected_with_it() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         x = x + m.a(x)
         h = m.b(x)
         return x + F.gelu(h), m.c(h)
@@ -213,7 +213,7 @@ def test_layers_of_a_rejected_branch_are_rejected_with_it() -> None:
 # --- on the stream itself ---------------------------------------------------------------------
 
 
-def between(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+def between(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
     """A layer before the first branch, one between two, one after the last."""
     x = m.norm(m.a(x))
     x = m.c(x + m.b(x))
@@ -235,7 +235,7 @@ def test_patterns_choose_among_layers_between_branches() -> None:
 
 
 def test_a_layer_that_no_later_branch_joins_is_after_the_last() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Any:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         x = x + m.a(x)
         return x + m.b(x), m.c(x)
 
@@ -245,7 +245,7 @@ def test_a_layer_that_no_later_branch_joins_is_after_the_last() -> None:
 
 
 def test_what_escapes_from_one_branch_into_the_next_is_between_them() -> None:
-    def path(m: Tiny, x: Tensor, _: Tensor) -> Tensor:
+    def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + m.a(x)
         h = m.b(x)
         x = x + m.c(F.gelu(h))
@@ -257,18 +257,18 @@ def test_what_escapes_from_one_branch_into_the_next_is_between_them() -> None:
 
 
 def test_tokens_count_all_rows_of_the_input() -> None:
-    captured, classes = tiny_graph(lambda m, x, _: x + m.a(x), shape=(2, 3, 5, 4))
+    captured, classes = joined_graph(lambda m, x, _: x + m.a(x), shape=(2, 3, 5, 4))
     assert [site.tokens for site in find_sites(captured, classes).linears] == [30]
 
 
 def test_a_layer_on_packed_tokens_is_token_wise() -> None:
-    captured, classes = tiny_graph(lambda m, x, _: x + m.a(x), shape=(3, 4))
+    captured, classes = joined_graph(lambda m, x, _: x + m.a(x), shape=(3, 4))
     (site,) = find_sites(captured, classes).linears
     assert (site.name, site.tokens, site.branch) == ("a", 3, "a")
 
 
 def test_a_layer_on_one_vector_is_not_token_wise() -> None:
-    captured, classes = tiny_graph(lambda m, x, _: x + m.a(x), shape=(4,))
+    captured, classes = joined_graph(lambda m, x, _: x + m.a(x), shape=(4,))
     with pytest.raises(SiteError, match=r"a: not token-wise: its input has shape \(4,\)"):
         find_sites(captured, classes)
 

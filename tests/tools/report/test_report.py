@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from playwright.sync_api import sync_playwright
 from support.small_subjects import STEPS, small_model, small_runs
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -247,8 +248,6 @@ def test_parts_that_are_not_drawn_are_told(folder: Path, monkeypatch: pytest.Mon
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=CHROMIUM,
