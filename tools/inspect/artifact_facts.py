@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from calicache.export.artifact.graph_file import read_graphs
 from calicache.export.artifact.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     FileRecord,
+    Layout,
     Manifest,
     ModeRecord,
     SamplerRecord,
@@ -20,7 +22,7 @@ from calicache.export.artifact.manifest import (
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
-from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.choices import StepMode, Weighting
 from calicache.graph_passes.settings.front import Front
 from calicache.tools.inspect.facts import (
     LOW_ENERGY,
@@ -28,6 +30,7 @@ from calicache.tools.inspect.facts import (
     LayerFacts,
     ModeFacts,
     ScheduleFacts,
+    same_fields,
     schedule_cautions,
     schedule_facts,
     some_names,
@@ -39,26 +42,18 @@ from calicache.tools.terminal.text import format_count
 
 @dataclass(frozen=True, slots=True)
 class ArtifactFacts:
-    """Everything that is shown of an artifact.
+    """Everything that is shown of an artifact; what `Manifest` has under the same name is as there.
 
     Attributes:
         kind: `artifact`.
         path: of its folder.
-        format: version of the manifest; `calicache` the version that wrote it.
-        layout: how the variants are packed.
-        files: all but the manifest, checked.
-        weights_hash: of the checkpoint that it was made from.
-        inputs, outputs, calls_per_step, fixed, sampler: as in `Manifest`.
+        fixed: inputs whose recorded values are built in.
         schedule: modes of the steps.
-        rank, weighting, correction: from the plan.
-        plain_macs: of one call of the model as it was.
         modes: costs of one call, for every mode in the artifact.
         run_share: MACs of a whole run against the plain model's.
         caches: how many values a REFRESH keeps, `history` refreshes of each at most.
         cache_bytes: of all kept refreshes, over all calls of a step.
-        targets, rejections: what CALIBRATE replaces, and what was left alone and why.
         layers: every linear layer and what the steps do with it.
-        front: of the search that the plan is from; None without one.
         warnings: what a user should know.
     """
 
@@ -66,7 +61,7 @@ class ArtifactFacts:
     path: str
     format: int
     calicache: str
-    layout: str
+    layout: Layout
     files: tuple[FileRecord, ...]
     weights_hash: str
     inputs: tuple[TensorSpec, ...]
@@ -76,7 +71,7 @@ class ArtifactFacts:
     sampler: SamplerRecord | None
     schedule: ScheduleFacts
     rank: int
-    weighting: str
+    weighting: Weighting
     correction: str
     plain_macs: int
     modes: tuple[ModeFacts, ...]
@@ -94,34 +89,18 @@ class ArtifactFacts:
 def artifact_facts(subject: ArtifactSubject) -> ArtifactFacts:
     """Facts of an artifact whose files were checked."""
     manifest = subject.manifest
-    return ArtifactFacts(
-        path=str(subject.path),
-        format=manifest.format,
-        calicache=manifest.calicache,
-        layout=manifest.layout.value,
-        files=manifest.files,
-        weights_hash=manifest.weights_hash,
-        inputs=manifest.inputs,
-        outputs=manifest.outputs,
-        calls_per_step=manifest.calls_per_step,
-        fixed=tuple(manifest.fixed),
-        sampler=manifest.sampler,
-        schedule=schedule_facts(manifest.schedule, manifest.order),
-        rank=manifest.rank,
-        weighting=manifest.weighting.value,
-        correction=manifest.correction,
-        plain_macs=manifest.plain_macs,
-        modes=tuple(_mode_facts(manifest, record) for record in manifest.modes),
-        run_share=manifest.run_share,
-        caches=len(manifest.caches),
-        history=manifest.history,
-        cache_bytes=_cache_bytes(manifest),
-        targets=manifest.targets,
-        rejections=manifest.rejections,
-        layers=layer_facts(read_graphs(subject.path), manifest.targets),
-        front=manifest.front,
-        warnings=tuple(_cautions(manifest, subject.path)),
-    )
+    own: dict[str, Any] = {
+        "path": str(subject.path),
+        "fixed": tuple(manifest.fixed),
+        "schedule": schedule_facts(manifest.schedule, manifest.order),
+        "modes": tuple(_mode_facts(manifest, record) for record in manifest.modes),
+        "run_share": manifest.run_share,
+        "caches": len(manifest.caches),
+        "cache_bytes": _cache_bytes(manifest),
+        "layers": layer_facts(read_graphs(subject.path), manifest.targets),
+        "warnings": tuple(_cautions(manifest, subject.path)),
+    }
+    return ArtifactFacts(**own, **same_fields(ArtifactFacts, own, manifest))
 
 
 def _cache_bytes(manifest: Manifest) -> int:
@@ -146,10 +125,7 @@ def _mode_facts(manifest: Manifest, record: ModeRecord) -> ModeFacts:
 
 
 def _nbytes(spec: TensorSpec) -> int:
-    size = spec.torch_dtype.itemsize
-    for length in spec.shape:
-        size *= length
-    return size
+    return spec.torch_dtype.itemsize * math.prod(spec.shape)
 
 
 def _cautions(manifest: Manifest, folder: Path) -> Iterator[Caution]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import PlainSerializer
 
@@ -158,3 +158,20 @@ def some_names(names: Sequence[str]) -> str:
     """The first few of many names."""
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def same_fields(kind: type, own: Collection[str], *sources: Any) -> dict[str, Any]:
+    """Values of the fields that a dataclass has of the same name as some sources.
+
+    Args:
+        kind: the dataclass.
+        own: fields that are not taken over.
+        sources: dataclasses with the values.
+    """
+    names = {field.name for field in fields(kind) if field.init}.difference(own)
+    return {
+        field.name: getattr(source, field.name)
+        for source in sources
+        for field in fields(source)
+        if field.name in names
+    }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from calicache.export.artifact.manifest import FileRecord
 from calicache.graph_passes.api.plan import FORMAT, PLAN_FILE, STATISTICS_FILE, Plan
@@ -14,13 +14,14 @@ from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.factors.statistics import statistics_tensors
 from calicache.graph_passes.recording.signature import ConstantSpec
 from calicache.graph_passes.recording.timestep import Timestep
-from calicache.graph_passes.settings.choices import SiteRule, Weighting
+from calicache.graph_passes.settings.choices import Granularity, SiteRule, Weighting
 from calicache.graph_passes.settings.front import Front
 from calicache.tools.inspect.facts import (
     Caution,
     InputFacts,
     ScheduleFacts,
     input_facts,
+    same_fields,
     schedule_cautions,
     schedule_facts,
     some_names,
@@ -46,19 +47,15 @@ class PlannedTarget:
 
 @dataclass(frozen=True, slots=True)
 class PlanFacts:
-    """Everything that is shown of a plan.
+    """Everything that is shown of a plan; what `Binding` and `Recipe` have too is as there.
 
     Attributes:
         kind: `plan`.
         path: of its folder.
         format: version of `plan.json`.
         files: the plan's two files.
-        weights_hash: of the checkpoint that it was made from.
         inputs, constants: the arguments of a call.
-        timestep: the argument that shows the start of a new run, or None.
         schedule: modes of the steps.
-        rank, weighting, granularity, include, exclude, rules, correction: as in
-            `Recipe`.
         targets: all that have statistics or a rank of their own, by name.
         front: as `calicache plan show --json` prints it; None without a search.
         warnings: what a user should know.
@@ -74,8 +71,8 @@ class PlanFacts:
     timestep: Timestep | None
     schedule: ScheduleFacts
     rank: int
-    weighting: str
-    granularity: str
+    weighting: Weighting
+    granularity: Granularity
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     rules: tuple[SiteRule, ...]
@@ -89,26 +86,18 @@ def plan_facts(subject: PlanSubject) -> PlanFacts:
     """Facts of a plan that was read from a folder."""
     plan = subject.plan
     binding, recipe = plan.binding, plan.recipe
-    return PlanFacts(
-        path=str(subject.path),
-        format=FORMAT,
-        files=tuple(_file(subject.path / name) for name in (PLAN_FILE, STATISTICS_FILE)),
-        weights_hash=binding.weights_hash,
-        inputs=input_facts(binding.signature.tensors, binding.dependence),
-        constants=binding.signature.constants,
-        timestep=binding.timestep,
-        schedule=schedule_facts(recipe.schedule, recipe.order),
-        rank=recipe.rank,
-        weighting=recipe.weighting.value,
-        granularity=recipe.granularity.value,
-        include=recipe.include,
-        exclude=recipe.exclude,
-        rules=recipe.rules,
-        correction=recipe.correction,
-        targets=_targets(plan),
-        front=plan.front,
-        warnings=tuple(_cautions(plan)),
-    )
+    own: dict[str, Any] = {
+        "path": str(subject.path),
+        "format": FORMAT,
+        "files": tuple(_file(subject.path / name) for name in (PLAN_FILE, STATISTICS_FILE)),
+        "inputs": input_facts(binding.signature.tensors, binding.dependence),
+        "constants": binding.signature.constants,
+        "schedule": schedule_facts(recipe.schedule, recipe.order),
+        "targets": _targets(plan),
+        "front": plan.front,
+        "warnings": tuple(_cautions(plan)),
+    }
+    return PlanFacts(**own, **same_fields(PlanFacts, own, binding, recipe))
 
 
 def _file(path: Path) -> FileRecord:

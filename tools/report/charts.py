@@ -44,22 +44,21 @@ def plotly_script() -> str:
 def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> Chart:
     """What every step does: its height is its share of the plain model's MACs, where known."""
     shares = {facts.mode: facts.share for facts in modes}
+    places = {mode: [k for k, other in enumerate(schedule) if other is mode] for mode in StepMode}
     bars = [
-        {
-            "type": "bar",
-            "name": mode.name,
-            "x": steps,
-            "y": [shares.get(mode, 1.0)] * len(steps),
-            "width": 0.9,  # by itself a bar is as wide as its own mode's steps are apart
-            "marker": {"color": COLOURS[mode]},
-            "hovertemplate": f"step %{{x}}: {mode.name}<br>%{{y:.3f}} of the plain MACs"
-            "<extra></extra>",
-        }
-        for mode in StepMode
-        if (steps := [k for k, other in enumerate(schedule) if other is mode])
+        _trace(
+            "bar",
+            mode.name,
+            steps,
+            [shares.get(mode, 1.0)] * len(steps),
+            f"step %{{x}}: {mode.name}<br>%{{y:.3f}} of the plain MACs",
+            width=0.9,  # by itself a bar is as wide as its own mode's steps are apart
+            marker={"color": COLOURS[mode]},
+        )
+        for mode, steps in places.items()
+        if steps
     ]
-    layout = _layout("step", "MACs, share of the plain step", barmode="overlay")
-    layout["height"] = 260
+    layout = _layout("step", "MACs, share of the plain step", barmode="overlay", height=260)
     return _chart(bars, layout)
 
 
@@ -100,17 +99,17 @@ def step_error_chart(comparison: Comparison) -> Chart:
     """Error of the latent after every step: mean over samples, and the worst sample."""
     seen = [step for step in comparison.steps if step.error is not None]
     lines = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": [step.step for step in seen],
-            "y": [getattr(step.error, field) for step in seen],
-            "marker": {"color": [COLOURS[step.mode] for step in seen], "size": 8},
-            "line": {"color": "#888", "dash": dash},
-            "text": [step.mode.name for step in seen],
-            "hovertemplate": f"after step %{{x}}, %{{text}}<br>{name} %{{y:.3g}}<extra></extra>",
-        }
+        _trace(
+            "scatter",
+            name,
+            [step.step for step in seen],
+            [getattr(step.error, field) for step in seen],
+            f"after step %{{x}}, %{{text}}<br>{name} %{{y:.3g}}",
+            mode="lines+markers",
+            marker={"color": [COLOURS[step.mode] for step in seen], "size": 8},
+            line={"color": "#888", "dash": dash},
+            text=[step.mode.name for step in seen],
+        )
         for name, field, dash in (("mean", "mean", "solid"), ("worst sample", "worst", "dot"))
     ]
     return _chart(lines, _layout("step", "relative error of the latent", log=True))
@@ -119,28 +118,27 @@ def step_error_chart(comparison: Comparison) -> Chart:
 def time_chart(comparison: Comparison) -> Chart:
     """Milliseconds of every step, full and optimised."""
     timed = [step for step in comparison.steps if step.cached_seconds is not None]
-    bars = [
-        {
-            "type": "bar",
-            "name": "optimised",
-            "x": [step.step for step in timed],
-            "y": [1e3 * (step.cached_seconds or 0.0) for step in timed],
-            "marker": {"color": [COLOURS[step.mode] for step in timed]},
-            "text": [step.mode.name for step in timed],
-            "textposition": "none",
-            "hovertemplate": "step %{x}, %{text}<br>%{y:.1f} ms<extra></extra>",
-        },
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "full model",
-            "x": [step.step for step in timed],
-            "y": [1e3 * (step.full_seconds or 0.0) for step in timed],
-            "line": {"color": "#888"},
-            "hovertemplate": "step %{x}, full model<br>%{y:.1f} ms<extra></extra>",
-        },
-    ]
-    return _chart(bars, _layout("step", "ms"))
+    steps = [step.step for step in timed]
+    bars = _trace(
+        "bar",
+        "optimised",
+        steps,
+        [1e3 * (step.cached_seconds or 0.0) for step in timed],
+        "step %{x}, %{text}<br>%{y:.1f} ms",
+        marker={"color": [COLOURS[step.mode] for step in timed]},
+        text=[step.mode.name for step in timed],
+        textposition="none",
+    )
+    line = _trace(
+        "scatter",
+        "full model",
+        steps,
+        [1e3 * (step.full_seconds or 0.0) for step in timed],
+        "step %{x}, full model<br>%{y:.1f} ms",
+        mode="lines",
+        line={"color": "#888"},
+    )
+    return _chart([bars, line], _layout("step", "ms"))
 
 
 def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
@@ -154,14 +152,14 @@ def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
         by_mode = spent[entry.operator if entry.operator in named else "others"]
         by_mode[entry.mode] = by_mode.get(entry.mode, 0.0) + entry.milliseconds
     bars = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": name,
-            "y": list(by_mode),
-            "x": list(by_mode.values()),
-            "hovertemplate": f"{name}<br>%{{y}}: %{{x:.2f}} ms<extra></extra>",
-        }
+        _trace(
+            "bar",
+            name,
+            list(by_mode.values()),
+            list(by_mode),
+            f"{name}<br>%{{y}}: %{{x:.2f}} ms",
+            orientation="h",
+        )
         for name, by_mode in spent.items()
     ]
     layout = _layout("ms of one step", "", barmode="stack")
@@ -173,28 +171,23 @@ def cost_chart(facts: ArtifactFacts) -> Chart:
     """MACs of one step by mode beside the plain step's."""
     names = ["plain", *(mode.mode.name for mode in facts.modes)]
     macs = [facts.plain_macs, *(mode.macs for mode in facts.modes)]
-    bar = {
-        "type": "bar",
-        "x": names,
-        "y": macs,
-        "marker": {"color": ["#888", *(COLOURS[mode.mode] for mode in facts.modes)]},
-        "hovertemplate": "%{x}<br>%{y:.3s} MACs<extra></extra>",
-    }
+    colours = ["#888", *(COLOURS[mode.mode] for mode in facts.modes)]
+    bar = _trace("bar", "MACs", names, macs, "%{x}<br>%{y:.3s} MACs", marker={"color": colours})
     return _chart([bar], _layout("", "MACs of one call"))
 
 
 def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
     """Energy that is left out by rank, one line a target, a marker at the plan's rank."""
     lines = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": curve.target,
-            "x": list(curve.kept),
-            "y": [max(1.0 - kept, _FAINTEST) for kept in curve.kept.values()],
-            "marker": {"size": [10 if rank == curve.rank else 0 for rank in curve.kept]},
-            "hovertemplate": f"{curve.target}<br>rank %{{x}}: %{{y:.3g}} left out<extra></extra>",
-        }
+        _trace(
+            "scatter",
+            curve.target,
+            list(curve.kept),
+            [max(1.0 - kept, _FAINTEST) for kept in curve.kept.values()],
+            f"{curve.target}<br>rank %{{x}}: %{{y:.3g}} left out",
+            mode="lines+markers",
+            marker={"size": [10 if rank == curve.rank else 0 for rank in curve.kept]},
+        )
         for curve in curves
     ]
     return _chart(lines, _layout("rank", "share of the energy left out", log=True))
@@ -202,23 +195,32 @@ def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
 
 def front_chart(front: Front) -> Chart:
     """Error against cost of a search's points, the taken one larger."""
-    taken = front.points[front.taken]
-    dots = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": [point.cost for point in front.points],
-        "y": [max(point.error.mean, _FAINTEST) for point in front.points],
-        "error_y": {
+    points, taken = front.points, front.points[front.taken]
+    dots = _trace(
+        "scatter",
+        "points",
+        [point.cost for point in points],
+        [max(point.error.mean, _FAINTEST) for point in points],
+        "%{text}<br>cost %{x:.3f}, error %{y:.3g}",
+        mode="lines+markers",
+        error_y={
             "type": "data",
             "symmetric": False,
-            "array": [max(0.0, point.error.worst - point.error.mean) for point in front.points],
-            "arrayminus": [0.0 for _ in front.points],
+            "array": [max(0.0, point.error.worst - point.error.mean) for point in points],
+            "arrayminus": [0.0 for _ in points],
         },
-        "marker": {"size": [16 if point is taken else 9 for point in front.points]},
-        "text": [f"point {k}: {point.label}" for k, point in enumerate(front.points)],
-        "hovertemplate": "%{text}<br>cost %{x:.3f}, error %{y:.3g}<extra></extra>",
-    }
+        marker={"size": [16 if point is taken else 9 for point in points]},
+        text=[f"point {k}: {point.label}" for k, point in enumerate(points)],
+    )
     return _chart([dots], _layout(f"cost, share of the full run ({front.unit})", "error", log=True))
+
+
+def _trace(
+    kind: str, name: str, x: Sequence[Any], y: Sequence[Any], hover: str, **more: Any
+) -> Chart:
+    """One trace of a chart; `hover` is what pointing at it shows."""
+    hover = f"{hover}<extra></extra>"
+    return {"type": kind, "name": name, "x": x, "y": y, "hovertemplate": hover, **more}
 
 
 def _layout(x: str, y: str, *, log: bool = False, **more: Any) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _measured(
         return None, None
     _next(meter, "run full and optimised side by side")
     comparison = compare(facts.path, recording, runs=runs)
-    if facts.layout == Layout.SAMPLER.value:
+    if facts.layout is Layout.SAMPLER:
         missing["operators"] = "The layout sampler makes its steps out of sight."
         return comparison, None
     _next(meter, "time the operators")

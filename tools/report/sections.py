@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from calicache.graph_passes.settings.front import CONFIDENCE
 from calicache.graph_passes.settings.schedule import count_modes
 from calicache.tools.compare.view import STEP_COLUMNS, step_rows
 from calicache.tools.inspect.artifact_facts import ArtifactFacts
 from calicache.tools.inspect.artifact_view import COST_COLUMNS, cost_rows
 from calicache.tools.inspect.facts import ModeFacts
-from calicache.tools.inspect.plan_facts import PlanFacts
 from calicache.tools.report.charts import (
     Chart,
     cost_chart,
@@ -26,6 +26,9 @@ from calicache.tools.report.data import ReportData
 from calicache.tools.terminal.text import format_count
 
 _MOST_ROWS = 400
+
+# One sentence about how to read it, and what it shows.
+Shown = tuple[str, tuple[Chart, ...], tuple["DataTable", ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +81,16 @@ def report_cards(data: ReportData) -> tuple[Card, ...]:
 
 def report_sections(data: ReportData) -> tuple[Section, ...]:
     """All sections with charts and tables; graphs and pictures are the page's own."""
-    return (
-        _schedule(data),
-        _sites(data),
-        _steps(data),
-        _energy(data),
-        _cost(data),
-        _operators(data),
-        _front(data),
-        _belonging(data),
-    )
+    return tuple(_section(data, *entry) for entry in _SECTIONS)
+
+
+def _section(
+    data: ReportData, name: str, title: str, show: Callable[[ReportData], Shown | str]
+) -> Section:
+    shown = show(data)
+    if isinstance(shown, str):
+        return Section(name, title, missing=shown)
+    return Section(name, title, *shown)
 
 
 def _cards(data: ReportData) -> Iterator[Card]:
@@ -112,24 +115,19 @@ def _cards(data: ReportData) -> Iterator[Card]:
     yield Card("warnings", str(len(facts.warnings)), "listed below")
 
 
-def _schedule(data: ReportData) -> Section:
+def _schedule(data: ReportData) -> Shown:
     facts = data.facts
     modes: Sequence[ModeFacts] = facts.modes if isinstance(facts, ArtifactFacts) else ()
     rows = tuple((str(k), mode.name) for k, mode in enumerate(facts.schedule.modes))
-    return Section(
-        "schedule",
-        "What does every step do?",
-        "REFRESH runs the whole model and keeps values; the other steps work with them.",
-        (schedule_chart(facts.schedule.modes, modes),),
-        (DataTable(("step", "mode"), rows),),
-    )
+    lead = "REFRESH runs the whole model and keeps values; the other steps work with them."
+    chart = schedule_chart(facts.schedule.modes, modes)
+    return lead, (chart,), (DataTable(("step", "mode"), rows),)
 
 
-def _sites(data: ReportData) -> Section:
-    title = "Where does the error come from?"
-    if data.errors is None:
-        return Section("errors", title, missing=data.missing["errors"])
+def _sites(data: ReportData) -> Shown | str:
     errors = data.errors
+    if errors is None:
+        return data.missing["errors"]
     columns = ("site", *(str(k) for k in range(len(errors.schedule))))
     rows = tuple(
         (site, *("" if v is None else f"{v:.2g}" for v in row))
@@ -139,43 +137,40 @@ def _sites(data: ReportData) -> Section:
         "Relative error of the residual stream after every branch against the full run's, by step. "
         "A step that does not compute a branch leaves a gap."
     )
-    return Section("errors", title, lead, (site_error_chart(errors),), (DataTable(columns, rows),))
+    return lead, (site_error_chart(errors),), (DataTable(columns, rows),)
 
 
-def _steps(data: ReportData) -> Section:
-    title = "How does the error grow along the run?"
+def _steps(data: ReportData) -> Shown | str:
     comparison = data.comparison
     if comparison is None:
-        return Section("steps", title, missing=data.missing["comparison"])
+        return data.missing["comparison"]
     if comparison.no_steps is not None:
-        return Section("steps", title, missing=comparison.no_steps)
+        return comparison.no_steps
     lead = (
         "Relative error of the latent after every step; it falls where a step takes back what "
         "earlier ones did wrong."
     )
     charts = (step_error_chart(comparison), time_chart(comparison))
-    table = DataTable(STEP_COLUMNS, tuple(step_rows(comparison)))
-    return Section("steps", title, lead, charts, (table,))
+    return lead, charts, (DataTable(STEP_COLUMNS, tuple(step_rows(comparison))),)
 
 
-def _energy(data: ReportData) -> Section:
-    title = "How good are the ranks?"
-    if data.curves:
-        marked = sorted({2**k for k in range(20)} & {r for c in data.curves for r in c.kept})
-        rows = tuple(
-            (
-                curve.target,
-                str(curve.rank),
-                f"{curve.kept[curve.rank]:.4f}",
-                *(f"{curve.kept[r]:.3f}" if r in curve.kept else "" for r in marked),
-            )
-            for curve in data.curves
+def _energy(data: ReportData) -> Shown | str:
+    if not data.curves:
+        return data.missing.get("curves", "No layer is calibrated.")
+    ranks = sorted({2**k for k in range(20)} & {r for c in data.curves for r in c.kept})
+    rows = tuple(
+        (
+            curve.target,
+            str(curve.rank),
+            f"{curve.kept[curve.rank]:.4f}",
+            *(f"{curve.kept[r]:.3f}" if r in curve.kept else "" for r in ranks),
         )
-        columns = ("target", "rank", "kept", *(f"at {rank}" for rank in marked))
-        lead = "Energy of the increments that a branch of a rank leaves out; dots are the plan's."
-        table = DataTable(columns, rows, _layers(data) if data.graphs else ())
-        return Section("energy", title, lead, (energy_chart(data.curves),), (table,))
-    return Section("energy", title, missing=data.missing.get("curves", "No layer is calibrated."))
+        for curve in data.curves
+    )
+    columns = ("target", "rank", "kept", *(f"at {rank}" for rank in ranks))
+    lead = "Energy of the increments that a branch of a rank leaves out; dots are the plan's."
+    table = DataTable(columns, rows, _layers(data) if data.graphs else ())
+    return lead, (energy_chart(data.curves),), (table,)
 
 
 def _layers(data: ReportData) -> tuple[str, ...]:
@@ -185,64 +180,71 @@ def _layers(data: ReportData) -> tuple[str, ...]:
     return tuple(first.get(curve.target, curve.target) for curve in data.curves or ())
 
 
-def _cost(data: ReportData) -> Section:
-    title = "What does a step cost?"
+def _cost(data: ReportData) -> Shown | str:
     facts = data.facts
     if not isinstance(facts, ArtifactFacts):
-        return Section("cost", title, missing="A plan alone has no costs: report on an artifact.")
+        return "A plan alone has no costs: report on an artifact."
     lead = f"A whole run costs {facts.run_share:.3f} of the full run's MACs; one call:"
-    table = DataTable(COST_COLUMNS, tuple(cost_rows(facts)))
-    return Section("cost", title, lead, (cost_chart(facts),), (table,))
+    return lead, (cost_chart(facts),), (DataTable(COST_COLUMNS, tuple(cost_rows(facts))),)
 
 
-def _operators(data: ReportData) -> Section:
-    title = "Why is it slow?"
+def _operators(data: ReportData) -> Shown | str:
     if data.operators is None:
-        return Section("operators", title, missing=data.missing["operators"])
+        return data.missing["operators"]
     rows = tuple(
         (entry.mode, entry.operator, f"{entry.milliseconds:.3f}", f"{entry.calls:g}")
         for entry in data.operators
     )[:_MOST_ROWS]
     lead = "Measured time of one step by ONNX operator, from ONNX Runtime's own profile."
     table = DataTable(("mode", "operator", "ms of a step", "calls"), rows)
-    return Section("operators", title, lead, (operator_chart(data.operators),), (table,))
+    return lead, (operator_chart(data.operators),), (table,)
 
 
-def _front(data: ReportData) -> Section:
-    title = "What else could the plan have been?"
-    if data.front is None:
-        return Section("front", title, missing=data.missing["front"])
+def _front(data: ReportData) -> Shown | str:
+    front = data.front
+    if front is None:
+        return data.missing["front"]
     rows = tuple(
         (
-            f"{k}{' (taken)' if k == data.front.taken else ''}",
+            f"{k}{' (taken)' if k == front.taken else ''}",
             f"{point.cost:.3f}",
             f"{point.error.mean:.3g}",
             f"{point.error.bound:.3g}",
             point.label,
         )
-        for k, point in enumerate(data.front.points)
+        for k, point in enumerate(front.points)
     )
-    columns = ("point", "cost", "error", "95 % bound", "steps")
-    lead = f"Points of the search that was asked for {data.front.request}."
-    return Section("front", title, lead, (front_chart(data.front),), (DataTable(columns, rows),))
+    columns = ("point", "cost", "error", f"{100 * CONFIDENCE:g} % bound", "steps")
+    lead = f"Points of the search that was asked for {front.request}."
+    return lead, (front_chart(front),), (DataTable(columns, rows),)
 
 
-def _belonging(data: ReportData) -> Section:
+def _belonging(data: ReportData) -> Shown:
     facts = data.facts
     rows = [("path", facts.path), ("kind", facts.kind), ("weights", facts.weights_hash)]
     rows += [(record.name, f"{record.size:,} B, {record.sha256}") for record in facts.files]
-    if data.comparison is not None:
-        rows += [
-            (f"{group}: {name}", str(value))
-            for group, values in data.comparison.environment.items()
-            for name, value in values.items()
-        ]
-    tables = [DataTable(("what", "value"), tuple(rows))]
-    if isinstance(facts, ArtifactFacts) and facts.rejections:
-        left = tuple((rejection.name, rejection.reason) for rejection in facts.rejections)
-        tables.append(DataTable(("left alone", "reason"), left))
-    if facts.warnings:
-        cautions = tuple((caution.code, caution.text) for caution in facts.warnings)
-        tables.append(DataTable(("warning", "what it says"), cautions))
-    kind = "plan" if isinstance(facts, PlanFacts) else "artifact"
-    return Section("belonging", f"Whose is this {kind}?", tables=tuple(tables))
+    measured_on = {} if data.comparison is None else data.comparison.environment
+    rows += [
+        (f"{group}: {name}", str(value))
+        for group, values in measured_on.items()
+        for name, value in values.items()
+    ]
+    rejections = facts.rejections if isinstance(facts, ArtifactFacts) else ()
+    tables = (
+        DataTable(("what", "value"), tuple(rows)),
+        DataTable(("left alone", "reason"), tuple((one.name, one.reason) for one in rejections)),
+        DataTable(("warning", "what it says"), tuple((c.code, c.text) for c in facts.warnings)),
+    )
+    return "", (), tuple(table for table in tables if table.rows)
+
+
+_SECTIONS: tuple[tuple[str, str, Callable[[ReportData], Shown | str]], ...] = (
+    ("schedule", "What does every step do?", _schedule),
+    ("errors", "Where does the error come from?", _sites),
+    ("steps", "How does the error grow along the run?", _steps),
+    ("energy", "How good are the ranks?", _energy),
+    ("cost", "What does a step cost?", _cost),
+    ("operators", "Why is it slow?", _operators),
+    ("front", "What else could the plan have been?", _front),
+    ("belonging", "Whose is this?", _belonging),
+)
