@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from calicache.export.artifact.manifest import Manifest
+from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.errors import SubjectError
-from calicache.tools.diff.artifacts import diff_artifacts
 from calicache.tools.diff.difference import Difference, difference_json
-from calicache.tools.diff.plans import diff_plans
+from calicache.tools.diff.subjects import diff_artifacts, diff_plans
 from calicache.tools.diff.view import describe_difference
+from calicache.tools.inspect.artifact import artifact_facts
+from calicache.tools.inspect.plan import plan_facts
 from calicache.tools.terminal.options import Json, show
-from calicache.tools.terminal.subject import ArtifactSubject, PlanSubject, read_subject
+from calicache.tools.terminal.subject import kind_in_words, read_subject
 
 DIFFERENT = 3  # exit code; 1 is for what is refused
 
@@ -50,13 +53,13 @@ def diff_subjects(a: Path | str, b: Path | str) -> Difference:
         PlanError, ArtifactError: one is damaged.
     """
     first, second = read_subject(a), read_subject(b)
-    if isinstance(first, PlanSubject) and isinstance(second, PlanSubject):
-        return diff_plans(first, second)
-    if isinstance(first, ArtifactSubject) and isinstance(second, ArtifactSubject):
-        return diff_artifacts(first, second)
+    if isinstance(first, Plan) and isinstance(second, Plan):
+        return diff_plans(plan_facts(Path(a), first), plan_facts(Path(b), second))
+    if isinstance(first, Manifest) and isinstance(second, Manifest):
+        return diff_artifacts(artifact_facts(Path(a), first), artifact_facts(Path(b), second))
     raise SubjectError(
         f"{a} and {b}",
         expected="two plans or two artifacts",
-        got=f"{first.kind} and {second.kind}",
+        got=f"{kind_in_words(first)} and {kind_in_words(second)}",
         fix="Give two of one kind; `calicache inspect` shows one of any kind.",
     )

@@ -10,7 +10,8 @@ from typing import Literal, TypeVar
 from pydantic import TypeAdapter, computed_field
 
 from calicache.graph_passes.settings.choices import StepMode
-from calicache.tools.inspect.facts import LayerFacts, LayerWork, Mode, ScheduleFacts
+from calicache.tools.inspect.facts import Mode, ScheduleFacts
+from calicache.tools.inspect.layers import LayerFacts, LayerWork
 
 T = TypeVar("T")
 
@@ -122,15 +123,8 @@ class Difference:
     @property
     def equal(self) -> bool:
         """Whether nothing differs."""
-        return not (
-            self.belonging
-            or self.schedule.steps
-            or self.settings
-            or self.targets
-            or self.layers
-            or self.costs
-            or self.structure
-        )
+        changes = (self.belonging, self.schedule.steps, self.settings, self.targets)
+        return not any((*changes, self.layers, self.costs, self.structure))
 
 
 def difference_json(difference: Difference) -> str:

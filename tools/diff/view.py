@@ -19,7 +19,7 @@ from calicache.tools.diff.difference import (
     TargetChange,
     TargetState,
 )
-from calicache.tools.inspect.artifact_view import fold_layers
+from calicache.tools.inspect.layers import fold_layers
 from calicache.tools.terminal.text import (
     STEPS_A_LINE,
     fact_grid,

@@ -11,14 +11,13 @@ from pydantic import TypeAdapter
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from calicache.tools.inspect.artifact_facts import ArtifactFacts, artifact_facts
-from calicache.tools.inspect.artifact_view import describe_artifact
-from calicache.tools.inspect.plan_facts import PlanFacts, plan_facts
-from calicache.tools.inspect.plan_view import describe_plan
-from calicache.tools.inspect.recording_facts import RecordingFacts, recording_facts
-from calicache.tools.inspect.recording_view import describe_recording
+from calicache.export.artifact.manifest import Manifest
+from calicache.graph_passes.api.plan import Plan
+from calicache.tools.inspect.artifact import ArtifactFacts, artifact_facts, describe_artifact
+from calicache.tools.inspect.plan import PlanFacts, describe_plan, plan_facts
+from calicache.tools.inspect.recording import RecordingFacts, describe_recording, recording_facts
 from calicache.tools.terminal.options import Json, show
-from calicache.tools.terminal.subject import ArtifactSubject, PlanSubject, read_subject
+from calicache.tools.terminal.subject import read_subject
 from calicache.tools.terminal.text import title
 
 WARNINGS = 2  # exit code; 1 is for what is refused
@@ -65,12 +64,12 @@ def inspect_subject(path: Path | str) -> Facts:
         SubjectError: the path is none of the three.
         PlanError, ArtifactError, RecordError: a damaged plan, artifact or recording.
     """
-    subject = read_subject(path)
-    if isinstance(subject, PlanSubject):
-        return plan_facts(subject)
-    if isinstance(subject, ArtifactSubject):
-        return artifact_facts(subject)
-    return recording_facts(subject)
+    subject, place = read_subject(path), Path(path)
+    if isinstance(subject, Plan):
+        return plan_facts(place, subject)
+    if isinstance(subject, Manifest):
+        return artifact_facts(place, subject)
+    return recording_facts(place, subject)
 
 
 def facts_json(facts: Facts) -> str:

@@ -1,12 +1,11 @@
-"""Facts that plans, artifacts, recordings and ONNX files have in common."""
+"""Facts that plans, artifacts and recordings have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from enum import StrEnum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import PlainSerializer
 
@@ -20,7 +19,6 @@ Mode = Annotated[StepMode, PlainSerializer(lambda mode: mode.name, return_type=s
 Class = Annotated[Dependence, PlainSerializer(lambda kind: kind.name.lower(), return_type=str)]
 
 NOT_ASKED = "not asked for"
-LOW_ENERGY = 0.5
 _MOST_NAMES = 5
 
 
@@ -51,54 +49,6 @@ class ScheduleFacts:
     strip: str
     interval: int
     order: int
-
-
-class LayerWork(StrEnum):
-    """What a step does with a linear layer.
-
-    FULL computes it; CALIBRATE corrects its anchor and REUSE returns it, alone or with the
-    residual branch around it; SKIPPED does not run it, as what needs it reads kept values.
-    """
-
-    FULL = "full"
-    CALIBRATE = "calibrate"
-    REUSE = "reuse"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """One linear layer of the model.
-
-    Attributes:
-        name: of the layer.
-        target: the calibration target that it is a part of, or None.
-        work: what a step does with it, by the name of the step's mode.
-    """
-
-    name: str
-    target: str | None
-    work: Mapping[str, LayerWork]
-
-
-@dataclass(frozen=True, slots=True)
-class ModeFacts:
-    """What one call of the model costs in a mode.
-
-    Attributes:
-        mode: of the step; `steps` how many there are in the schedule.
-        macs: multiply-accumulates.
-        share: of the plain model's MACs.
-        read_bytes: of the kept values that it reads.
-        written_bytes: of the values that it keeps.
-    """
-
-    mode: Mode
-    steps: int
-    macs: int
-    share: float
-    read_bytes: int
-    written_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,20 +108,3 @@ def some_names(names: Sequence[str]) -> str:
     """The first few of many names."""
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
-def same_fields(kind: type, own: Collection[str], *sources: Any) -> dict[str, Any]:
-    """Values of the fields that a dataclass has of the same name as some sources.
-
-    Args:
-        kind: the dataclass.
-        own: fields that are not taken over.
-        sources: dataclasses with the values.
-    """
-    names = {field.name for field in fields(kind) if field.init}.difference(own)
-    return {
-        field.name: getattr(source, field.name)
-        for source in sources
-        for field in fields(source)
-        if field.name in names
-    }

@@ -13,8 +13,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.tools.compare.comparison import Comparison
 from calicache.tools.compare.operators import OperatorTime
 from calicache.tools.compare.site_errors import SiteErrors
-from calicache.tools.inspect.artifact_facts import ArtifactFacts
-from calicache.tools.inspect.facts import ModeFacts
+from calicache.tools.inspect.artifact import ArtifactFacts, ModeFacts
 from calicache.tools.report.data import EnergyCurve
 from calicache.tools.terminal.options import import_library
 
@@ -170,7 +169,7 @@ def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
 def cost_chart(facts: ArtifactFacts) -> Chart:
     """MACs of one step by mode beside the plain step's."""
     names = ["plain", *(mode.mode.name for mode in facts.modes)]
-    macs = [facts.plain_macs, *(mode.macs for mode in facts.modes)]
+    macs = [facts.manifest.plain_macs, *(mode.macs for mode in facts.modes)]
     colours = ["#888", *(COLOURS[mode.mode] for mode in facts.modes)]
     bar = _trace("bar", "MACs", names, macs, "%{x}<br>%{y:.3s} MACs", marker={"color": colours})
     return _chart([bar], _layout("", "MACs of one call"))

@@ -22,10 +22,10 @@ from calicache.graph_passes.settings.front import Front
 from calicache.tools.compare.comparison import Comparison, compare
 from calicache.tools.compare.operators import OperatorTime, profile
 from calicache.tools.compare.site_errors import SiteErrors, site_errors
-from calicache.tools.inspect.artifact_facts import ArtifactFacts
+from calicache.tools.inspect.artifact import ArtifactFacts
 from calicache.tools.inspect.command import inspect_subject
-from calicache.tools.inspect.plan_facts import PlanFacts
-from calicache.tools.inspect.recording_facts import RecordingFacts
+from calicache.tools.inspect.plan import PlanFacts
+from calicache.tools.inspect.recording import RecordingFacts
 
 NO_RECORDING = "No recording was given: --recording T."
 NO_MODEL = "No plan and model were given: --plan PLAN --model FILE.py:FUNCTION."
@@ -124,7 +124,13 @@ def gather_report(
         _next(meter, "compare branch by branch")
         errors = site_errors(optimized, recording)
     graphs, curves = _graphs(facts, optimized), _energy_curves(facts, optimized)
-    front = facts.front if plan is None else plan.front
+    front = (
+        facts.manifest.front
+        if plan is None and isinstance(facts, ArtifactFacts)
+        else None
+        if plan is None
+        else plan.front
+    )
     missing |= {"graphs": NO_MODEL} if graphs is None else {}
     missing |= {"curves": NO_MODEL} if curves is None else {}
     missing |= {"front": _NO_FRONT} if front is None else {}
@@ -144,7 +150,7 @@ def _energy_curves(
         factors = optimized.compiled.factors
         known = [(name, one.rank, one.kept_energy()) for name, one in factors.items()]
     elif isinstance(facts, ArtifactFacts):
-        known = [(target.name, target.rank, target.kept) for target in facts.targets]
+        known = [(target.name, target.rank, target.kept) for target in facts.manifest.targets]
     else:
         return None
     return tuple(EnergyCurve(*entry) for entry in known if entry[2])
@@ -182,11 +188,11 @@ def _measured(
         return None, None
     _next(meter, "run full and optimised side by side")
     comparison = compare(facts.path, recording, runs=runs)
-    if facts.layout is Layout.SAMPLER:
+    if facts.manifest.layout is Layout.SAMPLER:
         missing["operators"] = "The layout sampler makes its steps out of sight."
         return comparison, None
     _next(meter, "time the operators")
-    calls = facts.calls_per_step
+    calls = facts.manifest.calls_per_step
 
     def run_once(session: Session) -> None:
         for k, call in enumerate(recording.denoisings[0]):

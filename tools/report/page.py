@@ -21,7 +21,7 @@ from calicache.tools.compare.image_measures import PictureKind
 from calicache.tools.graph.draw import COLOURS as MARK_COLOURS
 from calicache.tools.graph.draw import svg_text
 from calicache.tools.graph.drawing import LEGEND
-from calicache.tools.inspect.artifact_facts import ArtifactFacts
+from calicache.tools.inspect.artifact import ArtifactFacts
 from calicache.tools.report.charts import COLOURS, plotly_script
 from calicache.tools.report.data import ReportData
 from calicache.tools.report.sections import Section, report_cards, report_sections
@@ -108,7 +108,7 @@ def _layers(data: ReportData) -> dict[str, str]:
     """Names that a layer can be looked for with, and what became of it in a few words."""
     nodes = () if data.graphs is None else data.graphs.plain.nodes
     layers = {node.module: "" for node in nodes if node.module}
-    targets = data.facts.targets if isinstance(data.facts, ArtifactFacts) else ()
+    targets = data.facts.manifest.targets if isinstance(data.facts, ArtifactFacts) else ()
     for target in targets:
         of = "" if len(target.sites) == 1 else f" of {target.name}"
         layers |= dict.fromkeys(target.sites, f"calibrated at rank {target.rank}{of}")

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from calicache.graph_passes.settings.front import CONFIDENCE
 from calicache.graph_passes.settings.schedule import count_modes
 from calicache.tools.compare.view import STEP_COLUMNS, step_rows
-from calicache.tools.inspect.artifact_facts import ArtifactFacts
-from calicache.tools.inspect.artifact_view import COST_COLUMNS, cost_rows
-from calicache.tools.inspect.facts import ModeFacts
+from calicache.tools.inspect.artifact import COST_COLUMNS, ArtifactFacts, ModeFacts, cost_rows
 from calicache.tools.report.charts import (
     Chart,
     cost_chart,
@@ -99,7 +97,9 @@ def _cards(data: ReportData) -> Iterator[Card]:
     yield Card("steps", str(len(modes)), count_modes(modes))
     if isinstance(facts, ArtifactFacts):
         yield Card("MACs", f"{facts.run_share:.3f}", "of the full run")
-        yield Card("caches", format_count(facts.cache_bytes, "B"), f"{facts.history} refreshes")
+        yield Card(
+            "caches", format_count(facts.cache_bytes, "B"), f"{facts.manifest.history} refreshes"
+        )
     if comparison is not None:
         error = comparison.final
         yield Card("error", f"{error.mean:.3g}", f"relative L2, {error.samples} samples")
@@ -175,7 +175,7 @@ def _energy(data: ReportData) -> Shown | str:
 
 def _layers(data: ReportData) -> tuple[str, ...]:
     """A layer of every calibration target; a plan alone knows targets by their names."""
-    targets = data.facts.targets if isinstance(data.facts, ArtifactFacts) else ()
+    targets = data.facts.manifest.targets if isinstance(data.facts, ArtifactFacts) else ()
     first = {target.name: target.sites[0] for target in targets}
     return tuple(first.get(curve.target, curve.target) for curve in data.curves or ())
 
@@ -221,15 +221,19 @@ def _front(data: ReportData) -> Shown | str:
 
 def _belonging(data: ReportData) -> Shown:
     facts = data.facts
-    rows = [("path", facts.path), ("kind", facts.kind), ("weights", facts.weights_hash)]
-    rows += [(record.name, f"{record.size:,} B, {record.sha256}") for record in facts.files]
+    is_artifact = isinstance(facts, ArtifactFacts)
+    owner, files = (
+        (facts.manifest, facts.manifest.files) if is_artifact else (facts.binding, facts.files)
+    )
+    rows = [("path", facts.path), ("kind", facts.kind), ("weights", owner.weights_hash)]
+    rows += [(record.name, f"{record.size:,} B, {record.sha256}") for record in files]
     measured_on = {} if data.comparison is None else data.comparison.environment
     rows += [
         (f"{group}: {name}", str(value))
         for group, values in measured_on.items()
         for name, value in values.items()
     ]
-    rejections = facts.rejections if isinstance(facts, ArtifactFacts) else ()
+    rejections = facts.manifest.rejections if isinstance(facts, ArtifactFacts) else ()
     tables = (
         DataTable(("what", "value"), tuple(rows)),
         DataTable(("left alone", "reason"), tuple((one.name, one.reason) for one in rejections)),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,38 +22,20 @@ _FOLDERS = {PLAN_FILE: "plan", STATISTICS_FILE: "plan", MANIFEST_FILE: "artifact
 _MOST_NAMES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class PlanSubject:
-    """The folder of a plan."""
-
-    path: Path
-    plan: Plan
-    kind: ClassVar[str] = "a plan"
+Subject = Plan | Manifest | Recording
 
 
-@dataclass(frozen=True, slots=True)
-class ArtifactSubject:
-    """The folder of an artifact, every file checked against the manifest."""
-
-    path: Path
-    manifest: Manifest
-    kind: ClassVar[str] = "an artifact"
-
-
-@dataclass(frozen=True, slots=True)
-class RecordingSubject:
-    """The file of a recording."""
-
-    path: Path
-    recording: Recording
-    kind: ClassVar[str] = "a recording"
-
-
-Subject = PlanSubject | ArtifactSubject | RecordingSubject
+def kind_in_words(subject: Subject) -> str:
+    """`a plan`, `an artifact` or `a recording`."""
+    kinds = {Plan: "a plan", Manifest: "an artifact", Recording: "a recording"}
+    return kinds[type(subject)]
 
 
 def read_subject(path: Path | str) -> Subject:
     """Recognise what a path is by what lies there, and read it.
+
+    Returns:
+        A plan, the manifest of an artifact whose files were checked, or a recording.
 
     Raises:
         SubjectError: it is none of the three kinds.
@@ -72,19 +52,19 @@ def read_subject(path: Path | str) -> Subject:
     raise _none_of_them(place, "no plain file" if place.exists() else "no such path")
 
 
-def _read_folder(folder: Path) -> PlanSubject | ArtifactSubject:
+def _read_folder(folder: Path) -> Plan | Manifest:
     names = sorted(path.name for path in folder.iterdir())
     if PLAN_FILE in names and MANIFEST_FILE in names:
         raise _none_of_them(folder, f"a folder with both {PLAN_FILE} and {MANIFEST_FILE}")
     if MANIFEST_FILE in names:
-        return ArtifactSubject(folder, load_artifact(folder))
+        return load_artifact(folder)
     # With the statistics alone it is a plan that lost a file; Plan.load says which.
     if PLAN_FILE in names or STATISTICS_FILE in names:
-        return PlanSubject(folder, Plan.load(folder))
+        return Plan.load(folder)
     raise _none_of_them(folder, _names_in_words(names))
 
 
-def _read_file(path: Path) -> RecordingSubject:
+def _read_file(path: Path) -> Recording:
     folder = _FOLDERS.get(path.name)
     fix = f"Give the folder of the {folder}." if folder else None
     try:
@@ -93,13 +73,13 @@ def _read_file(path: Path) -> RecordingSubject:
             names = sorted(file.keys())
     except SafetensorError as error:
         if path.suffix == _SAFETENSORS:  # damaged: the message says how
-            return RecordingSubject(path, Recording.load(path))
+            return Recording.load(path)
         raise _none_of_them(path, *_file_in_words(path, fix)) from error
     if owner != "recording":
         such = f" such as {names[0]}" if names else ""
         got = f"safetensors without calicache's metadata: {len(names)} tensors{such}"
         raise _none_of_them(path, got, fix)
-    return RecordingSubject(path, Recording.load(path))
+    return Recording.load(path)
 
 
 def _names_in_words(names: Sequence[str]) -> str:

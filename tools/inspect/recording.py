@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Literal
 
+from rich.console import RenderableType
+from rich.text import Text
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import DependenceError
@@ -15,7 +19,13 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import ConstantSpec
 from calicache.graph_passes.recording.timestep import Timestep
 from calicache.tools.inspect.facts import Caution, InputFacts, input_facts
-from calicache.tools.terminal.subject import RecordingSubject
+from calicache.tools.terminal.text import (
+    constants_in_words,
+    fact_grid,
+    format_count,
+    plain_table,
+    title,
+)
 
 FOR_A_SEARCH = 3
 
@@ -60,14 +70,18 @@ class RecordingFacts:
     warnings: tuple[Caution, ...]
 
 
-def recording_facts(subject: RecordingSubject) -> RecordingFacts:
-    """Facts of a recording that was read from a file."""
-    recording = subject.recording
+def recording_facts(path: Path, recording: Recording) -> RecordingFacts:
+    """Facts of a recording.
+
+    Args:
+        path: its file.
+        recording: from there.
+    """
     timestep, longest = recording.timestep, max(recording.runs, key=len)
     dependence, unknown = _dependence(recording)
     return RecordingFacts(
-        path=str(subject.path),
-        bytes=subject.path.stat().st_size,
+        path=str(path),
+        bytes=path.stat().st_size,
         value_bytes=sum(value.nbytes for value in _values(recording).values()),
         calls=len(recording.calls),
         calls_per_step=recording.calls_per_step,
@@ -130,3 +144,35 @@ def _not_finite(recording: Recording) -> list[str]:
     broken = [name for name in names if any(odd(call[name]) for call in recording.calls)]
     results = any(odd(value) for value in recording.results.values())
     return broken + ["the results"] * results
+
+
+def describe_recording(facts: RecordingFacts) -> Iterator[RenderableType]:
+    """What `calicache inspect` prints of a recording."""
+    yield Text("calicache recording", style="bold")
+    size = format_count(facts.bytes, "B")
+    yield fact_grid(
+        [
+            ("runs", _runs(facts)),
+            ("calls", f"{facts.calls} of the model, {facts.calls_per_step} a step"),
+            ("size", f"{size}, values {format_count(facts.value_bytes, 'B')}"),
+            ("arguments", constants_in_words(facts.constants)),
+        ]
+    )
+    yield title("Inputs")
+    rows = (
+        (spec.name, spec.dtype, str(spec.shape), spec.depends_on or "unknown")
+        for spec in facts.inputs
+    )
+    yield plain_table(["input", "dtype", "shape", "depends on"], rows=rows)
+    if facts.timestep is not None:
+        way = "falls" if facts.timestep.descends else "rises"
+        yield title(f"Timesteps: {facts.timestep.name} {way}")
+        yield Text(" ".join(f"{value:g}" for value in facts.timestep_values))
+
+
+def _runs(facts: RecordingFacts) -> str:
+    """`3 of 6 steps, 2 with a result`."""
+    counts = Counter(run.steps for run in facts.runs)
+    lengths = ", ".join(f"{count} of {steps} steps" for steps, count in sorted(counts.items()))
+    finished = sum(run.finished for run in facts.runs)
+    return f"{lengths}; {finished} with a result"
