@@ -23,7 +23,14 @@ from calicache.tools.inspect.plan import PlanFacts
 _BELONGING = ("calicache", "format", "weights_hash")
 _SETTINGS = ("rank", "order", "weighting", "correction", "calls_per_step", "fixed")
 # Shown in other sections than the settings or the structure, or in other words.
-_ELSEWHERE = ("schedule", "weights_hash", "ranks", "output_weights", "files", "cache_bytes")
+_ELSEWHERE: tuple[str, ...] = (
+    "schedule",
+    "weights_hash",
+    "ranks",
+    "output_weights",
+    "files",
+    "cache_bytes",
+)
 _ELSEWHERE += ("plain_macs", "modes", "targets", "front")
 
 

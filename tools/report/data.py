@@ -110,7 +110,12 @@ def gather_report(
         )
     if isinstance(facts, PlanFacts):
         plan = Plan.load(path)
-    _check_plan(plan, facts)
+        front = plan.front
+    else:
+        front = facts.manifest.front
+        if plan is not None:
+            _check_plan(plan, facts.manifest.weights_hash)
+            front = plan.front
     optimized = None
     if model is not None and plan is not None:
         _next(meter, "optimise the model")
@@ -124,13 +129,6 @@ def gather_report(
         _next(meter, "compare branch by branch")
         errors = site_errors(optimized, recording)
     graphs, curves = _graphs(facts, optimized), _energy_curves(facts, optimized)
-    front = (
-        facts.manifest.front
-        if plan is None and isinstance(facts, ArtifactFacts)
-        else None
-        if plan is None
-        else plan.front
-    )
     missing |= {"graphs": NO_MODEL} if graphs is None else {}
     missing |= {"curves": NO_MODEL} if curves is None else {}
     missing |= {"front": _NO_FRONT} if front is None else {}
@@ -156,15 +154,14 @@ def _energy_curves(
     return tuple(EnergyCurve(*entry) for entry in known if entry[2])
 
 
-def _check_plan(plan: Plan | None, facts: ArtifactFacts | PlanFacts) -> None:
-    if plan is None or plan.binding.weights_hash == facts.weights_hash:
-        return
-    raise SubjectError(
-        "plan",
-        expected=f"the plan of the artifact's checkpoint ({facts.weights_hash[:12]})",
-        got=f"one of another ({plan.binding.weights_hash[:12]})",
-        fix="Give the plan that the artifact was exported from.",
-    )
+def _check_plan(plan: Plan, weights_hash: str) -> None:
+    if plan.binding.weights_hash != weights_hash:
+        raise SubjectError(
+            "plan",
+            expected=f"the plan of the artifact's checkpoint ({weights_hash[:12]})",
+            got=f"one of another ({plan.binding.weights_hash[:12]})",
+            fix="Give the plan that the artifact was exported from.",
+        )
 
 
 def _graphs(

@@ -97,9 +97,7 @@ def _cards(data: ReportData) -> Iterator[Card]:
     yield Card("steps", str(len(modes)), count_modes(modes))
     if isinstance(facts, ArtifactFacts):
         yield Card("MACs", f"{facts.run_share:.3f}", "of the full run")
-        yield Card(
-            "caches", format_count(facts.cache_bytes, "B"), f"{facts.manifest.history} refreshes"
-        )
+        yield Card("caches", format_count(facts.cache_bytes, "B"), f"{facts.manifest.history} kept")
     if comparison is not None:
         error = comparison.final
         yield Card("error", f"{error.mean:.3g}", f"relative L2, {error.samples} samples")
@@ -221,10 +219,8 @@ def _front(data: ReportData) -> Shown | str:
 
 def _belonging(data: ReportData) -> Shown:
     facts = data.facts
-    is_artifact = isinstance(facts, ArtifactFacts)
-    owner, files = (
-        (facts.manifest, facts.manifest.files) if is_artifact else (facts.binding, facts.files)
-    )
+    owner = facts.manifest if isinstance(facts, ArtifactFacts) else facts.binding
+    files = facts.manifest.files if isinstance(facts, ArtifactFacts) else facts.files
     rows = [("path", facts.path), ("kind", facts.kind), ("weights", owner.weights_hash)]
     rows += [(record.name, f"{record.size:,} B, {record.sha256}") for record in files]
     measured_on = {} if data.comparison is None else data.comparison.environment
