@@ -10,8 +10,7 @@ import typer
 from calicache.graph_passes.common.errors import CompareError, ModelError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.compare.comparison import Comparison, compare
-from calicache.tools.compare.image_grid import ImageGrid, check_grid, save_grid
-from calicache.tools.compare.image_measures import Decoder, picture_kind
+from calicache.tools.compare.pictures import Decoder, ImageGrid, check_grid, picture_kind, save_grid
 from calicache.tools.compare.view import comparison_json, describe_comparison
 from calicache.tools.terminal.model_file import call_in_file, load_model
 from calicache.tools.terminal.options import CPU, AlsoModel, Json, Provider, Runs, show

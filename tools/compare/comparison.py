@@ -20,7 +20,7 @@ from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import ErrorSummary
-from calicache.tools.compare.image_measures import (
+from calicache.tools.compare.pictures import (
     Decoder,
     ImageMeasures,
     NoPictures,
@@ -165,22 +165,24 @@ def compare(
     recorded = matching_runs(manifest, recording, runs)
     if model is not None:
         _check_model(model, manifest)
-    if not isinstance(picture_kind(recorded.runs[0].end.shape, decoder), NoPictures):
+    if not isinstance(picture_kind(recorded[0].end.shape, decoder), NoPictures):
         measure_functions()  # before anything is run
     whole = manifest.layout is Layout.SAMPLER
     pieces = (1 if whole else 2 * len(manifest.schedule)) + (model is not None)
-    meter = Meter(pieces * len(recorded.runs), on_progress)
+    meter = Meter(pieces * len(recorded), on_progress)
     meter.stage("run full and optimised")
     # The first call of everything takes longer than all others.
     if not whole:
-        warm_up(session, recorded.runs[0])
+        warm_up(session, recorded[0])
     if model is not None:
-        time_model(model, recorded.runs[0].calls[:1], recorded.signature)
+        time_model(model, recorded[0].calls[:1], recording.signature)
     beside, torch_seconds = [], []
-    for run in recorded.runs:
-        beside.append((run_whole if whole else run_steps)(session, recorded, run, meter))
+    for run in recorded:
+        beside.append(
+            (run_whole if whole else run_steps)(session, run, recording.dependence, meter)
+        )
         if model is not None:
-            torch_seconds.append(time_model(model, run.calls, recorded.signature))
+            torch_seconds.append(time_model(model, run.calls, recording.signature))
             meter.add()
     return _summary(manifest, provider, beside, torch_seconds, decoder)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from calicache.export.artifact.manifest import Layout, Manifest
 from calicache.graph_passes.common.errors import CompareError
-from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
+from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.recording.timestep import Run
 
 _NOT_IN_NUMPY = "bfloat16"
@@ -32,24 +31,9 @@ class RecordedRun:
     end: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedRuns:
-    """Runs of one artifact's form.
-
-    Attributes:
-        runs: at least one.
-        dependence: class of every tensor argument.
-        signature: of one recorded call.
-    """
-
-    runs: tuple[RecordedRun, ...]
-    dependence: Mapping[str, Dependence]
-    signature: CallSignature
-
-
 def matching_runs(
     manifest: Manifest, recording: Recording, count: int | None = None
-) -> RecordedRuns:
+) -> tuple[RecordedRun, ...]:
     """The recorded runs, after a check that an artifact can be run along them.
 
     A recording does not tell its model's weights: those cannot be checked here.
@@ -81,7 +65,7 @@ def matching_runs(
         result = _check_run(place, run, end, len(manifest.schedule))
         steps = (denoising[k : k + calls] for k in range(0, len(denoising), calls))
         runs.append(RecordedRun(tuple(steps), run, result))
-    return RecordedRuns(tuple(runs), recording.dependence, recording.signature)
+    return tuple(runs)
 
 
 def _check_inputs(own: Sequence[TensorSpec], recorded: Sequence[TensorSpec]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from calicache.graph_passes.sampler.update import (
     latent_channels,
     recorded_next,
 )
-from calicache.tools.compare.recorded_runs import RecordedRun, RecordedRuns
+from calicache.tools.compare.recorded_runs import RecordedRun
 
+Classes = Mapping[str, Dependence]
 _LEAST_OWN = 0.1  # weight of the plain output in step 0, to divide by
 
 
@@ -49,46 +50,7 @@ class SideBySide:
     cached_seconds: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class FirstStep:
-    """How step 0 mixes its output: own e + latent x. Nothing else is kept yet.
-
-    Where output weights were fitted, their row of step 0 is 1 and 0 up to the rounding of the
-    recording, which in half precision is 1e-3.
-
-    Attributes:
-        own: weight of the plain model's output.
-        latent: weight of the latent, in the output's channels that the latent has.
-    """
-
-    own: float
-    latent: float
-
-    @staticmethod
-    def of(manifest: Manifest) -> FirstStep:
-        """The weights of step 0 of an artifact.
-
-        Raises:
-            CompareError: the plain output has next to no part in step 0.
-        """
-        row = manifest.output_weights[0] if manifest.output_weights else (1.0, 0.0)
-        if abs(row[0]) < _LEAST_OWN:
-            raise CompareError(
-                "output weights",
-                expected="a step 0 that returns the plain model's output",
-                got=f"one with a weight of {row[0]:.2g} for it",
-                fix="Make the plan again from the recording, and export it.",
-            )
-        return FirstStep(row[0], row[-1])
-
-    def plain_output(self, output: Tensor, latent: Tensor) -> Tensor:
-        """The plain model's output, from what step 0 made of it; channels alike, float32."""
-        return (output - self.latent * latent) / self.own
-
-
-def run_steps(
-    session: Session, recorded: RecordedRuns, run: RecordedRun, meter: Meter
-) -> SideBySide:
+def run_steps(session: Session, run: RecordedRun, dependence: Classes, meter: Meter) -> SideBySide:
     """The full model, then the cached run, in the layouts `step` and `pair`.
 
     Step 0 of an artifact is a REFRESH that reads nothing kept: given the call of any step it
@@ -98,8 +60,8 @@ def run_steps(
 
     Args:
         session: of the artifact.
-        recorded: runs of the artifact's form.
-        run: one of them.
+        run: of the artifact's form.
+        dependence: class of every tensor argument.
         meter: counts every step of either.
 
     Raises:
@@ -107,7 +69,7 @@ def run_steps(
             sampler adds noise, or the recording is of other weights.
         CompareError: step 0 does not make the plain output.
     """
-    latent, outputs, full_seconds = _run_full(session, recorded, run, meter)
+    latent, outputs, full_seconds = _run_full(session, run, dependence, meter)
     sampler = find_sampler_steps(latent, [run.whole], [outputs], [run.end])
     exact = [
         recorded_next(run.whole, run.end, step, latent, sampler.parts)
@@ -121,19 +83,43 @@ def run_steps(
 
 
 def _run_full(
-    session: Session, recorded: RecordedRuns, run: RecordedRun, meter: Meter
+    session: Session, run: RecordedRun, dependence: Classes, meter: Meter
 ) -> tuple[str, list[Tensor], list[float]]:
     """The latent's name, the plain model's output at every recorded call, and its seconds."""
-    first_step = FirstStep.of(session.manifest)
     latent, outputs, seconds = "", list[Tensor](), list[float]()
     for calls, whole in zip(run.calls, run.whole, strict=True):
         output, spent = _call(session, 0, calls)
-        latent = latent or find_latent(whole, output, recorded.dependence)
+        latent = latent or find_latent(whole, output, dependence)
         own = latent_channels(output, whole[latent])
-        outputs.append(first_step.plain_output(own, whole[latent].float()))
+        outputs.append(plain_output(session.manifest, own, whole[latent].float()))
         seconds.append(spent)
         meter.add()
     return latent, outputs, seconds
+
+
+def plain_output(manifest: Manifest, output: Tensor, latent: Tensor) -> Tensor:
+    """The plain model's output e, from what step 0 made of it: own e + rest x, nothing else kept.
+
+    Where output weights were fitted, their row of step 0 is 1 and 0 up to the rounding of the
+    recording, which in half precision is 1e-3.
+
+    Args:
+        manifest: with the output weights.
+        output: of step 0, float32, with the latent's channels alone.
+        latent: x, alike.
+
+    Raises:
+        CompareError: e has next to no part in step 0.
+    """
+    own, *_, rest = manifest.output_weights[0] if manifest.output_weights else (1.0, 0.0)
+    if abs(own) < _LEAST_OWN:
+        raise CompareError(
+            "output weights",
+            expected="a step 0 that returns the plain model's output",
+            got=f"one with a weight of {own:.2g} for it",
+            fix="Make the plan again from the recording, and export it.",
+        )
+    return (output - rest * latent) / own
 
 
 def _run_cached(
@@ -163,15 +149,13 @@ def warm_up(session: Session, run: RecordedRun) -> None:
         _call(session, schedule.index(mode), run.calls[0])
 
 
-def run_whole(
-    session: Session, recorded: RecordedRuns, run: RecordedRun, meter: Meter
-) -> SideBySide:
+def run_whole(session: Session, run: RecordedRun, dependence: Classes, meter: Meter) -> SideBySide:
     """A whole run in the layout `sampler`, from the recorded noise.
 
     Args:
         session: of the artifact.
-        recorded: runs of the artifact's form.
-        run: one of them.
+        run: of the artifact's form.
+        dependence: class of every tensor argument.
         meter: counts the run.
 
     Raises:
@@ -189,7 +173,7 @@ def run_whole(
             got=str(tuple(run.end.shape)),
             fix="Call recording.finish with the latents, before they are decoded.",
         )
-    latent, first = _sampler_latent(session.manifest, recorded), run.whole[0]
+    latent, first = _sampler_latent(session.manifest, dependence), run.whole[0]
     inputs: dict[str, Any] = {spec.name: first[spec.name] for spec in record.inputs}
     noise = (first[latent][:rows].float() / record.scale).numpy()
     begun = time.perf_counter()
@@ -199,7 +183,7 @@ def run_whole(
     return SideBySide(end, cached, None, None, (spent,))
 
 
-def _sampler_latent(manifest: Manifest, recorded: RecordedRuns) -> str:
+def _sampler_latent(manifest: Manifest, dependence: Classes) -> str:
     """The model's input that holds x in the layout `sampler`."""
     record = manifest.sampler
     assert record is not None
@@ -207,7 +191,7 @@ def _sampler_latent(manifest: Manifest, recorded: RecordedRuns) -> str:
     candidates = [
         spec.name
         for spec in manifest.inputs
-        if spec.shape == shape and recorded.dependence[spec.name] is Dependence.LATENT
+        if spec.shape == shape and dependence[spec.name] is Dependence.LATENT
     ]
     if len(candidates) != 1:
         raise CompareError(

@@ -15,8 +15,7 @@ from rich.text import Text
 from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
 from calicache.graph_passes.settings.front import ErrorSummary
 from calicache.tools.compare.comparison import Comparison
-from calicache.tools.compare.image_grid import ImageGrid
-from calicache.tools.compare.image_measures import ImageMeasures
+from calicache.tools.compare.pictures import ImageGrid, ImageMeasures
 from calicache.tools.terminal.error_chart import ErrorChart
 from calicache.tools.terminal.text import fact_grid, plain_table, title
 

@@ -18,6 +18,7 @@ from calicache.graph_passes.describe.graphs import PLAIN, ModelGraphs
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.graph.draw import mermaid_text, svg_text
 from calicache.tools.graph.text import block_text, folded_text
+from calicache.tools.terminal.options import check_output
 
 
 class GraphFormat(StrEnum):
@@ -58,10 +59,7 @@ def graph(
     if output is None:
         typer.echo(text, nl=False)
         return
-    if output.is_dir():
-        raise SubjectError(
-            "output", expected="a file", got=f"the folder {output}", fix="Name a file."
-        )
+    check_output(output, not output.is_dir(), "the name of a file")
     with atomic_path(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
     typer.echo(f"Written: {output}")

@@ -17,7 +17,7 @@ from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.terminal.model_file import load_model
-from calicache.tools.terminal.options import CPU, Model, Output, Provider, show
+from calicache.tools.terminal.options import CPU, Model, Output, Provider, check_output, show
 from calicache.tools.terminal.progress import progress_shown
 from calicache.tools.terminal.text import format_count, plain_table
 
@@ -36,7 +36,8 @@ def latency(
 
     Example: calicache latency dit.py:build runs.safetensors -o out/latency.json
     """
-    _check_output(output)
+    fits = not output.exists() or _is_table(output)
+    check_output(output, fits, "a new file, or a latency table to replace")
     runs = Recording.load(recording)
     with progress_shown() as on_progress:
 
@@ -79,16 +80,9 @@ def _shares(table: LatencyTable, *seconds: float) -> Iterator[str]:
     return (f"{value / table.plain:.3f}" for value in seconds)
 
 
-def _check_output(output: Path) -> None:
-    # Saving replaces whatever lies there; a mistyped -o must not cost a recording.
-    if not output.exists():
-        return
+def _is_table(path: Path) -> bool:
     try:
-        LatencyTable.load(output)
-    except PlanError as error:
-        raise PlanError(
-            f"-o {output}",
-            expected="a new file, or a latency table to replace",
-            got="a folder" if output.is_dir() else "another file",
-            fix="Choose another name.",
-        ) from error
+        LatencyTable.load(path)
+    except PlanError:
+        return False
+    return True

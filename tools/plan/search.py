@@ -17,7 +17,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.terminal.front import describe_front, describe_point
 from calicache.tools.terminal.model_file import load_model
-from calicache.tools.terminal.options import Json, Model, Output, show
+from calicache.tools.terminal.options import Json, Model, Output, check_output, show
 from calicache.tools.terminal.progress import progress_shown
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -145,13 +145,6 @@ def _front_of(plan: Plan, path: Path) -> Front:
 
 
 def _check_output(output: Path) -> None:
-    # Plan.save replaces whatever lies there; a mistyped -o must not cost a folder of pictures.
-    is_plan = (output / PLAN_FILE).is_file()
     empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not is_plan and not empty:
-        raise PlanError(
-            f"-o {output}",
-            expected="a new folder, or a plan to replace",
-            got="a folder with other files in it" if output.is_dir() else "a file",
-            fix="Choose another name.",
-        )
+    fits = not output.exists() or empty or (output / PLAN_FILE).is_file()
+    check_output(output, fits, "a new folder, or a plan to replace")

@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.report.data import gather_report
 from calicache.tools.report.page import write_report
 from calicache.tools.terminal.model_file import load_model
-from calicache.tools.terminal.options import AlsoModel, Output, Runs
+from calicache.tools.terminal.options import AlsoModel, Output, Runs, check_output
 from calicache.tools.terminal.progress import progress_shown
 
 
@@ -35,14 +34,8 @@ def report(
 
     Example: calicache report out/dit.onnx.d -o report.html --recording runs.safetensors
     """
-    # A mistyped -o must not cost anything else than a report.
-    if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
-        raise SubjectError(
-            f"-o {output}",
-            expected="the name of an HTML file",
-            got="a folder" if output.is_dir() else repr(str(output)),
-            fix="Choose a name such as report.html.",
-        )
+    is_page = output.suffix.lower() in (".html", ".htm") and not output.is_dir()
+    check_output(output, is_page, "the name of an HTML file, such as report.html")
     recorded = Recording.load(recording) if recording else None
     planned = Plan.load(plan) if plan else None
     loaded = load_model(model) if model else None

@@ -16,8 +16,7 @@ from calicache.graph_passes.describe.blocks import fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import ModelGraphs
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.compare.comparison import Comparison
-from calicache.tools.compare.image_grid import save_grid
-from calicache.tools.compare.image_measures import PictureKind
+from calicache.tools.compare.pictures import PictureKind, save_grid
 from calicache.tools.graph.draw import COLOURS as MARK_COLOURS
 from calicache.tools.graph.draw import svg_text
 from calicache.tools.graph.drawing import LEGEND

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from calicache.graph_passes.common.errors import LibraryError, reason_of
+from calicache.graph_passes.common.errors import LibraryError, SubjectError, reason_of
 
 _MODEL = (
     "FILE.py:FUNCTION that returns the model, or a folder that diffusers' save_pretrained wrote."
@@ -23,6 +23,18 @@ Provider = Annotated[str, typer.Option(help="Of ONNX Runtime.")]
 Runs = Annotated[int | None, typer.Option(help="Recorded runs to compare; all if left out.")]
 
 CPU = "CPUExecutionProvider"
+
+
+def check_output(output: Path, fits: bool, expected: str) -> None:
+    """Refuse to replace what lies there: a mistyped -o must not cost a folder of pictures.
+
+    Raises:
+        SubjectError: the output does not fit.
+    """
+    if not fits:
+        got = "a folder with other files" if output.is_dir() else repr(str(output))
+        fix = "Choose another name."
+        raise SubjectError(f"-o {output}", expected=expected, got=got, fix=fix)
 
 
 def show(shown: RenderableType) -> None:
