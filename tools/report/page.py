@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,10 +22,9 @@ from calicache.tools.graph.drawing import LEGEND
 from calicache.tools.inspect.artifact import ArtifactFacts
 from calicache.tools.report.charts import COLOURS, plotly_script
 from calicache.tools.report.data import ReportData
-from calicache.tools.report.sections import Section, report_cards, report_sections
+from calicache.tools.report.sections import report_cards, report_sections
 from calicache.tools.terminal.options import import_library
 
-ASSETS = "assets"
 WHOLE = "whole model"
 _MOST_DRAWN = 100  # blocks; each takes the layout a tenth of a second or two
 
@@ -57,20 +55,25 @@ def render_report(data: ReportData) -> str:
     Raises:
         LibraryError: a library of the extra `report` is missing.
     """
-    sections = report_sections(data)
-    graphs = tuple(_drawn(data.graphs)) if data.graphs else ()
+    sections, graphs = report_sections(data), data.graphs
+    parts = () if graphs is None else graphs.parts
+    drawn = () if graphs is None else tuple(_drawn(graphs, parts[:_MOST_DRAWN]))
     return str(
         _template().render(
             title=Path(data.facts.path).name,
             kind=data.facts.kind,
             cards=report_cards(data),
             sections=sections,
-            charts=_script_json(_charts(sections)),
-            graphs=graphs,
-            parts=tuple(dict.fromkeys(graph.part for graph in graphs)),
-            modes=tuple(dict.fromkeys(graph.mode for graph in graphs)),
-            not_drawn=_not_drawn(data.graphs),
-            first_mode=_first_mode(data),
+            charts={
+                f"chart-{section.name}-{number}": chart
+                for section in sections
+                for number, chart in enumerate(section.charts)
+            },
+            graphs=drawn,
+            parts=(WHOLE, *parts[:_MOST_DRAWN]),
+            drawn=min(len(parts), _MOST_DRAWN),
+            known=len(parts),
+            modes=() if graphs is None else tuple(mode.name for mode in sorted(graphs.modes)),
             layers=_layers(data),
             marks=tuple((MARK_COLOURS[node.mark], node.about) for node in LEGEND),
             no_graphs=data.missing.get("graphs", ""),
@@ -84,23 +87,6 @@ def render_report(data: ReportData) -> str:
             script=_asset("report.js"),
         )
     )
-
-
-def _not_drawn(graphs: ModelGraphs | None) -> str:
-    """What the viewer leaves out; empty where that is nothing."""
-    parts = () if graphs is None else graphs.parts
-    if len(parts) <= _MOST_DRAWN:
-        return ""
-    return (
-        f"The first {_MOST_DRAWN} of {len(parts)} parts are drawn; calicache graph --block NAME "
-        "draws any of them."
-    )
-
-
-def _first_mode(data: ReportData) -> str:
-    """The one to look at first: what the cheap steps do, if there are any."""
-    modes = [] if data.graphs is None else [mode.name for mode in sorted(data.graphs.modes)]
-    return next((name for name in modes if name != StepMode.REFRESH.name), StepMode.REFRESH.name)
 
 
 def _layers(data: ReportData) -> dict[str, str]:
@@ -123,26 +109,12 @@ def _template() -> Any:
 
 
 def _asset(name: str) -> str:
-    return (files("calicache.tools.report") / ASSETS / name).read_text(encoding="utf-8")
+    return (files("calicache.tools.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _charts(sections: Sequence[Section]) -> Mapping[str, Any]:
-    return {
-        f"chart-{section.name}-{number}": chart
-        for section in sections
-        for number, chart in enumerate(section.charts)
-    }
-
-
-def _script_json(value: object) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _drawn(graphs: ModelGraphs) -> Iterator[DrawnGraph]:
+def _drawn(graphs: ModelGraphs, parts: Sequence[str]) -> Iterator[DrawnGraph]:
     modes: list[StepMode | None] = [None, *sorted(graphs.modes)]
-    for number, part in enumerate((WHOLE, *graphs.parts[:_MOST_DRAWN])):
+    for number, part in enumerate((WHOLE, *parts)):
         for place, mode in enumerate(modes):
             view = fold_blocks(graphs, mode) if part == WHOLE else view_block(graphs, part, mode)
             name = "plain" if mode is None else mode.name

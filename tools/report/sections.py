@@ -30,15 +30,6 @@ Shown = tuple[str, tuple[Chart, ...], tuple["DataTable", ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """One number at the top of the page."""
-
-    name: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class DataTable:
     """What a chart shows, as text.
 
@@ -72,9 +63,27 @@ class Section:
     missing: str = ""
 
 
-def report_cards(data: ReportData) -> tuple[Card, ...]:
-    """The numbers that are asked for first."""
-    return tuple(_cards(data))
+def report_cards(data: ReportData) -> Iterator[tuple[str, str, str]]:
+    """The numbers that are asked for first: name, value, note."""
+    facts, comparison = data.facts, data.comparison
+    modes = facts.schedule.modes
+    yield ("steps", str(len(modes)), count_modes(modes))
+    if isinstance(facts, ArtifactFacts):
+        yield ("MACs", f"{facts.run_share:.3f}", "of the full run")
+        yield ("caches", format_count(facts.cache_bytes, "B"), f"{facts.manifest.history} kept")
+    if comparison is not None:
+        error = comparison.final
+        yield ("error", f"{error.mean:.3g}", f"relative L2, {error.samples} samples")
+        if comparison.speedup is not None:
+            yield ("time", f"{1 / comparison.speedup:.3f}", "of the full run, measured")
+        if comparison.measures is not None:
+            yield ("PSNR", f"{comparison.measures.psnr_mean:.1f} dB", "against the full run")
+    elif data.errors is not None and data.errors.result is not None:
+        yield ("error", f"{data.errors.result:.3g}", "relative L2 of the result")
+    if data.front is not None and data.front.held_out is not None:
+        held_out = data.front.held_out
+        yield ("held-out error", f"{held_out.mean:.3g}", f"{held_out.samples} samples")
+    yield ("warnings", str(len(facts.warnings)), "listed below")
 
 
 def report_sections(data: ReportData) -> tuple[Section, ...]:
@@ -89,28 +98,6 @@ def _section(
     if isinstance(shown, str):
         return Section(name, title, missing=shown)
     return Section(name, title, *shown)
-
-
-def _cards(data: ReportData) -> Iterator[Card]:
-    facts, comparison = data.facts, data.comparison
-    modes = facts.schedule.modes
-    yield Card("steps", str(len(modes)), count_modes(modes))
-    if isinstance(facts, ArtifactFacts):
-        yield Card("MACs", f"{facts.run_share:.3f}", "of the full run")
-        yield Card("caches", format_count(facts.cache_bytes, "B"), f"{facts.manifest.history} kept")
-    if comparison is not None:
-        error = comparison.final
-        yield Card("error", f"{error.mean:.3g}", f"relative L2, {error.samples} samples")
-        if comparison.speedup is not None:
-            yield Card("time", f"{1 / comparison.speedup:.3f}", "of the full run, measured")
-        if comparison.measures is not None:
-            yield Card("PSNR", f"{comparison.measures.psnr_mean:.1f} dB", "against the full run")
-    elif data.errors is not None and data.errors.result is not None:
-        yield Card("error", f"{data.errors.result:.3g}", "relative L2 of the result")
-    if data.front is not None and data.front.held_out is not None:
-        held_out = data.front.held_out
-        yield Card("held-out error", f"{held_out.mean:.3g}", f"{held_out.samples} samples")
-    yield Card("warnings", str(len(facts.warnings)), "listed below")
 
 
 def _schedule(data: ReportData) -> Shown:
