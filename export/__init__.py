@@ -6,14 +6,13 @@ if __name__ == "export":
 from calicache.export.artifact.manifest import Layout, Manifest, load_artifact, read_manifest
 from calicache.export.export import export_onnx
 from calicache.export.latency import measure_latency
-from calicache.export.samplers import Sampler, read_sampler
+from calicache.export.samplers import read_sampler
 from calicache.export.session.session import Session
 
 __all__ = [
     "export_onnx",
     "measure_latency",
     "Layout",
-    "Sampler",
     "read_sampler",
     "Session",
     "Manifest",

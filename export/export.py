@@ -25,7 +25,6 @@ from calicache.export.layouts.onnx_graph import output_names
 from calicache.export.layouts.pair import pair_models, shared_weights
 from calicache.export.layouts.sampler import noise_spec, run_specs, sampler_model
 from calicache.export.layouts.step import step_model
-from calicache.export.samplers import Sampler
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.common.files import atomic_path
@@ -33,67 +32,90 @@ from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.recording.timestep import calls_of
+from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.settings.choices import StepMode
 
 
 def export_onnx(
     optimized: OptimizedModel,
-    directory: Path | str,
+    path: Path | str,
+    *,
     layout: Layout | str = Layout.STEP,
-    sampler: Sampler | None = None,
+    sampler: SamplerTables | None = None,
 ) -> Manifest:
     """Write an optimised model as an artifact folder; an existing one is replaced.
 
     Args:
         optimized: from `optimize`.
-        directory: the folder, such as `dit.onnx.d`.
+        path: the folder, such as `dit.onnx.d`.
         layout: `step`, `pair` or `sampler`.
-        sampler: from `read_sampler`, for the `sampler` layout alone; all calls of a step are one
-            batch there.
+        sampler: for the `sampler` layout alone, from `read_sampler`; None takes the plan's own.
+            All calls of a step are one batch there.
 
     Raises:
-        ExportError: an unknown layout, a sampler missing or too many, or torch.onnx refuses an op.
+        ExportError: an unknown layout, no sampler where one is needed, or one where none is, or
+            torch.onnx refuses an op.
     """
-    if layout not in set(Layout):
-        raise ExportError(
-            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
-        )
-    layout = Layout(layout)
-    if (layout is Layout.SAMPLER) != (sampler is not None):
-        raise ExportError(
-            "sampler",
-            expected=f"{'one' if sampler is None else 'none'} for the layout {layout.value}",
-            got="none" if sampler is None else "one",
-            fix="Pass sampler=read_sampler(optimized, recording) with layout='sampler'.",
-        )
-    steps = len(optimized.plan.schedule)
-    if sampler is not None and len(sampler.updates) != steps:
-        raise ExportError(
-            "sampler",
-            expected=f"one of the plan's {steps} steps",
-            got=str(len(sampler.updates)),
-            fix="Read the sampler with this optimised model and its recording.",
-        )
-    if layout is Layout.SAMPLER:
-        optimized = optimized.by_step()
-    with atomic_path(Path(directory)) as folder:
+    layout = _layout(layout)
+    tables = _sampler(optimized, layout, sampler)
+    form = optimized.by_step() if layout is Layout.SAMPLER else optimized
+    with atomic_path(Path(path)) as folder:
         folder.mkdir()
         if layout is Layout.PAIR:
-            _save_pair(pair_models(optimized), folder)
+            _save_pair(pair_models(form), folder)
         else:
-            model = step_model(optimized) if sampler is None else sampler_model(optimized, sampler)
+            model = step_model(form) if tables is None else sampler_model(form, tables)
             ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
-        write_graphs(
-            view_graphs(optimized.compiled.captured, optimized.compiled.variant_set), folder
-        )
-        names = sorted(path.name for path in folder.iterdir())
+        write_graphs(view_graphs(form.compiled.captured, form.compiled.variant_set), folder)
+        names = sorted(file.name for file in folder.iterdir())
         files = tuple(
             FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
             for name in names
         )
-        manifest = _manifest(optimized, layout, files, sampler)
+        manifest = _manifest(form, layout, files, tables)
         write_manifest(manifest, folder)
     return manifest
+
+
+def _layout(layout: Layout | str) -> Layout:
+    if layout not in set(Layout):
+        raise ExportError(
+            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
+        )
+    return Layout(layout)
+
+
+def _sampler(
+    optimized: OptimizedModel, layout: Layout, sampler: SamplerTables | None
+) -> SamplerTables | None:
+    """What the `sampler` layout does between two calls; None for the other layouts."""
+    plan = optimized.plan
+    if layout is not Layout.SAMPLER:
+        if sampler is not None:
+            raise ExportError(
+                "sampler",
+                expected=f"none for the layout {layout.value}",
+                got="one",
+                fix="Leave it out, or export with layout='sampler'.",
+            )
+        return None
+    tables = plan.sampler if sampler is None else sampler
+    if tables is None:
+        raise ExportError(
+            "sampler",
+            expected="a plan that knows its sampler",
+            got=plan.no_sampler,
+            fix="Pass sampler=read_sampler(optimized, recording), or plan with correct=True and "
+            "end every recorded run with recording.finish(latents).",
+        )
+    if len(tables.updates) != len(plan.schedule):
+        raise ExportError(
+            "sampler",
+            expected=f"one of the plan's {len(plan.schedule)} steps",
+            got=str(len(tables.updates)),
+            fix="Read the sampler with this optimised model and its recording.",
+        )
+    return tables
 
 
 def _save_pair(models: dict[StepMode, ir.Model], folder: Path) -> None:
@@ -112,7 +134,7 @@ def _manifest(
     optimized: OptimizedModel,
     layout: Layout,
     files: tuple[FileRecord, ...],
-    sampler: Sampler | None,
+    sampler: SamplerTables | None,
 ) -> Manifest:
     plan, compiled = optimized.plan, optimized.compiled
     recipe, binding, cost = plan.recipe, plan.binding, compiled.cost
@@ -152,7 +174,7 @@ def _manifest(
     )
 
 
-def _sampler_record(optimized: OptimizedModel, sampler: Sampler) -> SamplerRecord:
+def _sampler_record(optimized: OptimizedModel, sampler: SamplerTables) -> SamplerRecord:
     return SamplerRecord(
         noise=noise_spec(optimized, sampler),
         inputs=run_specs(optimized, sampler),

@@ -14,15 +14,18 @@ from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import CalicacheError
+from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import ModelGraphs, view_graphs
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.binding import Binding, bind
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import record
 from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.cost import ModelCost, TargetCost, model_cost
 from calicache.graph_passes.settings.choices import (
     Granularity,
@@ -33,7 +36,9 @@ from calicache.graph_passes.settings.choices import (
 )
 from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint
 from calicache.graph_passes.settings.latency import LatencyTable
+from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.schedule import spread_schedule, uniform_schedule
+from calicache.graph_passes.sites.analysis import Analysis, analyse
 from calicache.graph_passes.sites.sites import Sites, find_sites
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
@@ -41,6 +46,9 @@ __all__ = [
     "record",
     "Recording",
     "Plan",
+    "Recipe",
+    "Binding",
+    "Progress",
     "Front",
     "FrontPoint",
     "ErrorSummary",
@@ -54,10 +62,13 @@ __all__ = [
     "spread_schedule",
     "optimize",
     "OptimizedModel",
+    "bind",
+    "analyse",
+    "Analysis",
+    "Compiled",
     "capture",
     "CapturedGraph",
     "Dependence",
-    "classify_inputs",
     "classify_nodes",
     "find_sites",
     "Sites",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from calicache.graph_passes import Plan, optimize, record
+from calicache import Plan, optimize, record
 
 STEPS = 10
 

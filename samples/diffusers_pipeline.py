@@ -19,8 +19,7 @@ from PIL import Image
 from tiny_pixart import tiny_pixart
 from torch import Tensor, nn
 
-from calicache.export import Session, export_onnx
-from calicache.graph_passes import Plan, optimize, record
+from calicache import Plan, Session, export_onnx, optimize, record
 
 STEPS = 20
 

@@ -16,8 +16,7 @@ from diffusion import GuidedDDIM
 from model import FashionDiT
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.export import Session, export_onnx
-from calicache.graph_passes import Plan, optimize, record
+from calicache import Plan, Session, export_onnx, optimize, record
 
 
 def main(out: Path = Path("out")) -> None:

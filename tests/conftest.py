@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT, FashionDiTConfig
+from support.artifacts import RUN_FOLDER
 from support.models import diffusers_calls, sample_dit, shake
 
 from calicache.graph_passes import Plan, Recording, StepMode, record
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the workers of pytest-xdist have their parent's
+        os.environ[RUN_FOLDER] = tempfile.mkdtemp(prefix="calicache tests ")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(RUN_FOLDER), ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -33,11 +33,11 @@ from calicache.export.layouts.onnx_graph import (
 )
 from calicache.export.layouts.sampler_arithmetic import FLOAT, Body, SamplerArithmetic, State
 from calicache.export.layouts.translate import export_graph, export_variant
-from calicache.export.samplers import Sampler
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
 from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet
+from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.settings.choices import StepMode
 
 INT64 = ir.DataType.INT64
@@ -45,21 +45,21 @@ Values = Mapping[str, ir.Value]
 Kept = Mapping[tuple[str, int], ir.Value]  # by cache and refreshes before the segment's own
 
 
-def noise_spec(optimized: OptimizedModel, sampler: Sampler) -> TensorSpec:
+def noise_spec(optimized: OptimizedModel, sampler: SamplerTables) -> TensorSpec:
     """The sampler's noise and latents: one copy of x, in the sampler's own float32."""
     specs = optimized.plan.binding.signature.tensors
     rows, *rest = next(spec.shape for spec in specs if spec.name == sampler.latent)
     return TensorSpec(NOISE_INPUT, (rows // sampler.parts, *rest), "float32")
 
 
-def run_specs(optimized: OptimizedModel, sampler: Sampler) -> tuple[TensorSpec, ...]:
+def run_specs(optimized: OptimizedModel, sampler: SamplerTables) -> tuple[TensorSpec, ...]:
     """The model's inputs that stay the same over a run: labels, embeddings."""
     specs = optimized.plan.binding.signature.tensors
     made = {sampler.latent, *sampler.inputs}
     return tuple(spec for spec in specs if spec.name not in made)
 
 
-def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
+def sampler_model(optimized: OptimizedModel, sampler: SamplerTables) -> ir.Model:
     """Pack the variants in the `sampler` layout.
 
     `noise` (B, ...) float32, the model's inputs that stay the same over a run, and
@@ -98,7 +98,7 @@ def sampler_model(optimized: OptimizedModel, sampler: Sampler) -> ir.Model:
 
 
 def _all_steps(
-    before: StepValues | None, sampler: Sampler, pool: InitializerPool, given: Values
+    before: StepValues | None, sampler: SamplerTables, pool: InitializerPool, given: Values
 ) -> tuple[list[ir.Node], dict[str, ir.Value]]:
     """Nodes in front of the run, and the values of all steps by the name that variants read."""
     if before is None:
@@ -112,7 +112,7 @@ def _all_steps(
     return nodes, dict(zip(before.values, results, strict=True))
 
 
-def _step_table(name: str, sampler: Sampler, pool: InitializerPool) -> ir.Value:
+def _step_table(name: str, sampler: SamplerTables, pool: InitializerPool) -> ir.Value:
     """An input of the model for all steps, (T, *shape)."""
     table = tensor_adapters.TorchTensor(sampler.inputs[name].contiguous())
     return pool.shared(table, f"{name}_by_step")
@@ -123,7 +123,7 @@ class _Run:
     variant_set: VariantSet
     schedule: Sequence[StepMode]
     specs: Sequence[TensorSpec]
-    sampler: Sampler
+    sampler: SamplerTables
     pool: InitializerPool
     given: Values
     models: Mapping[StepMode, ir.Model]

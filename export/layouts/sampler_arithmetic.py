@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnx_ir import tensor_adapters
 
 from calicache.export.layouts.onnx_graph import InitializerPool, describe
-from calicache.export.samplers import Sampler
 from calicache.graph_passes.recording.signature import TensorSpec
+from calicache.graph_passes.sampler.tables import SamplerTables
 
 FLOAT = ir.DataType.FLOAT
 TERMS = ("of_x", "of_e", "of_x_before", "of_e_before")
@@ -67,7 +67,7 @@ class State:
 class SamplerArithmetic:
     """Nodes for the tables of a `Sampler`."""
 
-    sampler: Sampler
+    sampler: SamplerTables
     pool: InitializerPool
     guidance: ir.Value | None
 

@@ -8,13 +8,16 @@ same to the pairs. Operations that are not in the list are left for the exporter
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from calicache.graph_passes.graph.surgery import copy_graph, finish, read_attribute
+from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.graph_passes.graph.surgery import read_attribute
 
 aten = torch.ops.aten
 DIMENSIONS = ("dim", "dim0", "dim1", "start_dim", "end_dim")
@@ -71,84 +74,90 @@ SAME = frozenset(
 
 
 def lower_complex(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy without complex values; the module itself where one of its operations is not known.
+    """A copy without complex values; the module itself where none is or an operation is not known.
 
     Args:
         module: nodes describe their values; it is not changed.
     """
-    graph, _ = copy_graph(module.graph)
-    pairs: dict[fx.Node, fx.Node] = {}
-    tables: dict[str, Tensor] = {}
-    for node in list(graph.nodes):
-        complex_ = _is_complex(node)
-        if not (complex_ or any(source in pairs for source in node.all_input_nodes)):
-            continue
-        with graph.inserting_before(node):
-            made = _in_pairs(node, pairs, module, tables)
-        if made is None:
-            return module
-        if complex_:
-            pairs[node] = made
-        else:
-            node.replace_all_uses_with(made)
-    for target in {str(n.target) for n in graph.nodes if n.op == "get_attr"} - set(tables):
-        tables[target] = read_attribute(module, target)  # type: ignore[assignment]
-    return fx.GraphModule(tables, finish(graph)) if pairs else module
+    if not any(_is_complex(node) for node in module.graph.nodes):
+        return module
+    try:
+        return rewrite_nodes(module, _InPairs())
+    except _UnknownOperationError:
+        return module
 
 
-def _in_pairs(
-    node: fx.Node,
-    pairs: Mapping[fx.Node, fx.Node],
-    module: fx.GraphModule,
-    tables: dict[str, Tensor],
-) -> fx.Node | None:
-    """The node over pairs, inserted at the graph's place; None for one that is not known."""
-    graph, target = node.graph, node.target
-    if node.op == "get_attr":
-        value = read_attribute(module, str(target))
-        assert isinstance(value, Tensor)
-        name = f"{target}_pairs"
-        tables[name] = torch.view_as_real(value.detach().resolve_conj()).contiguous()
-        return _described(graph.get_attr(name), node)
-    if node.op == "placeholder":
-        return _described(node, node)
-    if node.op != "call_function" or not _is_known(node, pairs):
+class _UnknownOperationError(Exception):
+    """No rule says what an operation on complex values is on pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InPairs:
+    """The rule; `pairs` holds what stands for every complex value, which is dead afterwards."""
+
+    pairs: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def __call__(self, node: fx.Node, new: NewNodes) -> fx.Node | None:
+        if _is_complex(node):
+            self.pairs[node] = self._over_pairs(node, new)
+            return None
+        if any(source in self.pairs for source in node.all_input_nodes):
+            return self._over_pairs(node, new)
         return None
-    sources = [pairs.get(n, n) if isinstance(n, fx.Node) else n for n in node.args]
-    if target in SAME:
-        return sources[0] if isinstance(sources[0], fx.Node) else None
-    if target in SHAPING:
-        return _described(_shaped(node, pairs), node)
-    known: dict[Any, Callable[..., fx.Node]] = {
-        aten.complex.default: _joined,
-        aten.gather.default: _gathered,
-        aten.polar.default: _turned,
-        aten.mul.Tensor: _product,
-        aten._conj.default: _mirrored,
-        aten.real.default: lambda z: _part(z, 0),
-        aten.imag.default: lambda z: _part(z, 1),
-    }
-    if target not in known:
-        return None
-    if target is aten.mul.Tensor and not all(n in pairs for n in node.args):
-        return _described(_scaled(node, pairs), node)
-    return _described(known[target](*sources), node)
 
+    def _over_pairs(self, node: fx.Node, new: NewNodes) -> fx.Node:
+        if node.op == "get_attr":
+            table = read_attribute(new.module, str(node.target))
+            assert isinstance(table, Tensor)
+            parts = torch.view_as_real(table.detach().resolve_conj()).contiguous()
+            return new.tensor(f"{node.target}_pairs", parts, value=_real_form(node))
+        if node.op == "placeholder":
+            node.meta["val"] = _real_form(node)
+            return node
+        if node.op != "call_function" or not self._is_known(node):
+            raise _UnknownOperationError
+        arguments = [self.pairs.get(n, n) if isinstance(n, fx.Node) else n for n in node.args]
+        if node.target in SAME:
+            assert isinstance(arguments[0], fx.Node)
+            return arguments[0]
+        successor = self._operation(node, arguments)
+        successor.meta["val"] = _real_form(node)
+        return successor
 
-def _is_known(node: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> bool:
-    """Whether a node mixes complex values with nothing that would need another form."""
-    if any(isinstance(argument, complex) for argument in node.args):
-        return False
-    values = [n for n in node.args if isinstance(n, fx.Node)]
-    if node.target in (aten.add.Tensor, aten.sub.Tensor):
-        return len(values) == 2 and all(n in pairs for n in values)
-    if node.target is aten.complex.default:
-        return bool(values[0].meta["val"].shape == values[1].meta["val"].shape)
-    if node.target in SAME - {aten.view_as_complex.default, aten.view_as_real.default}:
-        return values[0] in pairs and _real(values[0]) == _real(node)
-    if node.target in SCATTERS:
-        return all(n in pairs for n in values[:2])
-    return True
+    def _operation(self, node: fx.Node, arguments: Sequence[Any]) -> fx.Node:
+        if node.target in SHAPING:
+            return _shaped(node, self.pairs)
+        if node.target is aten.mul.Tensor and not all(n in self.pairs for n in node.args):
+            return self._scaled(node)
+        if node.target not in PRODUCTS:
+            raise _UnknownOperationError
+        return PRODUCTS[node.target](*arguments)
+
+    def _is_known(self, node: fx.Node) -> bool:
+        """Whether a node mixes complex values with nothing that would need another form."""
+        if any(isinstance(argument, complex) for argument in node.args):
+            return False
+        values = [n for n in node.args if isinstance(n, fx.Node)]
+        if node.target in (aten.add.Tensor, aten.sub.Tensor):
+            return len(values) == 2 and all(n in self.pairs for n in values)
+        if node.target is aten.complex.default:
+            return bool(values[0].meta["val"].shape == values[1].meta["val"].shape)
+        if node.target in SAME - {aten.view_as_complex.default, aten.view_as_real.default}:
+            return values[0] in self.pairs and _real(values[0]) == _real(node)
+        if node.target in SCATTERS:
+            return all(n in self.pairs for n in values[:2])
+        return True
+
+    def _scaled(self, node: fx.Node) -> fx.Node:
+        """A complex value times a real one."""
+        call = node.graph.call_function
+        factors = [
+            call(aten.unsqueeze.default, (factor, -1))
+            if isinstance(factor, fx.Node) and factor not in self.pairs
+            else self.pairs.get(factor, factor)  # type: ignore[arg-type]
+            for factor in node.args
+        ]
+        return call(aten.mul.Tensor, tuple(factors))
 
 
 def _shaped(node: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -157,24 +166,32 @@ def _shaped(node: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node:
     if node.target is operator.getitem:
         return node.graph.call_function(operator.getitem, args)
     schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {argument.name: argument.default_value for argument in schema}
-    given |= dict(zip(given, args, strict=False)) | kwargs
-    for name, value in given.items():
+    call = {argument.name: argument.default_value for argument in schema}
+    call |= dict(zip(call, args, strict=False)) | kwargs
+    for name, value in call.items():
         if name in DIMENSIONS and isinstance(value, int) and value < 0:
-            given[name] = value - 1
+            call[name] = value - 1
         elif name in SIZES:
-            given[name] = [*value, SIZES[name]]
+            call[name] = [*value, SIZES[name]]
         elif name == "dims":
-            given[name] = [*(d % len(value) for d in value), len(value)]
+            call[name] = [*(d % len(value) for d in value), len(value)]
         elif name == "dtype" and isinstance(value, torch.dtype) and value.is_complex:
-            given[name] = value.to_real()
-    positional = tuple(given[a.name] for a in schema if not a.kwarg_only)
-    named = {a.name: given[a.name] for a in schema if a.kwarg_only and a.name in node.kwargs}
+            call[name] = value.to_real()
+    positional = tuple(call[a.name] for a in schema if not a.kwarg_only)
+    named = {a.name: call[a.name] for a in schema if a.kwarg_only and a.name in node.kwargs}
     return node.graph.call_function(node.target, positional, named)  # type: ignore[arg-type]
 
 
 def _part(pair: fx.Node, place: int) -> fx.Node:
     return pair.graph.call_function(aten.select.int, (pair, -1, place))
+
+
+def _real_part(pair: fx.Node) -> fx.Node:
+    return _part(pair, 0)
+
+
+def _imaginary_part(pair: fx.Node) -> fx.Node:
+    return _part(pair, 1)
 
 
 def _joined(real: fx.Node, imaginary: fx.Node) -> fx.Node:
@@ -203,38 +220,33 @@ def _product(first: fx.Node, second: fx.Node) -> fx.Node:
     """(a + bi) (c + di) = (ac - bd) + (ad + bc) i."""
     call = first.graph.call_function
     a, b, c, d = _part(first, 0), _part(first, 1), _part(second, 0), _part(second, 1)
-
-    def times(left: fx.Node, right: fx.Node) -> fx.Node:
-        return call(aten.mul.Tensor, (left, right))
-
-    real = call(aten.sub.Tensor, (times(a, c), times(b, d)))
-    return _joined(real, call(aten.add.Tensor, (times(a, d), times(b, c))))
+    times = aten.mul.Tensor
+    real = call(aten.sub.Tensor, (call(times, (a, c)), call(times, (b, d))))
+    imaginary = call(aten.add.Tensor, (call(times, (a, d)), call(times, (b, c))))
+    return _joined(real, imaginary)
 
 
-def _scaled(node: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """A complex value times a real one."""
-    call = node.graph.call_function
-    factors: list[Any] = []
-    for factor in node.args:
-        if isinstance(factor, fx.Node) and factor not in pairs:
-            factors.append(call(aten.unsqueeze.default, (factor, -1)))
-        else:
-            factors.append(pairs.get(factor, factor) if isinstance(factor, fx.Node) else factor)
-    return call(aten.mul.Tensor, tuple(factors))
+# What multiplies, takes apart or puts together; the arguments are nodes over pairs.
+PRODUCTS: Mapping[Any, Callable[..., fx.Node]] = {
+    aten.complex.default: _joined,
+    aten.gather.default: _gathered,
+    aten.polar.default: _turned,
+    aten.mul.Tensor: _product,
+    aten._conj.default: _mirrored,
+    aten.real.default: _real_part,
+    aten.imag.default: _imaginary_part,
+}
 
 
-def _described(made: fx.Node, like: fx.Node) -> fx.Node:
-    """With a value of the shape that the pairs have."""
+def _real_form(node: fx.Node) -> Any:
+    """The node's value, or a list of them, in the shape that the pairs have."""
+    return pytree.tree_map(_form_of_pairs, node.meta["val"])
 
-    def real(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [real(part) for part in value]
-        if isinstance(value, Tensor) and value.is_complex():
-            return value.new_empty((*value.shape, 2), dtype=value.dtype.to_real())
-        return value
 
-    made.meta["val"] = real(like.meta["val"])
-    return made
+def _form_of_pairs(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_complex():
+        return value.new_empty((*value.shape, 2), dtype=value.dtype.to_real())
+    return value
 
 
 def _real(node: fx.Node) -> torch.dtype:

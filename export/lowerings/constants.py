@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
 from calicache.graph_passes.graph.dependence import is_random
 from calicache.graph_passes.graph.operations import VIEWS
-from calicache.graph_passes.graph.surgery import copy_graph, finish, read_attribute
+from calicache.graph_passes.graph.surgery import read_attribute
 
 LARGEST = 1 << 20  # elements; a larger one could be a second copy of a weight
 
@@ -21,27 +22,35 @@ def fold_constants(module: fx.GraphModule) -> fx.GraphModule:
 
     Views stay where they are, so that no weight is stored twice; so do large values.
     """
-    graph, _ = copy_graph(module.graph)
-    values: dict[Any, Any] = {}
-    tables: dict[str, Tensor | fx.GraphModule] = {}
-    for node in list(graph.nodes):
+    return rewrite_nodes(module, _Fold())
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """The rule, with the values of all constant nodes in front of the present one."""
+
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def __call__(self, node: fx.Node, new: NewNodes) -> fx.Node | None:
         if node.op == "get_attr":
-            tables[str(node.target)] = read_attribute(module, str(node.target))
-            values[node] = tables[str(node.target)]
-        elif _is_constant(node, values):
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.get)
-            with torch.no_grad():
-                value = node.target(*args, **kwargs)
-            values[node] = value
+            self.values[node] = read_attribute(new.module, str(node.target))
+        elif self._is_constant(node):
+            value = self._value(node)
+            self.values[node] = value
             if isinstance(value, Tensor) and value.numel() <= LARGEST and not _is_view(node):
-                name = f"folded.{node.name}"
-                tables[name] = value.detach().clone()
-                with graph.inserting_before(node):
-                    folded = graph.get_attr(name)
-                folded.meta = dict(node.meta)
-                values[folded] = tables[name]
-                node.replace_all_uses_with(folded)
-    return fx.GraphModule(tables, finish(graph))
+                folded = new.tensor(f"folded.{node.name}", value.detach().clone())
+                self.values[folded] = new.tensors[str(folded.target)]
+                return folded
+        return None
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        constant = all(source in self.values for source in node.all_input_nodes)
+        return node.op == "call_function" and not is_random(node) and constant
+
+    def _value(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.get)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -49,8 +58,3 @@ def _is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return node.all_input_nodes[0].target in VIEWS
     return node.target in VIEWS
-
-
-def _is_constant(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
-    sources = node.all_input_nodes
-    return node.op == "call_function" and not is_random(node) and all(n in values for n in sources)

@@ -8,30 +8,25 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from calicache.graph_passes.graph.surgery import copy_graph
+from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
 
 aten = torch.ops.aten
 
 
 def lower_einsum(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with every `abc->cab` of one operand as a permute; others are left alone.
+    """A copy with every `abc->cab` of one operand as a permute; others are left alone.
 
     Args:
         module: nodes describe their values; it is not changed.
     """
-    graph, copies = copy_graph(module.graph)
-    for node in module.graph.nodes:
-        order = _order(node)
-        if order is None:
-            continue
-        (source,) = node.args[1]
-        old = copies[node.name]
-        with graph.inserting_before(old):
-            new = graph.call_function(aten.permute.default, (copies[source.name], order))
-        new.meta = dict(node.meta)
-        old.replace_all_uses_with(new)
-        graph.erase_node(old)
-    return fx.GraphModule(module, graph, class_name=type(module).__name__)
+    return rewrite_nodes(module, _permute)
+
+
+def _permute(node: fx.Node, new: NewNodes) -> fx.Node | None:
+    order = _order(node)
+    if order is None:
+        return None
+    return new.call(aten.permute.default, node.all_input_nodes[0], order)
 
 
 def _order(node: fx.Node) -> list[int] | None:

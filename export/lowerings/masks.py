@@ -6,11 +6,13 @@ are set to zero afterwards, as torch has them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import fx
 
+from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
 from calicache.graph_passes.graph.operations import ATTENTION
-from calicache.graph_passes.graph.surgery import copy_graph, finish
 
 aten = torch.ops.aten
 
@@ -21,25 +23,37 @@ def guard_empty_rows(module: fx.GraphModule) -> fx.GraphModule:
     Args:
         module: nodes describe their values; it is not changed.
     """
-    graph, _ = copy_graph(module.graph)
-    guarded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    for node in list(graph.nodes):
-        mask = _mask(node)
+    return rewrite_nodes(module, _GuardRows())
+
+
+@dataclass(frozen=True, slots=True)
+class _Guard:
+    """A mask with its empty rows full, and which rows are empty (..., N, 1)."""
+
+    full: fx.Node
+    empty: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class _GuardRows:
+    """The rule; all attentions under one mask share its guard."""
+
+    guards: dict[fx.Node, _Guard] = field(default_factory=dict)
+
+    def __call__(self, node: fx.Node, new: NewNodes) -> fx.Node | None:
+        mask = _truth_mask(node)
         if mask is None:
-            continue
-        if mask not in guarded:
-            with graph.inserting_after(mask):
-                guarded[mask] = _guard(mask)
-        full, empty = guarded[mask]
-        node.replace_input_with(mask, full)
-        with graph.inserting_after(node):
-            filled = graph.call_function(aten.masked_fill.Scalar, (node, empty, 0.0))
-        filled.meta = dict(node.meta)
-        node.replace_all_uses_with(filled, delete_user_cb=lambda user, own=filled: user is not own)
-    return fx.GraphModule(module, finish(graph))
+            return None
+        if mask not in self.guards:
+            self.guards[mask] = _guard(mask, new)
+        guard = self.guards[mask]
+        arguments = [guard.full if argument is mask else argument for argument in node.args]
+        options = {n: guard.full if value is mask else value for n, value in node.kwargs.items()}
+        attended = new.call(ATTENTION, *arguments, options=options)
+        return new.call(aten.masked_fill.Scalar, attended, guard.empty, 0.0)
 
 
-def _mask(node: fx.Node) -> fx.Node | None:
+def _truth_mask(node: fx.Node) -> fx.Node | None:
     """The truth-valued mask of an attention."""
     if node.target is not ATTENTION:
         return None
@@ -48,14 +62,9 @@ def _mask(node: fx.Node) -> fx.Node | None:
     return mask if boolean and isinstance(mask, fx.Node) else None
 
 
-def _guard(mask: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """(the mask with empty rows full, which rows are empty (..., N, 1))."""
-    graph, value = mask.graph, mask.meta["val"]
-    some = graph.call_function(aten.any.dim, (mask, -1, True))
-    with graph.inserting_after(some):
-        empty = graph.call_function(aten.logical_not.default, (some,))
-    with graph.inserting_after(empty):
-        full = graph.call_function(aten.logical_or.default, (mask, empty))
-    some.meta["val"] = empty.meta["val"] = value.new_empty((*value.shape[:-1], 1))
-    full.meta["val"] = value
-    return full, empty
+def _guard(mask: fx.Node, new: NewNodes) -> _Guard:
+    value = mask.meta["val"]
+    row = value.new_empty((*value.shape[:-1], 1))
+    some = new.call(aten.any.dim, mask, -1, True, value=row)
+    empty = new.call(aten.logical_not.default, some, value=row)
+    return _Guard(new.call(aten.logical_or.default, mask, empty, value=value), empty)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from calicache.graph_passes.graph.surgery import copy_graph, finish
+from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
 
 aten = torch.ops.aten
+STRIDED = (aten.view.default, aten._unsafe_view.default)
 
 
 def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:
     """A copy in which values may be written with other strides than torch gave them."""
-    graph, _ = copy_graph(module.graph)
-    for node in graph.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-    return fx.GraphModule(module, finish(graph))
+    return rewrite_nodes(module, _reshape)
+
+
+def _reshape(node: fx.Node, new: NewNodes) -> fx.Node | None:
+    if node.target not in STRIDED:
+        return None
+    return new.call(aten.reshape.default, *node.args)

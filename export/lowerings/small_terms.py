@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from calicache.graph_passes.graph.surgery import copy_graph, finish
+from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
 
 aten = torch.ops.aten
 TAKEN_FOR_ZERO, SCALE = 1e-7, 2.0**40
@@ -21,20 +21,16 @@ def scale_small_terms(module: fx.GraphModule) -> fx.GraphModule:
     Args:
         module: nodes describe their values; it is not changed.
     """
-    graph, _ = copy_graph(module.graph)
-    for node in list(graph.nodes):
-        if not _adds_a_tiny_number(node):
-            continue
-        source, tiny = node.args
-        with graph.inserting_before(node):
-            large = graph.call_function(aten.mul.Tensor, (source, SCALE))
-            total = graph.call_function(aten.add.Tensor, (large, tiny * SCALE))
-            result = graph.call_function(aten.mul.Tensor, (total, 1.0 / SCALE))
-        for made in (large, total, result):
-            made.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-    return fx.GraphModule(module, finish(graph))
+    return rewrite_nodes(module, _at_another_scale)
+
+
+def _at_another_scale(node: fx.Node, new: NewNodes) -> fx.Node | None:
+    if not _adds_a_tiny_number(node):
+        return None
+    source, tiny = node.args
+    large = new.call(aten.mul.Tensor, source, SCALE)
+    total = new.call(aten.add.Tensor, large, tiny * SCALE)  # type: ignore[operator]
+    return new.call(aten.mul.Tensor, total, 1.0 / SCALE)
 
 
 def _adds_a_tiny_number(node: fx.Node) -> bool:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from calicache.graph_passes.api.plan_file import NOT_ASKED, PlanContent, read_plan, write_plan
 from calicache.graph_passes.api.planner import (
+    PlanningTask,
     collect_statistics,
-    fit_output_weights,
+    fit_to_sampler,
     planned_calls,
 )
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.files import atomic_path
-from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.describe.html import plan_html
-from calicache.graph_passes.factors.statistics import Statistics, named_statistics, named_tensors
+from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import Workspace
-from calicache.graph_passes.search.search import SearchRequest, search_plan
+from calicache.graph_passes.sampler.tables import SamplerTables
+from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import (
     Granularity,
     SiteRule,
@@ -38,10 +35,8 @@ from calicache.graph_passes.settings.choices import (
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.settings.schedule import named_schedule
-
-FORMAT = 6
-PLAN_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +47,9 @@ class Plan:
         binding: the checkpoint and the calls that the plan is tied to.
         recipe: what is done at every step, and the weights that were fitted.
         statistics: by name of the calibration target; empty where none are needed.
+        sampler: what the sampler does between two calls of the model, as it was recorded; None
+            where that is not known.
+        no_sampler: why it is not known.
         front: what a search found beside this plan; None for a plan that was not searched.
         workspace: what was made of the model on the way, in memory alone; no part of the value.
     """
@@ -59,6 +57,8 @@ class Plan:
     binding: Binding
     recipe: Recipe
     statistics: Mapping[str, Statistics]
+    sampler: SamplerTables | None = None
+    no_sampler: str = NOT_ASKED
     front: Front | None = None
     workspace: Workspace = field(default_factory=Workspace, compare=False, repr=False)
 
@@ -126,11 +126,12 @@ class Plan:
             exclude=tuple(exclude),
         )
         meter = Meter(planned_calls(recording, correct=correct), on_progress)
-        stage = (model, recording, binding)
-        statistics = collect_statistics(*stage, recipe, workspace, meter)
-        if correct:
-            recipe = fit_output_weights(*stage, recipe, statistics, workspace, meter)
-        return Plan(binding, recipe, statistics, workspace=workspace)
+        task = PlanningTask(model, recording, binding, workspace, meter)
+        statistics = collect_statistics(task, recipe)
+        if not correct:
+            return Plan(binding, recipe, statistics, workspace=workspace)
+        recipe, sampler, reason = fit_to_sampler(task, recipe, statistics)
+        return Plan(binding, recipe, statistics, sampler, reason, workspace=workspace)
 
     @staticmethod
     def search(
@@ -173,7 +174,13 @@ class Plan:
         workspace = Workspace()
         searched = search_plan(model, recording, request, workspace, path, on_progress)
         return Plan(
-            searched.binding, searched.recipe, searched.statistics, searched.front, workspace
+            searched.binding,
+            searched.recipe,
+            searched.statistics,
+            searched.sampler,
+            searched.no_sampler,
+            searched.front,
+            workspace,
         )
 
     def take(self, place: int) -> Plan:
@@ -204,7 +211,10 @@ class Plan:
         Raises:
             PlanError: the schedule is empty or does not start with REFRESH.
         """
-        return self._with(schedule=named_schedule(schedule, len(schedule)))
+        changed = self._with(schedule=named_schedule(schedule, len(schedule)))
+        if len(changed.schedule) == len(self.schedule):
+            return changed
+        return replace(changed, sampler=None, no_sampler="the plan was given another length")
 
     def with_rank(self, rank: int) -> Plan:
         """The same plan with another rank, and without what was fitted to the old one.
@@ -228,21 +238,18 @@ class Plan:
         return plan_html(self.binding, self.recipe, len(self.statistics), self.front)
 
     def save(self, path: Path | str) -> None:
-        """Write `plan.json` and `statistics.safetensors` into a new or replaced folder."""
-        with atomic_path(Path(path)) as folder:
-            folder.mkdir()
-            tensors = {n: v.contiguous() for n, v in named_tensors(self.statistics).items()}
-            save_file(tensors, folder / STATISTICS_FILE)
-            content = PlanFile(
-                FORMAT,
-                sha256_of(folder / STATISTICS_FILE),
+        """Write the plan into a new or replaced folder, as plain data."""
+        write_plan(
+            PlanContent(
                 self.binding,
                 self.recipe,
+                self.statistics,
+                self.sampler,
+                self.no_sampler,
                 self.front,
-            )
-            (folder / PLAN_FILE).write_text(
-                json.dumps(_PLAN_FILE.dump_python(content, mode="json"), indent=2) + "\n"
-            )
+            ),
+            path,
+        )
 
     @staticmethod
     def load(path: Path | str) -> Plan:
@@ -251,35 +258,5 @@ class Plan:
         Raises:
             PlanError: a file is missing, damaged, of another version, or not a plan.
         """
-        folder = Path(path)
-        try:
-            text = (folder / PLAN_FILE).read_bytes()
-            number = json.loads(text)["format"]  # first: another format has other fields
-            if number != FORMAT:
-                raise ValueError(f"format {number}, this version reads {FORMAT}")
-            content = _PLAN_FILE.validate_json(text)
-            if sha256_of(folder / STATISTICS_FILE) != content.statistics_sha256:
-                raise ValueError(f"{STATISTICS_FILE} is not the file the plan was saved with")
-            statistics = named_statistics(load_file(folder / STATISTICS_FILE))
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, PlanError) as error:
-            raise PlanError(
-                str(path),
-                expected="a folder written by Plan.save",
-                got=f"{type(error).__name__}: {error}",
-                fix="Make the plan again from the recording.",
-            ) from error
-        return Plan(content.binding, content.recipe, statistics, content.front)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanFile:
-    """What `plan.json` holds."""
-
-    format: int
-    statistics_sha256: str
-    binding: Binding
-    recipe: Recipe
-    front: Front | None = None
-
-
-_PLAN_FILE = TypeAdapter(PlanFile)
+        content = read_plan(path)
+        return Plan(**{field.name: getattr(content, field.name) for field in fields(content)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from calicache.graph_passes.rewriting.compile import assign_targets, compile_rec
 from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.sampler.recover import recover_sampler
 from calicache.graph_passes.sampler.replay import replay
+from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.settings.recipe import FITTED, Recipe
 
@@ -27,80 +28,93 @@ def planned_calls(recording: Recording, *, correct: bool) -> float:
     return float(passes * len(recording.calls))
 
 
-def collect_statistics(
-    model: nn.Module,
-    recording: Recording,
-    binding: Binding,
-    recipe: Recipe,
-    workspace: Workspace,
-    meter: Meter,
-) -> Mapping[str, Statistics]:
+@dataclass(frozen=True, slots=True)
+class PlanningTask:
+    """What is planned for.
+
+    Attributes:
+        model: in eval mode.
+        recording: of its calls.
+        binding: of both.
+        workspace: for what is made of the model on the way.
+        meter: counts calls of the model.
+    """
+
+    model: nn.Module
+    recording: Recording
+    binding: Binding
+    workspace: Workspace
+    meter: Meter
+
+
+def collect_statistics(task: PlanningTask, recipe: Recipe) -> Mapping[str, Statistics]:
     """What the factors of a recipe are made from, seen along the recorded runs.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
-    check_weights_are_loaded(model, needed=recipe.weighting is not Weighting.NONE)
-    meter.stage("capture the model")
-    analysis = workspace.analysis(model, binding, recipe.include, recipe.exclude)
+    _check_weights_are_loaded(task.model, needed=recipe.weighting is not Weighting.NONE)
+    task.meter.stage("capture the model")
+    analysis = task.workspace.analysis(task.model, task.binding, recipe.include, recipe.exclude)
     assignment = assign_targets(analysis, recipe)
-    meter.stage("observe increments")
+    task.meter.stage("observe increments")
     return observe(
         analysis.captured,
         assignment.targets if recipe.calibrates else (),
-        recording,
+        task.recording,
         recipe.weighting,
         recipe.schedule,
         recipe.order,
-        lambda *_: meter.add(),
+        lambda *_: task.meter.add(),
     )
 
 
-def fit_output_weights(
-    model: nn.Module,
-    recording: Recording,
-    binding: Binding,
-    recipe: Recipe,
-    statistics: Mapping[str, Statistics],
-    workspace: Workspace,
-    meter: Meter,
-) -> Recipe:
+def fit_to_sampler(
+    task: PlanningTask, recipe: Recipe, statistics: Mapping[str, Statistics]
+) -> tuple[Recipe, SamplerTables | None, str]:
     """The recipe with output weights, fitted with the calls of a step in one batch.
 
-    Where the sampler's update cannot be told from the recording, the recipe says why.
+    Returns:
+        The recipe, which says why where its weights are not fitted; the sampler's tables, and
+        why there are none.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
-    check_weights_are_loaded(model, needed=True)
+    _check_weights_are_loaded(task.model, needed=True)
+    calls = task.binding.calls
     try:
-        whole = recording.by_step()
-        analysis = workspace.analysis(model, binding.by_step(), recipe.include, recipe.exclude)
-        meter.stage("run the recorded calls")
+        whole, form = task.recording.by_step(), task.binding.by_step()
+        analysis = task.workspace.analysis(task.model, form, recipe.include, recipe.exclude)
+        task.meter.stage("run the recorded calls")
         recorded = recover_sampler(
             analysis.captured,
             whole,
-            binding.dependence,
+            form.dependence,
             len(recipe.schedule),
-            lambda *_: meter.add(binding.calls),
+            lambda *_: task.meter.add(calls),
         )
     except NoSampler as unknown:
-        return replace(recipe, correction=f"not fitted: {unknown.reason}")
-    compiled = compile_recipe(analysis, recipe, statistics, workspace.decompositions)
-    meter.stage("fit output weights")
+        return replace(recipe, correction=f"not fitted: {unknown.reason}"), None, unknown.reason
+    compiled = compile_recipe(analysis, recipe, statistics, task.workspace.decompositions)
+    task.meter.stage("fit output weights")
     fit = replay(
         compiled.variant_set,
         recorded,
         recipe.schedule,
         recipe.order,
-        on_step=lambda *_: meter.add(binding.calls * len(recorded.runs)),
+        on_step=lambda *_: task.meter.add(calls * len(recorded.runs)),
     )
-    return replace(
+    fitted = replace(
         recipe, output_weights=fit.weights, latent=recorded.steps.latent, correction=FITTED
     )
+    try:
+        return fitted, recover_tables(recorded, form.dependence), ""
+    except NoSampler as unknown:
+        return fitted, None, unknown.reason
 
 
-def check_weights_are_loaded(model: nn.Module, *, needed: bool) -> None:
+def _check_weights_are_loaded(model: nn.Module, *, needed: bool) -> None:
     """Refuse a model on the meta device where the recorded calls have to be run.
 
     Raises:

@@ -11,7 +11,7 @@ from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.rewriting.fold import reads_output
-from calicache.graph_passes.rewriting.insertion import Insertion
+from calicache.graph_passes.rewriting.insertion import CacheSource, Insertion
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ class Calibration:
         source = self.replaced.get(target.input_node, plain)  # x may be a target of its own
         if target.name in self.folded:
             inner = insert.linear(insert.rows(source), target.name, "down", down)
-            anchor = insert.anchor_of(folded_name(target), inner.meta["val"])
+            anchor = insert.anchor_of(folded_source(target), inner.meta["val"])
             return insert.call(aten.sub.Tensor, inner, anchor, target.name)
         if source.name not in self._increments:
             anchor = insert.anchor(plain)
@@ -76,9 +76,9 @@ class Calibration:
         return insert.call(aten.add.Tensor, insert.anchor(node), shaped, name)
 
 
-def folded_name(target: CalibrationTarget) -> str:
-    """Name of the cache of A x."""
-    return f"cache_{target.nodes[0]}_down"
+def folded_source(target: CalibrationTarget) -> CacheSource:
+    """The cache of A x."""
+    return CacheSource(target.input_node, target.name, target.nodes[0])
 
 
 def folded_value(

@@ -14,7 +14,8 @@ from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.rewriting.checks import verify_variants
 from calicache.graph_passes.rewriting.cost import ModelCost, model_cost
 from calicache.graph_passes.rewriting.fold import choose_folds
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.choices import StepMode, Weighting
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.schedule import anchor_table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,47 @@ ANCHOR_WEIGHT, OUTPUT_WEIGHT = "anchor_weight", "output_weight"
 def cache_name(node: str) -> str:
     """Name of the placeholder that takes the cached value of a node."""
     return f"cache_{node}"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSource:
+    """Where the value of a cache comes from in the plain graph.
+
+    Attributes:
+        node: the node whose value is kept; x where it is folded.
+        folded: the calibration target whose A x is kept in the place of x, or None.
+        place: the node by which the cache is named and ordered; the first output of that target.
+    """
+
+    node: str
+    folded: str | None
+    place: str
+
+    @staticmethod
+    def of(node: fx.Node) -> CacheSource:
+        """A node's own value."""
+        return CacheSource(node.name, None, node.name)
+
+    @property
+    def name(self) -> str:
+        """Name of the placeholder that takes its newest value."""
+        own = cache_name(self.place)
+        return f"{own}_down" if self.folded else own
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSlot:
+    """One kept refresh of a cache, as a variant reads it.
+
+    Attributes:
+        source: of the cache.
+        back: how many refreshes before the newest.
+        value: of its shape and dtype.
+    """
+
+    source: CacheSource
+    back: int
+    value: Tensor
 
 
 def slot_name(cache: str, back: int) -> str:
@@ -40,12 +82,14 @@ class Insertion:
         history: how many refreshes of every value are kept, order + 1.
         attributes: tensors that the new `get_attr` nodes name.
         made: the new nodes, caches left out.
+        cache_slots: what is read of the caches, by name of the placeholder.
     """
 
     def __init__(self, graph: fx.Graph, history: int = 1) -> None:
         self.graph, self.history = graph, history
         self.attributes: dict[str, Tensor] = {}
         self.made: list[fx.Node] = []
+        self.cache_slots: dict[str, CacheSlot] = {}
         self._placeholders: dict[str, fx.Node] = {}
         self._rows: dict[str, fx.Node] = {}
         self._linears: dict[str, fx.Node] = {}
@@ -89,26 +133,32 @@ class Insertion:
 
     def kept(self, like: fx.Node) -> fx.Node:
         """The newest kept value of a node, in the node's own shape."""
-        slot = self.placeholder(cache_name(like.name), cached_form(like))
+        slot = self.slot(CacheSource.of(like), 0, cached_form(like))
         return self.shaped(slot, like) if like.target is LINEAR else slot
 
     def anchor_rows(self, like: fx.Node) -> fx.Node:
         """The anchor of a value as it is cached: rows (T, out) for a linear layer."""
-        return self.anchor_of(cache_name(like.name), cached_form(like))
+        return self.anchor_of(CacheSource.of(like), cached_form(like))
 
-    def anchor_of(self, cache: str, value: Tensor) -> fx.Node:
+    def anchor_of(self, source: CacheSource, value: Tensor) -> fx.Node:
         """sum_k w_k c_k over the kept refreshes of a cache, or the one there is."""
-        if cache not in self._anchors:
-            slots = self.slots(cache, value)
+        if source.name not in self._anchors:
+            slots = self.slots(source, value)
             if self.history == 1:
-                self._anchors[cache] = slots[0]
+                self._anchors[source.name] = slots[0]
             else:
-                self._anchors[cache] = self.weighted_sum(slots, ANCHOR_WEIGHT)
-        return self._anchors[cache]
+                self._anchors[source.name] = self.weighted_sum(slots, ANCHOR_WEIGHT)
+        return self._anchors[source.name]
 
-    def slots(self, cache: str, value: Tensor) -> list[fx.Node]:
+    def slots(self, source: CacheSource, value: Tensor) -> list[fx.Node]:
         """The placeholders of all kept refreshes of a cache, newest first."""
-        return [self.placeholder(slot_name(cache, k), value) for k in range(self.history)]
+        return [self.slot(source, back, value) for back in range(self.history)]
+
+    def slot(self, source: CacheSource, back: int, value: Tensor) -> fx.Node:
+        """The placeholder of one kept refresh of a cache."""
+        name = slot_name(source.name, back)
+        self.cache_slots[name] = CacheSlot(source, back, value)
+        return self.placeholder(name, value)
 
     def weighted_sum(self, terms: Sequence[fx.Node], table: str, first: int = 0) -> fx.Node:
         """sum_k w_k terms_k with the weights of this step from `first` on."""

@@ -11,8 +11,8 @@ from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import graph_outputs, shape_of
 from calicache.graph_passes.rewriting.insertion import (
     OUTPUT_WEIGHT,
+    CacheSource,
     Insertion,
-    cache_name,
     cached_form,
 )
 
@@ -60,7 +60,7 @@ def mix_outputs(
 
 def _mix(insert: Insertion, plain: fx.Node, own: object, *, keep_own: bool) -> fx.Node:
     assert isinstance(own, fx.Node)
-    kept = insert.slots(cache_name(plain.name), cached_form(plain))
+    kept = insert.slots(CacheSource.of(plain), cached_form(plain))
     total = insert.weighted_sum(kept, OUTPUT_WEIGHT, first=1)
     if plain.target is LINEAR:
         total = insert.shaped(total, plain)

@@ -1,30 +1,39 @@
 """Output weights fitted along the corrected trajectory.
 
-Every step's output becomes w_0 e + sum_j w_j E_j + w_x x, with e the step's own output, E_j those
-of the kept REFRESH steps, and x the latent. The weights are chosen so that the sampler's next
-latent comes as near as it can to the recorded one: that takes back what earlier steps did wrong,
-where a fit to the step's true output would only keep its own error small.
+Every step's output becomes m = w_0 e + sum_j w_j E_j + w_x x, with e the step's own output, E_j
+those of the kept REFRESH steps, and x the latent. The weights are chosen so that the sampler's
+next latent comes as near as it can to the recorded one: that takes back what earlier steps did
+wrong, where a fit to the step's true output would only keep its own error small.
+
+The next latent is linear in m. With b_p the sampler's weights of the parts of an output, a
+feature f moves it by a = sum_p b_p f_p for one unit of its weight. With x^_{k+1} what plain
+weights reach, the change c of the weights solves
+
+    r = x_{k+1} - x^_{k+1},
+    min |sum_j a_j c_j - r|^2 + RIDGE sum_j |a_j|^2 c_j^2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
+from calicache.graph_passes.sampler.least_squares import NormalEquations
 from calicache.graph_passes.sampler.update import SamplerSteps
 
-RIDGE = 1e-6
-FAINT = 1e-12  # share of the latent's energy below which outputs do not move it
+Features = tuple[list[Tensor], list[Tensor | None]]
 
 
 def fit_step(
     sampler: SamplerSteps,
     step: int,
-    features: Sequence[tuple[list[Tensor], list[Tensor | None]]],
+    features: Sequence[Features],
     before: Sequence[Sequence[Tensor]],
-    wanted: Sequence[Tensor],
+    recorded: Sequence[Tensor],
     plain: tuple[float, ...],
 ) -> tuple[float, ...]:
     """Least squares for the distance of x_{k+1} to the recorded one, around plain weights.
@@ -34,39 +43,48 @@ def fit_step(
         step: k.
         features: of every run: the terms of x, and what is mixed, None where there is none.
         before: of every run: the terms of the step before.
-        wanted: of every run: the recorded x_{k+1}, one copy (B, ...).
+        recorded: of every run: the recorded x_{k+1}, one copy (B, ...).
         plain: weights to start from (order + 3).
+
+    Returns:
+        The weights; plain ones where outputs do not move the latent, as in the last step of a
+        sampler that ends on its own estimate of x_0.
     """
-    there = [k for k, value in enumerate(features[0][1]) if value is not None]
-    gram = torch.zeros(len(there), len(there), dtype=torch.float64)
-    moment = torch.zeros(len(there), dtype=torch.float64)
+    runs = zip(features, before, recorded, strict=True)
+    equations = reduce(add, (_equations(sampler, step, *run, plain) for run in runs))
+    energy = sum(float(target.double().square().sum()) for target in recorded)
+    mixed = [k for k, value in enumerate(features[0][1]) if value is not None]
+    changes = dict(zip(mixed, equations.solution(energy).tolist(), strict=True))
+    return tuple(weight + changes.get(k, 0.0) for k, weight in enumerate(plain))
+
+
+def _equations(
+    sampler: SamplerSteps,
+    step: int,
+    features: Features,
+    before: Sequence[Tensor],
+    recorded: Tensor,
+    plain: tuple[float, ...],
+) -> NormalEquations:
+    """Those of one run, on the CPU."""
+    terms, outputs = features
+    plain_terms = [terms[0], *sampler.output_terms(mix(plain, outputs))]
+    reached = sampler.next_latent(step, plain_terms, before).double().chunk(sampler.parts)[0]
+    residual = (recorded.double() - reached).flatten()
+    columns = [_move(sampler, step, value) for value in outputs if value is not None]
+    equations = NormalEquations.of(torch.stack(columns), residual)
+    return NormalEquations(equations.gram.cpu(), equations.moment.cpu())
+
+
+def _move(sampler: SamplerSteps, step: int, output: Tensor) -> Tensor:
+    """A = sum_p b_p f_p of one feature, flat."""
     scales = sampler.weights[step][1 : 1 + sampler.parts]
-    for (terms, outputs), last, target in zip(features, before, wanted, strict=True):
-        now = [terms[0], *sampler.output_terms(mix(plain, outputs))]
-        reached = sampler.next_latent(step, now, last)
-        missed = target.double() - reached.double().chunk(sampler.parts)[0]
-        moves = []
-        for k in there:
-            value = outputs[k]
-            assert value is not None
-            shares = sampler.output_terms(value)
-            moves.append(sum(s * p.double() for s, p in zip(scales, shares, strict=True)))
-        matrix = torch.stack([m.flatten() for m in moves], 1)  # type: ignore[union-attr]
-        gram += (matrix.T @ matrix).cpu()
-        moment += (matrix.T @ missed.flatten()).cpu()
-    size = sum(float(target.double().square().sum()) for target in wanted)
-    if float(gram.diagonal().max()) <= FAINT * size:
-        return plain  # such as the last step of a sampler that ends on its own estimate of x_0
-    gram += RIDGE * torch.diag(gram.diagonal())
-    change = torch.linalg.lstsq(gram, moment[:, None]).solution[:, 0].tolist()
-    weights = list(plain)
-    for k, value in zip(there, change, strict=True):
-        weights[k] += value
-    return tuple(weights)
+    parts = sampler.output_terms(output)
+    return reduce(add, (b * f.double() for b, f in zip(scales, parts, strict=True))).flatten()
 
 
 def mix(weights: Sequence[float], outputs: Sequence[Tensor | None]) -> Tensor:
-    """sum_k w_k outputs_k over the outputs that are there."""
+    """sum_k w_k outputs_k over the outputs that are not None and have a weight."""
     total: Tensor | None = None
     for weight, value in zip(weights, outputs, strict=False):
         if value is not None and weight:

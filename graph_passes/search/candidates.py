@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from pydantic import TypeAdapter
@@ -15,8 +15,9 @@ from calicache.graph_passes.sampler.replay import Answer, Replay, replay
 from calicache.graph_passes.search.cheap_errors import spread_over
 from calicache.graph_passes.search.families import Family
 from calicache.graph_passes.search.ground import Ground
+from calicache.graph_passes.search.journal import EntryKind
 from calicache.graph_passes.search.placement import Schedule, best_starts, improve, neighbours
-from calicache.graph_passes.search.rehearse import Rehearsal, Span
+from calicache.graph_passes.search.rehearse import Rehearsal
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import ErrorSummary, FrontPoint
 from calicache.graph_passes.settings.schedule import MAX_ORDER, uniform_schedule
@@ -24,15 +25,17 @@ from calicache.graph_passes.settings.schedule import MAX_ORDER, uniform_schedule
 ANSWER_INTERVAL = 3
 IMPROVED = 2  # starts of a family that are improved
 
-_REPLAY, _ERRORS = TypeAdapter(Replay), TypeAdapter(list[float])
+FIT = EntryKind("fit", TypeAdapter(Replay))
+CHOICE = EntryKind("choice", TypeAdapter(list[float]))
+REPORT = EntryKind("report", TypeAdapter(list[float]))
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A candidate that was fitted and run on the recorded runs.
+class Candidate:
+    """A plan that was fitted and run on the recorded runs for searching.
 
     Attributes:
-        family: what its CALIBRATE steps do.
+        family: what its cheap steps do.
         order: of the anchors.
         schedule: mode of every step.
         cost: share of the full run.
@@ -50,13 +53,18 @@ class Measured:
         """Mean over the samples that it was fitted to."""
         return fmean(self.fit.errors)
 
-    def point(self, summary: ErrorSummary) -> FrontPoint:
-        """As a point of the front."""
-        allocation = self.family.allocation
+    @property
+    def key(self) -> str:
+        """Its name in the journal."""
+        return _key(self.family, self.order, self.schedule)
+
+    def point(self, error: ErrorSummary) -> FrontPoint:
+        """As a point of the front, with its error on other runs."""
+        allocation = self.family.spec.allocation
         calibrates = allocation is not None and StepMode.CALIBRATE in self.schedule
         return FrontPoint(
             cost=self.cost,
-            error=summary,
+            error=error,
             schedule=self.schedule,
             order=self.order,
             rules=allocation.rules if allocation and calibrates else (),
@@ -76,157 +84,125 @@ class Proposal:
 
     def moved_to(self, family: Family) -> Proposal:
         """The same schedule in a family that has all its modes."""
-        order = self.order if self.order in family.orders else max(family.orders)
+        orders = family.spec.orders
+        order = self.order if self.order in orders else max(orders)
         return replace(self, family=family, order=order)
 
 
-class Explorer:
-    """Finds candidates at a budget.
+@dataclass(frozen=True, slots=True)
+class SearchState:
+    """What a search knows so far.
 
     Attributes:
-        answers: of the model, measured once.
-        trust: measured over rehearsed error by family, as last seen.
-        summaries: of candidates that were run on the runs for choosing.
+        answers: how the model answers at every step, measured once.
+        trust: measured over rehearsed error by name of the family, as last seen.
+        summaries: errors on the runs for choosing, by key of the candidate.
     """
 
-    def __init__(self, ground: Ground, families: Sequence[Family]) -> None:
-        self.ground, self.families = ground, families
-        self.span = Span.of(ground.recorded)
-        self.trust: dict[str, float] = {}
-        self.summaries: dict[str, ErrorSummary] = {}
-        start = uniform_schedule(ground.steps, ANSWER_INTERVAL, StepMode.FORECAST)
-        ground.meter.stage("measure the model's answers")
-        self.answers = step_answers(self.measure(families[0], MAX_ORDER, start).fit, ground.steps)
+    answers: tuple[Answer, ...]
+    trust: Mapping[str, float] = field(default_factory=dict)
+    summaries: Mapping[str, ErrorSummary] = field(default_factory=dict)
 
-    def candidates(self, budget: float, count: int) -> list[Measured]:
-        """Up to `count` candidates within the budget, the least error first.
+    def expected_error(self, proposal: Proposal) -> float:
+        """Of a proposal, as far as its family's rehearsals are known to be trusted."""
+        return proposal.error * self.trust.get(proposal.family.spec.name, 1.0)
 
-        One of every family first that can be better than what is measured, then what the best
-        of them becomes under its own answers.
-        """
-        measured: dict[Schedule, Measured] = {}
-        for proposal in self.proposals(budget):
-            least = min((m.error for m in measured.values()), default=math.inf)
-            fresh = len(measured) < count and proposal.schedule not in measured
-            if fresh and self._expected(proposal) < least:
-                measured[proposal.schedule] = self._tried(proposal)
-        while 0 < len(measured) < count:
-            best = min(measured.values(), key=lambda m: m.error)
-            near = self._near(best, budget, measured)
-            if near is None:
-                break
-            measured[near.schedule] = self._tried(near)
-        return sorted(measured.values(), key=lambda m: m.error)
+    def summary(self, candidate: Candidate) -> ErrorSummary:
+        """Error of a candidate on the runs for choosing, see `summarise`."""
+        return self.summaries[candidate.key]
 
-    def measure(self, family: Family, order: int, schedule: Schedule) -> Measured:
-        """Fit a candidate on the runs for searching."""
-        ground, name = self.ground, _name("fit", family, order, schedule)
-        cost = family.shares.run_share(schedule, order)
+    def after(self, proposal: Proposal, candidate: Candidate) -> SearchState:
+        """With what the measurement of a proposal tells of its family."""
+        if proposal.error <= 0:
+            return self
+        ratio = candidate.error / proposal.error
+        return replace(self, trust={**self.trust, proposal.family.spec.name: ratio})
 
-        def run() -> object:
-            made = replay(family.variant_set, ground.recorded, schedule, order)
-            return _REPLAY.dump_python(made, mode="json")
 
-        fit = _REPLAY.validate_python(ground.journal.numbers(name, run))
-        ground.meter.add(cost * ground.steps * len(ground.recorded.runs))
-        return Measured(family, order, schedule, cost, fit)
+def begin(ground: Ground, families: Sequence[Family]) -> SearchState:
+    """Measure how the model answers to latents that are off, along one plan of forecasts."""
+    schedule = uniform_schedule(ground.steps, ANSWER_INTERVAL, StepMode.FORECAST)
+    ground.meter.stage("measure the model's answers")
+    candidate = measure(ground, families[0], MAX_ORDER, schedule)
+    return SearchState(step_answers(candidate.fit, ground.steps))
 
-    def errors(self, measured: Measured, recorded: RecordedSampler, name: str) -> list[float]:
-        """Errors of samples that the weights were not fitted to."""
-        family, order, schedule = measured.family, measured.order, measured.schedule
 
-        def run() -> list[float]:
-            weights = measured.fit.weights
-            return list(replay(family.variant_set, recorded, schedule, order, weights).errors)
+def find_candidates(
+    ground: Ground, families: Sequence[Family], state: SearchState, budget: float, count: int
+) -> tuple[list[Candidate], SearchState]:
+    """Up to `count` candidates within the budget, the least error first.
 
-        found = self.ground.journal.numbers(_name(name, family, order, schedule), run)
-        self.ground.meter.add(measured.cost * self.ground.steps * len(recorded.runs))
-        return _ERRORS.validate_python(found)
+    One of every family first that can be better than what is measured, then what the best
+    of them becomes under its own answers.
+    """
+    candidates: dict[Schedule, Candidate] = {}
+    for proposal in find_proposals(ground, families, state, budget):
+        least = min((candidate.error for candidate in candidates.values()), default=math.inf)
+        is_new = len(candidates) < count and proposal.schedule not in candidates
+        if is_new and state.expected_error(proposal) < least:
+            candidates[proposal.schedule], state = _measure_proposal(ground, state, proposal)
+    while 0 < len(candidates) < count:
+        best = min(candidates.values(), key=lambda candidate: candidate.error)
+        near = _near(ground, best, budget, candidates)
+        if near is None:
+            break
+        candidates[near.schedule], state = _measure_proposal(ground, state, near)
+    return sorted(candidates.values(), key=lambda candidate: candidate.error), state
 
-    def summary(self, measured: Measured) -> ErrorSummary:
-        """Errors on the runs for choosing."""
-        name = _name("choice", measured.family, measured.order, measured.schedule)
-        if name not in self.summaries:
-            errors = self.errors(measured, self.ground.choice, "choice")
-            self.summaries[name] = ErrorSummary.of(errors)
-        return self.summaries[name]
 
-    def _tried(self, proposal: Proposal) -> Measured:
-        found = self.measure(proposal.family, proposal.order, proposal.schedule)
-        if proposal.error > 0:
-            self.trust[proposal.family.name] = found.error / proposal.error
-        return found
+def find_proposals(
+    ground: Ground, families: Sequence[Family], state: SearchState, budget: float
+) -> list[Proposal]:
+    """The improved schedule of every family, the most promising first.
 
-    def _expected(self, proposal: Proposal) -> float:
-        """Its error, as far as its family's rehearsals are known to be trusted."""
-        return proposal.error * self.trust.get(proposal.family.name, 1.0)
+    Every family has the modes of the one before, and starts from what that one came to, too.
+    """
+    proposals: list[Proposal] = []
+    for family in families:
+        rehearsal = Rehearsal(ground.span, state.answers, family.scales)
+        starts = _starts(rehearsal, family, budget, proposals[-1] if proposals else None)
+        improved = [_improved(rehearsal, family, s.order, s.schedule, budget) for s in starts]
+        if improved:
+            proposals.append(min(improved, key=lambda proposal: proposal.error))
+    simple = [_simplified(proposal, families) for proposal in proposals]
+    return sorted(simple, key=state.expected_error)
 
-    def proposals(self, budget: float) -> list[Proposal]:
-        """The improved schedule of every family, the most promising first.
 
-        Every family has the modes of the one before, and starts from what that one found, too.
-        """
-        found: list[Proposal] = []
-        for family in self.families:
-            starts = self._starts(family, budget, found[-1] if found else None)
-            improved = [self._improved(start, budget) for start in starts]
-            if improved:
-                found.append(min(improved, key=lambda proposal: proposal.error))
-        proposals = [self._simplest(proposal) for proposal in found]
-        return sorted(proposals, key=self._expected)
+def measure(ground: Ground, family: Family, order: int, schedule: Schedule) -> Candidate:
+    """Fit a candidate on the runs for searching."""
+    cost = family.shares.run_share(schedule, order)
+    fit = ground.journal.result(
+        FIT,
+        _key(family, order, schedule),
+        lambda: replay(family.variant_set, ground.recorded, schedule, order),
+    )
+    ground.meter.add(cost * ground.steps * len(ground.recorded.runs))
+    return Candidate(family, order, schedule, cost, fit)
 
-    def _starts(self, family: Family, budget: float, before: Proposal | None) -> list[Proposal]:
-        """To improve: the best with a mode that the family before has not, and what that found."""
-        known: set[StepMode] = set(before.family.modes) if before else set()
-        rehearsal = self._rehearsal(family)
-        starts = [
-            Proposal(family, order, start, error)
-            for order in family.orders
-            for start, error in best_starts(
-                rehearsal, order, family.modes, family.cost(order), budget
-            )
-            if not set(start) <= known
-        ]
-        starts.sort(key=lambda proposal: proposal.error)
-        if before is None:
-            return starts[:IMPROVED]
-        again = before.moved_to(family)
-        fits = family.cost(again.order)(again.schedule) <= budget
-        return [*starts[:1], again] if fits else starts[:1]
 
-    def _improved(self, start: Proposal, budget: float) -> Proposal:
-        family, order = start.family, start.order
-        rehearsal, cost = self._rehearsal(family), family.cost(order)
-        schedule, error = improve(rehearsal, start.schedule, order, family.modes, cost, budget)
-        return Proposal(family, order, schedule, error)
+def sample_errors(
+    ground: Ground, candidate: Candidate, recorded: RecordedSampler, kind: EntryKind[list[float]]
+) -> list[float]:
+    """Errors of samples that the weights of a candidate were not fitted to."""
+    variant_set, weights = candidate.family.variant_set, candidate.fit.weights
+    schedule, order = candidate.schedule, candidate.order
+    errors = ground.journal.result(
+        kind,
+        candidate.key,
+        lambda: list(replay(variant_set, recorded, schedule, order, weights).errors),
+    )
+    ground.meter.add(candidate.cost * ground.steps * len(recorded.runs))
+    return errors
 
-    def _rehearsal(self, family: Family) -> Rehearsal:
-        return Rehearsal(self.span, self.answers, family.scales)
 
-    def _near(
-        self, best: Measured, budget: float, done: Mapping[Schedule, Measured]
-    ) -> Proposal | None:
-        """The improved best candidate under its own answers, or its best neighbour."""
-        family, order = best.family, best.order
-        answers = step_answers(best.fit, self.ground.steps)
-        rehearsal = Rehearsal(self.span, answers, family.scales)
-        cost = family.cost(order)
-        better, error = improve(rehearsal, best.schedule, order, family.modes, cost, budget)
-        ranked = [(better, error)]
-        if better in done:
-            ranked = neighbours(rehearsal, best.schedule, order, family.modes, cost, budget)
-        fresh = (Proposal(family, order, s, error) for s, error in ranked if s not in done)
-        return next(fresh, None)
-
-    def _simplest(self, proposal: Proposal) -> Proposal:
-        """The same in the first family that has all its modes: fewer caches to write.
-
-        CALIBRATE steps stay those of their own family: others cost and do something else.
-        """
-        used = set(proposal.schedule)
-        if StepMode.CALIBRATE in used:
-            return proposal
-        return proposal.moved_to(next(f for f in self.families if used <= set(f.modes)))
+def summarise(ground: Ground, state: SearchState, candidates: Sequence[Candidate]) -> SearchState:
+    """With the errors of the candidates on the runs for choosing."""
+    summaries = dict(state.summaries)
+    for candidate in candidates:
+        if candidate.key not in summaries:
+            errors = sample_errors(ground, candidate, ground.choice, CHOICE)
+            summaries[candidate.key] = ErrorSummary.of(errors)
+    return replace(state, summaries=summaries)
 
 
 def step_answers(fit: Replay, steps: int) -> tuple[Answer, ...]:
@@ -238,7 +214,70 @@ def step_answers(fit: Replay, steps: int) -> tuple[Answer, ...]:
     return tuple(Answer(*pair) for pair in zip(gains, spreads, strict=True))
 
 
-def _name(kind: str, family: Family, order: int, schedule: Schedule) -> str:
+def _measure_proposal(
+    ground: Ground, state: SearchState, proposal: Proposal
+) -> tuple[Candidate, SearchState]:
+    candidate = measure(ground, proposal.family, proposal.order, proposal.schedule)
+    return candidate, state.after(proposal, candidate)
+
+
+def _starts(
+    rehearsal: Rehearsal, family: Family, budget: float, before: Proposal | None
+) -> list[Proposal]:
+    """To improve: the best with a mode that the family before has not, and what that came to."""
+    old_modes: set[StepMode] = set(before.family.modes) if before else set()
+    starts = [
+        Proposal(family, order, schedule, error)
+        for order in family.spec.orders
+        for schedule, error in best_starts(
+            rehearsal, order, family.modes, family.cost(order), budget
+        )
+        if not set(schedule) <= old_modes
+    ]
+    starts.sort(key=lambda proposal: proposal.error)
+    if before is None:
+        return starts[:IMPROVED]
+    again = before.moved_to(family)
+    fits = family.cost(again.order)(again.schedule) <= budget
+    return [*starts[:1], again] if fits else starts[:1]
+
+
+def _improved(
+    rehearsal: Rehearsal, family: Family, order: int, start: Schedule, budget: float
+) -> Proposal:
+    cost = family.cost(order)
+    schedule, error = improve(rehearsal, start, order, family.modes, cost, budget)
+    return Proposal(family, order, schedule, error)
+
+
+def _near(
+    ground: Ground, best: Candidate, budget: float, measured: Collection[Schedule]
+) -> Proposal | None:
+    """The improved best candidate under its own answers, or its best neighbour."""
+    family, order = best.family, best.order
+    answers = step_answers(best.fit, ground.steps)
+    rehearsal = Rehearsal(ground.span, answers, family.scales)
+    better = _improved(rehearsal, family, order, best.schedule, budget)
+    if better.schedule not in measured:
+        return better
+    cost = family.cost(order)
+    ranked = neighbours(rehearsal, best.schedule, order, family.modes, cost, budget)
+    proposals = (Proposal(family, order, s, error) for s, error in ranked if s not in measured)
+    return next(proposals, None)
+
+
+def _simplified(proposal: Proposal, families: Sequence[Family]) -> Proposal:
+    """The same in the first family that has all its modes: fewer caches to write.
+
+    CALIBRATE steps stay those of their own family: others cost and do something else.
+    """
+    modes = set(proposal.schedule)
+    if StepMode.CALIBRATE in modes:
+        return proposal
+    return proposal.moved_to(next(f for f in families if modes <= set(f.modes)))
+
+
+def _key(family: Family, order: int, schedule: Schedule) -> str:
     letters = "".join(mode.name[0] if mode is not StepMode.REUSE else "U" for mode in schedule)
-    digest = hashlib.sha256(f"{family.name} {order} {letters}".encode()).hexdigest()
-    return f"{kind}-{digest[:16]}"
+    digest = hashlib.sha256(f"{family.spec.name} {order} {letters}".encode()).hexdigest()
+    return digest[:16]

@@ -52,8 +52,8 @@ class StepShares:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
-    """What is known of every target that could be calibrated.
+class TargetSurvey:
+    """What is known of every calibration target that a plan may have.
 
     Attributes:
         targets: linear ones and whole branches, at their largest rank.
@@ -76,40 +76,31 @@ class Candidates:
 
 
 def branch_options(
-    analysis: Analysis, known: Candidates, latency: LatencyTable | None
+    analysis: Analysis, survey: TargetSurvey, latency: LatencyTable | None
 ) -> dict[str, list[BranchOption]]:
     """Every way to treat every branch, FULL first, and every site outside of branches.
 
     Costs are MACs, or seconds from a table; what it did not measure is left out.
     """
-    sites, macs, plain = analysis.sites, analysis.macs, analysis.plain_macs
-    branch_of = {site.name: site.branch for site in sites.linears}
-    members = Counter(group_of(branch.name) for branch in sites.branches)
+    branch_of = {site.name: site.branch for site in analysis.sites.linears}
+    members = Counter(group_of(branch.name) for branch in analysis.sites.branches)
     options: dict[str, list[BranchOption]] = {}
-    for branch in sites.branches:
-        inside = [t for t in known.targets if branch_of[t.sites[0]] == branch.name]
-        found = [BranchOption(BranchChoice.FULL, 0.0, patterns=(branch.name,))]
+    for branch in analysis.sites.branches:
+        inside = [t for t in survey.targets if branch_of[t.sites[0]] == branch.name]
+        options[branch.name] = [BranchOption(BranchChoice.FULL, 0.0, patterns=(branch.name,))]
         for choice, targets in _choices(inside).items():
+            line: tuple[float, float] | None
             if latency is None:
-                line = (-_saved(macs, branch, targets, choice) / plain, 1 / plain)
+                line = _macs_line(analysis, branch, targets, choice)
             else:
                 group = group_of(branch.name)
-                measured = _line(latency, group, choice, members[group])
-                if measured is None:
-                    continue
-                line = measured
-            curves = tuple(known.curve(target) for target in targets)
-            found.append(BranchOption(choice, *line, curves, (branch.name,)))
-        options[branch.name] = found
-    for target in known.targets:
+                line = _latency_line(latency, group, choice, members[group])
+            if line is not None:
+                curves = tuple(survey.curve(target) for target in targets)
+                options[branch.name].append(BranchOption(choice, *line, curves, (branch.name,)))
+    for target in survey.targets:
         if branch_of[target.sites[0]] is None:
-            options[target.name] = [BranchOption(BranchChoice.FULL, 0.0, patterns=target.sites)]
-            if latency is None:
-                saved = sum(macs.get(node, 0) for node in target.nodes) / plain
-                curves = (known.curve(target),)
-                options[target.name].append(
-                    BranchOption(BranchChoice.LINEAR, -saved, 1 / plain, curves)
-                )
+            options[target.name] = _outside_options(analysis, survey, target, latency)
     return options
 
 
@@ -138,28 +129,28 @@ def latency_shares(
     """Costs of FORECAST and of some modes in seconds, from a table."""
     members = Counter(group_of(branch.name) for branch in sites.branches)
     reuse = latency.full_step / latency.plain
-    reused = 0.0  # written for REUSE
+    reuse_writes = 0.0
     for group in members:
         change = latency.step_change(group, BranchChoice.REUSE, 0)
-        written = latency.refresh_change(group, BranchChoice.REUSE, 0)
+        writes = latency.refresh_change(group, BranchChoice.REUSE, 0)
         reuse += float("inf") if change is None else change / latency.plain
-        reused += (written or 0.0) / latency.plain
+        reuse_writes += (writes or 0.0) / latency.plain
     steps: dict[StepMode, float] = {
         StepMode.FORECAST: latency.forecast / latency.plain,
         StepMode.REUSE: max(0.0, reuse),
     }
-    caches = {StepMode.FORECAST: 0.0, StepMode.REUSE: max(0.0, reused)}
+    caches = {StepMode.FORECAST: 0.0, StepMode.REUSE: max(0.0, reuse_writes)}
     if allocation is not None:
-        written_by = 0.0
+        calibrate_writes = 0.0
         for branch, choice in allocation.choices.items():
             group = group_of(branch)
             change = latency.refresh_change(group, choice, 0) if group in members else 0.0
-            written_by += (change or 0.0) / members.get(group, 1) / latency.plain
+            calibrate_writes += (change or 0.0) / members.get(group, 1) / latency.plain
         steps[StepMode.CALIBRATE] = max(0.0, allocation.cost)
-        caches[StepMode.CALIBRATE] = max(0.0, written_by)
-    there = {StepMode.FORECAST, *modes}
+        caches[StepMode.CALIBRATE] = max(0.0, calibrate_writes)
+    counted = {StepMode.FORECAST, *modes}
     return StepShares(
-        {mode: share for mode, share in steps.items() if mode in there},
+        {mode: share for mode, share in steps.items() if mode in counted},
         caches,
         kept=max(0.0, latency.full_refresh / latency.plain - 1.0),
     )
@@ -178,24 +169,43 @@ def _choices(
     return {choice: targets for choice, targets in by_choice.items() if targets}
 
 
-def _saved(
-    macs: Mapping[str, int],
+def _outside_options(
+    analysis: Analysis,
+    survey: TargetSurvey,
+    target: CalibrationTarget,
+    latency: LatencyTable | None,
+) -> list[BranchOption]:
+    """Of a site outside of branches: left alone where seconds count, which are not measured."""
+    full = BranchOption(BranchChoice.FULL, 0.0, patterns=target.sites)
+    if latency is not None:
+        return [full]
+    plain = analysis.plain_macs
+    change = -sum(analysis.macs.get(node, 0) for node in target.nodes) / plain
+    return [full, BranchOption(BranchChoice.LINEAR, change, 1 / plain, (survey.curve(target),))]
+
+
+def _macs_line(
+    analysis: Analysis,
     branch: ResidualBranch,
     targets: Sequence[CalibrationTarget],
     choice: BranchChoice,
-) -> int:
+) -> tuple[float, float]:
+    """Change of one branch at rank 0, and per MAC of its calibration branches, in plain steps."""
+    nodes: Sequence[str] = branch.nodes
     if choice is BranchChoice.LINEAR:
-        return sum(macs.get(node, 0) for target in targets for node in target.nodes)
-    return sum(macs.get(node, 0) for node in branch.nodes)
+        nodes = [node for target in targets for node in target.nodes]
+    saved = sum(analysis.macs.get(node, 0) for node in nodes)
+    return -saved / analysis.plain_macs, 1 / analysis.plain_macs
 
 
-def _line(
+def _latency_line(
     latency: LatencyTable, group: str, choice: BranchChoice, members: int
 ) -> tuple[float, float] | None:
-    """Change of one branch at no MACs, and per MAC, in plain steps."""
-    none = latency.step_change(group, choice, 0)
-    some = latency.step_change(group, choice, UNIT_MACS)
-    if none is None or some is None:
+    """The same from a table; None where it did not measure the choice."""
+    at_none = latency.step_change(group, choice, 0)
+    at_unit = latency.step_change(group, choice, UNIT_MACS)
+    if at_none is None or at_unit is None:
         return None
     # Noise can make a larger rank look faster, which nothing may be built on.
-    return none / members / latency.plain, max(0.0, some - none) / UNIT_MACS / latency.plain
+    per_mac = max(0.0, at_unit - at_none) / UNIT_MACS / latency.plain
+    return at_none / members / latency.plain, per_mac

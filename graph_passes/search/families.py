@@ -2,42 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.factors.factors import make_factors
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import SecondMoments, named_statistics, named_tensors
-from calicache.graph_passes.rewriting.compile import Assignment, assign_targets, compile_graphs
+from calicache.graph_passes.rewriting.compile import (
+    Assignment,
+    Compiled,
+    assign_targets,
+    compile_graphs,
+)
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.search.allocate import MULTIPLE, Allocation, allocate
 from calicache.graph_passes.search.cheap_errors import cheap_errors
 from calicache.graph_passes.search.costs import (
-    Candidates,
     StepShares,
+    TargetSurvey,
     branch_options,
     latency_shares,
     macs_shares,
 )
 from calicache.graph_passes.search.ground import Ground
+from calicache.graph_passes.search.journal import EntryKind
 from calicache.graph_passes.search.rehearse import Scales
 from calicache.graph_passes.search.sensitivity import BACK, sensitivities
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.schedule import MAX_ORDER, uniform_schedule
+from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 LEVELS = (0.15, 0.3, 0.45, 0.6)  # shares of a full step that a CALIBRATE step may cost
+USUAL_LEVEL = 0.3  # the first of them without a budget
 OBSERVED_INTERVAL = 3
 PROBES = (0.3, 0.7)  # places of the run where sensitivities are measured
 
-_SCALES = TypeAdapter(dict[StepMode, Scales])
+ERRORS = EntryKind("errors", TypeAdapter(dict[StepMode, Scales]))
+SENSITIVITIES = EntryKind("sensitivities", TypeAdapter(dict[str, float]))
+
+
+@dataclass(frozen=True, slots=True)
+class FamilySpec:
+    """What the cheap steps of a family do.
+
+    Attributes:
+        name: for the journal.
+        modes: CALIBRATE and REUSE, as far as its plans have them; FORECAST is in every family.
+        orders: of the anchors, to try.
+        allocation: what a CALIBRATE step does; None for none.
+    """
+
+    name: str
+    modes: frozenset[StepMode]
+    orders: tuple[int, ...]
+    allocation: Allocation | None = None
+
+    def recipe(self, steps: int) -> Recipe:
+        """Of the graphs that its cheap steps are measured with, at a usual schedule."""
+        return Recipe(
+            schedule=uniform_schedule(steps, OBSERVED_INTERVAL),
+            rank=MULTIPLE,
+            order=MAX_ORDER,
+            weighting=Weighting.COVARIANCE,
+            rules=self.allocation.rules if self.allocation else (),
+            ranks=self.allocation.ranks if self.allocation else {},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +81,16 @@ class Family:
     """Plans whose CALIBRATE steps do the same, if they have any.
 
     Attributes:
-        name: for the journal.
-        allocation: what a CALIBRATE step does; None for none.
+        spec: what its cheap steps do.
         variant_set: its variants, without output weights.
         shares: what steps cost.
         scales: errors of cheap steps, see `Rehearsal`.
-        orders: of the anchors, to try.
     """
 
-    name: str
-    allocation: Allocation | None
+    spec: FamilySpec
     variant_set: VariantSet
     shares: StepShares
     scales: Mapping[StepMode, Scales]
-    orders: tuple[int, ...]
 
     @property
     def modes(self) -> tuple[StepMode, ...]:
@@ -72,12 +104,13 @@ class Family:
     def least_share(self, steps: int) -> float:
         """Cost of one REFRESH step and the cheapest steps after it."""
         schedules = ((StepMode.REFRESH, *(steps - 1) * (mode,)) for mode in self.shares.steps)
-        return min(self.shares.run_share(schedule, max(self.orders)) for schedule in schedules)
+        order = max(self.spec.orders)
+        return min(self.shares.run_share(schedule, order) for schedule in schedules)
 
 
 def find_families(
     ground: Ground, latency: LatencyTable | None, budget: float | None, effort: int
-) -> tuple[list[Family], Candidates | None]:
+) -> tuple[list[Family], TargetSurvey | None]:
     """FORECAST and REUSE at every order, and CALIBRATE steps at some costs.
 
     Args:
@@ -90,34 +123,55 @@ def find_families(
         The families, and what is known of the calibration targets, if there are any.
     """
     orders = tuple(range(MAX_ORDER + 1)) if latency is None else (latency.order,)
-    highest = (max(orders),)
-    families = [_family(ground, latency, "forecast", frozenset(), highest)]
+    highest, reuse = (max(orders),), frozenset({StepMode.REUSE})
+    families = [build_family(ground, FamilySpec("forecast", frozenset(), highest), latency)]
     if ground.analysis.sites.branches:
         ground.meter.stage("measure REUSE steps")
-        families.append(_family(ground, latency, "reuse", frozenset({StepMode.REUSE}), orders))
-    known = _candidates(ground)
-    if known is None:
+        families.append(build_family(ground, FamilySpec("reuse", reuse, orders), latency))
+    survey = survey_targets(ground)
+    if survey is None:
         return families, None
-    options = branch_options(ground.analysis, known, latency)
-    full = 1.0 if latency is None else latency.full_step / latency.plain
-    seen: list[Mapping[str, int]] = []
-    for level in sorted(LEVELS, key=lambda level: abs(level - (budget or 0.3)))[:effort]:
-        allocation = allocate(options, level, full)
-        if not any(allocation.ranks.values()) or allocation.ranks in seen:
-            continue
-        seen.append(allocation.ranks)
+    base = families[-1]
+    modes = base.spec.modes | {StepMode.CALIBRATE}
+    for level, allocation in _allocations(ground, survey, latency, budget, effort):
         ground.meter.stage(f"measure CALIBRATE steps at {level:g}")
-        made = _family(
-            ground,
-            latency,
-            f"calibrate-{level:g}",
-            frozenset({StepMode.CALIBRATE, *families[-1].variant_set.variants}),
-            highest,
-            allocation,
-            known,
+        spec = FamilySpec(f"calibrate-{level:g}", modes, highest, allocation)
+        families.append(build_family(ground, spec, latency, survey.moments, base.scales))
+    return families, survey
+
+
+def build_family(
+    ground: Ground,
+    spec: FamilySpec,
+    latency: LatencyTable | None,
+    moments: Mapping[str, SecondMoments] | None = None,
+    scales: Mapping[StepMode, Scales] | None = None,
+) -> Family:
+    """The graphs of a family, with costs and errors of its cheap steps.
+
+    Args:
+        ground: model and runs.
+        spec: what the cheap steps do.
+        latency: measured seconds; MACs without.
+        moments: by name of the calibration target, where there is an allocation.
+        scales: of modes that were measured before, and are the same here.
+    """
+    compiled = _compiled(ground, spec, moments or {})
+    earlier = scales or {}
+    modes = [mode for mode in spec.modes if mode not in earlier]
+    measured: dict[StepMode, Scales] = {}
+    if modes:
+        schedule, count = probe_schedule(ground.steps), partial(ground.meter.add, 0.5)
+        measured = ground.journal.result(
+            ERRORS,
+            spec.name,
+            lambda: cheap_errors(compiled.variant_set, ground.recorded, schedule, modes, count),
         )
-        families.append(replace(made, scales={**families[-1].scales, **made.scales}))
-    return families, known
+    if latency is None:
+        shares = macs_shares(compiled)
+    else:
+        shares = latency_shares(ground.analysis.sites, latency, spec.modes, spec.allocation)
+    return Family(spec, compiled.variant_set, shares, {**earlier, **measured})
 
 
 def probe_schedule(steps: int) -> tuple[StepMode, ...]:
@@ -134,113 +188,76 @@ def probe_schedule(steps: int) -> tuple[StepMode, ...]:
     return tuple(modes)
 
 
-def planned_targets(ground: Ground, allocation: Allocation) -> tuple[CalibrationTarget, ...]:
-    """The targets that a plan with this allocation will have."""
-    targets, _ = assign(
-        ground.analysis.captured,
-        ground.analysis.sites,
-        rank=MULTIPLE,
-        rules=allocation.rules,
-        joint=True,
-        ranks=allocation.ranks,
-    )
-    return targets
-
-
-def _family(
-    ground: Ground,
-    latency: LatencyTable | None,
-    name: str,
-    modes: frozenset[StepMode],
-    orders: tuple[int, ...],
-    allocation: Allocation | None = None,
-    known: Candidates | None = None,
-) -> Family:
-    analysis = ground.analysis
-    recipe = Recipe(
-        schedule=uniform_schedule(ground.steps, OBSERVED_INTERVAL),
-        rank=MULTIPLE,
-        order=MAX_ORDER,
-        weighting=Weighting.COVARIANCE,
-        rules=allocation.rules if allocation else (),
-        ranks=allocation.ranks if allocation else {},
-    )
-    assignment = Assignment(())
-    factors: dict[str, CalibrationFactors] = {}
-    if allocation and known:
-        assignment = assign_targets(analysis, recipe)
-        factors = make_factors(
-            analysis.captured, assignment.targets, known.moments, ground.decompositions
-        )
-    compiled = compile_graphs(analysis, recipe, assignment, factors, modes)
-    variant_set = compiled.variant_set
-    tried = [StepMode.CALIBRATE] if allocation else [*modes]  # REUSE was measured before
-    found = (
-        {}
-        if not tried
-        else ground.journal.numbers(
-            f"errors-{name}",
-            lambda: _SCALES.dump_python(
-                cheap_errors(
-                    variant_set,
-                    ground.recorded,
-                    probe_schedule(ground.steps),
-                    tried,
-                    lambda: ground.meter.add(0.5),
-                ),
-                mode="json",
-            ),
-        )
-    )
-    scales = _SCALES.validate_python(found)
-    if latency is None:
-        shares = macs_shares(compiled)
-    else:
-        shares = latency_shares(analysis.sites, latency, modes, allocation)
-    return Family(name, allocation, variant_set, shares, scales, orders)
-
-
-def _candidates(ground: Ground) -> Candidates | None:
+def survey_targets(ground: Ground) -> TargetSurvey | None:
     """Statistics, spectra and sensitivities of all layers and all whole branches."""
-    analysis, seen = ground.analysis, set[str]()
-    captured, sites = analysis.captured, analysis.sites
-    targets: list[CalibrationTarget] = []
-    for granularity in Granularity:
-        found, _ = assign(captured, sites, rank=MULTIPLE, granularity=granularity, joint=True)
-        for target in found:
-            if target.name not in seen:
-                most = min(target.in_features, sum(target.out_features))
-                targets.append(replace(target, rank=most))
-                seen.add(target.name)
+    analysis = ground.analysis
+    targets = _possible_targets(analysis)
     if not targets:
         return None
     ground.meter.stage("measure sensitivities")
-    layers = [t for t in targets if t.granularity is Granularity.LINEAR]
-    steps = sorted({max(BACK, round(share * (ground.steps - 1))) for share in PROBES})
-    gains = ground.journal.numbers(
-        "sensitivities",
-        lambda: sensitivities(
-            captured,
-            sites,
-            layers,
-            ground.recorded.runs[0],
-            steps,
-            lambda: ground.meter.add(2 + len(sites.branches) / 2),
-        ),
-    )
+    layers = [target for target in targets if target.granularity is Granularity.LINEAR]
+    gains = ground.journal.result(SENSITIVITIES, "", partial(_sensitivities, ground, layers))
     # After the probes: the moments of a large model take half as much memory as its weights.
     ground.meter.stage("observe increments")
     moments = _moments(ground, targets)
     spectra: dict[str, Tensor] = {}
     for target in targets:  # one at a time: decompositions are as large as the weights
-        decomposition = ground.decompositions.of(captured, target, moments[target.name])
+        decomposition = ground.decompositions.of(analysis.captured, target, moments[target.name])
         spectra[target.name] = decomposition.spectrum.float().cpu()
-    return Candidates(tuple(targets), spectra, moments, gains)
+    return TargetSurvey(targets, spectra, moments, gains)
+
+
+def _compiled(ground: Ground, spec: FamilySpec, moments: Mapping[str, SecondMoments]) -> Compiled:
+    analysis, recipe = ground.analysis, spec.recipe(ground.steps)
+    if spec.allocation is None:
+        return compile_graphs(analysis, recipe, Assignment(()), {}, spec.modes)
+    assignment = assign_targets(analysis, recipe)
+    factors = make_factors(analysis.captured, assignment.targets, moments, ground.decompositions)
+    return compile_graphs(analysis, recipe, assignment, factors, spec.modes)
+
+
+def _allocations(
+    ground: Ground,
+    survey: TargetSurvey,
+    latency: LatencyTable | None,
+    budget: float | None,
+    effort: int,
+) -> Iterator[tuple[float, Allocation]]:
+    """What CALIBRATE steps may do at the levels nearest to the budget, each other ranks."""
+    options = branch_options(ground.analysis, survey, latency)
+    full = 1.0 if latency is None else latency.full_step / latency.plain
+    middle = budget or USUAL_LEVEL
+    earlier: list[Mapping[str, int]] = []
+    for level in sorted(LEVELS, key=lambda level: abs(level - middle))[:effort]:
+        allocation = allocate(options, level, full)
+        if any(allocation.ranks.values()) and allocation.ranks not in earlier:
+            earlier.append(allocation.ranks)
+            yield level, allocation
+
+
+def _possible_targets(analysis: Analysis) -> tuple[CalibrationTarget, ...]:
+    """All layers and all whole branches, at their largest rank; a name counts once."""
+    targets: dict[str, CalibrationTarget] = {}
+    for granularity in Granularity:
+        assigned, _ = assign(
+            analysis.captured, analysis.sites, rank=MULTIPLE, granularity=granularity, joint=True
+        )
+        for target in assigned:
+            most = min(target.in_features, sum(target.out_features))
+            targets.setdefault(target.name, replace(target, rank=most))
+    return tuple(targets.values())
+
+
+def _sensitivities(ground: Ground, layers: Sequence[CalibrationTarget]) -> dict[str, float]:
+    captured, sites = ground.analysis.captured, ground.analysis.sites
+    steps = sorted({max(BACK, round(share * (ground.steps - 1))) for share in PROBES})
+    count = partial(ground.meter.add, 2 + len(sites.branches) / 2)
+    return sensitivities(captured, sites, layers, ground.recorded.runs[0], steps, count)
 
 
 def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, SecondMoments]:
     def collect() -> dict[str, Tensor]:
-        found = observe(
+        statistics = observe(
             ground.analysis.captured,
             targets,
             ground.recording,
@@ -249,7 +266,7 @@ def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, 
             MAX_ORDER,
             lambda *_: ground.meter.add(0.9),
         )
-        return named_tensors(found)
+        return named_tensors(statistics)
 
-    found = named_statistics(ground.journal.tensors("moments", collect))
-    return {name: m for name, m in found.items() if isinstance(m, SecondMoments)}
+    statistics = named_statistics(ground.journal.tensors("moments", collect))
+    return {name: m for name, m in statistics.items() if isinstance(m, SecondMoments)}

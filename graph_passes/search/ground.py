@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler, run_plain
 from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
 from calicache.graph_passes.search.journal import Journal
+from calicache.graph_passes.search.rehearse import Span
 from calicache.graph_passes.sites.analysis import Analysis
 
 LEAST_RUNS, LEAST_STEPS = 3, 5
@@ -37,6 +37,7 @@ class Ground:
         decompositions: of its calibration targets.
         recording: the runs to fit and search with, in that form.
         recorded: the same runs with their outputs, and the sampler's update.
+        span: the same runs in coordinates, for rehearsals.
         choice: runs to choose with; `report` runs that have no part in the search.
         journal, meter: what is done.
     """
@@ -46,6 +47,7 @@ class Ground:
     decompositions: Decompositions
     recording: Recording
     recorded: RecordedSampler
+    span: Span
     choice: RecordedSampler
     report: RecordedSampler
     journal: Journal
@@ -87,14 +89,7 @@ def prepare_ground(
         CalicacheError: too few runs or steps, runs of several kinds, or a sampler whose update
             cannot be told from the recording; whatever other stage refuses names itself.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PlanError(
-            "model",
-            expected="weights, to run the recorded calls with",
-            got="a model on the meta device",
-            fix="Load the weights.",
-        )
-    check_runs(recording, binding)
+    _check_weights(model)
     meter.stage("capture the model")
     try:
         whole = recording.by_step()
@@ -107,10 +102,28 @@ def prepare_ground(
     except NoSampler as unknown:
         raise _no_sampler(unknown) from unknown
     choice, report = (_without_outputs(part, recorded, analysis.captured) for part in parts[1:])
-    decompositions = workspace.decompositions
     return Ground(
-        binding, analysis, decompositions, parts[0], recorded, choice, report, journal, meter
+        binding=binding,
+        analysis=analysis,
+        decompositions=workspace.decompositions,
+        recording=parts[0],
+        recorded=recorded,
+        span=Span.of(recorded),
+        choice=choice,
+        report=report,
+        journal=journal,
+        meter=meter,
     )
+
+
+def _check_weights(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError(
+            "model",
+            expected="weights, to run the recorded calls with",
+            got="a model on the meta device",
+            fix="Load the weights.",
+        )
 
 
 def check_runs(recording: Recording, binding: Binding) -> None:
@@ -119,23 +132,36 @@ def check_runs(recording: Recording, binding: Binding) -> None:
     Raises:
         PlanError: too few runs or steps, runs without a result, or runs of several kinds.
     """
-    runs, calls = recording.runs, recording.calls_per_step
-    count = len(runs) // calls
-    if count < LEAST_RUNS:
+    runs = len(recording.runs) // recording.calls_per_step
+    if runs < LEAST_RUNS:
         raise PlanError(
             "recording",
             expected=f"{LEAST_RUNS} runs or more: to search, to choose and to report with",
-            got=f"{count}",
+            got=f"{runs}",
             fix="Record more runs, with other seeds: `with record(model) as recording:`.",
         )
-    lengths = {len(run) for run in runs}
-    if min(lengths) < LEAST_STEPS:
+    shortest = min(len(run) for run in recording.runs)
+    if shortest < LEAST_STEPS:
         raise PlanError(
             "recording",
             expected=f"runs of {LEAST_STEPS} steps or more",
-            got=f"{min(lengths)}",
+            got=f"{shortest}",
             fix="Record whole runs of the sampler that you are going to use.",
         )
+    _check_alike(recording, binding)
+    if any(end is None for end in recording.ends):
+        raise PlanError(
+            "recording",
+            expected="the result of every run",
+            got="none for some",
+            fix="Call recording.finish(latents) after every run.",
+        )
+
+
+def _check_alike(recording: Recording, binding: Binding) -> None:
+    """Refuse runs of several lengths, or with other values of what depends on the step."""
+    runs = recording.runs
+    lengths = sorted({len(run) for run in runs})
     names = [n for n, kind in binding.dependence.items() if kind is Dependence.STEP]
     same = len(lengths) == 1 and all(
         first[name].equal(other[name])
@@ -147,17 +173,10 @@ def check_runs(recording: Recording, binding: Binding) -> None:
         raise PlanError(
             "recording",
             expected="runs of one sampler, with the same steps",
-            got=f"runs of {' and '.join(map(str, sorted(lengths)))} steps"
+            got=f"runs of {' and '.join(map(str, lengths))} steps"
             if len(lengths) > 1
             else f"runs that differ in {', '.join(names)}",
             fix="Record all runs with the sampler and the steps that you are going to use.",
-        )
-    if any(end is None for end in recording.ends):
-        raise PlanError(
-            "recording",
-            expected="the result of every run",
-            got="none for some",
-            fix="Call recording.finish(latents) after every run.",
         )
 
 
@@ -180,14 +199,16 @@ def search_key(recording: Recording, binding: Binding, request: object) -> str:
 def _without_outputs(
     part: Recording, like: RecordedSampler, captured: CapturedGraph
 ) -> RecordedSampler:
-    def there(value: Tensor) -> Tensor:
-        return value.to(captured.device)
-
-    runs = [[{n: there(v) for n, v in call.items()} for call in run] for run in part.runs]
-    ends: Sequence[Tensor | None] = [None if e is None else there(e) for e in part.ends]
+    """Runs of the same sampler on the model's device; their outputs are not needed."""
+    device = captured.device
+    runs = tuple(
+        [{name: value.to(device) for name, value in call.items()} for call in run]
+        for run in part.runs
+    )
+    ends = tuple(None if end is None else end.to(device) for end in part.ends)
     for run in runs:
         _check_update(captured, run, like.steps)
-    return RecordedSampler(tuple(runs), (), tuple(ends), like.steps)
+    return RecordedSampler(runs, (), ends, like.steps)
 
 
 def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> None:
@@ -198,9 +219,9 @@ def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> N
         call = run[place]
         own = latent_channels(run_plain(captured, call), call[sampler.latent])
         terms += sampler.terms(call[sampler.latent], own)
-    made = sampler.next_latent(step, terms, ()).double()
-    found = run[step + 1][sampler.latent].double()
-    off = float((made - found).norm() / found.norm())
+    expected = sampler.next_latent(step, terms, ()).double()
+    recorded = run[step + 1][sampler.latent].double()
+    off = float((expected - recorded).norm() / recorded.norm())
     if off > MOST_OFF:
         raise PlanError(
             "recording",

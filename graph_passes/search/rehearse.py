@@ -2,15 +2,22 @@
 
 Every latent and output of a recorded run is a weighted sum of the first latent and of the
 recorded outputs, so in an orthonormal basis of their span a latent is a vector of at most 1 + T P
-numbers, whatever its size. A cached run is simulated there, with the fit of output weights that
-`correct` makes. How the model answers to a latent that is off the recorded one is reduced to two
-measured numbers a step,
+numbers, whatever its size. A cached run is simulated there. At step k, with x_k and e_k recorded,
+E_j and p_j the outputs and steps of the kept refreshes, newest first:
 
-    e^ = e + g_k (x^ - x) + s_k |x^ - x| z_k,
+    o   = x^ - x_k                                         how far off the latent is
+    e^  = e_k + g_k o + s_k |o| z_k                        the model's answer to it
+          + c_mk prod_j(k - p_j) z'_{p_1}                  what a cheap mode m adds
+    f   = (e^, E_1 .. E_K, x^)                             what is mixed
+    v   = (1, 0 .. 0, 0), or (0, L_1 .. L_K, 0)            plain weights; the latter for FORECAST
+    w   = v + the change that `correct` fits               towards the recorded x_{k+1}
+    m   = sum_j w_j f_j
+    x^' = a x^ + sum_p b_p m_p + the terms of the step before
 
-with z_k a direction of its own, whatever the step's mode. The error that a cheap step adds is
-reduced to one measured number for each count of kept refreshes, times the product of the lags,
-as in the remainder of Lagrange's formula; all steps between two refreshes share its direction.
+How the model answers is so reduced to two measured numbers a step, g_k and s_k, with z_k a
+direction of its own, whatever the mode. The error that a cheap step adds is reduced to one
+measured number c_mk for each count of kept refreshes, times the product of the lags, as in the
+remainder of Lagrange's formula; all steps between two refreshes share its direction z'.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.sampler.correct import FAINT, RIDGE
+from calicache.graph_passes.sampler.least_squares import NormalEquations
 from calicache.graph_passes.sampler.recover import RecordedSampler
 from calicache.graph_passes.sampler.replay import Answer
 from calicache.graph_passes.settings.choices import StepMode
@@ -51,11 +58,11 @@ class Span:
     def of(recorded: RecordedSampler) -> Span:
         """Coordinates of recorded runs that are known to their end; all runs count alike."""
         parts, weights = recorded.steps.parts, recorded.steps.weights
-        steps, guidance = len(weights), _guidance(weights, parts)
+        guidance = _guidance(weights, parts)
         if guidance is not None:
             weights = tuple(_guided(row, parts) for row in weights)
-        size = 1 + steps * (parts if guidance is None else 1)
-        gram = torch.zeros(size, size, dtype=torch.float64)
+        steps, merged = len(weights), parts if guidance is None else 1
+        gram = torch.zeros(1 + steps * merged, 1 + steps * merged, dtype=torch.float64)
         for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
             first = run[0][recorded.steps.latent].chunk(parts)[0].flatten()
             shares = [[part.flatten() for part in value.chunk(parts)] for value in outputs]
@@ -64,10 +71,10 @@ class Span:
             gram += _gram([first, *(part for step in shares for part in step)])
         # v in the span has the coordinates root v, with root^T root = gram.
         values, vectors = torch.linalg.eigh(gram)
-        seen = values > LEAST_ENERGY * values[-1]
-        root = (vectors * values.clamp(min=0.0).sqrt())[:, seen].T  # (D, 1 + T P)
-        outputs_ = root.T[1:].reshape(steps, -1, len(root))
-        return Span(_latents(root[:, 0], outputs_, weights), outputs_, weights)
+        strong = values > LEAST_ENERGY * values[-1]
+        root = (vectors * values.clamp(min=0.0).sqrt())[:, strong].T  # (D, 1 + T P)
+        coordinates = root.T[1:].reshape(steps, merged, len(root))
+        return Span(_latents(root[:, 0], coordinates, weights), coordinates, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,8 @@ class Rehearsal:
     Attributes:
         span: the runs.
         answers: of every step (T,).
-        scales: by cheap mode that has an output of its own: its error over the product of lags,
-            by number of kept refreshes and step, (orders, T).
+        scales: by cheap mode that has an output of its own: c, its error over the product of
+            lags, by number of kept refreshes and step, (orders, T).
     """
 
     span: Span
@@ -93,108 +100,139 @@ class Rehearsal:
             order: of the anchors; order + 1 refreshes are kept.
         """
         modes = torch.tensor([[int(mode) for mode in schedule] for schedule in schedules])
-        walk = _Walk(self, modes, order + 1)
+        walk = _start(self, modes, order + 1)
         for step in range(modes.shape[1]):
-            walk.advance(step)
-        wanted = self.span.latents[-1]
-        off = walk.x.clone()
-        off[:, : len(wanted)] -= wanted
-        found: list[float] = (off.norm(dim=1) / wanted.norm()).tolist()
-        return found
+            walk = _advance(self, walk, modes[:, step], step)
+        result = self.span.latents[-1]
+        errors: list[float] = (_off(walk, result).norm(dim=1) / result.norm()).tolist()
+        return errors
 
 
+@dataclass(frozen=True, slots=True)
 class _Walk:
-    """Cached runs under S schedules side by side; the last coordinates are the z's."""
+    """Cached runs under S schedules side by side, before one of their steps.
 
-    def __init__(self, rehearsal: Rehearsal, modes: Tensor, history: int) -> None:
-        self.rehearsal, self.modes, self.history = rehearsal, modes, history
-        count, steps = modes.shape
-        span = rehearsal.span
-        parts, inner = span.outputs.shape[1:]
-        cheap = any(bool((modes == mode).any()) for mode in rehearsal.scales)
-        self.size = inner + steps + steps * cheap
-        self.inner, self.steps = inner, steps
-        self.x = torch.zeros(count, self.size, dtype=torch.float64)
-        self.x[:, :inner] = span.latents[0]
-        self.before: list[Tensor] = []
-        self.kept = torch.zeros(count, history, parts, self.size, dtype=torch.float64)
-        self.places = torch.zeros(count, history, dtype=torch.float64)
-        self.there = torch.zeros(count, dtype=torch.long)  # how many refreshes are kept
+    Attributes:
+        latent: x^, (S, D). The coordinates are those of the span, then every z_k, then, where
+            there are modes that need them, every z'_k.
+        terms: x^ and the parts of m of the step before, (S, D) each; none before the first.
+        outputs: E of the kept refreshes, newest first, (S, K, P, D); 0 where fewer are kept.
+        places: p, their steps, (S, K).
+        counts: how many are kept, (S,).
+    """
 
-    def advance(self, step: int) -> None:
-        """Fit and apply the weights of one step under every schedule."""
-        mode = self.modes[:, step]
-        anchors = self._anchors(step)
-        own = self._own(step, mode)  # (S, P, D)
-        latent = self.x[:, None, None].expand_as(own[:, None])
-        features = torch.cat([own[:, None], self.kept, latent], 1)  # (S, 2 + K, P, D)
-        usable = torch.arange(self.history)[None] < self.there[:, None]
-        speaks = (mode != StepMode.FORECAST)[:, None]
-        mask = torch.cat([speaks, usable, torch.ones_like(speaks)], 1)
-        plain = torch.cat([speaks.double(), anchors * ~speaks, torch.zeros_like(speaks)], 1)
-        weights = self._fit(step, features * mask[..., None, None], mask, plain)
-        mixed = torch.einsum("sk,skpd->spd", weights, features)
-        self.x, self.before = self._next(step, mixed)
-        fresh = mode == StepMode.REFRESH
-        place = torch.full((len(mode),), float(step), dtype=torch.float64)
-        for kept, newest in ((self.kept, own), (self.places, place)):
-            kept[fresh] = torch.cat([newest[fresh][:, None], kept[fresh]], 1)[:, :-1]
-        self.there[fresh] = (self.there[fresh] + 1).clamp(max=self.history)
+    latent: Tensor
+    terms: tuple[Tensor, ...]
+    outputs: Tensor
+    places: Tensor
+    counts: Tensor
 
-    def _own(self, step: int, mode: Tensor) -> Tensor:
-        """Outputs of the model on latents that are off, with what a cheap mode adds."""
-        span, answer = self.rehearsal.span, self.rehearsal.answers[step]
-        off = self.x.clone()
-        off[:, : self.inner] -= span.latents[step]
-        own = answer.gain * off  # (S, D)
-        own[:, self.inner + step] += answer.spread * off.norm(dim=1)
-        for cheap, scales in self.rehearsal.scales.items():
-            chosen = mode == cheap
-            if bool(chosen.any()):
-                rows = chosen.nonzero()[:, 0]
-                directions = self.inner + self.steps + self.places[rows, 0].long()
-                own[rows, directions] += self._anchor_errors(step, rows, scales)
-        outputs = torch.zeros(len(mode), span.outputs.shape[1], self.size, dtype=torch.float64)
-        outputs[:, :, : self.inner] = span.outputs[step]
-        return outputs + own[:, None]
+    @property
+    def is_kept(self) -> Tensor:
+        """Which of the K places hold a refresh, (S, K)."""
+        return torch.arange(self.places.shape[1])[None] < self.counts[:, None]
 
-    def _anchor_errors(self, step: int, rows: Tensor, scales: Scales) -> Tensor:
-        kept = self.there[rows]
-        usable = torch.arange(self.history)[None] < kept[:, None]
-        lags = torch.where(usable, step - self.places[rows], 1.0).prod(dim=1)
-        table = torch.tensor([row[step] for row in scales], dtype=torch.float64)
-        return table[kept - 1] * lags
 
-    def _anchors(self, step: int) -> Tensor:
-        """Lagrange's weights of the kept refreshes (S, K), 0 where there is none."""
-        usable = torch.arange(self.history)[None] < self.there[:, None]
-        apart = self.places[:, :, None] - self.places[:, None]  # (S, K, K)
-        counts = usable[:, None] & ~torch.eye(self.history, dtype=torch.bool)
-        ratios = (step - self.places)[:, None] / torch.where(apart == 0, 1.0, apart)
-        return usable * torch.where(counts, ratios, 1.0).prod(dim=2)
+def _start(rehearsal: Rehearsal, modes: Tensor, history: int) -> _Walk:
+    """All schedules (S, T) at the recorded x_0, with no refresh kept."""
+    schedules, steps = modes.shape
+    parts, inner = rehearsal.span.outputs.shape[1:]
+    adds = any(bool((modes == mode).any()) for mode in rehearsal.scales)
+    size = inner + steps + steps * adds
+    first = _wide(rehearsal.span.latents[0], size).expand(schedules, -1)
+    outputs = torch.zeros(schedules, history, parts, size, dtype=torch.float64)
+    places = torch.zeros(schedules, history, dtype=torch.float64)
+    return _Walk(first, (), outputs, places, torch.zeros(schedules, dtype=torch.long))
 
-    def _fit(self, step: int, features: Tensor, mask: Tensor, plain: Tensor) -> Tensor:
-        """The same least squares as `correct.fit_step`, (S, 2 + K)."""
-        scales = self.rehearsal.span.weights[step][1 : 1 + features.shape[2]]
-        moves = torch.einsum("skpd,p->skd", features, torch.tensor(scales, dtype=torch.float64))
-        reached, _ = self._next(step, torch.einsum("sk,skpd->spd", plain, features))
-        missed = -reached
-        missed[:, : self.inner] += self.rehearsal.span.latents[step + 1]
-        gram = moves @ moves.transpose(1, 2)
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        faint = diagonal <= FAINT * self.rehearsal.span.latents[step + 1].square().sum()
-        gram = gram + torch.diag_embed(RIDGE * diagonal + faint.double())
-        change = torch.linalg.solve(gram, torch.einsum("skd,sd->sk", moves, missed))
-        weights: Tensor = (plain + change) * mask
-        return weights
 
-    def _next(self, step: int, mixed: Tensor) -> tuple[Tensor, list[Tensor]]:
-        terms = [self.x, *mixed.unbind(1)]
-        weights = self.rehearsal.span.weights[step]
-        used = [*terms, *self.before][: len(weights)]
-        x = sum(weight * term for weight, term in zip(weights, used, strict=True))
-        assert isinstance(x, Tensor)
-        return x, terms
+def _advance(rehearsal: Rehearsal, walk: _Walk, mode: Tensor, step: int) -> _Walk:
+    """One step in a mode for every schedule (S,), its output weights fitted."""
+    own = _own(rehearsal, walk, mode, step)
+    latent = walk.latent[:, None, None].expand_as(own[:, None])
+    features = torch.cat([own[:, None], walk.outputs, latent], 1)  # (S, 2 + K, P, D)
+    speaks = (mode != StepMode.FORECAST)[:, None]
+    always, never = torch.ones_like(speaks), torch.zeros_like(speaks)
+    is_mixed = torch.cat([speaks, walk.is_kept, always], 1)
+    plain = torch.cat([speaks.double(), _anchors(walk, step) * ~speaks, never], 1)
+    features = features * is_mixed[..., None, None]
+    weights = (plain + _change(rehearsal.span, walk, features, plain, step)) * is_mixed
+    terms = (walk.latent, *_mixed(weights, features).unbind(1))
+    outputs, places, counts = _kept(walk, own, mode, step)
+    return _Walk(_next(rehearsal.span, step, terms, walk.terms), terms, outputs, places, counts)
+
+
+def _own(rehearsal: Rehearsal, walk: _Walk, mode: Tensor, step: int) -> Tensor:
+    """e^, (S, P, D)."""
+    span, answer = rehearsal.span, rehearsal.answers[step]
+    steps, inner = len(span.outputs), span.latents.shape[1]
+    off = _off(walk, span.latents[step])
+    change = answer.gain * off
+    change[:, inner + step] += answer.spread * off.norm(dim=1)
+    for cheap, scales in rehearsal.scales.items():
+        rows = (mode == cheap).nonzero()[:, 0]
+        if len(rows):
+            directions = inner + steps + walk.places[rows, 0].long()
+            change[rows, directions] += _added(walk, scales, step)[rows]
+    return _wide(span.outputs[step], walk.latent.shape[1]) + change[:, None]
+
+
+def _added(walk: _Walk, scales: Scales, step: int) -> Tensor:
+    """C prod_j(k - p_j), (S,)."""
+    lags = torch.where(walk.is_kept, step - walk.places, 1.0).prod(dim=1)
+    by_count = torch.tensor([row[step] for row in scales], dtype=torch.float64)
+    return by_count[walk.counts - 1] * lags
+
+
+def _anchors(walk: _Walk, step: int) -> Tensor:
+    """L, Lagrange's weights of the kept refreshes, 0 where fewer are kept, (S, K)."""
+    apart = walk.places[:, :, None] - walk.places[:, None]  # (S, K, K)
+    others = walk.is_kept[:, None] & ~torch.eye(apart.shape[1], dtype=torch.bool)
+    ratios = (step - walk.places)[:, None] / torch.where(apart == 0, 1.0, apart)
+    return walk.is_kept * torch.where(others, ratios, 1.0).prod(dim=2)
+
+
+def _change(span: Span, walk: _Walk, features: Tensor, plain: Tensor, step: int) -> Tensor:
+    """Change of the weights by the least squares of `correct.fit_step`, (S, 2 + K)."""
+    recorded = span.latents[step + 1]
+    scales = torch.tensor(span.weights[step][1 : 1 + features.shape[2]], dtype=torch.float64)
+    columns = torch.einsum("skpd,p->skd", features, scales)
+    terms = (walk.latent, *_mixed(plain, features).unbind(1))
+    residual = _wide(recorded, walk.latent.shape[1]) - _next(span, step, terms, walk.terms)
+    return NormalEquations.of(columns, residual).solution(recorded.square().sum())
+
+
+def _kept(walk: _Walk, own: Tensor, mode: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, places and counts after the step: a REFRESH step pushes its own."""
+    is_fresh = mode == StepMode.REFRESH
+    newest = torch.full_like(walk.places[:, :1], float(step))
+    outputs = torch.cat([own[:, None], walk.outputs], 1)[:, :-1]
+    places = torch.cat([newest, walk.places], 1)[:, :-1]
+    counts = (walk.counts + 1).clamp(max=walk.places.shape[1])
+    return (
+        torch.where(is_fresh[:, None, None, None], outputs, walk.outputs),
+        torch.where(is_fresh[:, None], places, walk.places),
+        torch.where(is_fresh, counts, walk.counts),
+    )
+
+
+def _mixed(weights: Tensor, features: Tensor) -> Tensor:
+    """M = sum_j w_j f_j, (S, P, D)."""
+    return torch.einsum("sk,skpd->spd", weights, features)
+
+
+def _next(span: Span, step: int, terms: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """x^', from x^ and m now, and x^ and m of the step before."""
+    return _sum(span.weights[step], [*terms, *before])
+
+
+def _off(walk: _Walk, recorded: Tensor) -> Tensor:
+    """o, (S, D)."""
+    return walk.latent - _wide(recorded, walk.latent.shape[1])
+
+
+def _wide(value: Tensor, size: int) -> Tensor:
+    """Coordinates of the span (..., D') in as many as a walk has, 0 along every z."""
+    return torch.nn.functional.pad(value, (0, size - value.shape[-1]))
 
 
 def _guidance(weights: Sequence[Sequence[float]], parts: int) -> tuple[float, ...] | None:
@@ -232,11 +270,16 @@ def _gram(vectors: Sequence[Tensor]) -> Tensor:
 def _latents(first: Tensor, outputs: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
     """x_0 and what the sampler's update makes of it, (T + 1, D)."""
     latents, before = [first], list[Tensor]()
-    for step, row in enumerate(weights):
-        terms = [latents[-1], *outputs[step]]
-        used = [*terms, *before][: len(row)]
-        after = sum(weight * term for weight, term in zip(row, used, strict=True))
-        assert isinstance(after, Tensor)
-        latents.append(after)
+    for row, output in zip(weights, outputs, strict=True):
+        terms = [latents[-1], *output]
+        latents.append(_sum(row, [*terms, *before]))
         before = terms
     return torch.stack(latents)
+
+
+def _sum(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of the first terms, one for every weight."""
+    total = weights[0] * terms[0]
+    for weight, term in zip(weights[1:], terms[1:], strict=False):
+        total = total + weight * term
+    return total

@@ -13,16 +13,24 @@ from pathlib import Path
 
 from torch import nn
 
-from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.errors import NoSampler, PlanError
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import Workspace
+from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.search.allocate import MULTIPLE
-from calicache.graph_passes.search.candidates import Explorer, Measured
-from calicache.graph_passes.search.costs import Candidates
-from calicache.graph_passes.search.families import find_families
+from calicache.graph_passes.search.candidates import (
+    REPORT,
+    Candidate,
+    SearchState,
+    begin,
+    find_candidates,
+    sample_errors,
+    summarise,
+)
+from calicache.graph_passes.search.families import Family, find_families
 from calicache.graph_passes.search.ground import (
     Ground,
     check_runs,
@@ -35,6 +43,7 @@ from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint, pareto
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.settings.schedule import MAX_ORDER, uniform_schedule
 
 FRONT_BUDGETS = (0.2, 0.35, 0.5)
@@ -50,31 +59,14 @@ DIVERGED = 1e6  # bounds above it count as this
 
 
 @dataclass(frozen=True, slots=True)
-class SearchRequest:
-    """What is asked for; see `Plan.search`."""
-
-    budget: float | None
-    max_error: float | None
-    latency: LatencyTable | None
-    effort: int
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """In words."""
-        if self.budget is not None:
-            return f"budget {self.budget:g}"
-        return f"max_error {self.max_error:g}"
-
-
-@dataclass(frozen=True, slots=True)
 class SearchResult:
     """What a plan is made of: see `Plan`."""
 
     binding: Binding
     recipe: Recipe
     statistics: Mapping[str, Statistics]
+    sampler: SamplerTables | None
+    no_sampler: str
     front: Front
 
 
@@ -91,7 +83,6 @@ def search_plan(
     Raises:
         CalicacheError: the request cannot be met, or a stage refuses; it names itself.
     """
-    _check_request(request)
     binding = bind(model, recording)
     check_runs(recording, binding)
     _check_latency(request.latency, binding)
@@ -101,74 +92,110 @@ def search_plan(
     meter = Meter(calls * request.effort, on_progress)
     patterns = (request.include, request.exclude)
     ground = prepare_ground(model, recording, binding, patterns, workspace, journal, meter)
-    families, known = find_families(ground, request.latency, request.budget, request.effort)
+    families, survey = find_families(ground, request.latency, request.budget, request.effort)
     least = min(family.least_share(ground.steps) for family in families)
     _check_least(request, least)
     _check_samples(request, ground.choice_samples)
-    explorer = Explorer(ground, families)
+    choice, others, state = _explore(ground, families, request, least)
+    meter.stage("report")
+    held_out = ErrorSummary.of(sample_errors(ground, choice, ground.report, REPORT))
+    points = [candidate.point(state.summary(candidate)) for candidate in (choice, *others)]
+    front = _front(ground, request, points, held_out)
+    return _result(ground, request, front, survey.moments if survey else {})
+
+
+def _explore(
+    ground: Ground, families: Sequence[Family], request: SearchRequest, least: float
+) -> tuple[Candidate, list[Candidate], SearchState]:
+    """The candidate that is chosen, the others, and all that is known at the end.
+
+    Args:
+        ground: model and runs.
+        families: from `find_families`.
+        request: what is asked for.
+        least: share of the full run that the cheapest plan costs.
+    """
+    state = begin(ground, families)
     if request.budget is not None:
-        chosen, others = _under_budget(explorer, request.budget, request.effort)
+        candidates, state = _explore_budget(ground, families, state, request.budget, request.effort)
+        choice = _best_within(state, candidates, request.budget)
     else:
         assert request.max_error is not None
-        chosen, others = _under_error(explorer, request.max_error, least, request.effort)
-    meter.stage("report")
-    held_out = ErrorSummary.of(explorer.errors(chosen, ground.report, "report"))
-    points = [measured.point(explorer.summary(measured)) for measured in (chosen, *others)]
-    return _result(ground, request, points[0], points[1:], held_out, known)
+        goal = (request.max_error, least, request.effort)
+        candidates, state = _explore_error(ground, families, state, *goal)
+        choice = _cheapest_within(state, candidates, request.max_error)
+    return choice, [candidate for candidate in candidates if candidate is not choice], state
 
 
-def _under_budget(
-    explorer: Explorer, budget: float, effort: int
-) -> tuple[Measured, list[Measured]]:
-    """The best plan within the budget, and the others that were measured.
+def _explore_budget(
+    ground: Ground, families: Sequence[Family], state: SearchState, budget: float, effort: int
+) -> tuple[list[Candidate], SearchState]:
+    """Several candidates at the budget, and one at every other budget.
 
-    Several candidates at the budget, and one at every other budget: cheap steps that cost less
-    can also err less. The least budget comes first and tries every family, which tells cheaply
-    how far the rehearsals of each can be trusted.
+    Cheap steps that cost less can also err less. The least budget comes first and tries every
+    family, which tells cheaply how far the rehearsals of each can be trusted.
     """
     others = [other for other in FRONT_BUDGETS if abs(other - budget) > APART]
-    found: list[Measured] = []
+    candidates: list[Candidate] = []
     for share in sorted([budget, *others]):
-        explorer.ground.meter.stage(f"candidates at {share:g}")
-        tries = 1 if found else len(explorer.families)
+        ground.meter.stage(f"candidates at {share:g}")
+        tries = 1 if candidates else len(families)
         if share == budget:
             tries = effort * max(LEAST_TRIES, round(TRIED_RUNS / budget))
-        found += explorer.candidates(share, tries)[: CHOSEN_FROM if share == budget else 1]
-    within = [measured for measured in found if measured.cost <= budget]
-    chosen = _simplest(explorer, within)
-    return chosen, [measured for measured in found if measured is not chosen]
+        ranked, state = find_candidates(ground, families, state, share, tries)
+        candidates += ranked[: CHOSEN_FROM if share == budget else 1]
+    return candidates, summarise(ground, state, candidates)
 
 
-def _simplest(explorer: Explorer, there: Sequence[Measured]) -> Measured:
+def _best_within(state: SearchState, candidates: Sequence[Candidate], budget: float) -> Candidate:
     """The one with the fewest modes of those that err alike: every mode keeps caches of its own."""
-    least = min(explorer.summary(measured).mean for measured in there)
-    alike = [m for m in there if explorer.summary(m).mean <= ALIKE * least]
-    return min(alike, key=lambda m: (len(set(m.schedule)), explorer.summary(m).mean, m.cost))
+    within = [candidate for candidate in candidates if candidate.cost <= budget]
+    means = {candidate.key: state.summary(candidate).mean for candidate in within}
+    most = ALIKE * min(means.values())
+    alike = [candidate for candidate in within if means[candidate.key] <= most]
+    return min(alike, key=lambda c: (len(set(c.schedule)), means[c.key], c.cost))
 
 
-def _under_error(
-    explorer: Explorer, max_error: float, least: float, effort: int
-) -> tuple[Measured, list[Measured]]:
-    """The cheapest plan whose error stays below, found between measured budgets."""
-    points: list[Measured] = []
+def _explore_error(
+    ground: Ground,
+    families: Sequence[Family],
+    state: SearchState,
+    max_error: float,
+    least: float,
+    effort: int,
+) -> tuple[list[Candidate], SearchState]:
+    """Candidates at usual budgets until one keeps the error, then at budgets between them."""
+    candidates: list[Candidate] = []
     for budget in [b for b in FRONT_BUDGETS if b > least] or [(least + 1.0) / 2]:
-        explorer.ground.meter.stage(f"candidates at {budget:.3g}")
-        points += explorer.candidates(budget, 1 if points else len(explorer.families))
-        if any(explorer.summary(point).bound <= max_error for point in points):
+        ground.meter.stage(f"candidates at {budget:.3g}")
+        tries = 1 if candidates else len(families)
+        ranked, state = find_candidates(ground, families, state, budget, tries)
+        candidates += ranked
+        state = summarise(ground, state, ranked)
+        if any(state.summary(candidate).bound <= max_error for candidate in candidates):
             break
     for _ in range(MOST_TRIES * effort):
-        between = _next_budget(explorer, points, max_error, least)
+        bounds = [(c.cost, state.summary(c).bound) for c in candidates]
+        between = next_budget(bounds, max_error, least, 1.0 / ground.steps)
         if between is None:
             break
-        explorer.ground.meter.stage(f"candidates at {between:.3g}")
-        done = {p.schedule for p in points}
-        fresh = [p for p in explorer.candidates(between, 1) if p.schedule not in done]
-        if not fresh:
+        ground.meter.stage(f"candidates at {between:.3g}")
+        ranked, state = find_candidates(ground, families, state, between, 1)
+        schedules = {candidate.schedule for candidate in candidates}
+        additions = [candidate for candidate in ranked if candidate.schedule not in schedules]
+        if not additions:
             break
-        points += fresh
-    within = [p for p in points if explorer.summary(p).bound <= max_error]
+        candidates += additions
+        state = summarise(ground, state, additions)
+    return candidates, state
+
+
+def _cheapest_within(
+    state: SearchState, candidates: Sequence[Candidate], max_error: float
+) -> Candidate:
+    within = [c for c in candidates if state.summary(c).bound <= max_error]
     if not within:
-        best = min(explorer.summary(p).bound for p in points)
+        best = min(state.summary(c).bound for c in candidates)
         raise PlanError(
             "max_error",
             expected=f"{_raised(best):.2g} or more, which the most accurate plan that was found "
@@ -176,8 +203,7 @@ def _under_error(
             got=f"{max_error:g}",
             fix="Allow a larger error, search with more effort, or run the model as it is.",
         )
-    chosen = min(within, key=lambda p: p.cost)
-    return chosen, [p for p in points if p is not chosen]
+    return min(within, key=lambda c: c.cost)
 
 
 def _raised(value: float) -> float:
@@ -188,43 +214,57 @@ def _raised(value: float) -> float:
     return math.ceil(value / unit) * unit
 
 
-def _next_budget(
-    explorer: Explorer, points: Sequence[Measured], max_error: float, least: float
+def next_budget(
+    bounds: Sequence[tuple[float, float]], max_error: float, least: float, step: float
 ) -> float | None:
-    """Where the bound should meet the error, from the points on both sides; None if near enough."""
-    known = [(p.cost, math.log(min(explorer.summary(p).bound, DIVERGED))) for p in points]
-    wanted = math.log(max_error * INSIDE)
-    above = [k for k in known if k[1] > math.log(max_error)]
-    below = [k for k in known if k[1] <= math.log(max_error)]
-    dear = max(above, default=(least, wanted + 1.0))
-    cheap = min(below, default=(1.0, dear[1] - 2.0))
-    if cheap[0] - dear[0] < 1.0 / explorer.ground.steps:  # less than a step between them
+    """Where the bound of the error should meet the wish, from the candidates on both sides.
+
+    Args:
+        bounds: cost and bound of every candidate.
+        max_error: the wish.
+        least: share of the full run that the cheapest plan costs.
+        step: share of one step; nearer sides have no budget between them.
+
+    Returns:
+        A budget, or None where the two sides are near enough.
+    """
+    limit, aim = math.log(max_error), math.log(max_error * INSIDE)
+    places = [(cost, math.log(min(bound, DIVERGED))) for cost, bound in bounds]
+    low_cost, high_bound = max((p for p in places if p[1] > limit), default=(least, aim + 1.0))
+    default = (1.0, high_bound - 2.0)
+    high_cost, low_bound = min((p for p in places if p[1] <= limit), default=default)
+    if high_cost - low_cost < step:
         return None
-    share = (dear[1] - wanted) / (dear[1] - cheap[1]) if dear[1] > cheap[1] else 0.5
-    return dear[0] + min(max(share, 0.15), 0.85) * (cheap[0] - dear[0])
+    fall = high_bound - low_bound
+    share = (high_bound - aim) / fall if fall > 0 else 0.5
+    return low_cost + min(max(share, 0.15), 0.85) * (high_cost - low_cost)
 
 
-def _result(
+def _front(
     ground: Ground,
     request: SearchRequest,
-    chosen: FrontPoint,
-    others: Sequence[FrontPoint],
+    points: Sequence[FrontPoint],
     held_out: ErrorSummary,
-    known: Candidates | None,
-) -> SearchResult:
-    """The chosen point's recipe, with the front and the statistics that its points need."""
-    kept = [p for p in others if p.cost > chosen.cost or p.error.mean > chosen.error.mean]
-    points = pareto([chosen, *kept])
-    needed = {name for point in points for name, rank in point.ranks.items() if rank}
-    moments = known.moments if known else {}
-    front = Front(
+) -> Front:
+    """The chosen point, which comes first, and the others that it does not beat."""
+    choice, *others = points
+    beside = [p for p in others if p.cost > choice.cost or p.error.mean > choice.error.mean]
+    front = pareto([choice, *beside])
+    return Front(
         unit="MACs" if request.latency is None else request.latency.runtime,
         request=request.text,
         latent=ground.recorded.steps.latent,
-        points=points,
-        taken=points.index(chosen),
+        points=front,
+        taken=front.index(choice),
         held_out=held_out,
     )
+
+
+def _result(
+    ground: Ground, request: SearchRequest, front: Front, moments: Mapping[str, Statistics]
+) -> SearchResult:
+    """The chosen point's recipe, and the statistics that all points of the front need."""
+    calibrated = {name for point in front.points for name, rank in point.ranks.items() if rank}
     base = Recipe(
         schedule=uniform_schedule(ground.steps, 1),
         rank=MULTIPLE,
@@ -233,29 +273,18 @@ def _result(
         include=request.include,
         exclude=request.exclude,
     )
-    statistics = {name: value for name, value in moments.items() if name in needed}
-    return SearchResult(ground.binding, front.recipe(front.taken, base), statistics, front)
+    statistics = {name: value for name, value in moments.items() if name in calibrated}
+    sampler, reason = _sampler_tables(ground)
+    recipe = front.recipe(front.taken, base)
+    return SearchResult(ground.binding, recipe, statistics, sampler, reason, front)
 
 
-def _check_request(request: SearchRequest) -> None:
-    if (request.budget is None) == (request.max_error is None):
-        raise PlanError(
-            "search",
-            expected="either a budget or a max_error",
-            got="both" if request.budget is not None else "neither",
-            fix="Give one of them.",
-        )
-    for name, value, below in (
-        ("budget", request.budget, 1.0),
-        ("max_error", request.max_error, math.inf),
-    ):
-        if value is not None and not 0 < value < below:
-            expected = "a share above 0 and below 1" if below == 1.0 else "an error above 0"
-            raise PlanError(name, expected=expected, got=f"{value:g}", fix="Choose such a number.")
-    if request.effort < 1:
-        raise PlanError(
-            "effort", expected="1 or more", got=str(request.effort), fix="Raise the effort."
-        )
+def _sampler_tables(ground: Ground) -> tuple[SamplerTables | None, str]:
+    """The sampler of the runs that were searched with, and why there is none."""
+    try:
+        return recover_tables(ground.recorded, ground.binding.dependence), ""
+    except NoSampler as unknown:
+        return None, unknown.reason
 
 
 def _check_latency(latency: LatencyTable | None, binding: Binding) -> None:

@@ -29,8 +29,8 @@ from search_plan import PLAN_FOLDER
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.export import Session, export_onnx
-from calicache.graph_passes import Plan, StepMode, optimize, record, uniform_schedule
+from calicache import Plan, Session, StepMode, export_onnx, optimize, record
+from calicache.graph_passes import uniform_schedule
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.progress import Progress
 

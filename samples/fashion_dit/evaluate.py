@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from weights import DIT_WEIGHTS, load_weights, save_atomic
 
-from calicache.export import Session, export_onnx
-from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
+from calicache import Plan, Recording, Session, StepMode, export_onnx, optimize, record
+from calicache.graph_passes import uniform_schedule
 from calicache.graph_passes.common.environment import environment
 
 BATCH = 32

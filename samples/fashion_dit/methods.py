@@ -12,7 +12,8 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusion import GuidedDDIM
 from torch import Tensor
 
-from calicache.graph_passes import StepMode, spread_schedule, uniform_schedule
+from calicache import StepMode
+from calicache.graph_passes import spread_schedule, uniform_schedule
 
 STEPS, GUIDANCE, NULL_CLASS = 35, 1.5, 10
 BUDGETS = {7: 5, 9: 4, 12: 3, 18: 2}  # REFRESH steps of 35: interval

@@ -17,7 +17,7 @@ from model import FashionDiT
 from rich.console import Console
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.graph_passes import Plan, Recording, record
+from calicache import Plan, Recording, record
 
 STEPS, GUIDANCE, IMAGES = 35, 1.5, 10
 SEEDS = range(21, 30)

@@ -34,6 +34,8 @@ from calicache.graph_passes import (
 from calicache.graph_passes.common.errors import ArtifactError, ExportError
 from calicache.graph_passes.common.hashing import sha256_of
 
+pytestmark = pytest.mark.slow
+
 R, C, U, FORECAST = StepMode
 FILES = ["graphs.json.gz", "manifest.json", "model.onnx", "weights.bin"]
 LISTED = [name for name in FILES if name != "manifest.json"]

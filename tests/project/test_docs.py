@@ -96,6 +96,7 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 # Code.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_python_blocks_run(page: str, run_page: Callable[[str], Path]) -> None:
     assert any(run_page(page).iterdir())  # each of them makes an artifact at the least
@@ -121,6 +122,7 @@ def test_fences_are_closed_and_have_a_language(page: str) -> None:
     assert all(language for _, language, _ in FENCED.findall(text))
 
 
+@pytest.mark.slow
 def test_readme_exports_a_whole_run(run_page: Callable[[str], Path]) -> None:
     assert (run_page("README.md") / "dit.onnx.d" / "model.onnx").is_file()
 
@@ -160,6 +162,7 @@ def browser_block() -> str:
 ELEMENTS = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 
 
+@pytest.mark.slow
 def test_javascript_names_what_the_model_takes(run_page: Callable[[str], Path]) -> None:
     folder = run_page("docs/deploy.md") / "dit.onnx.d"
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
@@ -174,6 +177,7 @@ def test_javascript_names_what_the_model_takes(run_page: Callable[[str], Path]) 
     assert set(read.split(", ")) <= set(sampler)
 
 
+@pytest.mark.slow
 def test_browser_snippet_names_the_files(run_page: Callable[[str], Path]) -> None:
     folder = run_page("docs/deploy.md") / "dit.onnx.d"
     fetched = re.findall(r'"([\w.]+\.(?:onnx|bin))"', browser_block())
@@ -207,6 +211,7 @@ def node_modules() -> Path:
     return home / "node_modules"
 
 
+@pytest.mark.slow
 def test_javascript_runs_and_agrees(run_page: Callable[[str], Path], node_modules: Path) -> None:
     folder = run_page("docs/deploy.md")
     (folder / "sample.mjs").write_text(node_block())
@@ -371,6 +376,7 @@ def is_outside(address: str) -> bool:
     return address.startswith(("http:", "https:", "//"))
 
 
+@pytest.mark.slow
 def test_site_has_every_page(site: Path) -> None:
     pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
     wanted = {
@@ -382,6 +388,7 @@ def test_site_has_every_page(site: Path) -> None:
     assert not [*site.rglob("*.py"), *site.rglob("*-notes*")]
 
 
+@pytest.mark.slow
 def test_site_fetches_nothing_from_outside(site: Path) -> None:
     fetched = {str(page): Fetched(page).found for page in site.rglob("*.html")}
     assert all(any(".css" in found for found in there) for there in fetched.values())
@@ -404,6 +411,7 @@ def test_fetched_addresses_are_seen(tmp_path: Path) -> None:
     assert [is_outside(address) for address in Fetched(page).found] == [True, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["concepts", "method"])
 def test_formulas_are_drawn(page: str, site: Path) -> None:
     html = (site / f"{page}.html").read_text()
@@ -413,6 +421,7 @@ def test_formulas_are_drawn(page: str, site: Path) -> None:
     assert [formula for formula in formulas if "\\" in formula or "&#x0005C;" in formula] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["graph_passes", "export"])
 def test_reference_has_every_public_name(package: str, site: Path) -> None:
     html = (site / "reference" / f"{package}.html").read_text()

@@ -37,6 +37,7 @@ def trained() -> FashionDiT:
     return load_weights(FashionDiT(), DIT_WEIGHTS)
 
 
+@pytest.mark.slow
 def test_demo_writes_pictures_and_a_table(tmp_path: Path) -> None:
     arguments = ("--out", "out dir", "--steps", "8", "--images", "3", "--repeats", "1")
     printed = run("fashion_dit/demo.py", *arguments, cwd=tmp_path)
@@ -51,6 +52,7 @@ def test_demo_writes_pictures_and_a_table(tmp_path: Path) -> None:
     assert picture.size == (3 * 32 * 4, 4 * 32 * 4)
 
 
+@pytest.mark.slow
 def test_demo_runs_the_plan_that_ships_with_the_sample(tmp_path: Path) -> None:
     arguments = ("--out", "out dir", "--images", "2", "--repeats", "1")
     run("fashion_dit/demo.py", *arguments, cwd=tmp_path)
@@ -61,6 +63,7 @@ def test_demo_runs_the_plan_that_ships_with_the_sample(tmp_path: Path) -> None:
     assert searched["relative_error"] < 0.9 * even["relative_error"]
 
 
+@pytest.mark.slow
 def test_quickstart_agrees_in_torch_and_onnx_runtime(tmp_path: Path) -> None:
     printed = run("quickstart.py", cwd=tmp_path)
     torch_error, ort_error = (float(line.rpartition(" ")[2]) for line in printed.splitlines())
@@ -69,11 +72,13 @@ def test_quickstart_agrees_in_torch_and_onnx_runtime(tmp_path: Path) -> None:
     assert abs(torch_error - ort_error) <= 2e-4
 
 
+@pytest.mark.slow
 def test_diffusers_pipeline_runs_with_an_optimised_transformer(tmp_path: Path) -> None:
     printed = run("diffusers_dit.py", cwd=tmp_path)
     assert 0.0 < float(printed.rpartition(" ")[2]) < 0.05
 
 
+@pytest.mark.slow
 def test_text_to_image_pipeline_runs_in_torch_and_onnx_runtime(tmp_path: Path) -> None:
     printed = run("diffusers_pipeline.py", cwd=tmp_path)
     errors = re.findall(r"relative error (\d\.\d+), PSNR (\d+\.\d) dB", printed)
@@ -92,6 +97,7 @@ def test_weights_are_small_and_the_model_is_of_the_promised_size(trained: Fashio
     assert CLASSIFIER_WEIGHTS.stat().st_size <= 12e6
 
 
+@pytest.mark.slow
 def test_samples_are_recognised_as_what_was_asked_for(trained: FashionDiT) -> None:
     labels = torch.arange(10).repeat(6)
     noise = torch.randn(60, 1, 28, 28, generator=torch.Generator().manual_seed(5))
@@ -102,6 +108,7 @@ def test_samples_are_recognised_as_what_was_asked_for(trained: FashionDiT) -> No
     assert float((seen == labels).float().mean()) >= 0.75
 
 
+@pytest.mark.slow
 @needs_data
 def test_classifier_is_as_accurate_as_its_record_says() -> None:
     split = load_split(train=False)
@@ -115,6 +122,7 @@ def test_classifier_is_as_accurate_as_its_record_says() -> None:
     assert accuracy == pytest.approx(recorded["test_accuracy"], abs=0.018)
 
 
+@pytest.mark.slow
 @needs_data
 def test_training_resumed_from_its_state_equals_training_in_one_go() -> None:
     config = TrainConfig(steps=4, batch=4)

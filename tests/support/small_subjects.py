@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from support.artifacts import exported, made_once
 from support.models import shake
 from torch import Tensor, nn
 
@@ -86,17 +85,19 @@ def small_plan(
     )
 
 
-@cache
 def small_folder() -> Path:
-    """`plan`, `dit.onnx.d` and `runs.safetensors`, made once for all test files."""
-    folder = _scratch("a path with spaces ")
+    """`plan`, `dit.onnx.d` and `runs.safetensors`, made once in a test run."""
+    return made_once("a path with spaces", _fill_small_folder)
+
+
+def _fill_small_folder(folder: Path) -> None:
+    folder.mkdir()
     model = small_model()
     recording = small_runs(model)
     plan = small_plan(model, recording)
     recording.save(folder / "runs.safetensors")
     plan.save(folder / "plan")
     export_onnx(optimize(model, plan), folder / "dit.onnx.d")
-    return folder
 
 
 @cache
@@ -105,14 +106,5 @@ def other_artifact(letters: str = "RCCRCC", layout: Layout = Layout.STEP) -> Pat
     model = small_model()
     recording = small_runs(model)
     fast = optimize(model, small_plan(model, recording, letters, rules=(), rank=2))
-    folder = _scratch("other ") / f"{layout}.onnx.d"
     sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
-    export_onnx(fast, folder, layout, sampler)
-    return folder
-
-
-def _scratch(prefix: str) -> Path:
-    """A folder that outlives single test files and goes away at the end."""
-    folder = tempfile.TemporaryDirectory(prefix=prefix)
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
+    return exported(fast, layout, sampler)

@@ -26,12 +26,10 @@ from calicache.graph_passes import (
     SiteMode,
     SiteRule,
     Sites,
-    classify_nodes,
     optimize,
     record,
 )
 from calicache.graph_passes.common.errors import reason_of
-from calicache.graph_passes.graph.macs import node_macs
 from calicache.graph_passes.graph.operations import LINEAR
 from zoo.drive import DenoisingRun, first_tensor, make_model, run_sampler
 from zoo.entry import ZooEntry
@@ -118,7 +116,7 @@ def take(entry: ZooEntry, *, sampler: bool = True) -> Finding:
         stale = optimize(model, plan)
         error = _error_of_run(stale, entry, run)
         finding = replace(finding, **_coverage(stale), stale=_finite(error))
-        fast = optimize(model, full_rank(plan, stale.sites))
+        fast = optimize(model, full_rank(plan, stale.compiled.analysis.sites))
         error = _error_of_run(fast, entry, run)
         finding = replace(finding, full_rank=_check(error, FULL_RANK_BOUND, "the original"))
     except Exception as error:
@@ -161,19 +159,19 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def _coverage(optimized: OptimizedModel) -> dict[str, Any]:
     """Sites and their share of the linear layers on the latent stream."""
-    captured, sites = optimized.compiled.captured, optimized.compiled.analysis.sites
-    classes = classify_nodes(captured, optimized.plan.binding.dependence)
+    analysis = optimized.compiled.analysis
+    sites, classes = analysis.sites, analysis.classes
     macs = {
-        node.name: node_macs(node)
-        for node in captured.graph.nodes
+        node.name: analysis.macs[node.name]
+        for node in analysis.captured.graph.nodes
         if node.target is LINEAR and classes[node.name] is Dependence.LATENT
     }
-    left = {r.node: r.reason for r in sites.rejections if r.node in macs}
+    reasons = {r.node: r.reason for r in sites.rejections if r.node in macs}
     return {
         "sites": len(sites.linears),
         "linears": len(macs),
         "coverage": sum(macs[site.node] for site in sites.linears) / sum(macs.values()),
-        "rejections": dict(Counter(left.values())),
+        "rejections": dict(Counter(reasons.values())),
     }
 
 
@@ -210,7 +208,7 @@ def _check_sampler(fast: OptimizedModel, entry: ZooEntry, recording: Recording) 
         fast.reset()
         run = run_sampler(fast, entry, linear=True)
         with tempfile.TemporaryDirectory() as folder:
-            manifest = export_onnx(fast, Path(folder) / "d", "sampler", sampler)
+            manifest = export_onnx(fast, Path(folder) / "d", layout="sampler", sampler=sampler)
             assert manifest.sampler is not None
             inputs: dict[str, Any] = {
                 spec.name: recording.calls[0][spec.name] for spec in manifest.sampler.inputs

@@ -11,13 +11,13 @@ from typing import Any
 
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.files import atomic_path
-from zoo import audio, image, video
+from zoo import audio, image, video, wan
 from zoo.entry import ZooEntry
 from zoo.finding import Check, Finding
 
 FAMILIES: Mapping[str, Sequence[ZooEntry]] = {
     "Image": image.ENTRIES,
-    "Video": video.ENTRIES,
+    "Video": (*wan.ENTRIES, *video.ENTRIES),
     "Audio and other": audio.ENTRIES,
 }
 ENTRIES: Mapping[str, ZooEntry] = {

@@ -59,7 +59,7 @@ def _export(settings: BenchSettings) -> dict[str, Any]:
     for layout in LAYOUTS:
         sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
         start = time.perf_counter()
-        export_onnx(fast, settings.folder / layout.value, layout, sampler)
+        export_onnx(fast, settings.folder / layout.value, layout=layout, sampler=sampler)
         seconds[layout.value] = time.perf_counter() - start
     return {"export_seconds": seconds}
 

@@ -49,6 +49,7 @@ def diff_plans(a: PlanFacts, b: PlanFacts) -> Difference:
             *changed_fields(a.binding, b.binding, _ELSEWHERE),
             *changed_fields(a.recipe, b.recipe, _ELSEWHERE),
             *changed_weights(a.recipe.output_weights, b.recipe.output_weights),
+            *changed("sampler", a.sampler, b.sampler),
             *changed_fronts(a.front, b.front),
         ),
         targets=diff_states(

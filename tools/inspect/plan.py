@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from calicache.export.artifact.manifest import FileRecord
-from calicache.graph_passes.api.plan import PLAN_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.factors.statistics import statistics_tensors
 from calicache.graph_passes.recording.binding import Binding
@@ -65,8 +66,9 @@ class PlanFacts:
     Attributes:
         kind: `plan`.
         path: of its folder.
-        files: the plan's two files.
+        files: of the plan.
         binding, recipe, front: as `plan.json` has them; no front without a search.
+        sampler: what its tables are for, or why there are none.
         inputs: the tensor arguments of a call.
         schedule: modes of the steps.
         targets: all that have statistics or a rank of their own, by name.
@@ -78,6 +80,7 @@ class PlanFacts:
     files: tuple[FileRecord, ...]
     binding: Binding
     recipe: Recipe
+    sampler: str
     inputs: tuple[InputFacts, ...]
     schedule: ScheduleFacts
     targets: tuple[PlannedTarget, ...]
@@ -93,12 +96,16 @@ def plan_facts(path: Path, plan: Plan) -> PlanFacts:
         plan: from there.
     """
     binding, recipe = plan.binding, plan.recipe
-    files = (path / name for name in (PLAN_FILE, STATISTICS_FILE))
+    sampler, files = plan.sampler, [path / name for name in (PLAN_FILE, STATISTICS_FILE)]
+    files += [path / SAMPLER_FILE] if (path / SAMPLER_FILE).is_file() else []
     return PlanFacts(
         path=str(path),
         files=tuple(FileRecord(f.name, f.stat().st_size, sha256_of(f)) for f in files),
         binding=binding,
         recipe=recipe,
+        sampler=f"makes {sampler.latent}, {sampler.parts} in a batch"
+        if sampler
+        else plan.no_sampler,
         inputs=input_facts(binding.signature.tensors, binding.dependence),
         schedule=schedule_facts(recipe.schedule, recipe.order),
         targets=_targets(plan),
@@ -169,6 +176,7 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
             ("include", ", ".join(recipe.include)),
             ("exclude", ", ".join(recipe.exclude) or "nothing"),
             ("output weights", recipe.correction),
+            ("sampler", facts.sampler),
             ("statistics", f"of {len(statistics)} targets, {size}"),
         ]
     )

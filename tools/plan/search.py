@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter
 
-from calicache.graph_passes.api.plan import PLAN_FILE, Plan
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.plan_file import PLAN_FILE
 from calicache.graph_passes.common.errors import CalicacheError, PlanError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.front import Front

@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest, load_artifact
-from calicache.graph_passes.api.plan import PLAN_FILE, STATISTICS_FILE, Plan
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.errors import SubjectError, reason_of
 from calicache.graph_passes.recording.recording import Recording
 
@@ -18,7 +19,10 @@ KINDS = (
 )
 _ONNX, _SAFETENSORS = ".onnx", ".safetensors"
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
-_FOLDERS = {PLAN_FILE: "plan", STATISTICS_FILE: "plan", MANIFEST_FILE: "artifact"}
+_FOLDERS = {
+    **dict.fromkeys((PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE), "plan"),
+    MANIFEST_FILE: "artifact",
+}
 _MOST_NAMES = 3
 
 

@@ -85,6 +85,7 @@ def reaches(value: ir.Value | None, name: str) -> bool:
     return value.name == name or (node is not None and any(reaches(v, name) for v in node.inputs))
 
 
+@pytest.mark.slow
 def test_text_projection_runs_once_in_front_of_the_loop(hoisted: ir.Model) -> None:
     ahead = [node for node in hoisted.graph if reaches(node.outputs[0], "text")]
     ahead = [node for node in ahead if node.op_type in ("MatMul", "Gemm")]
@@ -99,10 +100,12 @@ def test_text_projection_runs_once_in_front_of_the_loop(hoisted: ir.Model) -> No
     assert not readers
 
 
+@pytest.mark.slow
 def test_no_node_stays_that_could_move(hoisted: ir.Model) -> None:
     assert HoistInvariants()(hoisted).modified is False
 
 
+@pytest.mark.slow
 def test_run_is_the_one_of_the_eager_variants(
     recorded: tuple[OptimizedModel, Recording], hoisted: ir.Model
 ) -> None:

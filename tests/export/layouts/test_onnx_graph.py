@@ -24,6 +24,8 @@ from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.rewriting.fold import reads_output
 from calicache.graph_passes.settings.schedule import anchor_table
 
+pytestmark = pytest.mark.slow
+
 R, C, U, FORECAST = StepMode
 MIXED = (R, C, U, C, R, U)
 PAPER: dict[str, Any] = {"order": 0, "weighting": "increment", "correct": False}

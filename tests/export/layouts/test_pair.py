@@ -19,6 +19,8 @@ from calicache.export import Session, export_onnx
 from calicache.graph_passes import OptimizedModel, StepMode, optimize
 from calicache.graph_passes.common.errors import ArtifactError, RunError
 
+pytestmark = pytest.mark.slow
+
 R, C, U, FORECAST = StepMode
 # Relative L2. Both layouts run the same nodes on the same weights; ONNX Runtime may fuse some
 # of them in one model and not in the other (float32, 6e-8 an operation). A wrong variant or a

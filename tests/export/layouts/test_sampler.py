@@ -25,6 +25,8 @@ from calicache.export import Sampler, Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ExportError, RunError
 
+pytestmark = pytest.mark.slow
+
 R, C, U, FORECAST = StepMode
 GUIDANCE, NULL = 1.5, 10
 # Relative L2 of the final latents. float32 (6e-8) in another order over the steps of a run, and
@@ -151,7 +153,7 @@ def export_small(
     folder: Path, denoise: Denoise, schedule: Sequence[StepMode], **options: Any
 ) -> Exported:
     fast, sampler = small_sampler(denoise, schedule, **options)
-    export_onnx(fast, folder, "sampler", sampler)
+    export_onnx(fast, folder, layout="sampler", sampler=sampler)
     return fast, folder
 
 
@@ -201,7 +203,7 @@ def exports(dit, dit_plan, forecast_plan, finished, tmp_path_factory) -> dict[st
     root, made = tmp_path_factory.mktemp("sampler"), {}
     for name, plan in (("paper", dit_plan), ("forecast", forecast_plan)):
         fast = optimize(dit, plan)
-        export_onnx(fast, root / name, "sampler", read_sampler(fast, finished))
+        export_onnx(fast, root / name, layout="sampler", sampler=read_sampler(fast, finished))
         made[name] = (fast, root / name)
     return made
 
@@ -292,14 +294,14 @@ def test_sampler_that_scales_the_models_input_agrees_with_eager(tmp_path: Path) 
     fast = optimize(model, plan)
     sampler = read_sampler(fast, recording, euler_scheduler())
     assert len(set(sampler.scales)) == 5
-    export_onnx(fast, tmp_path / "d", "sampler", sampler)
+    export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
     assert_runs_agree((fast, tmp_path / "d"), euler, start * draw(3, 2, 5, 8), [1, 2])
 
 
 def test_model_with_learned_variance_agrees_with_eager(diffusers_dit, tmp_path: Path) -> None:
     recording = recorded(diffusers_dit, ddim_of_diffusers, draw(1, 2, 4, 8, 8))
     fast, sampler = compiled(diffusers_dit, recording, (R, FORECAST, R, FORECAST))
-    export_onnx(fast, tmp_path / "d", "sampler", sampler)
+    export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
     labels = [1, 2, NULL, NULL]
     assert_runs_agree((fast, tmp_path / "d"), ddim_of_diffusers, draw(3, 2, 4, 8, 8), labels)
 
@@ -413,14 +415,14 @@ def test_step_of_a_sampler_artifact_is_refused(session) -> None:
 
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_sample_of_another_layout_is_refused(layout: str, small, tmp_path: Path) -> None:
-    export_onnx(small[0], tmp_path / "d", layout)
+    export_onnx(small[0], tmp_path / "d", layout=layout)
     with pytest.raises(RunError, match=f"layout sampler, got layout {layout}.*layout='sampler'"):
         Session(tmp_path / "d").sample(draw(1, 2, 5, 8), class_labels=torch.tensor([1, 2]))
 
 
 def test_guidance_scale_of_a_sampler_without_one_is_refused(small, tmp_path: Path) -> None:
     fast, sampler = small
-    export_onnx(fast, tmp_path / "d", "sampler", sampler)
+    export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
     inputs = {"noise": draw(1, 2, 5, 8), "class_labels": torch.tensor([1, 2])}
     session = Session(tmp_path / "d")
     with pytest.raises(RunError, match="input guidance_scale: expected no scale"):
@@ -434,7 +436,7 @@ def test_model_argument_with_a_name_of_the_layout_is_refused(tmp_path: Path) -> 
     recording = recorded(model, denoise, draw(1, 2, 5, 8))
     fast, sampler = compiled(model, recording, (R,) * 4)
     with pytest.raises(ExportError, match="input noise: expected a name that the layout does not"):
-        export_onnx(fast, tmp_path / "d", "sampler", sampler)
+        export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
     assert not (tmp_path / "d").exists()
 
 
@@ -444,7 +446,7 @@ def test_layout_and_sampler_belong_together(small, tmp_path: Path) -> None:
         export_onnx(fast, tmp_path / "d", layout="sampler")
     for layout in ("step", "pair"):
         with pytest.raises(ExportError, match=f"expected none for the layout {layout}, got one"):
-            export_onnx(fast, tmp_path / "d", layout, sampler)
+            export_onnx(fast, tmp_path / "d", layout=layout, sampler=sampler)
     with pytest.raises(ExportError, match=r"layout: expected step \| pair \| sampler, got 'x'"):
         export_onnx(fast, tmp_path / "d", layout="x")
     assert list(tmp_path.iterdir()) == []
@@ -455,4 +457,4 @@ def test_sampler_of_another_length_is_refused(steps: int, small, tmp_path: Path)
     fast, _ = small
     _, other = small_sampler(flow(steps), (R,) * steps)
     with pytest.raises(ExportError, match=rf"sampler: expected .*4 steps.*got {steps}"):
-        export_onnx(fast, tmp_path / "d", "sampler", other)
+        export_onnx(fast, tmp_path / "d", layout="sampler", sampler=other)

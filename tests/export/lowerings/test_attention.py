@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from calicache.export.layouts.translate import export_graph
-from calicache.export.lowerings.attention import ATTENTION, fuse_attention
+from calicache.export.lowerings.attention import fuse_attention
+from calicache.graph_passes.graph.operations import ATTENTION
 
 aten = torch.ops.aten
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 5, 8

@@ -128,6 +128,7 @@ def pair(dit, forecast_plan, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_runs_of_pair_repeat_their_addresses(pair, dit_recording) -> None:
     session = Session(pair)
     caches = {cache.name for cache in session.manifest.caches}
@@ -144,6 +145,7 @@ def test_runs_of_pair_repeat_their_addresses(pair, dit_recording) -> None:
         assert all(map(np.array_equal, run, outputs[0]))
 
 
+@pytest.mark.slow
 def test_an_output_is_the_callers_own(pair, dit_recording) -> None:
     session = Session(pair)
     call = dit_recording.calls[0]
@@ -153,9 +155,10 @@ def test_an_output_is_the_callers_own(pair, dit_recording) -> None:
     assert np.array_equal(first, copy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_cuda_graphs_without_cuda_are_refused(layout: str, dit, dit_plan, tmp_path) -> None:
-    export_onnx(optimize(dit, dit_plan), tmp_path / "d", layout)
+    export_onnx(optimize(dit, dit_plan), tmp_path / "d", layout=layout)
     expected = rf"cuda_graphs: expected layout pair on CUDA.*got layout {layout} on CPU"
     with pytest.raises(ExportError, match=expected):
         Session(tmp_path / "d", cuda_graphs=True)

@@ -35,6 +35,8 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.common.errors import ExportError, RunError
 
+pytestmark = pytest.mark.slow
+
 R, C, U, FORECAST = StepMode
 LETTERS = dict(zip("RCUF", StepMode, strict=True))
 STEPS = 35

@@ -25,6 +25,8 @@ from calicache.graph_passes import (
     record,
 )
 
+pytestmark = pytest.mark.slow
+
 PROMPT, OTHER = "A photo of a cat", "Two ships"
 # A captured graph has the model's own float32 operations, but sums some of them in another
 # order: a few 1e-7 after six steps.

@@ -34,7 +34,7 @@ from calicache.graph_passes import (
     record,
     uniform_schedule,
 )
-from calicache.graph_passes.api.plan import PLAN_FILE, STATISTICS_FILE
+from calicache.graph_passes.api.plan_file import PLAN_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights, sha256_of
 from calicache.graph_passes.factors.observe import observe

@@ -18,6 +18,8 @@ from calicache.graph_passes import Plan, StepMode, optimize, record
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import ExportError
 
+pytestmark = pytest.mark.slow
+
 R, C, U, _ = StepMode
 SCHEDULE = (R, C, U, R, C, C)
 LABELS = torch.tensor([1, 2, 10, 10])
@@ -54,7 +56,7 @@ def made(
     folder = tmp_path_factory.mktemp("precision")
     for layout in Layout:
         sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
-        export_onnx(fast, folder / layout, layout, sampler)
+        export_onnx(fast, folder / layout, layout=layout, sampler=sampler)
     return dtype, fast, folder
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
-from support.fronts import front_of
+from support.search.fronts import front_of
 from support.small_subjects import small_model, small_plan, small_runs
 from torch import nn
 

@@ -345,6 +345,7 @@ def formed_run() -> tuple[nn.Module, Recording, Callable[[Any, int], Tensor]]:
     return model, recording, sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair", "sampler"])
 def test_every_layout_agrees_where_the_latent_lends_its_form(
     layout: str, formed_run: tuple[nn.Module, Recording, Any], tmp_path: Path
@@ -353,7 +354,7 @@ def test_every_layout_agrees_where_the_latent_lends_its_form(
     plan = Plan.from_trajectory(model, recording, rank=8, correct=False)
     fast = optimize(model, plan)
     found = read_sampler(fast, recording) if layout == "sampler" else None
-    export_onnx(fast, tmp_path / "out", layout, found)
+    export_onnx(fast, tmp_path / "out", layout=layout, sampler=found)
     session = Session(tmp_path / "out")
     if layout == "sampler":
         draw = torch.Generator().manual_seed(3)

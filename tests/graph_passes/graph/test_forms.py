@@ -65,6 +65,7 @@ def test_factors_are_not_made_again(fast) -> None:
     assert fast.for_call(noise[:4], timestep=labels[:4], class_labels=labels[:4]) is fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
 @pytest.mark.parametrize("images", [1, 8])
 def test_an_artifact_for_another_batch_size_agrees(
@@ -76,7 +77,7 @@ def test_an_artifact_for_another_batch_size_agrees(
         timestep=torch.zeros(rows, dtype=torch.int64),
         class_labels=torch.zeros(rows, dtype=torch.int64),
     )
-    export_onnx(other, tmp_path / "d", layout)
+    export_onnx(other, tmp_path / "d", layout=layout)
     session, steps = Session(tmp_path / "d"), iter(range(STEPS))
     got = sample(lambda **x: torch.from_numpy(session.step(next(steps), **x)), images)
     assert relative(got, sample(fast, images)) < SAME

@@ -153,9 +153,10 @@ def test_kept_values_do_not_pile_up(model, recording) -> None:
     assert all(not names & set(kept) for kept in older)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_sessions_agree_with_torch(fast, layout: str, tmp_path) -> None:
-    export_onnx(fast, tmp_path / layout, layout)
+    export_onnx(fast, tmp_path / layout, layout=layout)
     session = Session(tmp_path / layout)
     steps = iter(range(STEPS))
 
@@ -170,8 +171,9 @@ def test_sessions_agree_with_torch(fast, layout: str, tmp_path) -> None:
     assert all(not names & set(kept) for kept in kept_refreshes(session)[1:])
 
 
+@pytest.mark.slow
 def test_sampler_agrees_with_torch(fast, recording, tmp_path) -> None:
-    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, recording))
+    export_onnx(fast, tmp_path / "run", layout="sampler", sampler=read_sampler(fast, recording))
     inputs = draw(5)
     found = Session(tmp_path / "run").sample(inputs.pop("x"), **inputs)
     fast.reset()

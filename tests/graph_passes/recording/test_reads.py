@@ -518,6 +518,7 @@ def test_saved_plans_keep_reads_and_fixed_values(
     assert torch.equal(run_of(optimize(packed, loaded)), run_of(fast))
 
 
+@pytest.mark.slow
 def test_a_session_of_steps_takes_the_recorded_mask_alone(
     fast: OptimizedModel, tmp_path: Path
 ) -> None:
@@ -537,10 +538,11 @@ def test_a_session_of_steps_takes_the_recorded_mask_alone(
     assert str(caught.value) == MESSAGE
 
 
+@pytest.mark.slow
 def test_a_session_of_whole_runs_takes_the_recorded_mask_alone(
     fast: OptimizedModel, recording: Recording, tmp_path: Path
 ) -> None:
-    export_onnx(fast, tmp_path / "run", "sampler", read_sampler(fast, recording))
+    export_onnx(fast, tmp_path / "run", layout="sampler", sampler=read_sampler(fast, recording))
     session = Session(tmp_path / "run")
     noise = torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(4))
     found = session.sample(noise, mask=MASK)

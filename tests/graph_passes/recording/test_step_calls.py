@@ -106,13 +106,14 @@ def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None
         assert relative(together, torch.cat(apart)) < 1e-5
 
 
+@pytest.mark.slow
 def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: Path) -> None:
     _, recording = recorded(case)
     fast = optimized(case)
     sampler = read_sampler(fast, recording)
     assert sampler.parts == 2
     assert sampler.guidance == pytest.approx(case.scale, rel=1e-3)  # found by least squares
-    manifest = export_onnx(fast, tmp_path / "d", "sampler", sampler)
+    manifest = export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
     made = recording.by_step()
     first = made.calls[0]
     inputs = {spec.name: first[spec.name] for spec in manifest.sampler.inputs}
@@ -126,6 +127,7 @@ def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: 
     assert relative(expected, recording.ends[0]) > 10 * SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["step", "pair"])
 def test_session_keeps_the_calls_of_a_step_apart(
     case: PipelineCase, layout: str, tmp_path: Path
@@ -133,7 +135,7 @@ def test_session_keeps_the_calls_of_a_step_apart(
     _, recording = recorded(case)
     fast = optimized(case)
     fast.reset()
-    export_onnx(fast, tmp_path / "d", layout)
+    export_onnx(fast, tmp_path / "d", layout=layout)
     session = Session(tmp_path / "d")
     assert session.manifest.calls_per_step == 2
     for number, call in enumerate(recording.calls[: 2 * recording.steps]):

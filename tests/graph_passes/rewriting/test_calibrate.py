@@ -37,7 +37,8 @@ from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.rewriting.checks import verify_variants
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import Table, anchor_table, output_table
 from calicache.graph_passes.sites.targets import assign
 

@@ -22,7 +22,8 @@ from calicache.graph_passes.common.errors import VerifyError
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.checks import verify_captured, verify_functional
 from calicache.graph_passes.rewriting.checks import verify_variants
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 aten = torch.ops.aten

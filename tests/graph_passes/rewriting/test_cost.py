@@ -32,7 +32,7 @@ from calicache.graph_passes import (
 from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
-from calicache.graph_passes.rewriting.variants import rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.settings.schedule import anchor_table
 from calicache.graph_passes.sites.targets import assign
 

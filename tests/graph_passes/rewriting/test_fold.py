@@ -38,7 +38,8 @@ from calicache.graph_passes.rewriting.fold import (
     fold_macs,
     reads_output,
 )
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table
 from calicache.graph_passes.sites.targets import assign
 

@@ -25,7 +25,8 @@ from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import read_attribute
 from calicache.graph_passes.rewriting.insertion import Insertion, cache_name
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table, output_table
 from calicache.graph_passes.sites.targets import assign
 

@@ -19,7 +19,8 @@ from calicache.graph_passes import CapturedGraph, Plan, Recording, Sites, StepMo
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.rewriting.insertion import cache_name
 from calicache.graph_passes.rewriting.output_mix import output_nodes
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table
 
 R, C, U, F = StepMode
@@ -271,6 +272,7 @@ def test_output_that_is_no_floating_point_tensor_is_refused(latent: str | None) 
 FITTED = range(1, 5)  # the first step is exact, and what follows the last was not recorded
 
 
+@pytest.mark.slow
 def test_exported_run_of_a_model_with_a_learned_variance_gives_what_torch_gives(
     diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording, tmp_path: Path
 ) -> None:

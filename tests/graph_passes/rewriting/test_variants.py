@@ -28,7 +28,8 @@ from calicache.graph_passes import (
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.rewriting.checks import verify_variants
-from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table, output_table
 from calicache.graph_passes.sites.targets import assign
 

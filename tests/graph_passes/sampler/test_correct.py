@@ -26,7 +26,8 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.sampler.correct import RIDGE, fit_step, mix
+from calicache.graph_passes.sampler.correct import fit_step, mix
+from calicache.graph_passes.sampler.least_squares import RIDGE
 from calicache.graph_passes.sampler.recover import recover_sampler
 from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.sampler.update import SamplerSteps

@@ -13,17 +13,18 @@ from diffusion import GuidedDDIM
 from model import FashionDiT
 from support.factors import factors_of
 from support.models import STEPS, relative, sample_dit
-from test_rehearse import (
+from support.search.toy_runs import (
     SHAPES,
+    Blocks,
     Shape,
     modes,
     plain_variants,
     recorded_run,
     recording_of,
     sampler_of,
+    tokens,
 )
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
 from calicache.graph_passes import (
     CapturedGraph,
@@ -36,8 +37,9 @@ from calicache.graph_passes import (
     record,
 )
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
-from calicache.graph_passes.sampler.correct import RIDGE
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
+from calicache.graph_passes.sampler.least_squares import RIDGE
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import Replay, replay
 from calicache.graph_passes.settings.schedule import (
@@ -316,34 +318,6 @@ def test_progress_counts_the_steps() -> None:
 # --- all modes ----------------------------------------------------------------------------------
 
 
-class Blocks(nn.Module):
-    """Two residual branches on a stream of tokens, float64, with a step and a label inside."""
-
-    def __init__(self, steps: int = LONG) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-        self.left, self.right = nn.Linear(8, 12), nn.Linear(12, 8)
-        self.times = nn.Parameter(torch.randn(steps, 8))
-        self.labels = nn.Parameter(torch.randn(2, 8))
-
-    def skip(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """The stream before the first branch."""
-        return self.embed(x) + self.times[timestep][:, None] + self.labels[labels][:, None]
-
-    def branches(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """What both branches add to the stream."""
-        h = self.skip(x, timestep, labels)
-        first = self.down(gelu(self.up(self.norm(h))))
-        return first + self.right(torch.tanh(self.left(h + first)))
-
-    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        h = self.skip(x, timestep, labels)
-        h = h + self.down(gelu(self.up(self.norm(h))))
-        h = h + self.right(torch.tanh(self.left(h)))
-        return self.out(h)
-
-
 @pytest.fixture(scope="module")
 def blocks() -> nn.Module:
     torch.manual_seed(2)
@@ -357,11 +331,6 @@ def ended(blocks: nn.Module) -> Recording:
         for seed in (1, 2):
             recording.finish(recorded_run(blocks, sampler_of((2, 0)), tokens(seed))[2])
     return recording
-
-
-def tokens(seed: int) -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 5, 8, generator=draw, dtype=torch.float64)
 
 
 def recover(graph: CapturedGraph, recording: Recording, steps: int = LONG) -> RecordedSampler:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import FashionDiT, FashionDiTConfig
 from support.models import sample_dit
-from test_ground import (
+from support.search.searches import (
     STEPS,
     Flicker,
     assert_same_plan,
@@ -27,18 +27,29 @@ from test_ground import (
 )
 from torch import Tensor, nn
 
-from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
+from calicache.graph_passes import Plan, Recording, StepMode, Weighting, optimize, record
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.recording.binding import bind
+from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.sampler.replay import Answer, Replay
-from calicache.graph_passes.search.allocate import MULTIPLE
-from calicache.graph_passes.search.candidates import Explorer, step_answers
-from calicache.graph_passes.search.costs import Candidates
+from calicache.graph_passes.search.allocate import MULTIPLE, Allocation
+from calicache.graph_passes.search.candidates import (
+    SearchState,
+    begin,
+    find_candidates,
+    find_proposals,
+    step_answers,
+    summarise,
+)
+from calicache.graph_passes.search.costs import TargetSurvey
 from calicache.graph_passes.search.families import Family, find_families, probe_schedule
 from calicache.graph_passes.search.ground import Ground, prepare_ground
 from calicache.graph_passes.search.journal import Journal
 from calicache.graph_passes.settings.front import FrontPoint
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, LatencyRow, LatencyTable
+from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.schedule import MAX_ORDER
 
 R, C, U, F = StepMode
 GROUP = "blocks.*"
@@ -48,9 +59,8 @@ PLAIN, FULL, REFRESH = 2.0, 1.96, 2.02  # seconds; a full step is faster where v
 
 
 def ground_of(model: nn.Module, recording: Recording) -> Ground:
-    schedule = uniform_schedule(recording.steps, 1)
-    plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=MULTIPLE, correct=False)
-    return prepare_ground(model, recording, plan.settings, Journal(None), Meter(1.0, None))
+    binding, patterns, meter = bind(model, recording), (("*",), ()), Meter(1.0, None)
+    return prepare_ground(model, recording, binding, patterns, Workspace(), Journal(None), meter)
 
 
 @cache
@@ -60,36 +70,49 @@ def rich() -> Flicker:
 
 
 @cache
-def found(effort: int = 3) -> tuple[Ground, list[Family], Candidates]:
+def families_of_rich(effort: int = 3) -> tuple[Ground, list[Family], TargetSurvey]:
     model = rich()
     ground = ground_of(model, record_runs(model))
-    families, known = find_families(ground, None, 0.6, effort)
-    assert known is not None
-    return ground, families, known
+    families, survey = find_families(ground, None, 0.6, effort)
+    assert survey is not None
+    return ground, families, survey
+
+
+@cache
+def state_of_rich() -> SearchState:
+    ground, families, _ = families_of_rich()
+    return begin(ground, families)
 
 
 def real_share(
-    model: nn.Module, ground: Ground, family: Family, known: Candidates, modes: Sequence[StepMode]
+    model: nn.Module,
+    ground: Ground,
+    allocation: Allocation | None,
+    survey: TargetSurvey,
+    modes: Sequence[StepMode],
 ) -> float:
     """MACs of a schedule in the compiled model."""
-    allocation = family.allocation
-    chosen = replace(
-        ground.settings,
+    recipe = Recipe(
         schedule=tuple(modes),
+        rank=MULTIPLE,
+        order=MAX_ORDER,
+        weighting=Weighting.COVARIANCE,
         rules=allocation.rules if allocation else (),
         ranks=dict(allocation.ranks) if allocation else {},
     )
-    return optimize(model, Plan(chosen, known.moments)).cost.run_share(modes)
+    plan = Plan(ground.binding, recipe, survey.moments)
+    return optimize(model, plan).compiled.cost.run_share(modes)
 
 
 def test_families_are_of_one_kind_each() -> None:
-    _, families, _ = found()
-    assert [family.name for family in families[:2]] == ["forecast", "reuse"]
+    _, families, _ = families_of_rich()
+    assert [family.spec.name for family in families[:2]] == ["forecast", "reuse"]
     assert [set(family.modes) for family in families[:2]] == [{R, F}, {R, U, F}]
     calibrated = families[2:]
     assert len(calibrated) >= 2
     assert all(set(family.modes) == {R, C, U, F} for family in calibrated)
-    ranks = [family.allocation.ranks for family in calibrated if family.allocation]
+    allocations = [family.spec.allocation for family in calibrated]
+    ranks = [allocation.ranks for allocation in allocations if allocation]
     assert len(ranks) == len(calibrated)
     assert all(one != other for k, one in enumerate(ranks) for other in ranks[:k])
 
@@ -108,80 +131,93 @@ def test_cheap_steps_are_probed_once_after_every_refresh_at_lags_in_turn(steps: 
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_cost_of_any_schedule_is_what_optimize_counts(data: st.DataObject) -> None:
-    ground, families, known = found()
+    ground, families, survey = families_of_rich()
     family = data.draw(st.sampled_from(families), label="family")
     rest = st.lists(st.sampled_from(family.modes), min_size=STEPS - 1, max_size=STEPS - 1)
     modes = (R, *data.draw(rest, label="modes"))
-    if C not in modes:
-        family = replace(family, allocation=None)
-    wanted = real_share(rich(), ground, family, known, modes)
-    assert family.shares.run_share(modes, max(family.orders)) == pytest.approx(wanted, rel=1e-9)
-    assert family.shares.run_share(modes, max(family.orders)) >= family.least_share(STEPS) - 1e-9
+    allocation = family.spec.allocation if C in modes else None
+    expected = real_share(rich(), ground, allocation, survey, modes)
+    share = family.shares.run_share(modes, max(family.spec.orders))
+    assert share == pytest.approx(expected, rel=1e-9)
+    assert share >= family.least_share(STEPS) - 1e-9
 
 
 def test_cost_of_few_calibrate_steps_at_high_ranks_is_what_optimize_counts() -> None:
     model = Flicker(width=256, rank=96).eval()
     ground = ground_of(model, record_runs(model))
-    families, known = find_families(ground, None, 0.9, 1)
-    assert known is not None
+    families, survey = find_families(ground, None, 0.9, 1)
+    assert survey is not None
     modes = (*[R] * (STEPS - 1), C)
-    wanted = real_share(model, ground, families[-1], known, modes)
-    assert families[-1].shares.run_share(modes, 2) == pytest.approx(wanted, rel=1e-9)
+    expected = real_share(model, ground, families[-1].spec.allocation, survey, modes)
+    assert families[-1].shares.run_share(modes, 2) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("budget", [0.126, 0.3, 0.6, 0.97])
 def test_candidates_keep_the_budget_and_come_by_error(budget: float) -> None:
-    ground, families, _ = found()
-    explorer = Explorer(ground, families)
-    candidates = explorer.candidates(budget, 5)
+    ground, families, _ = families_of_rich()
+    candidates, _ = find_candidates(ground, families, state_of_rich(), budget, 5)
     assert 1 <= len(candidates) <= 5
-    assert all(measured.cost <= budget for measured in candidates)
-    for measured in candidates:
+    assert all(candidate.cost <= budget for candidate in candidates)
+    for candidate in candidates:
         # The family that was proposed is the one that was run: its CALIBRATE steps are what costs.
-        assert measured.cost == measured.family.cost(measured.order)(measured.schedule)
-        assert set(measured.schedule) <= set(measured.family.modes)
-        assert measured.order in measured.family.orders
-        assert len(measured.fit.weights) == STEPS
+        family, order = candidate.family, candidate.order
+        assert candidate.cost == family.cost(order)(candidate.schedule)
+        assert set(candidate.schedule) <= set(family.modes)
+        assert order in family.spec.orders
+        assert len(candidate.fit.weights) == STEPS
     assert [m.error for m in candidates] == sorted(m.error for m in candidates)
-    assert len({measured.schedule for measured in candidates}) == len(candidates)
+    assert len({candidate.schedule for candidate in candidates}) == len(candidates)
 
 
 def test_every_family_that_may_be_better_is_measured() -> None:
-    ground, families, _ = found()
-    explorer = Explorer(ground, families)
-    explorer.trust = {family.name: 1e-9 for family in families}  # far better than rehearsed
-    candidates = explorer.candidates(0.6, len(families))
-    calibrated = {m.family.name for m in candidates if C in m.schedule}
+    ground, families, _ = families_of_rich()
+    trust = {family.spec.name: 1e-9 for family in families}  # far better than rehearsed
+    state = replace(state_of_rich(), trust=trust)
+    candidates, _ = find_candidates(ground, families, state, 0.6, len(families))
+    calibrated = {m.family.spec.name for m in candidates if C in m.schedule}
     # Families whose best schedules are the same are measured once.
     assert len({m.schedule for m in candidates}) == len(candidates)
     assert len(calibrated) >= 2
 
 
 def test_families_that_were_far_worse_than_rehearsed_are_not_measured_again() -> None:
-    ground, families, _ = found()
-    explorer = Explorer(ground, families)
-    explorer.trust = {family.name: 1e9 for family in families[1:]}
-    candidates = explorer.candidates(0.6, 4)
-    assert {m.family.name for m in candidates} == {"forecast"}
+    ground, families, _ = families_of_rich()
+    trust = {family.spec.name: 1e9 for family in families[1:]}
+    state = replace(state_of_rich(), trust=trust)
+    candidates, after = find_candidates(ground, families, state, 0.6, 4)
+    assert {m.family.spec.name for m in candidates} == {"forecast"}
     assert len(candidates) == 4  # the rest are what the best became
-    assert set(explorer.trust) == {family.name for family in families}
+    assert set(after.trust) == {family.spec.name for family in families}
+    assert state.trust == trust  # a state is a value: what was passed stays as it was
+
+
+def test_summaries_are_made_once_and_on_the_runs_for_choosing() -> None:
+    ground, families, _ = families_of_rich()
+    candidates, state = find_candidates(ground, families, state_of_rich(), 0.3, 2)
+    assert state.summaries == {}
+    once = summarise(ground, state, candidates)
+    assert set(once.summaries) == {candidate.key for candidate in candidates}
+    assert all(once.summary(c).samples == ground.choice_samples for c in candidates)
+    again = summarise(ground, once, candidates)
+    assert all(again.summary(c) is once.summary(c) for c in candidates)
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.6])
-def test_families_start_from_what_the_one_before_found(budget: float) -> None:
-    ground, families, _ = found()
-    proposals = Explorer(ground, families).proposals(budget)
+def test_families_start_from_what_the_one_before_came_to(budget: float) -> None:
+    ground, families, _ = families_of_rich()
+    proposals = find_proposals(ground, families, state_of_rich(), budget)
     assert len(proposals) == len(families)
-    alone = Explorer(ground, families[:1]).proposals(budget)[0]
+    alone = find_proposals(ground, families[:1], state_of_rich(), budget)[0]
     # The same schedule in more coordinates, all 0: float64 rounding.
     assert all(proposal.error <= alone.error * (1 + 1e-9) for proposal in proposals)
     assert [p.error for p in proposals] == sorted(p.error for p in proposals)
 
 
 def test_no_candidate_below_the_least() -> None:
-    ground, families, _ = found()
+    ground, families, _ = families_of_rich()
     least = min(family.least_share(STEPS) for family in families)
-    assert Explorer(ground, families).candidates(0.99 * least, 3) == []
+    state = state_of_rich()
+    assert find_candidates(ground, families, state, 0.99 * least, 3) == ([], state)
 
 
 def test_answers_spread_from_the_steps_where_they_were_measured() -> None:
@@ -239,9 +275,9 @@ def test_costs_are_shares_of_the_measured_seconds() -> None:
     plan = Plan.search(*flicker(), budget=0.5, latency=latency)
     assert plan.front is not None
     assert plan.schedule.count(C) >= STEPS // 2
-    for taken, point in points_of(plan):
+    for plan_of_point, point in points_of(plan):
         assert point.cost == pytest.approx(by_hand(point, latency), rel=1e-9)
-        errors = sample_errors(euler(optimize(model, taken), CHOICE), euler(model, CHOICE))
+        errors = sample_errors(euler(optimize(model, plan_of_point), CHOICE), euler(model, CHOICE))
         assert fmean(errors) == pytest.approx(point.error.mean, **ROUNDING)
     assert plan.front.points[plan.front.taken].cost <= 0.5
 
@@ -287,8 +323,8 @@ def test_branches_of_one_layer_can_be_searched() -> None:
         None,
         "b",
     }
-    for taken, point in points_of(plan):
-        fast = optimize(model, taken)
+    for plan_of_point, point in points_of(plan):
+        fast = optimize(model, plan_of_point)
         assert fast.compiled.cost.run_share(point.schedule) == pytest.approx(point.cost, rel=1e-9)
         errors = sample_errors(euler(fast, CHOICE), euler(model, CHOICE))
         assert fmean(errors) == pytest.approx(point.error.mean, **ROUNDING)
@@ -325,7 +361,7 @@ def test_forecasts_need_nothing_to_calibrate(kind: type[nn.Module]) -> None:
     model = kind().eval()
     plan = Plan.search(model, record_runs(model), budget=0.5, exclude=("*",))
     assert plan.statistics == {}
-    for taken, point in points_of(plan):
+    for plan_of_point, point in points_of(plan):
         assert set(point.schedule) == {R, F}
-        fast = optimize(model, taken)
+        fast = optimize(model, plan_of_point)
         assert fast.compiled.cost.run_share(point.schedule) == pytest.approx(point.cost, rel=1e-9)

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.factors import factors_of
-from test_rehearse import modes, recorded_run, sampler_of
-from test_replay import Blocks, tokens
+from support.search.toy_runs import Blocks, modes, recorded_run, sampler_of, tokens
 from torch import nn
 
 from calicache.graph_passes import (
@@ -24,7 +23,8 @@ from calicache.graph_passes import (
     record,
 )
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.search.candidates import step_answers

@@ -43,7 +43,8 @@ from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs, node_macs
 from calicache.graph_passes.graph.run_values import find_run_values
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
+from calicache.graph_passes.rewriting.rewrite import rewrite
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve, allocate
 from calicache.graph_passes.search.costs import (
     Candidates,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,131 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from support.search.searches import (
+    SEEDS,
+    STEPS,
+    TIMES,
+    Flicker,
+    Times,
+    assert_same_plan,
+    euler,
+    evenly,
+    flicker,
+    record_runs,
+    refuses,
+)
 
-from calicache.graph_passes import Plan, Recording, StepMode, record
-from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes import Plan, StepMode, record
 from calicache.graph_passes.common.progress import Meter, Progress
 from calicache.graph_passes.search.ground import LEAST_RUNS, LEAST_STEPS, share_out
 from calicache.graph_passes.settings.latency import LatencyTable
-
-STEPS, TOKENS, WIDTH, BATCH = 8, 4, 64, 2
-SEEDS = (0, 1, 2)
-
-
-class Branch(nn.Module):
-    """A residual branch whose value changes beyond any forecast from step to step.
-
-    What goes into its layers changes slowly or keeps to few directions, so that CALIBRATE steps
-    of that rank can follow.
-    """
-
-    def __init__(self, width: int, rank: int, pace: float) -> None:
-        super().__init__()
-        self.up, self.down, self.pace = nn.Linear(width, width), nn.Linear(width, width), pace
-        with torch.no_grad():
-            for layer in (self.up, self.down):
-                product = torch.randn(width, rank) @ torch.randn(rank, width)
-                layer.weight.copy_(1.5 * product / (rank * width) ** 0.5)
-        self.phase = nn.Parameter(6 * torch.rand(width))
-
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        flicker = torch.sin(timestep[:, None, None] * self.pace + self.phase)
-        return self.down(torch.tanh(self.up(x)) * flicker)
-
-
-class Flicker(nn.Module):
-    """Two such branches."""
-
-    def __init__(self, width: int = WIDTH, rank: int = 8) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Branch(width, rank, pace) for pace in (1700, 2900))
-
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + block(x, timestep)
-        return x
-
-
-Times = Sequence[float]
-
-
-def evenly(steps: int) -> list[float]:
-    return [1 - k / steps for k in range(steps)]
-
-
-TIMES = evenly(STEPS)
-
-
-def euler(
-    model: nn.Module, seed: int, times: Times = TIMES, batch: int = BATCH, noise: float = 0
-) -> Tensor:
-    """The user's own sampler."""
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, TOKENS, next(model.parameters()).shape[-1], generator=draw)
-    with torch.no_grad():
-        for now, after in zip(times, [*times[1:], 0.0], strict=True):
-            x = x - (now - after) * model(x, torch.full((batch,), now))
-            x = x + noise * torch.randn(x.shape, generator=draw)
-    return x
-
-
-def sample_errors(got: Tensor, full: Tensor) -> list[float]:
-    """Relative L2 error of every sample."""
-    errors: list[float] = (
-        (got - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)
-    ).tolist()
-    return errors
-
-
-def record_runs(model: nn.Module, seeds: Sequence[int] = SEEDS, **options: Any) -> Recording:
-    with record(model) as recording:
-        for seed in seeds:
-            recording.finish(euler(model, seed, **options))
-    return recording
-
-
-@cache
-def flicker() -> tuple[Flicker, Recording]:
-    model = Flicker().eval()
-    return model, record_runs(model)
-
-
-def each(recording: Recording, places: Sequence[int] = (0, 1, 2), times: int = 5) -> Recording:
-    """Every run several times: a max_error wants samples to choose with."""
-    return recording.take_runs([place for place in places for _ in range(times)])
-
-
-def refuses(message: str) -> pytest.RaisesExc[PlanError]:
-    return pytest.raises(PlanError, match=f"^{re.escape(message)}$")
-
-
-def assert_same_plan(one: Plan, other: Plan, *, held_out: bool = True) -> None:
-    """Equal in every choice, and in every number but for float32 sums in another order."""
-    assert one.front is not None
-    assert other.front is not None
-    assert one.front.taken == other.front.taken
-    assert len(one.front.points) == len(other.front.points)
-    for mine, its in zip(one.front.points, other.front.points, strict=True):
-        assert (mine.schedule, mine.order, mine.rules, mine.ranks, mine.cost) == (
-            *(its.schedule, its.order, its.rules, its.ranks, its.cost),
-        )
-        weights = [torch.tensor(point.output_weights) for point in (mine, its)]
-        torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
-        assert mine.error.mean == pytest.approx(its.error.mean, rel=1e-2, abs=1e-6)
-    assert one.recipe.latent == other.recipe.latent
-    settings = [
-        replace(plan.settings, output_weights=None, latent=None, fixed={}, reads="[]")
-        for plan in (one, other)
-    ]
-    assert settings[0] == settings[1]
-    assert set(one.statistics) == set(other.statistics)
-    if held_out:
-        assert one.front.held_out is not None
-        assert other.front.held_out is not None
-        means = [front.held_out.mean for front in (one.front, other.front) if front.held_out]
-        assert means[0] == pytest.approx(means[1], rel=1e-2, abs=1e-6)
 
 
 @settings(deadline=None)
@@ -342,17 +234,17 @@ def written(folder: Path) -> dict[str, int]:
 def test_stopped_search_goes_on_from_there(stage: str, tmp_path: Path) -> None:
     whole, expected = in_one_go()
     with pytest.raises(KeyboardInterrupt):
-        Plan.search(*flicker(), budget=0.5, folder=tmp_path, on_progress=stop_at(stage))
+        Plan.search(*flicker(), budget=0.5, path=tmp_path, on_progress=stop_at(stage))
     kept = written(tmp_path)
     assert kept
     seen: list[Progress] = []
-    plan = Plan.search(*flicker(), budget=0.5, folder=tmp_path, on_progress=seen.append)
+    plan = Plan.search(*flicker(), budget=0.5, path=tmp_path, on_progress=seen.append)
     assert_same_plan(plan, whole)
     assert kept.items() <= written(tmp_path).items()
     # The recorded calls are run again in any case; what was measured on top of them is not.
     assert (seen[-1].done < expected[-1].done) == (stage != "run the recorded calls")
     done = written(tmp_path)
-    assert_same_plan(Plan.search(*flicker(), budget=0.5, folder=tmp_path), plan)
+    assert_same_plan(Plan.search(*flicker(), budget=0.5, path=tmp_path), plan)
     assert written(tmp_path) == done
 
 
@@ -364,7 +256,7 @@ def test_folder_of_another_search_is_refused(other: str, tmp_path: Path) -> None
             model,
             recording,
             budget=0.5,
-            folder=tmp_path,
+            path=tmp_path,
             on_progress=stop_at("capture the model"),
         )
     options: dict[str, Any] = {"budget": 0.5}
@@ -382,4 +274,4 @@ def test_folder_of_another_search_is_refused(other: str, tmp_path: Path) -> None
         f"plan: {tmp_path}: expected what an interrupted search of the same kind has kept, got a "
         "search of another model, recording or request. Name another folder, or delete this one."
     ):
-        Plan.search(model, recording, folder=tmp_path, **options)
+        Plan.search(model, recording, path=tmp_path, **options)

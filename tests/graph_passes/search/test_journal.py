@@ -12,12 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
+from pydantic_core import PydanticSerializationError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from calicache.graph_passes import StepMode
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.search.journal import KEY_FILE, Journal
+from calicache.graph_passes.search.journal import KEY_FILE, EntryKind, Journal
 
+FIT: EntryKind[Any] = EntryKind("fit", TypeAdapter(Any))
+ERRORS = EntryKind("errors", TypeAdapter(dict[StepMode, tuple[float, ...]]))
 FIX = "Name another folder, or delete this one."
 
 
@@ -60,7 +65,6 @@ def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 NUMBERS = {
     "number": 0.1 + 0.2,
     "smallest": 5e-324,
-    "infinite": -math.inf,
     "text": 'Größe \u2028 "x"',
     "list": [1, 2.5, None, True, [], {}],
     "nested": {"a.b": [[1.0, 2.0], [3.0]], "": {"x": -0.0}},
@@ -76,12 +80,29 @@ def test_numbers_are_made_once_and_read_back(tmp_path: Path, case: str) -> None:
         return value
 
     first = Journal.open(tmp_path / "kept", "key")
-    assert first.numbers("fit", make) == value
-    assert first.numbers("fit", make) == value
-    again = Journal.open(str(tmp_path / "kept"), "key").numbers("fit", make)
+    assert first.result(FIT, "", make) == value
+    assert first.result(FIT, "", make) == value
+    again = Journal.open(str(tmp_path / "kept"), "key").result(FIT, "", make)
     assert again == value
     assert repr(again) == repr(value)  # -0.0, True and 1.0 stay what they are
     assert calls == [1]
+
+
+def test_results_are_read_back_as_what_they_were(tmp_path: Path) -> None:
+    value = {StepMode.REUSE: (0.1, math.inf, -math.inf), StepMode.CALIBRATE: (5e-324,)}
+    Journal.open(tmp_path, "key").result(ERRORS, "reuse", lambda: value)
+    again = Journal.open(tmp_path, "key").result(ERRORS, "reuse", no_work)
+    assert again == value
+    assert all(isinstance(mode, StepMode) for mode in again)
+
+
+@pytest.mark.parametrize("content", [b"[1.0]", b'{"9": [1.0]}', b'{"1": ["x"]}', b'{"1": null}'])
+def test_results_of_another_form_are_refused(tmp_path: Path, content: bytes) -> None:
+    journal, path = Journal.open(tmp_path, "key"), tmp_path / "errors-reuse.json"
+    path.write_bytes(content)
+    got = refusal(lambda: journal.result(ERRORS, "reuse", no_work), path)
+    assert got.startswith("ValidationError: ")
+    assert path.read_bytes() == content
 
 
 def test_tensors_are_made_once_and_read_back(tmp_path: Path) -> None:
@@ -110,12 +131,12 @@ def test_tensors_are_made_once_and_read_back(tmp_path: Path) -> None:
 
 def test_results_are_kept_apart_by_name_and_by_kind(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, "key")
-    made = [journal.numbers("a", lambda: 1), journal.numbers("b", lambda: 2)]
+    made = [journal.result(FIT, "a", lambda: 1), journal.result(FIT, "b", lambda: 2)]
     journal.tensors("a", lambda: {"x": torch.ones(2)})
     again = Journal.open(tmp_path, "key")
-    assert [again.numbers("a", no_work), again.numbers("b", no_work)] == made == [1, 2]
+    assert [again.result(FIT, "a", no_work), again.result(FIT, "b", no_work)] == made == [1, 2]
     assert torch.equal(again.tensors("a", no_work)["x"], torch.ones(2))
-    assert names(tmp_path) == ["a.json", "a.safetensors", "b.json", KEY_FILE]
+    assert names(tmp_path) == ["a.safetensors", "fit-a.json", "fit-b.json", KEY_FILE]
 
 
 def test_folder_is_made_with_its_parents(tmp_path: Path) -> None:
@@ -134,7 +155,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
         return {"x": torch.ones(2)}
 
     for _ in range(2):
-        assert journal.numbers("a", lambda: len(calls)) == len(calls)
+        assert journal.result(FIT, "a", lambda: len(calls)) == len(calls)
         assert torch.equal(journal.tensors("a", make)["x"], torch.ones(2))
     assert calls == [1, 1]
     assert names(tmp_path) == []
@@ -147,20 +168,27 @@ def fail() -> Any:
     raise KeyboardInterrupt
 
 
+def kept(journal: Journal, kind: str, compute: Callable[[], Any]) -> Any:
+    """One result named `fit`, of numbers or of tensors."""
+    if kind == "tensors":
+        return journal.tensors("fit", compute)
+    return journal.result(FIT, "", compute)
+
+
 @pytest.mark.parametrize("kind", ["numbers", "tensors"])
 def test_interrupted_work_leaves_nothing_and_is_done_again(tmp_path: Path, kind: str) -> None:
     journal = Journal.open(tmp_path, "key")
     with pytest.raises(KeyboardInterrupt):
-        getattr(journal, kind)("fit", fail)
+        kept(journal, kind, fail)
     assert names(tmp_path) == [KEY_FILE]
     value = {"x": torch.ones(2)} if kind == "tensors" else {"x": 1}
-    assert getattr(Journal.open(tmp_path, "key"), kind)("fit", lambda: value) == value
+    assert kept(Journal.open(tmp_path, "key"), kind, lambda: value) == value
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, "key")
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        journal.numbers("fit", lambda: [1.0, object()])
+    with pytest.raises(PydanticSerializationError, match="Unable to serialize"):
+        journal.result(FIT, "", lambda: [1.0, object()])
     shared = torch.ones(4)
     with pytest.raises(RuntimeError, match="share memory"):
         journal.tensors("fit", lambda: {"a": shared, "b": shared})
@@ -171,12 +199,12 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_another_search_is_refused(tmp_path: Path) -> None:
-    Journal.open(tmp_path, "model a, recording b").numbers("fit", lambda: 1)
+    Journal.open(tmp_path, "model a, recording b").result(FIT, "", lambda: 1)
     before = names(tmp_path)
     got = refusal(lambda: Journal.open(tmp_path, "model a, recording c"), tmp_path)
     assert got == "a search of another model, recording or request. "
     assert names(tmp_path) == before
-    assert Journal.open(tmp_path, "model a, recording b").numbers("fit", no_work) == 1
+    assert Journal.open(tmp_path, "model a, recording b").result(FIT, "", no_work) == 1
 
 
 def test_key_is_not_written_out(tmp_path: Path) -> None:
@@ -225,7 +253,7 @@ def test_damaged_results_are_refused_with_their_path(
 ) -> None:
     journal = Journal.open(tmp_path, "key")
     value: Any = {"x": torch.ones(2)} if kind == "tensors" else {"x": 1}
-    getattr(journal, kind)("fit", lambda: value)
+    kept(journal, kind, lambda: value)
     path = tmp_path / ("fit.safetensors" if kind == "tensors" else "fit.json")
     whole = path.read_bytes()
     path.unlink()
@@ -234,13 +262,13 @@ def test_damaged_results_are_refused_with_their_path(
     else:
         spoiled = {"truncated": whole[:-4], "not text": b"\xff" * 40, "empty": b""}
         path.write_bytes(spoiled[damage])
-    got = refusal(lambda: getattr(journal, kind)("fit", no_work), path)
+    got = refusal(lambda: kept(journal, kind, no_work), path)
     assert re.match(r"\w+Error: ", got)
 
 
 def test_files_are_plain_json_and_safetensors(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, "key")
-    journal.numbers("fit", lambda: {"weights": [[1.0, 0.0]]})
+    journal.result(FIT, "", lambda: {"weights": [[1.0, 0.0]]})
     journal.tensors("moments", lambda: {"x": torch.ones(2)})
     assert json.loads((tmp_path / "fit.json").read_text()) == {"weights": [[1.0, 0.0]]}
     assert torch.equal(load_file(tmp_path / "moments.safetensors")["x"], torch.ones(2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rehearse import modes, random_scales, toy_span
+from support.search.toy_runs import modes, random_scales, toy_span
 
 from calicache.graph_passes import StepMode, spread_schedule
 from calicache.graph_passes.sampler.replay import Answer

@@ -13,98 +13,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import sample_dit
-from support.toys import captured
+from support.search.toy_runs import (
+    SHAPES,
+    STEPS,
+    Affine,
+    Shape,
+    modes,
+    plain_variants,
+    random_scales,
+    recording_of,
+    sampler_of,
+    toy_span,
+)
 from torch import Tensor, nn
 
-from calicache.graph_passes import Sites, StepMode, record
+from calicache.graph_passes import StepMode, record
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.rewriting.variants import VariantSet, rewrite
-from calicache.graph_passes.sampler.correct import RIDGE
+from calicache.graph_passes.rewriting.variants import VariantSet
+from calicache.graph_passes.sampler.least_squares import RIDGE
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import Answer, replay
 from calicache.graph_passes.sampler.update import SamplerSteps
 from calicache.graph_passes.search import rehearse
 from calicache.graph_passes.search.rehearse import Rehearsal, Scales, Span
-from calicache.graph_passes.settings.schedule import anchor_table, lagrange_weights
+from calicache.graph_passes.settings.schedule import lagrange_weights
 
 R, C, U, F = StepMode
-LETTERS = dict(zip("RCUF", StepMode, strict=True))
-STEPS = 8
-NOWHERE = Sites((), (), (), ())
 EXACT = Answer(0.0, 0.0)
-
-Shape = tuple[int, int]  # parts of the batch, and whether the sampler looks back
-SHAPES = {"one": (1, 0), "guided": (2, 0), "two-step": (1, 1), "guided two-step": (2, 1)}
-
-
-def modes(letters: str) -> tuple[StepMode, ...]:
-    return tuple(LETTERS[letter] for letter in letters)
-
-
-class Affine(nn.Module):
-    """e = gain_t x + c(label, t), float64: a model that answers to a latent by one number."""
-
-    def __init__(self, gains: Sequence[float], shape: tuple[int, ...]) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(5)
-        table = torch.randn(2, len(gains), *shape, generator=draw, dtype=torch.float64)
-        self.table = nn.Parameter(table, requires_grad=False)
-        self.gains = nn.Parameter(torch.tensor(gains, dtype=torch.float64), requires_grad=False)
-
-    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        return self.gains[timestep][:, None, None, None] * x + self.table[labels, timestep]
-
-
-def sampler_of(shape: Shape, steps: int = STEPS) -> SamplerSteps:
-    """Updates of about the size that a sampler has, other ones at every step."""
-    parts, back = shape
-    draw = np.random.default_rng(11)
-    rows = []
-    for step in range(steps):
-        now = [draw.uniform(0.8, 1.2), *draw.uniform(-0.6, -0.2, parts)]
-        before = [draw.uniform(-0.2, 0.2), *draw.uniform(0.05, 0.2, parts)]
-        rows.append(tuple(now + before * (back if step else 0)))
-    return SamplerSteps("x", parts, tuple(rows))
-
-
-def recorded_run(
-    model: nn.Module, steps: SamplerSteps, noise: Tensor
-) -> tuple[list[dict[str, Tensor]], list[Tensor], Tensor]:
-    """Calls, outputs and result of the sampler, each update written out by hand."""
-    x, before, calls, outputs = noise, list[Tensor](), [], []
-    labels = torch.arange(steps.parts).repeat_interleave(len(noise))
-    for step, weights in enumerate(steps.weights):
-        timestep = torch.full((len(labels),), step)
-        calls.append({"x": torch.cat([x] * steps.parts), "timestep": timestep, "labels": labels})
-        outputs.append(model(**calls[-1]))
-        now = [x, *outputs[-1].split(len(noise))]
-        x = torch.zeros_like(noise)
-        for weight, term in zip(weights, now + before, strict=False):
-            x = x + weight * term
-        before = now
-    return calls, outputs, x
-
-
-def recording_of(
-    model: nn.Module, steps: SamplerSteps, size: tuple[int, ...], seeds: Sequence[int] = (1,)
-) -> RecordedSampler:
-    noises = [
-        torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        for seed in seeds
-    ]
-    runs = [recorded_run(model, steps, noise) for noise in noises]
-    return RecordedSampler(
-        tuple(calls for calls, _, _ in runs),
-        tuple(tuple(outputs) for _, outputs, _ in runs),
-        tuple(end for _, _, end in runs),
-        steps,
-    )
-
-
-def plain_variants(model: nn.Module, call: dict[str, Tensor]) -> VariantSet:
-    """REFRESH alone, for replays of REFRESH and FORECAST steps."""
-    graph = captured(model, *call.values())
-    return rewrite(graph, NOWHERE, (), {}, (), anchors=anchor_table((R,) * STEPS, 2))
 
 
 # --- coordinates --------------------------------------------------------------------------------
@@ -290,20 +225,6 @@ def test_error_of_several_runs_is_that_of_all_together() -> None:
 # --- errors against one schedule at a time, in vectors ------------------------------------------
 
 
-def toy_span(steps: int, parts: int = 1, back: int = 0, seed: int = 3) -> Span:
-    """A few random outputs, and the latents that a sampler makes of them."""
-    draw = np.random.default_rng(seed)
-    size = 1 + steps * parts
-    outputs = draw.normal(size=(steps, parts, size))
-    rows = sampler_of((parts, back), steps).weights
-    latents, before = [draw.normal(size=size)], np.zeros((0, size))
-    for step, row in enumerate(rows):
-        now = np.concatenate([latents[-1][None], outputs[step]])
-        latents.append(np.array(row) @ np.concatenate([now, before])[: len(row)])
-        before = now
-    return Span(torch.tensor(np.stack(latents)), torch.tensor(outputs), rows)
-
-
 def walk(rehearsal: Rehearsal, schedule: Sequence[StepMode], order: int) -> float:
     """The rehearsal of one schedule in numpy, its directions z in columns of their own."""
     span, steps = rehearsal.span, len(schedule)
@@ -341,11 +262,6 @@ def walk(rehearsal: Rehearsal, schedule: Sequence[StepMode], order: int) -> floa
         if mode is R:
             kept[step] = own
     return float(np.linalg.norm(x - latents[-1]) / np.linalg.norm(latents[-1]))
-
-
-def random_scales(steps: int, seed: int) -> Scales:
-    draw = np.random.default_rng(seed)
-    return tuple(tuple(row) for row in draw.uniform(0.05, 0.5, (3, steps)).tolist())
 
 
 def toy_rehearsal(parts: int, back: int, steps: int = STEPS) -> Rehearsal:

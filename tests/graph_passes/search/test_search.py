@@ -16,8 +16,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from methods import sample_dpm
 from model import FashionDiT, FashionDiTConfig
 from support.models import relative, sample_dit, shake
+from support.search.searches import (
+    assert_same_plan,
+    each,
+    euler,
+    flicker,
+    record_runs,
+    sample_errors,
+)
 from support.tiny_pipelines import CASES, PipelineCase
-from test_ground import assert_same_plan, each, euler, flicker, record_runs, sample_errors
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
@@ -129,6 +136,7 @@ def test_budget_and_errors_are_those_of_the_users_sampler(
     assert taken(plan).error.mean == min(point.error.mean for point in within)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [toy, multistep])
 def test_every_point_of_the_front_is_a_plan(make: Callable[[], Case], tmp_path: Path) -> None:
     plan = found(make, 0.5)
@@ -202,7 +210,7 @@ def test_effort_tries_more(tmp_path: Path) -> None:
     tried = []
     for effort in (1, 2):
         folder = tmp_path / str(effort)
-        plan = Plan.search(case.model, case.recording, budget=0.5, effort=effort, folder=folder)
+        plan = Plan.search(case.model, case.recording, budget=0.5, effort=effort, path=folder)
         assert taken(plan).cost <= 0.5
         tried.append({path.name for path in folder.glob("fit-*.json")})
     assert len(tried[1]) > len(tried[0])
@@ -248,6 +256,7 @@ def build(case: PipelineCase) -> Any:
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=case.name) for case in CASES if case.calls == 2],
@@ -266,7 +275,7 @@ def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
     assert plan.front is not None
     assert_summary(plan.front.held_out, sample_errors(got, recording.ends[-1]))
     sampler = read_sampler(fast, recording)
-    export_onnx(fast, tmp_path / "d", "sampler", sampler)
+    export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
     assert_exported(tmp_path / "d", recording, sampler.latent, got)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fronts import front_of
+from support.search.fronts import front_of
 
 from calicache.graph_passes import ErrorSummary, FrontPoint, StepMode
 from calicache.graph_passes.settings.front import CONFIDENCE, pareto

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
-from support.fronts import front_of
 from support.models import sample_dit
+from support.search.fronts import front_of
 
 from calicache.graph_passes import (
     Front,
@@ -27,7 +27,7 @@ from calicache.graph_passes import (
     Weighting,
     optimize,
 )
-from calicache.graph_passes.api.plan import PLAN_FILE
+from calicache.graph_passes.api.plan_file import PLAN_FILE
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import member
 from calicache.graph_passes.settings.schedule import output_table

@@ -19,6 +19,8 @@ from calicache.graph_passes import Plan, Recording, optimize
 from calicache.tools.cli import app
 from calicache.tools.compare.comparison import compare
 
+pytestmark = pytest.mark.slow
+
 DECODERS = """
 def images():
     return lambda latents: latents[:, None].expand(-1, 3, -1, -1).tanh()

@@ -44,6 +44,8 @@ from calicache.tools.compare.pictures import PictureKind
 from calicache.tools.compare.recorded_runs import matching_runs
 from calicache.tools.compare.side_by_side import plain_output
 
+pytestmark = pytest.mark.slow
+
 SCHEDULE = (R, C, R, U, R, FORECAST)
 # Relative L2 of one call in two runtimes: float32 rounding gives 1e-6 at the most.
 SAME = 1e-5
@@ -81,7 +83,7 @@ def case_of(
     for layout in layouts:
         whole = layout is Layout.SAMPLER
         sampler = read_sampler(fast, planned, **options) if whole else None
-        export_onnx(fast, folder / layout, layout, sampler)
+        export_onnx(fast, folder / layout, layout=layout, sampler=sampler)
     recording, wanted = recorded(model, denoise, noises[half:])
     got = []
     for noise in noises[half:]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.fronts import front_of
 from support.golden import assert_golden
+from support.search.fronts import front_of
 from support.small_subjects import other_artifact, schedule_of, small_folder
 from typer.testing import CliRunner, Result
 

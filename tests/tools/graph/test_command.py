@@ -40,6 +40,8 @@ from calicache.tools.graph.command import GraphFormat, first_cheap_mode, view_te
 from calicache.tools.graph.draw import mermaid_text, svg_text
 from calicache.tools.graph.text import block_text, folded_text
 
+pytestmark = pytest.mark.slow
+
 SPACES = "a path with spaces.onnx.d"
 
 
@@ -183,5 +185,5 @@ def test_every_layout_has_the_graphs_of_what_it_runs(
     expected = view_graphs(fast.compiled.captured, fast.compiled.variant_set)
     for layout in Layout:
         sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
-        export_onnx(fast, tmp_path / layout, layout, sampler)
+        export_onnx(fast, tmp_path / layout, layout=layout, sampler=sampler)
         assert read_graphs(tmp_path / layout) == expected

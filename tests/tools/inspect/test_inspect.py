@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from support.fronts import front_of
 from support.golden import assert_golden
+from support.search.fronts import front_of
 from support.small_subjects import (
     other_artifact,
     small_folder,
@@ -284,7 +284,7 @@ def test_other_layouts(layout: Layout) -> None:
 
 def test_guidance_calls_and_built_in_values_are_shown(home: Path, manifest: Manifest) -> None:
     noise = TensorSpec("noise", (1, 5, 4), "float32")
-    record = SamplerRecord(noise, (), parts=2, conditional=0, guidance=1.5)
+    record = SamplerRecord(noise, (), parts=2, conditional=0, guidance=1.5, scale=1.0)
     facts = facts_of_artifact(
         home, manifest, sampler=record, calls_per_step=2, fixed={"mask": ("1234",)}
     )
@@ -408,7 +408,7 @@ def test_a_recording_of_one_step_has_unknown_dependence(home: Path) -> None:
 # JSON, and the command.
 
 KEYS = {
-    "plan": "kind path files binding recipe inputs schedule targets front warnings",
+    "plan": "kind path files binding recipe sampler inputs schedule targets front warnings",
     "artifact": "kind path manifest schedule modes run_share cache_bytes layers warnings",
     "recording": "kind path bytes value_bytes calls calls_per_step runs steps inputs constants "
     "timestep timestep_values warnings",

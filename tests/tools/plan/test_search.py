@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fronts import front_of
 from support.models import relative, sample_dit
+from support.search.fronts import front_of
 from typer.testing import CliRunner, Result
 
 from calicache.graph_passes import Plan, Recording, optimize, record

@@ -25,6 +25,8 @@ from calicache.tools.report import page as report_page
 from calicache.tools.report.data import gather_report
 from calicache.tools.report.page import render_report, write_report
 
+pytestmark = pytest.mark.slow
+
 R, C, U, F = StepMode
 SCHEDULE = (R, C, F, R, U, C)
 SECTIONS = ["summary", "schedule", "errors", "steps", "energy", "cost", "operators", "front"]

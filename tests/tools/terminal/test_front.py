@@ -8,7 +8,7 @@ import re
 
 import pytest
 from rich.console import Console
-from support.fronts import front_of
+from support.search.fronts import front_of
 
 from calicache.tools.terminal.error_chart import axis_ticks
 from calicache.tools.terminal.front import describe_front, describe_point, front_chart

@@ -1,0 +1,1 @@
+../../calicache/__init__.pyi

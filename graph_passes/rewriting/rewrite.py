@@ -1,0 +1,265 @@
+"""From the plain graph to one variant per step mode, with the caches as inputs and outputs.
+
+Linear layers whose output is cached are written over rows (T, channels), T being all tokens of
+the batch: ONNX Runtime runs them as one GEMM that writes straight into the cache, where a
+value taken after the reshape that follows the GEMM would be copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.factors.decompose import CalibrationFactors
+from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.graph.operations import LINEAR
+from calicache.graph_passes.graph.surgery import copy_graph, finish, graph_outputs, read_attribute
+from calicache.graph_passes.rewriting.calibrate import Calibration, folded_value
+from calicache.graph_passes.rewriting.insertion import (
+    ANCHOR_WEIGHT,
+    OUTPUT_WEIGHT,
+    CacheSlot,
+    CacheSource,
+    Insertion,
+    cached_form,
+)
+from calicache.graph_passes.rewriting.output_mix import mix_outputs, output_nodes
+from calicache.graph_passes.rewriting.variants import (
+    CacheSpec,
+    Variant,
+    VariantSet,
+    table_columns,
+)
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.schedule import Table
+from calicache.graph_passes.sites.sites import Sites
+from calicache.graph_passes.sites.targets import CalibrationTarget
+
+
+@dataclass(frozen=True, slots=True)
+class _Rewrite:
+    """What all variants of one plan have in common; see `rewrite`."""
+
+    captured: CapturedGraph
+    sites: Sites
+    targets: Sequence[CalibrationTarget]
+    factors: Mapping[str, CalibrationFactors]
+    folded: frozenset[str]
+    history: int
+    outputs: Table | None
+    latent: str | None
+    run_values: Collection[str]
+
+    @property
+    def exits(self) -> list[str]:
+        """The values that REUSE replaces."""
+        return [name for branch in self.sites.branches for name in branch.exits]
+
+
+def rewrite(
+    captured: CapturedGraph,
+    sites: Sites,
+    targets: Sequence[CalibrationTarget],
+    factors: Mapping[str, CalibrationFactors],
+    modes: Collection[StepMode],
+    *,
+    folded: frozenset[str] = frozenset(),
+    anchors: Table = ((1.0,),),
+    outputs: Table | None = None,
+    latent: str | None = None,
+    run_values: Collection[str] = (),
+) -> VariantSet:
+    """Make the variants for some modes.
+
+    Args:
+        captured: the plain graph; it is copied, not changed.
+        sites: whose branches REUSE skips.
+        targets: what CALIBRATE replaces, from `assign`.
+        factors: by target name; needed where CALIBRATE is among the modes.
+        modes: which variants a schedule uses; REFRESH is made in any case.
+        folded: targets that cache A x instead of x, from `choose_folds`.
+        anchors: weights of the kept refreshes by step (T, K).
+        outputs: weights of a step's own output and the kept ones by step (T, 1 + K), and of
+            the latent (T, 2 + K) where it is named; None leaves every output as it is.
+        latent: the input that the last of these weights is for.
+        run_values: nodes that cheap modes read instead of making them, from `find_run_values`.
+
+    Raises:
+        PlanError: an output is no floating-point tensor and cannot be forecast, or FORECAST is
+            asked for without output weights.
+    """
+    used = frozenset(modes) | {StepMode.REFRESH}
+    if StepMode.FORECAST in used and outputs is None:
+        raise PlanError(
+            "outputs",
+            expected="output weights for FORECAST",
+            got="None",
+            fix="Pass output_table(schedule, order).",
+        )
+    plan = _Rewrite(
+        captured,
+        sites,
+        targets,
+        factors,
+        folded,
+        len(anchors[0]),
+        outputs,
+        latent,
+        run_values,
+    )
+    cheap: dict[StepMode, Variant] = {}
+    if StepMode.CALIBRATE in used:
+        tapped = plan.exits if StepMode.REUSE in used else []
+        cheap[StepMode.CALIBRATE] = _calibrate_variant(plan, tapped)
+    if StepMode.REUSE in used:
+        cheap[StepMode.REUSE] = _reuse_variant(plan)
+    if StepMode.FORECAST in used:
+        cheap[StepMode.FORECAST] = _forecast_variant(plan)
+    slots = [slot for variant in cheap.values() for slot in variant.slots.values()]
+    caches = _caches(plan, slots)
+    variants = {StepMode.REFRESH: _refresh_variant(plan, caches), **cheap}
+    read = {name for variant in variants.values() for name in variant.reads}
+    tables = {
+        **table_columns(ANCHOR_WEIGHT, anchors),
+        **table_columns(OUTPUT_WEIGHT, outputs or ()),
+    }
+    return VariantSet(
+        variants,
+        caches,
+        plan.history,
+        {name: table for name, table in tables.items() if name in read},
+        len(graph_outputs(captured.graph)),
+    )
+
+
+def _caches(plan: _Rewrite, slots: Iterable[CacheSlot]) -> tuple[CacheSpec, ...]:
+    """What is read of a REFRESH step, in the order of the plain graph."""
+    values = {slot.source: slot.value for slot in slots}
+    if plan.outputs is not None:  # REFRESH itself mixes its outputs with the kept ones
+        values |= {CacheSource.of(n): cached_form(n) for n in output_nodes(plan.captured)}
+    order = {node.name: number for number, node in enumerate(plan.captured.graph.nodes)}
+    # Of one place the folded value comes first.
+    sources = sorted(values, key=lambda source: (order[source.place], source.folded is None))
+    return tuple(
+        CacheSpec(
+            source.name,
+            source.node,
+            source.folded,
+            tuple(values[source].shape),
+            values[source].dtype,
+            1 if source.node in plan.run_values else plan.history,
+        )
+        for source in sources
+    )
+
+
+def _refresh_variant(plan: _Rewrite, caches: Sequence[CacheSpec]) -> Variant:
+    """The plain graph with the cached values as further outputs; A x for folded ones."""
+    graph, copies = copy_graph(plan.captured.graph)
+    insert = Insertion(graph, plan.history)
+    targets = {target.name: target for target in plan.targets}
+    values = []
+    for cache in caches:
+        value = copies[cache.node]
+        if cache.folded is not None:
+            factors = plan.factors[cache.folded]
+            value = folded_value(insert, plan.captured, copies, targets[cache.folded], factors)
+        elif value.target is LINEAR:
+            value = insert.linear_over_rows(value)
+        values.append(value)
+    return _variant(plan, StepMode.REFRESH, insert, values)
+
+
+def _calibrate_variant(plan: _Rewrite, tapped: Collection[str]) -> Variant:
+    """Every target becomes y* + B A (x - x*), or y* + B (A x - z*) where folded.
+
+    Targets that share x share x - x*. At rank 0 a target is just y*. Linear layers in
+    `tapped` that are no targets run over rows as in REFRESH, so that both read one weight
+    layout.
+    """
+    graph, copies = copy_graph(plan.captured.graph)
+    insert = Insertion(graph, plan.history)
+    place = {node.name: number for number, node in enumerate(plan.captured.graph.nodes)}
+    calibration = Calibration(insert, copies, plan.factors, plan.folded)
+    # In graph order, so that a shared anchor is made before its first use.
+    for target in sorted(plan.targets, key=lambda t: min(place[n] for n in t.nodes)):
+        calibration.replace(target)
+    for name in tapped:
+        if name not in calibration.replaced and copies[name].target is LINEAR:
+            insert.linear_over_rows(copies[name])
+    _read_run_values(plan, insert, copies)
+    return _variant(plan, StepMode.CALIBRATE, insert)
+
+
+def _reuse_variant(plan: _Rewrite) -> Variant:
+    """Every branch becomes its anchor; what is inside goes away as dead code."""
+    graph, copies = copy_graph(plan.captured.graph)
+    insert = Insertion(graph, plan.history)
+    for name in plan.exits:
+        last = copies[name]
+        with graph.inserting_before(last):
+            last.replace_all_uses_with(insert.anchor(last))
+    _read_run_values(plan, insert, copies)
+    return _variant(plan, StepMode.REUSE, insert)
+
+
+def _forecast_variant(plan: _Rewrite) -> Variant:
+    """The model's outputs become weighted sums of the kept ones; nothing inside runs."""
+    graph, _ = copy_graph(plan.captured.graph)
+    return _variant(plan, StepMode.FORECAST, Insertion(graph, plan.history))
+
+
+def _read_run_values(plan: _Rewrite, insert: Insertion, copies: Mapping[str, fx.Node]) -> None:
+    for name in plan.run_values:
+        node = copies[name]
+        with insert.graph.inserting_before(node):
+            node.replace_all_uses_with(insert.kept(node))
+
+
+def _variant(
+    plan: _Rewrite, mode: StepMode, insert: Insertion, caches: Sequence[fx.Node] = ()
+) -> Variant:
+    """The finished graph: outputs mixed, dead code and unused placeholders gone."""
+    graph, arguments = insert.graph, len(plan.captured.signature.tensors)
+    values = graph_outputs(graph)
+    if plan.outputs is not None:
+        keep_own = mode is not StepMode.FORECAST
+        values = mix_outputs(insert, plan.captured, plan.latent, keep_own=keep_own)
+    graph.output_node().args = ((*values, *caches),)
+    finish(graph)
+    _drop_unused(graph, arguments)
+    live = {node.name for node in graph.nodes}
+    # The target, not the name: fx renames a placeholder that a weight of the model is named like.
+    reads = [str(node.target) for node in graph.nodes if node.op == "placeholder"][arguments:]
+    return Variant(
+        mode=mode,
+        module=fx.GraphModule(
+            _tensors(plan.captured, insert), graph, class_name=mode.name.capitalize()
+        ),
+        reads=tuple(reads),
+        slots={name: insert.cache_slots[name] for name in reads if name in insert.cache_slots},
+        inserted=tuple(node.name for node in insert.made if node.name in live),
+    )
+
+
+def _tensors(
+    captured: CapturedGraph, insert: Insertion
+) -> dict[str, torch.Tensor | fx.GraphModule]:
+    """What the `get_attr` nodes of a variant name: the model's own weights, and the factors."""
+    names = {str(node.target) for node in insert.graph.nodes if node.op == "get_attr"}
+    return {
+        name: insert.attributes[name]
+        if name in insert.attributes
+        else read_attribute(captured.module, name)
+        for name in sorted(names)
+    }
+
+
+def _drop_unused(graph: fx.Graph, arguments: int) -> None:
+    for node in [n for n in graph.nodes if n.op == "placeholder"][arguments:]:
+        if not node.users:
+            graph.erase_node(node)
