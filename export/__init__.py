@@ -8,11 +8,13 @@ from calicache.export.export import export_onnx
 from calicache.export.latency import measure_latency
 from calicache.export.samplers import read_sampler
 from calicache.export.session.session import Session
+from calicache.graph_passes.sampler.tables import SamplerTables
 
 __all__ = [
     "export_onnx",
     "measure_latency",
     "Layout",
+    "SamplerTables",
     "read_sampler",
     "Session",
     "Manifest",

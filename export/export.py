@@ -31,9 +31,12 @@ from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.recording.signature import TensorSpec
-from calicache.graph_passes.recording.timestep import calls_of
+from calicache.graph_passes.rewriting.compile import Compiled
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.sites.targets import CalibrationTarget
 
 
 def export_onnx(
@@ -58,21 +61,21 @@ def export_onnx(
     """
     layout = _layout(layout)
     tables = _sampler(optimized, layout, sampler)
-    form = optimized.by_step() if layout is Layout.SAMPLER else optimized
+    compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
     with atomic_path(Path(path)) as folder:
         folder.mkdir()
         if layout is Layout.PAIR:
-            _save_pair(pair_models(form), folder)
+            _save_pair(pair_models(compiled), folder)
         else:
-            model = step_model(form) if tables is None else sampler_model(form, tables)
+            model = step_model(compiled) if tables is None else sampler_model(compiled, tables)
             ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
-        write_graphs(view_graphs(form.compiled.captured, form.compiled.variant_set), folder)
+        write_graphs(view_graphs(compiled.captured, compiled.variant_set), folder)
         names = sorted(file.name for file in folder.iterdir())
         files = tuple(
             FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
             for name in names
         )
-        manifest = _manifest(form, layout, files, tables)
+        manifest = _manifest(compiled, layout, files, tables, optimized.plan.front)
         write_manifest(manifest, folder)
     return manifest
 
@@ -131,14 +134,14 @@ def _save_pair(models: dict[StepMode, ir.Model], folder: Path) -> None:
 
 
 def _manifest(
-    optimized: OptimizedModel,
+    compiled: Compiled,
     layout: Layout,
     files: tuple[FileRecord, ...],
     sampler: SamplerTables | None,
+    front: Front | None,
 ) -> Manifest:
-    plan, compiled = optimized.plan, optimized.compiled
-    recipe, binding, cost = plan.recipe, plan.binding, compiled.cost
-    caches = optimized.compiled.variant_set.caches
+    recipe, analysis = compiled.recipe, compiled.analysis
+    binding, cost, variant_set = analysis.binding, compiled.cost, compiled.variant_set
     return Manifest(
         format=FORMAT,
         calicache=version("calicache"),
@@ -152,32 +155,32 @@ def _manifest(
         correction=recipe.correction,
         weights_hash=binding.weights_hash,
         inputs=binding.signature.tensors,
-        calls_per_step=calls_of(binding.timestep),
-        fixed=compiled.analysis.fixed,
-        outputs=output_names(optimized),
+        calls_per_step=binding.calls,
+        fixed=analysis.fixed,
+        outputs=output_names(compiled.captured),
         caches=tuple(
             TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
-            for cache in caches
+            for cache in variant_set.caches
         ),
-        history=optimized.compiled.variant_set.history,
+        history=variant_set.history,
         cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
         modes=tuple(
-            ModeRecord(mode, cost.modes[mode], _kept_reads(optimized, mode))
-            for mode in sorted(optimized.compiled.variant_set.variants)
+            ModeRecord(mode, cost.modes[mode], _kept_reads(variant_set, mode))
+            for mode in sorted(variant_set.variants)
         ),
-        targets=_target_records(optimized),
-        branches=tuple(branch.name for branch in optimized.compiled.analysis.sites.branches),
-        rejections=optimized.compiled.rejections,
-        sampler=None if sampler is None else _sampler_record(optimized, sampler),
-        front=optimized.plan.front,
+        targets=tuple(_target_record(compiled, target) for target in compiled.targets),
+        branches=tuple(branch.name for branch in analysis.sites.branches),
+        rejections=compiled.rejections,
+        sampler=None if sampler is None else _sampler_record(compiled, sampler),
+        front=front,
     )
 
 
-def _sampler_record(optimized: OptimizedModel, sampler: SamplerTables) -> SamplerRecord:
+def _sampler_record(compiled: Compiled, sampler: SamplerTables) -> SamplerRecord:
     return SamplerRecord(
-        noise=noise_spec(optimized, sampler),
-        inputs=run_specs(optimized, sampler),
+        noise=noise_spec(compiled, sampler),
+        inputs=run_specs(compiled, sampler),
         parts=sampler.parts,
         conditional=sampler.conditional,
         guidance=sampler.guidance,
@@ -185,35 +188,25 @@ def _sampler_record(optimized: OptimizedModel, sampler: SamplerTables) -> Sample
     )
 
 
-def _kept_reads(optimized: OptimizedModel, mode: StepMode) -> tuple[str, ...]:
-    variant_set = optimized.compiled.variant_set
-    return tuple(
-        name for name in variant_set.variants[mode].reads if name not in variant_set.tables
+def _kept_reads(variant_set: VariantSet, mode: StepMode) -> tuple[str, ...]:
+    reads = variant_set.variants[mode].reads
+    return tuple(name for name in reads if name not in variant_set.tables)
+
+
+def _target_record(compiled: Compiled, target: CalibrationTarget) -> TargetRecord:
+    cost, factors = compiled.cost.targets[target.name], compiled.factors.get(target.name)
+    return TargetRecord(
+        name=target.name,
+        granularity=target.granularity,
+        sites=target.sites,
+        in_features=target.in_features,
+        out_features=target.out_features,
+        rank=target.rank,
+        energy=factors.energy if factors else None,
+        kept=factors.kept_energy() if factors else {},
+        full_macs=cost.full_macs,
+        calibrate_macs=cost.calibrate_macs,
+        full_bytes=cost.full_bytes,
+        factor_bytes=cost.factor_bytes,
+        cache_bytes=cost.cache_bytes,
     )
-
-
-def _target_records(optimized: OptimizedModel) -> tuple[TargetRecord, ...]:
-    records = []
-    for target in optimized.compiled.targets:
-        cost, factors = (
-            optimized.compiled.cost.targets[target.name],
-            optimized.compiled.factors.get(target.name),
-        )
-        records.append(
-            TargetRecord(
-                name=target.name,
-                granularity=target.granularity,
-                sites=target.sites,
-                in_features=target.in_features,
-                out_features=target.out_features,
-                rank=target.rank,
-                energy=factors.energy if factors else None,
-                kept=factors.kept_energy() if factors else {},
-                full_macs=cost.full_macs,
-                calibrate_macs=cost.calibrate_macs,
-                full_bytes=cost.full_bytes,
-                factor_bytes=cost.factor_bytes,
-                cache_bytes=cost.cache_bytes,
-            )
-        )
-    return tuple(records)

@@ -82,7 +82,7 @@ class SamplerRecord:
         inputs: the model's tensors that stay the same over a run, all guidance parts at once.
         parts: of the guided batch; 1 without guidance.
         conditional: the part that guidance moves towards, if the scale is an input.
-        guidance: the recorded scale, used where none is given.
+        guidance: the recorded scale, used where the caller names none.
         scale: what the noise is multiplied with for the first call of the model.
     """
 
@@ -168,22 +168,22 @@ def model_file(layout: Layout, mode: StepMode) -> str:
     return f"{mode.name.lower()}.onnx" if layout is Layout.PAIR else MODEL_FILE
 
 
-def read_manifest(directory: Path | str) -> Manifest:
-    """Read the manifest alone, without looking at the other files.
+def read_manifest(path: Path | str) -> Manifest:
+    """Read the manifest of an artifact's folder alone, without looking at the other files.
 
     Raises:
         ArtifactError: there is none, or it is damaged or of another version.
     """
-    path = Path(directory) / MANIFEST_FILE
+    file = Path(path) / MANIFEST_FILE
     try:
-        text = path.read_bytes()
-        found = json.loads(text)["format"]  # first: another format has other fields
-        if found != FORMAT:
-            raise ValueError(f"format {found}, this version reads {FORMAT}")
+        text = file.read_bytes()
+        number = json.loads(text)["format"]  # first: another format has other fields
+        if number != FORMAT:
+            raise ValueError(f"format {number}, this version reads {FORMAT}")
         manifest = _MANIFEST.validate_json(text)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
-            str(path),
+            str(file),
             expected="a manifest written by export_onnx",
             got=f"{type(error).__name__}: {error}",
             fix="Export the model again.",
@@ -191,14 +191,14 @@ def read_manifest(directory: Path | str) -> Manifest:
     return manifest
 
 
-def load_artifact(directory: Path | str) -> Manifest:
-    """Read the manifest and check every file against it.
+def load_artifact(path: Path | str) -> Manifest:
+    """Read the manifest of an artifact's folder and check every file against it.
 
     Raises:
         ArtifactError: a file is missing, cut short, changed, or outside the folder.
     """
-    manifest = read_manifest(directory)
-    folder = Path(directory)
+    manifest = read_manifest(path)
+    folder = Path(path)
     for mode in set(manifest.schedule):
         name = model_file(manifest.layout, mode)
         if name not in {record.name for record in manifest.files}:

@@ -79,7 +79,7 @@ def hoist_steps(
 
 def _frontier(graph: fx.Graph, classes: Mapping[str, Dependence]) -> list[fx.Node]:
     """Values of class `step` that others of class `latent` use; before the views of them."""
-    found: dict[fx.Node, None] = {}
+    frontier: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op == "output" or classes[node.name] is not Dependence.LATENT:
             continue
@@ -88,8 +88,8 @@ def _frontier(graph: fx.Graph, classes: Mapping[str, Dependence]) -> list[fx.Nod
                 continue
             source = before_views(source)
             if source.op != "placeholder":
-                found[source] = None
-    return list(found)
+                frontier[source] = None
+    return list(frontier)
 
 
 def _without(variant: Variant, frontier: Sequence[fx.Node]) -> Variant:

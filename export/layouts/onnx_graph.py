@@ -1,6 +1,6 @@
 """What all layouts are built from: variants translated by torch, joined with onnx-ir.
 
-Weights become initializers of the outermost graph, found equal by content and stored once.
+Weights become initializers of the outermost graph; those of equal content are stored once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from onnx_ir import convenience, tensor_adapters
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import fx
 
-from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import ExportError
+from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
+from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 
@@ -25,26 +26,26 @@ CONTRIB_VERSION = 1  # of com.microsoft, which not every variant uses
 LOOK_UP_NAMES = ("mode", *(f"is_{mode.name.lower()}" for mode in StepMode))
 
 
-def output_names(optimized: OptimizedModel) -> tuple[str, ...]:
+def output_names(captured: CapturedGraph) -> tuple[str, ...]:
     """Names of the model's own outputs in the ONNX graph: `output`, or `output_0` ...
 
     An output that is None has no name.
     """
-    count = sum(isinstance(v, fx.Node) for v in graph_outputs(optimized.compiled.captured.graph))
+    count = sum(isinstance(v, fx.Node) for v in graph_outputs(captured.graph))
     return ("output",) if count == 1 else tuple(f"output_{k}" for k in range(count))
 
 
-def check_names(optimized: OptimizedModel, added: Mapping[str, str]) -> None:
+def check_names(signature: CallSignature, added: Mapping[str, str]) -> None:
     """No argument of the model has a name that the layout adds.
 
     Args:
-        optimized: whose arguments are meant.
+        signature: of the model's calls.
         added: new names, and what each is.
 
     Raises:
         ExportError: one has.
     """
-    for spec in optimized.plan.binding.signature.tensors:
+    for spec in signature.tensors:
         if spec.name in added:
             raise ExportError(
                 f"input {spec.name}",
@@ -75,13 +76,13 @@ class InitializerPool:
     """Outer initializers, one per content, so that variants share their weights.
 
     Args:
-        taken: names that no initializer may get.
+        reserved: names that no initializer may get.
         names: by content, shared by the pools of several models.
     """
 
-    def __init__(self, taken: set[str], names: dict[bytes, str] | None = None) -> None:
+    def __init__(self, reserved: set[str], names: dict[bytes, str] | None = None) -> None:
         self.values: dict[bytes, ir.Value] = {}
-        self._taken = taken
+        self._reserved = reserved
         self._names: dict[bytes, str] = {} if names is None else names
 
     def shared(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
@@ -90,8 +91,8 @@ class InitializerPool:
         digest.update(tensor.tobytes())
         key = digest.digest()
         if key not in self._names:
-            name, number, taken = hint, 0, {*self._taken, *self._names.values()}
-            while name in taken:
+            name, number, used = hint, 0, {*self._reserved, *self._names.values()}
+            while name in used:
                 name, number = f"{hint}.{number}", number + 1
             self._names[key] = name
         if key not in self.values:
@@ -165,11 +166,11 @@ def take_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 def own_outputs(results: Sequence[ir.Value], nodes: list[ir.Node], prefix: str) -> list[ir.Value]:
     """Outputs that the branch itself computes, each once; copies where it only passes on."""
-    made = {id(value) for node in nodes for value in node.outputs}
+    unused = {id(value) for node in nodes for value in node.outputs}
     own: list[ir.Value] = []
     for place, value in enumerate(results):
-        if id(value) in made:
-            made.discard(id(value))
+        if id(value) in unused:
+            unused.discard(id(value))
             own.append(value)
             continue
         copy = ir.node("Identity", [value], name=f"{prefix}/Identity_out_{place}")

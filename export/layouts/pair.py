@@ -7,10 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import torch
 
-from calicache.export.artifact.names import (
-    STEP_INPUT,
-    next_name,
-)
+from calicache.export.artifact.names import STEP_INPUT, next_name
 from calicache.export.layouts.onnx_graph import (
     InitializerPool,
     argument,
@@ -22,13 +19,13 @@ from calicache.export.layouts.onnx_graph import (
     weight_nodes,
 )
 from calicache.export.layouts.translate import export_variant
-from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.settings.choices import StepMode
 
 SMALL = 256  # bytes
 
 
-def pair_models(optimized: OptimizedModel) -> dict[StepMode, ir.Model]:
+def pair_models(compiled: Compiled) -> dict[StepMode, ir.Model]:
     """One model for every mode of the schedule.
 
     The model's inputs, `step` where the mode reads weights of its step, and the kept values
@@ -40,27 +37,26 @@ def pair_models(optimized: OptimizedModel) -> dict[StepMode, ir.Model]:
     """
     names: dict[bytes, str] = {}
     return {
-        mode: _mode_model(optimized, mode, names)
-        for mode in sorted(optimized.compiled.variant_set.variants)
+        mode: _mode_model(compiled, mode, names) for mode in sorted(compiled.variant_set.variants)
     }
 
 
-def _mode_model(optimized: OptimizedModel, mode: StepMode, names: dict[bytes, str]) -> ir.Model:
-    variant_set, specs = optimized.compiled.variant_set, optimized.plan.binding.signature.tensors
+def _mode_model(compiled: Compiled, mode: StepMode, names: dict[bytes, str]) -> ir.Model:
+    variant_set, signature = compiled.variant_set, compiled.analysis.binding.signature
     variant, slots = variant_set.variants[mode], variant_set.slots()
-    arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
+    arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in signature.tensors]
     kept = {
         name: argument(name, slots[name][0].shape, slots[name][0].dtype)
         for name in variant.reads
         if name in slots
     }
-    results = list(output_names(optimized))
+    results = list(output_names(compiled.captured))
     if mode is StepMode.REFRESH:
         results += [next_name(cache.name) for cache in variant_set.caches]
     added = {STEP_INPUT: "the step", **dict.fromkeys([*slots, *results], "another value")}
-    check_names(optimized, added)
-    taken = {*added, *(spec.name for spec in specs), *variant_set.tables}
-    pool = InitializerPool(taken, names)
+    check_names(signature, added)
+    own = (spec.name for spec in signature.tensors)
+    pool = InitializerPool({*added, *own, *variant_set.tables}, names)
     step = argument(STEP_INPUT, (), torch.int64)
     tables = [name for name in variant_set.tables if name in variant.reads]
     looked_up = weight_nodes(variant_set, step, pool, tables)

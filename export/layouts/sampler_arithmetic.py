@@ -19,7 +19,7 @@ TERMS = ("of_x", "of_e", "of_x_before", "of_e_before")
 
 @dataclass(slots=True)
 class Body:
-    """A graph under construction; new values are described as they are made."""
+    """A graph under construction; new values are described at once."""
 
     prefix: str
     nodes: list[ir.Node] = field(default_factory=list)
@@ -65,7 +65,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class SamplerArithmetic:
-    """Nodes for the tables of a `Sampler`."""
+    """Nodes for the tables of a sampler."""
 
     sampler: SamplerTables
     pool: InitializerPool
@@ -103,27 +103,10 @@ class SamplerArithmetic:
         if output.dtype != FLOAT:
             output = body.add("Cast", [output], "output", FLOAT, [rows, *rest], to=FLOAT)
         if rest != [*shape[1:]]:  # a learned variance is cut off
-            bounds = [
-                self.pool.shared(ir.tensor(np.array([k], np.int64)), f"channels_{k}")
-                for k in (0, shape[1], 1)
-            ]
-            first, last, axis = bounds
-            cut = [rows, *shape[1:]]
-            output = body.add("Slice", [output, first, last, axis], "own_channels", FLOAT, cut)
+            output = self._own_channels(body, output, [rows, *shape[1:]])
         if self.sampler.parts == 1:
             return output
-        node = ir.node(
-            "Split",
-            [output],
-            {"axis": 0, "num_outputs": self.sampler.parts},
-            num_outputs=self.sampler.parts,
-            name=f"{body.prefix}/split",
-        )
-        for number, value in enumerate(node.outputs):
-            value.name, value.type = f"{body.prefix}/part_{number}", ir.TensorType(FLOAT)
-            value.shape = ir.Shape(shape)
-        body.nodes.append(node)
-        parts = list(node.outputs)
+        parts = self._parts(body, output, shape)
         if self.sampler.conditional is not None and self.guidance is not None:
             c, u = parts[self.sampler.conditional], parts[1 - self.sampler.conditional]
             towards = body.like("Sub", c, u, "towards")
@@ -136,6 +119,27 @@ class SamplerArithmetic:
             total = scaled if total is None else body.like("Add", total, scaled, f"mix_{number}")
         assert total is not None
         return total
+
+    def _own_channels(self, body: Body, output: ir.Value, shape: Sequence[int]) -> ir.Value:
+        first, last, axis = [
+            self.pool.shared(ir.tensor(np.array([k], np.int64)), f"channels_{k}")
+            for k in (0, shape[1], 1)
+        ]
+        return body.add("Slice", [output, first, last, axis], "own_channels", FLOAT, shape)
+
+    def _parts(self, body: Body, output: ir.Value, shape: Sequence[int]) -> list[ir.Value]:
+        node = ir.node(
+            "Split",
+            [output],
+            {"axis": 0, "num_outputs": self.sampler.parts},
+            num_outputs=self.sampler.parts,
+            name=f"{body.prefix}/split",
+        )
+        for number, value in enumerate(node.outputs):
+            value.name, value.type = f"{body.prefix}/part_{number}", ir.TensorType(FLOAT)
+            value.shape = ir.Shape(shape)
+        body.nodes.append(node)
+        return list(node.outputs)
 
     def _coefficient(self, body: Body, step: ir.Value, name: str) -> ir.Value:
         """One number of the sampler at a step."""

@@ -1,4 +1,4 @@
-"""The `step` layout: one model whose `If` picks the variant of the step it is given."""
+"""The `step` layout: one model whose `If` picks the variant of a step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
-from calicache.export.artifact.names import (
-    STEP_INPUT,
-    next_name,
-)
+from calicache.export.artifact.names import STEP_INPUT, next_name
 from calicache.export.layouts.onnx_graph import (
     LOOK_UP_NAMES,
     InitializerPool,
@@ -28,12 +25,12 @@ from calicache.export.layouts.onnx_graph import (
     weight_nodes,
 )
 from calicache.export.layouts.translate import export_variant
-from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.variants import CacheSpec
 from calicache.graph_passes.settings.choices import StepMode
 
 
-def step_model(optimized: OptimizedModel) -> ir.Model:
+def step_model(compiled: Compiled) -> ir.Model:
     """Pack the variants in the `step` layout.
 
     The model's inputs, `step` (int64 scalar) and the kept refreshes of every cache go in; the
@@ -44,18 +41,19 @@ def step_model(optimized: OptimizedModel) -> ir.Model:
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
     """
-    variant_set, specs = optimized.compiled.variant_set, optimized.plan.binding.signature.tensors
-    arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in specs]
+    variant_set, signature = compiled.variant_set, compiled.analysis.binding.signature
+    arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in signature.tensors]
     step = argument(STEP_INPUT, (), torch.int64)
     slots = {
         name: argument(name, (f"{name}_size", *cache.shape[1:]), cache.dtype)
         for name, (cache, _) in variant_set.slots().items()
     }
-    results = [*output_names(optimized), *(next_name(cache.name) for cache in variant_set.caches)]
+    results = [*output_names(compiled.captured)]
+    results += [next_name(cache.name) for cache in variant_set.caches]
     added = {STEP_INPUT: "the step", **dict.fromkeys([*slots, *results], "another value")}
-    check_names(optimized, added)
-    names = {*added, *(spec.name for spec in specs), *LOOK_UP_NAMES, *variant_set.tables}
-    pool = InitializerPool(names)
+    check_names(signature, added)
+    own = (spec.name for spec in signature.tensors)
+    pool = InitializerPool({*added, *own, *LOOK_UP_NAMES, *variant_set.tables})
     weights = weight_nodes(variant_set, step, pool)
     values = {
         **slots,
@@ -66,7 +64,7 @@ def step_model(optimized: OptimizedModel) -> ir.Model:
         model = export_variant(variant_set.variants[mode])
         reads = [values[name] for name in variant_set.variants[mode].reads]
         branches[mode] = _branch(model, mode, [*arguments, *reads], pool, variant_set.caches)
-    body = choose_by_mode(branches, step, optimized.plan.schedule, pool)
+    body = choose_by_mode(branches, step, compiled.recipe.schedule, pool)
     outputs = list(body.outputs)
     for value, name in zip(outputs, results, strict=True):
         value.name = name

@@ -20,8 +20,6 @@ def lower_boolean_where(model: ir.Model) -> ir.Model:
         second = ir.node("And", [negated.outputs[0], no])
         either = ir.node("Or", [first.outputs[0], second.outputs[0]])
         either.outputs[0].type, either.outputs[0].shape = value.type, value.shape
-        made = [first, negated, second, either]
-        convenience.replace_nodes_and_values(
-            graph, node, [node], made, [value], [either.outputs[0]]
-        )
+        new = [first, negated, second, either]
+        convenience.replace_nodes_and_values(graph, node, [node], new, [value], [either.outputs[0]])
     return model

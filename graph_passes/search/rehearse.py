@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calicache.graph_passes.sampler.guidance import constant_shares, weighted_sum
 from calicache.graph_passes.sampler.least_squares import NormalEquations
 from calicache.graph_passes.sampler.recover import RecordedSampler
 from calicache.graph_passes.sampler.replay import Answer
@@ -58,7 +59,7 @@ class Span:
     def of(recorded: RecordedSampler) -> Span:
         """Coordinates of recorded runs that are known to their end; all runs count alike."""
         parts, weights = recorded.steps.parts, recorded.steps.weights
-        guidance = _guidance(weights, parts)
+        guidance = constant_shares(weights, parts, ALIKE)
         if guidance is not None:
             weights = tuple(_guided(row, parts) for row in weights)
         steps, merged = len(weights), parts if guidance is None else 1
@@ -67,7 +68,7 @@ class Span:
             first = run[0][recorded.steps.latent].chunk(parts)[0].flatten()
             shares = [[part.flatten() for part in value.chunk(parts)] for value in outputs]
             if guidance is not None:
-                shares = [[_weighted(guidance, step)] for step in shares]
+                shares = [[weighted_sum(guidance, step)] for step in shares]
             gram += _gram([first, *(part for step in shares for part in step)])
         # v in the span has the coordinates root v, with root^T root = gram.
         values, vectors = torch.linalg.eigh(gram)
@@ -235,27 +236,10 @@ def _wide(value: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(value, (0, size - value.shape[-1]))
 
 
-def _guidance(weights: Sequence[Sequence[float]], parts: int) -> tuple[float, ...] | None:
-    """Shares u_p of sum 1, if an output never counts but as sum_p u_p e_p."""
-    rows = torch.tensor(
-        [row[at + 1 : at + 1 + parts] for row in weights for at in range(0, len(row), 1 + parts)],
-        dtype=torch.float64,
-    )
-    sums = rows.sum(dim=1)
-    guidance = rows.sum(dim=0) / sums.sum()
-    off = (rows - sums[:, None] * guidance).abs().amax(dim=1)
-    alike = bool((off <= ALIKE * rows.abs().amax(dim=1)).all())  # not where a sum is 0 or NaN
-    return tuple(guidance.tolist()) if alike else None
-
-
 def _guided(row: Sequence[float], parts: int) -> tuple[float, ...]:
     """Weights of x and of the guided output, now and, where the sampler looks back, before."""
     terms = (row[at : at + 1 + parts] for at in range(0, len(row), 1 + parts))
     return tuple(value for x, *shares in terms for value in (x, sum(shares)))
-
-
-def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([w * v.double() for w, v in zip(weights, values, strict=True)]).sum(dim=0)
 
 
 def _gram(vectors: Sequence[Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ def test_steps_agree_with_torch_and_caches_stay_on_the_device(
     layout: str, fast, dit_recording, tmp_path
 ) -> None:
     export_onnx(fast, tmp_path / "d", layout=layout)
-    session = Session(tmp_path / "d", CUDA)
+    session = Session(tmp_path / "d", provider=CUDA)
     fast.reset()
     for got, call in zip(run(session, dit_recording.calls), dit_recording.calls, strict=True):
         assert relative(got, fast(**call)) < SAME
@@ -56,7 +56,7 @@ def test_sampler_agrees_with_torch(dit, fast, tmp_path) -> None:
     export_onnx(fast, tmp_path / "d", layout="sampler", sampler=read_sampler(fast, recording))
     noise = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(3))
     labels = torch.tensor([4, 7, 10, 10])
-    got = Session(tmp_path / "d", CUDA).sample(noise, class_labels=labels)
+    got = Session(tmp_path / "d", provider=CUDA).sample(noise, class_labels=labels)
     fast.reset()
     expected = GuidedDDIM(STEPS, 1.5, 10).sample(fast, noise, labels[:2])
     assert relative(torch.from_numpy(got), expected) < SAME
@@ -64,7 +64,10 @@ def test_sampler_agrees_with_torch(dit, fast, tmp_path) -> None:
 
 def test_cuda_graphs_replay_what_the_plain_session_runs(fast, dit_recording, tmp_path) -> None:
     export_onnx(fast, tmp_path / "d", layout="pair")
-    plain, captured = Session(tmp_path / "d", CUDA), Session(tmp_path / "d", CUDA, cuda_graphs=True)
+    plain, captured = (
+        Session(tmp_path / "d", provider=CUDA),
+        Session(tmp_path / "d", provider=CUDA, cuda_graphs=True),
+    )
     expected = run(plain, dit_recording.calls)
     counts = []
     for _ in range(4):  # allocate, capture, replay, replay
@@ -82,7 +85,7 @@ def test_float16_agrees_with_float32(tmp_path) -> None:
         sample_dit(lambda **inputs: model(**{k: _half(v) for k, v in inputs.items()}).float())
     plan = Plan.from_trajectory(model, recording, schedule=3, rank=4)
     export_onnx(optimize(model, plan), tmp_path / "d", layout="pair")
-    session, exact = Session(tmp_path / "d", CUDA), model.float()
+    session, exact = Session(tmp_path / "d", provider=CUDA), model.float()
     for step, call in enumerate(recording.calls):
         got = torch.from_numpy(session.step(step, **call).astype(np.float32))
         if plan.schedule[step] is StepMode.REFRESH:

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 from filelock import FileLock
 
-from calicache.export import Layout, Sampler, Session, export_onnx
+from calicache.export import Layout, SamplerTables, Session, export_onnx
 from calicache.graph_passes import OptimizedModel
 from calicache.graph_passes.common.hashing import hash_weights
 
@@ -33,7 +33,7 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def exported(
-    fast: OptimizedModel, layout: Layout | str = Layout.STEP, sampler: Sampler | None = None
+    fast: OptimizedModel, layout: Layout | str = Layout.STEP, sampler: SamplerTables | None = None
 ) -> Path:
     """The artifact of a model, exported once in a test run; for reading alone."""
     content = hashlib.sha256(repr((fast.plan.binding, fast.plan.recipe, sampler)).encode())

@@ -160,7 +160,7 @@ def compare(
         NoSampler: the sampler adds noise, or the recording is of other weights.
         CalicacheError: the artifact is damaged, or refuses an input.
     """
-    session = Session(path, provider)
+    session = Session(path, provider=provider)
     manifest = session.manifest
     recorded = matching_runs(manifest, recording, runs)
     if model is not None:
