@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
-from calicache.graph_passes.settings.front import ErrorSummary
+from calicache.graph_passes.settings.schedule import count_modes
 from calicache.tools.compare.comparison import Comparison
 from calicache.tools.compare.pictures import ImageGrid, ImageMeasures
 from calicache.tools.terminal.error_chart import ErrorChart
@@ -49,13 +49,16 @@ def comparison_json(comparison: Comparison, grid: ImageGrid | None = None) -> st
 
 
 def _facts(comparison: Comparison, grid: ImageGrid | None) -> Table:
-    error = comparison.final
+    error = f"mean {comparison.final.mean:.3g}, worst {comparison.final.worst:.3g}"
     facts = [
-        ("runs", f"{comparison.runs}, {comparison.samples} samples, {_length(comparison)}"),
+        (
+            "runs",
+            f"{comparison.runs}, {comparison.samples} samples, {count_modes(comparison.schedule)}",
+        ),
         ("artifact", f"layout {comparison.layout}, {comparison.provider}"),
         ("MACs", f"{comparison.macs_share:.3f} of the full run"),
         ("time", _time_in_words(comparison)),
-        ("final error", f"{_in_words(error)}, relative L2 of the recorded result"),
+        ("final error", f"{error}, relative L2 of the recorded result"),
         *_measures(comparison.measures, comparison.no_measures),
     ]
     if comparison.no_steps is not None:
@@ -64,15 +67,6 @@ def _facts(comparison: Comparison, grid: ImageGrid | None) -> Table:
         shown = f"first {grid.columns} samples; rows full, cached, difference x {grid.factor}"
         facts.append(("image grid", f"{grid.path}: {shown}"))
     return fact_grid(facts)
-
-
-def _length(comparison: Comparison) -> str:
-    counts = [(comparison.schedule.count(mode), mode.name) for mode in StepMode]
-    return " + ".join(f"{count} {name}" for count, name in counts if count)
-
-
-def _in_words(error: ErrorSummary) -> str:
-    return f"mean {error.mean:.3g}, worst {error.worst:.3g}"
 
 
 def _time_in_words(comparison: Comparison) -> str:
@@ -97,11 +91,11 @@ def _measures(measures: ImageMeasures | None, reason: str | None) -> Iterator[tu
 def step_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     """The cells below `STEP_COLUMNS`."""
     for row in comparison.steps:
-        mean, worst = ("-", "-") if row.error is None else (row.error.mean, row.error.worst)
+        errors = () if row.error is None else (row.error.mean, row.error.worst)
         yield (
             str(row.step),
             row.mode.name,
-            *(f"{error:.3g}" if isinstance(error, float) else error for error in (mean, worst)),
+            *([f"{error:.3g}" for error in errors] or ("-", "-")),
             _milliseconds(row.full_seconds),
             _milliseconds(row.cached_seconds),
         )

@@ -41,12 +41,7 @@ def report(
     loaded = load_model(model) if model else None
     with progress_shown() as on_progress:
         data = gather_report(
-            path,
-            recording=recorded,
-            plan=planned,
-            model=loaded,
-            runs=runs,
-            on_progress=on_progress,
+            path, recording=recorded, plan=planned, model=loaded, runs=runs, on_progress=on_progress
         )
         write_report(data, output)
     typer.echo(f"Written: {output}")
