@@ -14,7 +14,7 @@ from calicache.tools.compare.comparison import Comparison
 from calicache.tools.compare.operators import OperatorTime
 from calicache.tools.compare.site_errors import SiteErrors
 from calicache.tools.inspect.artifact import ArtifactFacts, ModeFacts
-from calicache.tools.report.data import EnergyCurve
+from calicache.tools.report.data import EnergyCurve, ReportData
 from calicache.tools.terminal.options import import_library
 
 COLOURS = {
@@ -38,6 +38,26 @@ def plotly_script() -> str:
     """
     offline = import_library("plotly.offline", "plotly", "draws the charts")
     return str(offline.get_plotlyjs())
+
+
+def report_charts(data: ReportData) -> dict[str, tuple[Chart, ...]]:
+    """The charts of every section that shows something, by its name."""
+    facts, comparison = data.facts, data.comparison
+    modes: Sequence[ModeFacts] = facts.modes if isinstance(facts, ArtifactFacts) else ()
+    charts = {"schedule": (schedule_chart(facts.schedule.modes, modes),)}
+    if data.errors is not None:
+        charts["errors"] = (site_error_chart(data.errors),)
+    if comparison is not None and comparison.no_steps is None:
+        charts["steps"] = (step_error_chart(comparison), time_chart(comparison))
+    if data.curves:
+        charts["energy"] = (energy_chart(data.curves),)
+    if isinstance(facts, ArtifactFacts):
+        charts["cost"] = (cost_chart(facts),)
+    if data.operators is not None:
+        charts["operators"] = (operator_chart(data.operators),)
+    if data.front is not None:
+        charts["front"] = (front_chart(data.front),)
+    return charts
 
 
 def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> Chart:

@@ -31,6 +31,7 @@ NO_RECORDING = "No recording was given: --recording T."
 NO_MODEL = "No plan and model were given: --plan PLAN --model FILE.py:FUNCTION."
 PROFILED = 1  # recorded runs
 _NO_FRONT = "The plan was not searched for: Plan.search, or calicache plan search, gives a front."
+_NO_COSTS = "A plan alone has no costs: report on an artifact."
 _NOWHERE = "A plan runs nowhere by itself: export it, and report on the artifact."
 _STAGES = 6  # at the most, drawing included
 
@@ -40,19 +41,20 @@ class EnergyCurve:
     """What ranks of one calibration target keep.
 
     Attributes:
-        target: its name.
+        target: its name; `layer` a linear layer of it.
         rank: that the plan gives it.
         kept: share of the energy of the increments by rank, from 0 to full.
     """
 
     target: str
+    layer: str
     rank: int
     kept: Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """What a report shows; None where `missing` says why, by the name of the attribute.
+    """What a report shows; None where `missing` says why.
 
     Attributes:
         facts: of the artifact or plan.
@@ -62,7 +64,7 @@ class ReportData:
         operators: time of an artifact's operators.
         curves: of the calibration targets.
         front: of the search that the plan is from.
-        missing: reasons.
+        missing: why sections of the page show nothing, by the name of the section.
     """
 
     facts: ArtifactFacts | PlanFacts
@@ -130,7 +132,9 @@ def gather_report(
         errors = site_errors(optimized, recording)
     graphs, curves = _graphs(facts, optimized), _energy_curves(facts, optimized)
     missing |= {"graphs": NO_MODEL} if graphs is None else {}
-    missing |= {"curves": NO_MODEL} if curves is None else {}
+    missing |= {"energy": "No layer is calibrated."} if curves == () else {}
+    missing |= {"energy": NO_MODEL} if curves is None else {}
+    missing |= {"cost": _NO_COSTS} if isinstance(facts, PlanFacts) else {}
     missing |= {"front": _NO_FRONT} if front is None else {}
     return ReportData(facts, graphs, comparison, errors, operators, curves, front, missing)
 
@@ -144,14 +148,19 @@ def _energy_curves(
     facts: ArtifactFacts | PlanFacts, optimized: OptimizedModel | None
 ) -> tuple[EnergyCurve, ...] | None:
     """Of every target that has energies by rank; None where nothing knows them."""
+    known: list[tuple[str, str, int, Mapping[int, float]]]
     if optimized is not None:
-        factors = optimized.compiled.factors
-        known = [(name, one.rank, one.kept_energy()) for name, one in factors.items()]
+        targets, factors = optimized.compiled.targets, optimized.compiled.factors
+        known = [
+            (t.name, t.sites[0], t.rank, factors[t.name].kept_energy())
+            for t in targets
+            if t.name in factors
+        ]
     elif isinstance(facts, ArtifactFacts):
-        known = [(target.name, target.rank, target.kept) for target in facts.manifest.targets]
+        known = [(t.name, t.sites[0], t.rank, t.kept) for t in facts.manifest.targets]
     else:
         return None
-    return tuple(EnergyCurve(*entry) for entry in known if entry[2])
+    return tuple(EnergyCurve(*entry) for entry in known if entry[-1])
 
 
 def _check_plan(plan: Plan, weights_hash: str) -> None:
@@ -181,10 +190,12 @@ def _measured(
 ) -> tuple[Comparison | None, tuple[OperatorTime, ...] | None]:
     if not isinstance(facts, ArtifactFacts) or recording is None:
         why = NO_RECORDING if isinstance(facts, ArtifactFacts) else _NOWHERE
-        missing["comparison"] = missing["operators"] = why
+        missing |= dict.fromkeys(("steps", "operators", "images"), why)
         return None, None
     _next(meter, "run full and optimised side by side")
     comparison = compare(facts.path, recording, runs=runs)
+    missing |= {"steps": comparison.no_steps} if comparison.no_steps else {}
+    missing |= {"images": comparison.no_measures} if comparison.no_measures else {}
     if facts.manifest.layout is Layout.SAMPLER:
         missing["operators"] = "The layout sampler makes its steps out of sight."
         return comparison, None

@@ -14,16 +14,19 @@ from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.describe.blocks import fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import ModelGraphs
 from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import CONFIDENCE
+from calicache.graph_passes.settings.schedule import count_modes
 from calicache.tools.compare.comparison import Comparison
 from calicache.tools.compare.pictures import PictureKind, save_grid
+from calicache.tools.compare.view import STEP_COLUMNS, step_rows
 from calicache.tools.graph.draw import COLOURS as MARK_COLOURS
 from calicache.tools.graph.draw import svg_text
 from calicache.tools.graph.drawing import LEGEND
-from calicache.tools.inspect.artifact import ArtifactFacts
-from calicache.tools.report.charts import COLOURS, plotly_script
+from calicache.tools.inspect.artifact import COST_COLUMNS, ArtifactFacts, cost_rows
+from calicache.tools.report.charts import COLOURS, plotly_script, report_charts
 from calicache.tools.report.data import ReportData
-from calicache.tools.report.sections import report_cards, report_sections
 from calicache.tools.terminal.options import import_library
+from calicache.tools.terminal.text import format_count
 
 WHOLE = "whole model"
 _MOST_DRAWN = 100  # blocks; each takes the layout a tenth of a second or two
@@ -55,32 +58,33 @@ def render_report(data: ReportData) -> str:
     Raises:
         LibraryError: a library of the extra `report` is missing.
     """
-    sections, graphs = report_sections(data), data.graphs
+    facts, graphs, curves = data.facts, data.graphs, data.curves or ()
     parts = () if graphs is None else graphs.parts
-    drawn = () if graphs is None else tuple(_drawn(graphs, parts[:_MOST_DRAWN]))
+    charts, images = report_charts(data), _images(data.comparison)
     return str(
         _template().render(
-            title=Path(data.facts.path).name,
-            kind=data.facts.kind,
-            cards=report_cards(data),
-            sections=sections,
-            charts={
-                f"chart-{section.name}-{number}": chart
-                for section in sections
-                for number, chart in enumerate(section.charts)
-            },
-            graphs=drawn,
+            title=Path(facts.path).name,
+            data=data,
+            facts=facts,
+            manifest=facts.manifest if isinstance(facts, ArtifactFacts) else None,
+            missing={"images": "The results are latents, which nothing decoded.", **data.missing},
+            counts=count_modes(facts.schedule.modes),
+            ranks=sorted({2**k for k in range(20)} & {r for curve in curves for r in curve.kept}),
+            cost=(COST_COLUMNS, cost_rows(facts) if isinstance(facts, ArtifactFacts) else ()),
+            steps=(STEP_COLUMNS, step_rows(data.comparison) if data.comparison else ()),
+            bound=f"{100 * CONFIDENCE:g} % bound",
+            size=lambda count: format_count(count, "B"),
+            charts={f"chart-{n}-{k}": c for n, own in charts.items() for k, c in enumerate(own)},
+            chart_counts={name: len(own) for name, own in charts.items()},
+            graphs=() if graphs is None else tuple(_drawn(graphs, parts[:_MOST_DRAWN])),
             parts=(WHOLE, *parts[:_MOST_DRAWN]),
             drawn=min(len(parts), _MOST_DRAWN),
             known=len(parts),
             modes=() if graphs is None else tuple(mode.name for mode in sorted(graphs.modes)),
             layers=_layers(data),
             marks=tuple((MARK_COLOURS[node.mark], node.about) for node in LEGEND),
-            no_graphs=data.missing.get("graphs", ""),
-            images=_images(data.comparison),
-            no_images=_no_images(data),
+            images=images,
             colours={mode.name: colour for mode, colour in COLOURS.items()},
-            strip=data.facts.schedule.modes,
             plotly=plotly_script(),
             pan_zoom=_asset("svg-pan-zoom.min.js"),
             style=_asset("report.css"),
@@ -129,9 +133,3 @@ def _images(comparison: Comparison | None) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         grid = save_grid(pictures, Path(scratch) / "grid.png")
         return base64.b64encode(grid.path.read_bytes()).decode()
-
-
-def _no_images(data: ReportData) -> str:
-    if data.comparison is None:
-        return data.missing["comparison"]
-    return data.comparison.no_measures or "The results are latents, which nothing decoded."

@@ -23,7 +23,8 @@ from calicache.export import Layout, Manifest, read_manifest
 from calicache.graph_passes import Granularity, Plan, SiteMode, SiteRule, StepMode, Weighting
 from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.rejection import Rejection
-from calicache.graph_passes.settings.recipe import PlanSettings
+from calicache.graph_passes.recording.binding import Binding
+from calicache.graph_passes.settings.recipe import Recipe
 from calicache.tools.cli import app
 from calicache.tools.diff.command import diff_subjects
 from calicache.tools.diff.difference import (
@@ -75,7 +76,12 @@ def between(home: Path, plan: Plan, other: Plan) -> Difference:
 
 
 def changed(plan: Plan, **changes: object) -> Plan:
-    return replace(plan, recipe=replace(plan.recipe, **changes))  # type: ignore[arg-type]
+    """The plan with other fields of its binding or its recipe."""
+    bound = {name: value for name, value in changes.items() if hasattr(plan.binding, name)}
+    chosen = {name: value for name, value in changes.items() if name not in bound}
+    return replace(
+        plan, binding=replace(plan.binding, **bound), recipe=replace(plan.recipe, **chosen)
+    )
 
 
 def test_a_plan_saved_twice_is_equal(home: Path, plan: Plan, tmp_path: Path) -> None:
@@ -101,7 +107,7 @@ def test_a_plan_saved_twice_is_equal(home: Path, plan: Plan, tmp_path: Path) -> 
             ),
         ),
         ({"timestep": None}, Change("timestep", ("timestep falls, 1 calls a step",), ())),
-        ({"fixed": {"mask": ("12",)}}, Change("fixed", (), ("mask: 12",))),
+        ({"run_values": {"mask": ("12",)}}, Change("run values", (), ("mask: 12",))),
         ({"reads": "[1]"}, Change("reads", ("[]",), ("[1]",))),
     ],
 )
@@ -134,10 +140,10 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
         "latent": None,
         "correction": "why",
         "reads": "",
-        "fixed": {"x": ()},
+        "run_values": {"x": ()},
         "ranks": {"blocks.2.fc1": 1},
     }
-    assert set(others) == set(PlanSettings.__dataclass_fields__)
+    assert set(others) == {*Binding.__dataclass_fields__, *Recipe.__dataclass_fields__}
     both: dict[str, object] = {"output_weights": None, "latent": None}
     for name, value in others.items():
         partner = both if name in ("output_weights", "latent", "order") else {}

@@ -106,7 +106,7 @@ def test_plan_facts_are_those_of_the_plan(home: Path, plan: Plan) -> None:
     assert isinstance(facts, PlanFacts)
     assert (facts.binding, facts.recipe) == (plan.binding, plan.recipe)
     written = json.loads((home / "plan" / "plan.json").read_text())
-    assert facts.files[1].sha256 == written["statistics_sha256"]
+    assert facts.files[1].sha256 == written["files"]["statistics.safetensors"]
     assert (facts.schedule.strip, facts.schedule.interval) == ("RCRURF", 2)
     assert [spec.dependence for spec in facts.inputs] == [Dependence.LATENT, Dependence.STEP]
     assert [target.name for target in facts.targets] == sorted(plan.statistics)

@@ -150,7 +150,7 @@ def test_recording_of_another_length_is_refused(model: nn.Module, plan: Plan) ->
 
 def test_artifact_alone_says_what_is_missing(folder: Path) -> None:
     data = gather_report(folder / "small.onnx.d")
-    assert set(data.missing) == {"comparison", "operators", "errors", "front"}
+    assert set(data.missing) == {"steps", "images", "operators", "errors", "front"}
     assert data.curves
     assert data.graphs is not None
     text = render_report(data)
@@ -188,7 +188,7 @@ def test_plan_with_model_shows_energies_and_front(folder: Path, model: nn.Module
         shares = list(curve.kept.values())
         assert shares == sorted(shares)
         assert shares[-1] == pytest.approx(1.0, rel=1e-6)  # float32 energies, summed
-    assert data.missing["comparison"].startswith("A plan runs nowhere by itself")
+    assert data.missing["steps"].startswith("A plan runs nowhere by itself")
 
 
 def test_plan_of_another_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
