@@ -44,6 +44,7 @@ def report_charts(data: ReportData) -> dict[str, tuple[Chart, ...]]:
     """The charts of every section that shows something, by its name."""
     facts, comparison = data.facts, data.comparison
     modes: Sequence[ModeFacts] = facts.modes if isinstance(facts, ArtifactFacts) else ()
+    charts: dict[str, tuple[Chart, ...]]
     charts = {"schedule": (schedule_chart(facts.schedule.modes, modes),)}
     if data.errors is not None:
         charts["errors"] = (site_error_chart(data.errors),)
