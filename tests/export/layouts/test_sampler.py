@@ -440,9 +440,18 @@ def test_model_argument_with_a_name_of_the_layout_is_refused(tmp_path: Path) -> 
     assert not (tmp_path / "d").exists()
 
 
+def test_sampler_of_the_plan_is_taken_where_none_is_passed(tmp_path: Path) -> None:
+    model = Residual().eval().requires_grad_(False)
+    recording = recorded(model, flow(4), draw(1, 2, 5, 8))
+    fast, sampler = compiled(model, recording, (R, C, R, C), correct=True)
+    own = export_onnx(fast, tmp_path / "own", layout="sampler")
+    # The same calls of the model and the same fits: the same bytes, which the manifest hashes.
+    assert own == export_onnx(fast, tmp_path / "passed", layout="sampler", sampler=sampler)
+
+
 def test_layout_and_sampler_belong_together(small, tmp_path: Path) -> None:
     fast, sampler = small
-    with pytest.raises(ExportError, match=r"sampler: expected one for .*sampler, got none.*read_"):
+    with pytest.raises(ExportError, match=r"expected a plan that knows its sampler, got .*read_s"):
         export_onnx(fast, tmp_path / "d", layout="sampler")
     for layout in ("step", "pair"):
         with pytest.raises(ExportError, match=f"expected none for the layout {layout}, got one"):
