@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,6 +13,7 @@ from diffusion import GuidedDDIM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
+from support.analyses import analysis_of
 from support.factors import factors_of
 from support.models import shake
 from torch import Tensor, fx, nn
@@ -22,7 +23,6 @@ from weights import DIT_WEIGHTS, load_weights
 from calicache.graph_passes import (
     CalibrationTarget,
     CapturedGraph,
-    Dependence,
     Granularity,
     LatencyTable,
     Plan,
@@ -32,23 +32,23 @@ from calicache.graph_passes import (
     Sites,
     StepMode,
     Weighting,
-    classify_nodes,
-    find_sites,
     optimize,
     record,
     uniform_schedule,
 )
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import SecondMoments
-from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs, node_macs
-from calicache.graph_passes.graph.run_values import find_run_values
+from calicache.graph_passes.recording.binding import bind
+from calicache.graph_passes.rewriting.compile import Assignment, Compiled, assign_targets
+from calicache.graph_passes.rewriting.cost import model_cost
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import VariantSet
+from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve, allocate
 from calicache.graph_passes.search.costs import (
-    Candidates,
     StepShares,
+    TargetSurvey,
     branch_options,
     latency_shares,
     macs_shares,
@@ -56,7 +56,9 @@ from calicache.graph_passes.search.costs import (
 from calicache.graph_passes.search.families import PROBES
 from calicache.graph_passes.search.sensitivity import BACK, sensitivities
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, LatencyRow, group_of
+from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.schedule import anchor_table
+from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.targets import assign
 
 R, C, U, FORECAST = StepMode
@@ -69,38 +71,58 @@ EXACT = {"rel_tol": 1e-9, "abs_tol": 1e-12}
 
 @dataclass(frozen=True)
 class Known:
-    """A model, what was found in it, and what is known of its targets."""
+    """A model, what it is, and what is known of its calibration targets."""
 
     model: nn.Module
     recording: Recording
-    captured: CapturedGraph
-    sites: Sites
-    classes: Mapping[str, Dependence]
+    analysis: Analysis
     schedule: tuple[StepMode, ...]
-    candidates: Candidates
+    survey: TargetSurvey
+
+    @property
+    def captured(self) -> CapturedGraph:
+        """The plain graph."""
+        return self.analysis.captured
+
+    @property
+    def sites(self) -> Sites:
+        """Its layers and branches."""
+        return self.analysis.sites
 
     @property
     def plain(self) -> int:
         """Multiply-accumulates of a plain step."""
         return graph_macs(self.captured.graph)
 
+    def recipe(self, allocation: Allocation) -> Recipe:
+        return Recipe(
+            schedule=self.schedule,
+            rank=8,
+            order=ORDER,
+            weighting=Weighting.COVARIANCE,
+            rules=allocation.rules,
+            ranks=allocation.ranks,
+        )
+
     def options(self, latency: LatencyTable | None = None) -> dict[str, list[BranchOption]]:
-        return branch_options(self.captured, self.sites, self.candidates, latency)
+        return branch_options(self.analysis, self.survey, latency)
 
     def planned(self, allocation: Allocation) -> tuple[CalibrationTarget, ...]:
-        return assign(
-            self.captured,
-            self.sites,
-            rank=8,
-            rules=allocation.rules,
-            joint=True,
-            ranks=allocation.ranks,
-        )[0]
+        return assign_targets(self.analysis, self.recipe(allocation)).targets
+
+    def compiled(
+        self, targets: Sequence[CalibrationTarget], *modes: StepMode, fold: bool = False
+    ) -> Compiled:
+        """All of the targets folded, or none of them."""
+        variant_set = self.variant_set(targets, *modes, fold=fold)
+        cost = model_cost(self.analysis, targets, variant_set)
+        recipe = self.recipe(Allocation((), {}, {}, 0.0, 0.0))
+        return Compiled(self.analysis, recipe, Assignment(tuple(targets)), {}, variant_set, cost)
 
     def variant_set(
         self, targets: Sequence[CalibrationTarget], *modes: StepMode, fold: bool = False
     ) -> VariantSet:
-        factors = factors_of(self.captured, targets, self.candidates.moments)
+        factors = factors_of(self.captured, targets, self.survey.moments)
         return rewrite(
             self.captured,
             self.sites,
@@ -109,15 +131,14 @@ class Known:
             modes,
             folded=frozenset(factors if fold else ()),
             anchors=anchor_table(self.schedule, ORDER),
-            run_values=find_run_values(self.captured, self.classes),
+            run_values=self.analysis.run_values,
         )
 
 
 def learn(model: nn.Module, recording: Recording) -> Known:
     """All that a search knows before it allocates."""
-    captured = capture(model, recording.signature)
-    classes = classify_nodes(captured, recording.dependence)
-    sites = find_sites(captured, classes)
+    analysis = analysis_of(model, recording)
+    captured, sites = analysis.captured, analysis.sites
     schedule = uniform_schedule(recording.steps, 3)
     targets: dict[str, CalibrationTarget] = {}
     for granularity in Granularity:
@@ -132,8 +153,8 @@ def learn(model: nn.Module, recording: Recording) -> Known:
     layers = [t for t in targets.values() if t.granularity is Granularity.LINEAR]
     steps = sorted({max(BACK, round(share * (recording.steps - 1))) for share in PROBES})
     gains = sensitivities(captured, sites, layers, recording.runs[0], steps)
-    candidates = Candidates(tuple(targets.values()), spectra, moments, gains)
-    return Known(model, recording, captured, sites, classes, schedule, candidates)
+    survey = TargetSurvey(tuple(targets.values()), spectra, moments, gains)
+    return Known(model, recording, analysis, schedule, survey)
 
 
 @pytest.fixture(scope="module")
@@ -310,23 +331,11 @@ def _only_rank_8(curve: RankCurve) -> RankCurve:
 
 
 def test_plan_of_an_allocation_is_optimised_to_its_cost(dit_known: Known) -> None:
-    known, base = (
-        dit_known,
-        Plan.from_trajectory(
-            dit_known.model,
-            dit_known.recording,
-            schedule=dit_known.schedule,
-            rank=8,
-            correct=False,
-        ),
-    )
+    known, binding = dit_known, bind(dit_known.model, dit_known.recording)
     costs = []
     for level in (0.4, 0.7):
         allocation = allocate(known.options(), level)
-        plan = Plan(
-            replace(base.settings, rules=allocation.rules, ranks=dict(allocation.ranks)),
-            known.candidates.moments,
-        )
+        plan = Plan(binding, known.recipe(allocation), known.survey.moments)
         fast = optimize(known.model, plan)
         assert {t.name: t.rank for t in fast.compiled.targets} == dict(allocation.ranks)
         assert fast.compiled.targets == known.planned(allocation)
@@ -353,8 +362,8 @@ def test_left_alone_sites_outside_of_branches_become_full(text_known: Known) -> 
 
 
 def test_curves_begin_at_all_of_the_increment(known: Known) -> None:
-    for target in known.candidates.targets:
-        curve, moments = known.candidates.curve(target), known.candidates.moments[target.name]
+    for target in known.survey.targets:
+        curve, moments = known.survey.curve(target), known.survey.moments[target.name]
         weights = [known.captured.attribute(name).double() for name in target.weights]
         if moments.energy is not None:
             energy = float(moments.energy)
@@ -364,17 +373,17 @@ def test_curves_begin_at_all_of_the_increment(known: Known) -> None:
             assert moments.input is not None
             stacked = torch.cat(weights)
             energy = float((stacked @ moments.input.double() @ stacked.T).trace())
-        gain = known.candidates.sensitivities[target.name]
+        gain = known.survey.sensitivities[target.name]
         # Moments and spectra are float32.
         assert math.isclose(curve.errors[0], gain * target.tokens * energy, rel_tol=1e-5)
         assert curve.target == target
 
 
 def test_curves_of_whole_branches_end_at_what_no_map_explains(known: Known) -> None:
-    whole = [t for t in known.candidates.targets if t.granularity is Granularity.BRANCH]
+    whole = [t for t in known.survey.targets if t.granularity is Granularity.BRANCH]
     assert len(whole) == len(known.sites.branches)
     for target in whole:
-        curve, moments = known.candidates.curve(target), known.candidates.moments[target.name]
+        curve, moments = known.survey.curve(target), known.survey.moments[target.name]
         made = factors_of(known.captured, [target], {target.name: moments})[target.name]
         assert moments.input is not None
         assert moments.energy is not None
@@ -383,7 +392,7 @@ def test_curves_of_whole_branches_end_at_what_no_map_explains(known: Known) -> N
         explained = float((image @ moments.input.double() @ image.T).trace())
         unexplained = float(moments.energy) - explained
         assert 0 < unexplained < float(moments.energy)
-        gain = known.candidates.sensitivities[target.name]
+        gain = known.survey.sensitivities[target.name]
         # Widths are multiples of 8, so the last rank is full; factors are float32.
         slack = 1e-5 * curve.errors[0]
         expected = gain * target.tokens * unexplained
@@ -513,9 +522,9 @@ def test_run_of_refreshes_alone_costs_the_plain_run() -> None:
 
 def test_shares_in_macs_are_those_of_the_variants(known: Known) -> None:
     targets = known.planned(allocate(known.options(), 0.6))
-    variant_set = known.variant_set(targets, C, U, fold=True)
-    shares = macs_shares(variant_set, known.captured, targets)
-    macs = {mode: graph_macs(v.module.graph) for mode, v in variant_set.variants.items()}
+    compiled = known.compiled(targets, C, U, fold=True)
+    shares, variants = macs_shares(compiled), compiled.variant_set.variants
+    macs = {mode: graph_macs(variant.module.graph) for mode, variant in variants.items()}
     assert shares.steps == {C: macs[C] / known.plain, U: macs[U] / known.plain, FORECAST: 0.0}
     folds = macs[R] - known.plain
     assert folds > 0
@@ -530,7 +539,7 @@ def test_shares_in_macs_are_those_of_the_variants(known: Known) -> None:
 
 
 def test_nothing_is_folded_where_nothing_is_calibrated(known: Known) -> None:
-    shares = macs_shares(known.variant_set((), U), known.captured, ())
+    shares = macs_shares(known.compiled((), U))
     assert set(shares.steps) == {U, FORECAST}
     assert set(shares.caches.values()) == {0.0}
 
@@ -620,19 +629,14 @@ def calibrate_error(
     run: Sequence[tuple[list[Tensor], Tensor]],
 ) -> tuple[int, float]:
     """MACs of a CALIBRATE step, and |e^ - e|^2 / |e|^2 over all of them along a run."""
-    made, kept = known.variant_set(targets, C), tuple[dict[str, Tensor], ...]()
-    names = [cache.name for cache in made.caches]
+    made = known.variant_set(targets, C)
+    kept: Kept = ()
     off = size = 0.0
     for step, (call, exact) in enumerate(run):
-        variant = made.variants[known.schedule[step]]
-        values = made.read(variant.reads, kept, step, torch.device("cpu"))
-        with torch.no_grad():
-            results = variant.module(*call, *values)
-        if variant.mode is R:
-            fresh = dict(zip(names, results[made.outputs :], strict=True))
-            kept = (fresh, *kept)[: made.history]
-        else:
-            off += float((results[0] - exact).square().sum())
+        mode = known.schedule[step]
+        result, kept = run_step(made, mode, kept, step, call, made.history)
+        if mode is not R:
+            off += float((result - exact).square().sum())
             size += float(exact.square().sum())
     return graph_macs(made.variants[C].module.graph), off / size
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from support.search.searches import (
     refuses,
 )
 
-from calicache.graph_passes import Plan, StepMode, record
+from calicache.graph_passes import Plan, Recording, StepMode, record
 from calicache.graph_passes.common.progress import Meter, Progress
 from calicache.graph_passes.search.ground import LEAST_RUNS, LEAST_STEPS, share_out
 from calicache.graph_passes.settings.latency import LatencyTable
@@ -133,7 +132,7 @@ def test_a_run_without_its_result_is_refused(missing: int) -> None:
         "plan: recording: expected the result of every run, got none for some. "
         "Call recording.finish(latents) after every run."
     ):
-        Plan.search(model, replace(recording, results=results), budget=0.5)
+        Plan.search(model, Recording(recording.calls, recording.signature, results), budget=0.5)
 
 
 @pytest.mark.parametrize(
