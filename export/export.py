@@ -151,6 +151,7 @@ def _manifest(
         rank=recipe.rank,
         order=recipe.order,
         weighting=recipe.weighting,
+        output_weights=recipe.outputs,
         correction=recipe.correction,
         weights_hash=binding.weights_hash,
         inputs=binding.signature.tensors,
@@ -183,6 +184,7 @@ def _sampler_record(compiled: Compiled, sampler: SamplerTables) -> SamplerRecord
         parts=sampler.parts,
         conditional=sampler.conditional,
         guidance=sampler.guidance,
+        scale=sampler.scales[0],
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-import torch
 from torch import nn
 
 from calicache.export.export import export_onnx
@@ -22,6 +19,7 @@ from calicache.export.latency_cases import Case, case_plan, latency_cases
 from calicache.export.session.session import Session
 from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError, ExportError
 from calicache.graph_passes.common.progress import OnProgress, Progress
 from calicache.graph_passes.recording.recording import Recording
@@ -201,13 +199,6 @@ def _check(ranks: Sequence[int] | None, repeats: int, provider: str) -> None:
 
 def _environment(plain: Sequence[float]) -> dict[str, str]:
     """The machine and the versions that were measured on, and how steady the machine was."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "processor": next(names, platform.processor() or platform.machine()),
-        "cores": str(os.cpu_count()),
-        "torch": torch.__version__,
-        "onnxruntime": ort.__version__,
-        "plain_spread": f"{(max(plain) - min(plain)) / statistics.median(plain):.3f}",
-    }
+    facts = {name: str(value) for part in environment().values() for name, value in part.items()}
+    spread = (max(plain) - min(plain)) / statistics.median(plain)
+    return {**facts, "plain_spread": f"{spread:.3f}"}

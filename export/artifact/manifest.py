@@ -15,10 +15,11 @@ from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.schedule import Table
 
-FORMAT = 5
+FORMAT = 6
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
-GRAPHS_FILE = "graphs.json"  # nothing that runs the model needs it
+GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
 
 class Layout(StrEnum):
@@ -82,6 +83,7 @@ class SamplerRecord:
         parts: of the guided batch; 1 without guidance.
         conditional: the part that guidance moves towards, if the scale is an input.
         guidance: the recorded scale, used where the caller names none.
+        scale: what the noise is multiplied with for the first call of the model.
     """
 
     noise: TensorSpec
@@ -89,6 +91,7 @@ class SamplerRecord:
     parts: int
     conditional: int | None
     guidance: float | None
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,8 @@ class Manifest:
         calicache: version that wrote it.
         layout: how the variants are packed.
         files: all other files of the folder.
-        schedule, rank, order, weighting, correction, weights_hash: from the plan.
+        schedule, rank, order, weighting, output_weights, correction, weights_hash: from the plan;
+            output weights as in `Recipe.outputs`.
         inputs: the model's own tensors; `outputs` its outputs by name.
         calls_per_step: how often a step calls the model, each call with caches of its own.
         fixed: digests of the values that an input can have, for inputs that decide sizes.
@@ -122,6 +126,7 @@ class Manifest:
     rank: int
     order: int
     weighting: Weighting
+    output_weights: Table | None
     correction: str
     weights_hash: str
     inputs: tuple[TensorSpec, ...]

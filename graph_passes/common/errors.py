@@ -135,13 +135,19 @@ class BenchError(CalicacheError):
     stage = "bench"
 
 
-class TargetError(CalicacheError):
+class SubjectError(CalicacheError):
     """What a tool was pointed at is none of the things that it can look at."""
 
-    stage = "target"
+    stage = "subject"
 
 
 class CompareError(CalicacheError):
     """A recording and an artifact cannot be run side by side."""
 
     stage = "compare"
+
+
+class LibraryError(CalicacheError):
+    """A library that only some commands need is not installed."""
+
+    stage = "library"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.describe.graphs import (
     CacheWrite,
     GraphView,
@@ -127,14 +127,14 @@ def find_block(graphs: ModelGraphs, text: str) -> str:
     """The name of a part by its name, or by its number where one list has that number.
 
     Raises:
-        TargetError: there is none, or several lists have one.
+        SubjectError: there is none, or several lists have one.
     """
     found = [text] if text in graphs.parts else []
     if not found:
         found = [block for block in graphs.blocks if block.rpartition(".")[2] == text]
     if len(found) != 1:
         got = f"{text!r}, which is {' or '.join(found)}" if found else repr(text)
-        raise TargetError("block", expected=_known(graphs), got=got, fix="Choose one of these.")
+        raise SubjectError("block", expected=_known(graphs), got=got, fix="Choose one of these.")
     return found[0]
 
 
@@ -158,7 +158,7 @@ def view_block(graphs: ModelGraphs, block: str, mode: StepMode | None = None) ->
         mode: None for the plain graph alone.
 
     Raises:
-        TargetError: there is no such block or mode.
+        SubjectError: there is no such block or mode.
     """
     block, graph = find_block(graphs, block), graphs.graph(mode)
     merged = _merge(graphs.plain, graph)
@@ -187,7 +187,7 @@ def fold_blocks(graphs: ModelGraphs, mode: StepMode | None = None) -> FoldedView
         mode: None for the plain graph.
 
     Raises:
-        TargetError: there is no such mode.
+        SubjectError: there is no such mode.
     """
     graph = graphs.graph(mode)
     merged = _merge(graphs.plain, graph)

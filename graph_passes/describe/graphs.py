@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from torch import Tensor, fx
 
-from calicache.graph_passes.common.errors import TargetError, VerifyError
+from calicache.graph_passes.common.errors import SubjectError, VerifyError
 from calicache.graph_passes.describe.parts import (
     AFTER,
     BEFORE,
@@ -121,13 +121,13 @@ class ModelGraphs:
         """The graph of a mode; the plain one for None.
 
         Raises:
-            TargetError: there is no graph of that mode.
+            SubjectError: there is no graph of that mode.
         """
         if mode is None:
             return self.plain
         if mode not in self.modes:
             known = (PLAIN, *(mode.name.lower() for mode in self.modes))
-            raise TargetError(
+            raise SubjectError(
                 "mode",
                 expected=" | ".join(known),
                 got=repr(mode.name.lower()),

@@ -31,8 +31,8 @@ from weights import DIT_WEIGHTS, load_weights
 
 from calicache import Plan, Session, StepMode, export_onnx, optimize, record
 from calicache.graph_passes import uniform_schedule
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.progress import Progress
-from calicache.tools.terminal.environment import environment
 
 GUIDANCE = 1.5
 RECORD_SEED, SAMPLE_SEED = 1, 2

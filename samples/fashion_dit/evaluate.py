@@ -28,7 +28,7 @@ from weights import DIT_WEIGHTS, load_weights, save_atomic
 
 from calicache import Plan, Recording, Session, StepMode, export_onnx, optimize, record
 from calicache.graph_passes import uniform_schedule
-from calicache.tools.terminal.environment import environment
+from calicache.graph_passes.common.environment import environment
 
 BATCH = 32
 RECORD_SEED, CHOICE_SEED, REPORT_SEED = 1, 2, 1000

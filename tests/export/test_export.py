@@ -37,7 +37,7 @@ from calicache.graph_passes.common.hashing import sha256_of
 pytestmark = pytest.mark.slow
 
 R, C, U, FORECAST = StepMode
-FILES = ["graphs.json", "manifest.json", "model.onnx", "weights.bin"]
+FILES = ["graphs.json.gz", "manifest.json", "model.onnx", "weights.bin"]
 LISTED = [name for name in FILES if name != "manifest.json"]
 
 

@@ -34,9 +34,7 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def exported(
-    fast: OptimizedModel,
-    layout: Layout | str = Layout.STEP,
-    sampler: SamplerTables | None = None,
+    fast: OptimizedModel, layout: Layout | str = Layout.STEP, sampler: SamplerTables | None = None
 ) -> Path:
     """The artifact of a model, exported once in a test run; for reading alone."""
     content = hashlib.sha256(repr((fast.plan, sampler)).encode())

@@ -15,7 +15,7 @@ from calicache.export import Layout
 from calicache.graph_passes import Recording, StepMode, record
 from calicache.graph_passes.settings.front import ErrorSummary
 from calicache.tools.compare.comparison import Comparison, ModeTime, StepComparison
-from calicache.tools.compare.image_measures import ImageMeasures, PictureKind
+from calicache.tools.compare.pictures import ImageMeasures, PictureKind
 
 R, C, U, FORECAST = StepMode
 STEPS, GUIDANCE, NULL = 6, 1.5, 10

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.files import atomic_path
-from calicache.tools.terminal.environment import environment
 from zoo import audio, image, video, wan
 from zoo.entry import ZooEntry
 from zoo.finding import Check, Finding

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from calicache.graph_passes.common.errors import BenchError, ModelError
 from calicache.tools.terminal.model_file import call_in_file
+from calicache.tools.terminal.options import import_library
 
 Denoiser = Callable[..., Any]
 
@@ -96,15 +96,7 @@ def _dit(name: str, heads: int, head_width: int, layers: int) -> BenchModel:
     """DiT of diffusers for 256 x 256 images: 256 tokens, two samples with guidance."""
 
     def build() -> nn.Module:
-        try:
-            diffusers: Any = importlib.import_module("diffusers")
-        except ImportError as error:
-            raise BenchError(
-                f"model {name}",
-                expected="diffusers, which has its class",
-                got="no such package",
-                fix="Install calicache[evaluate].",
-            ) from error
+        diffusers = import_library("diffusers", "diffusers", f"has {name}", "evaluate")
         torch.manual_seed(0)
         model: nn.Module = diffusers.DiTTransformer2DModel(
             num_attention_heads=heads,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ RECORDING = "recording.safetensors"
 LAYOUTS = (Layout.STEP, Layout.PAIR, Layout.SAMPLER)
 
 
-def _plan(settings: BenchSettings) -> None:
-    """Record a run, plan for it, and save both."""
+def _plan(settings: BenchSettings) -> dict[str, Any]:
+    """Record a run, plan for it, and save both; what that took does not count."""
     model = find_model(settings.model)
     module = model.build()
     steps, interval = settings.steps, settings.interval
@@ -42,6 +42,7 @@ def _plan(settings: BenchSettings) -> None:
             correct=False,
         )
         plan.save(plan_folder(settings.folder / name))
+    return {}
 
 
 def _export(settings: BenchSettings) -> dict[str, Any]:
@@ -67,48 +68,46 @@ def _memory(settings: BenchSettings) -> dict[str, int]:
     """Memory that optimising and exporting add to a process that has loaded the model alone."""
     module = find_model(settings.model).build()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    with peak_memory() as peak:
-        plan = Plan.load(plan_folder(settings.folder / "step"))
-        export_onnx(optimize(module, plan), settings.folder / "step")
-        return {"weight_bytes": weights, "export_peak_bytes": peak()}
+    peak = peak_memory()
+    plan = Plan.load(plan_folder(settings.folder / "step"))
+    export_onnx(optimize(module, plan), settings.folder / "step")
+    return {"weight_bytes": weights, "export_peak_bytes": peak()}
 
 
 def prepare(settings: BenchSettings) -> dict[str, Any]:
     """Plans and artifacts, each made in a process of its own; returns what they took."""
-    _in_process(_plan, settings)
-    return {**_in_process(_export, settings), **_in_process(_memory, settings)}
+    costs: dict[str, Any] = {}
+    for task in (_plan, _export, _memory):
+        with own_process() as process:
+            costs |= process.submit(task, settings).result()
+    return costs
 
 
-def _in_process(function: Callable[[BenchSettings], Any], settings: BenchSettings) -> Any:
-    """Run a function in a fresh process, so that its memory is its own and is given back."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(function, (settings,))
+def own_process() -> ProcessPoolExecutor:
+    """A fresh process for some work, so that its memory is its own and is given back."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], int]]:
-    """Bytes of resident memory that the block has added at its highest so far."""
-    reset = Path("/proc/self/clear_refs")
-    before = _status("VmRSS")
+def peak_memory() -> Callable[[], int]:
+    """Gives the bytes of resident memory that this process has added at its highest from now."""
+    reset, before = Path("/proc/self/clear_refs"), _status("VmRSS")
     if reset.exists():
         reset.write_text("5")  # the high-water mark starts again
-    yield lambda: _status("VmHWM") - before
+    return lambda: _status("VmHWM") - before
 
 
 def available_memory() -> int:
     """Bytes that processes can still take; plenty where there is no /proc to ask."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return 1 << 40
-    lines = path.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return _field(Path("/proc/meminfo"), "MemAvailable") or 1 << 40
 
 
 def _status(field: str) -> int:
     """A memory field of this process in bytes; its high-water mark where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    lines = status.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    own = _field(Path("/proc/self/status"), field)
+    return own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _field(path: Path, name: str) -> int | None:
+    """A field of a file below /proc, which counts in kB, in bytes."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,32 +73,33 @@ def _table(result: Result) -> str:
     modes = list(dict.fromkeys(m for row in result["rows"] for m in row["step_seconds"] or ()))
     columns = ["row", *(f"{mode} ms" for mode in modes), "run s", "speedup", "MACs"]
     columns += ["efficiency", "memory"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    for row in result["rows"]:
-        if row["refused"]:
-            reason = row["refused"].replace("|", "\\|")
-            refusal = f"| {row['name']} | does not run: {reason}"
-            lines.append(refusal + " |" * (len(columns) - 1))
-            continue
-        steps = row["step_seconds"] or {}
-        cells = [
-            row["name"],
-            *(f"{1e3 * steps[mode]:.1f}" if mode in steps else "" for mode in modes),
-            f"{row['run_seconds']:.3f}",
-            f"{row['plain_seconds'] / row['run_seconds']:.2f}",
-            f"{1 / row['macs_share']:.2f}",
-            f"{efficiency(row):.2f}",
-            _megabytes(row["peak_bytes"]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return _markdown(columns, (_cells(row, modes, len(columns)) for row in result["rows"]))
+
+
+def _cells(row: Mapping[str, Any], modes: Sequence[str], width: int) -> list[str]:
+    if row["refused"]:
+        reason = row["refused"].replace("|", "\\|")
+        return [row["name"], f"does not run: {reason}", *[""] * (width - 2)]
+    steps = row["step_seconds"] or {}
+    return [
+        row["name"],
+        *(f"{1e3 * steps[mode]:.1f}" if mode in steps else "" for mode in modes),
+        f"{row['run_seconds']:.3f}",
+        f"{row['plain_seconds'] / row['run_seconds']:.2f}",
+        f"{1 / row['macs_share']:.2f}",
+        f"{efficiency(row):.2f}",
+        _megabytes(row["peak_bytes"]),
+    ]
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
+    lines = [columns, ["---", *[align] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _targets(result: Result) -> str:
-    lines = ["| target | measured | met |", "|---|---|---|"]
-    for wanted, measured, met in targets(result):
-        lines.append(f"| {wanted} | {measured} | {'yes' if met else '**no**'} |")
-    return "\n".join(lines)
+    rows = ((aim, measured, "yes" if met else "**no**") for aim, measured, met in targets(result))
+    return _markdown(("target", "measured", "met"), rows, "---")
 
 
 def targets(result: Result) -> Iterator[tuple[str, str, bool]]:
@@ -112,9 +113,9 @@ def targets(result: Result) -> Iterator[tuple[str, str, bool]]:
         share = step["step_seconds"]["REFRESH"] / plain["step_seconds"]["REFRESH"]
         yield "REFRESH at most 1.05 of a plain step", f"{share:.2f}", share <= 1.05
     if sampler:
-        found = efficiency(sampler)
-        wanted = 0.85 if result["width"] < 512 else 0.90
-        yield f"efficiency at least {wanted:.2f} (sampler)", f"{found:.2f}", found >= wanted
+        measured = efficiency(sampler)
+        least = 0.85 if result["width"] < 512 else 0.90
+        yield f"efficiency at least {least:.2f} (sampler)", f"{measured:.2f}", measured >= least
     if sampler and step:
         ratio = _share(sampler) / _share(step)
         yield "sampler no slower than step by step", f"{ratio:.2f}", ratio <= 1.0
@@ -138,7 +139,7 @@ def _share(row: Mapping[str, Any]) -> float:
 
 def _operators(result: Result) -> str:
     profiles = result["profiles"]
-    parts = ["Where the time goes, ms of a step (`run`: of the whole run, outside the steps):"]
+    intro = "Where the time goes, ms of a step (`run`: of the whole run, outside the steps):"
     columns = (
         ("plain", "plain", "REFRESH"),
         ("REFRESH", "step", "REFRESH"),
@@ -153,13 +154,13 @@ def _operators(result: Result) -> str:
     operators = dict.fromkeys(
         name for column in times.values() for name in list(column)[:SHOWN_OPERATORS]
     )
-    lines = ["| operator | " + " | ".join(times) + " |", "|---" + "|---:" * len(times) + "|"]
-    for name in operators:
-        cells = (f"{column[name]:.2f}" if name in column else "" for column in times.values())
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    sums = (f"{sum(column.values()):.1f}" for column in times.values())
-    lines.append("| all | " + " | ".join(sums) + " |")
-    return "\n\n".join([*parts, "\n".join(lines), _copies(profiles["sampler"])])
+    rows = [
+        [name, *(f"{column[name]:.2f}" if name in column else "" for column in times.values())]
+        for name in operators
+    ]
+    sums = ["all", *(f"{sum(column.values()):.1f}" for column in times.values())]
+    table = _markdown(["operator", *times], [*rows, sums])
+    return "\n\n".join([intro, table, _copies(profiles["sampler"])])
 
 
 def _copies(profile: Sequence[Mapping[str, Any]]) -> str:

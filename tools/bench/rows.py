@@ -108,8 +108,10 @@ def bench_rows() -> tuple[BenchRow, ...]:
     """All rows; the first is what the others are measured against."""
     return (
         BenchRow("ONNX Runtime, plain", "plain", _session),
-        BenchRow("PyTorch eager, plain", "plain", _eager),
-        BenchRow("torch.compile, plain", "plain", _compiled),
+        BenchRow("PyTorch eager, plain", "plain", lambda task: Runner(task.model.build())),
+        BenchRow(
+            "torch.compile, plain", "plain", lambda task: Runner(torch.compile(task.model.build()))
+        ),
         BenchRow("diffusers TaylorSeer hook, order 0 (FORA)", "reuse", _hook(0), _hook_schedule),
         BenchRow("diffusers TaylorSeer hook, order 1", "reuse", _hook(1), _hook_schedule),
         BenchRow("calicache REUSE, PyTorch eager", "reuse", _optimized),
@@ -164,14 +166,6 @@ def session_runner(session: Session, task: BenchTask) -> Runner:
 
 def _session(task: BenchTask) -> Runner:
     return session_runner(Session(task.folder, provider=task.settings.provider), task)
-
-
-def _eager(task: BenchTask) -> Runner:
-    return Runner(task.model.build())
-
-
-def _compiled(task: BenchTask) -> Runner:
-    return Runner(torch.compile(task.model.build()))
 
 
 def _optimized(task: BenchTask) -> Runner:

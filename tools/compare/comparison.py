@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
+from pydantic import ConfigDict, computed_field
 from torch import Tensor, nn
 
 from calicache.export.artifact.manifest import Layout, Manifest
 from calicache.export.session.session import Session
+from calicache.graph_passes.common.environment import Environment, environment
 from calicache.graph_passes.common.errors import CompareError
 from calicache.graph_passes.common.hashing import hash_weights
+from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import ErrorSummary
-from calicache.tools.compare.artifact_tables import read_first_step, read_latent_scale
-from calicache.tools.compare.image_measures import (
+from calicache.tools.compare.pictures import (
     Decoder,
     ImageMeasures,
     NoPictures,
     Pictures,
-    check_measures,
     make_pictures,
+    measure_functions,
     measure_pictures,
     picture_kind,
 )
-from calicache.tools.compare.recorded_runs import RecordedRun, RecordedRuns, matching_runs
+from calicache.tools.compare.recorded_runs import matching_runs
 from calicache.tools.compare.side_by_side import (
     SideBySide,
     relative_errors,
     run_steps,
     run_whole,
-    sampler_latent,
     time_model,
     warm_up,
 )
-from calicache.tools.terminal.environment import environment
+from calicache.tools.inspect.facts import Mode
 
 WHOLE_RUN = (
     "the layout sampler runs all steps in one call and holds no full model: "
@@ -58,7 +59,7 @@ class StepComparison:
     """
 
     step: int
-    mode: StepMode
+    mode: Mode
     error: ErrorSummary | None
     full_seconds: float | None
     cached_seconds: float | None
@@ -68,7 +69,7 @@ class StepComparison:
 class ModeTime:
     """Seconds of a step in one mode: medians over its steps in all runs."""
 
-    mode: StepMode
+    mode: Mode
     steps: int
     full_seconds: float | None
     cached_seconds: float | None
@@ -99,8 +100,10 @@ class Comparison:
         pictures: the results as pictures, where `measures` are there.
     """
 
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
+
     layout: Layout
-    schedule: tuple[StepMode, ...]
+    schedule: tuple[Mode, ...]
     macs_share: float
     provider: str
     runs: int
@@ -114,11 +117,12 @@ class Comparison:
     no_steps: str | None
     measures: ImageMeasures | None
     no_measures: str | None
-    environment: Mapping[str, Mapping[str, str | int]]
+    environment: Environment
     full: Tensor = field(repr=False, compare=False)
     cached: Tensor = field(repr=False, compare=False)
     pictures: Pictures | None = field(repr=False, compare=False)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def speedup(self) -> float | None:
         """Seconds of the full run over those of the artifact's."""
@@ -126,14 +130,14 @@ class Comparison:
 
 
 def compare(
-    artifact: Path | str,
+    path: Path | str,
     recording: Recording,
     *,
     runs: int | None = None,
     model: nn.Module | None = None,
     decoder: Decoder | None = None,
     provider: str = "CPUExecutionProvider",
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Comparison:
     """Run an artifact along recorded runs of the full model.
 
@@ -142,78 +146,54 @@ def compare(
     artifact runs from the recorded noise, under the guidance scale that was exported.
 
     Args:
-        artifact: folder written by `export_onnx`.
+        path: the artifact, a folder written by `export_onnx`.
         recording: whole runs of the exported model, each ended by `finish`.
         runs: how many of them, from the first; None takes all.
         model: the torch model that was exported, to be timed along the recorded calls as well.
         decoder: latents (B, ...) to images (B, C, H, W) in -1 .. 1; None takes results of 1 or
             3 channels for images and others for latents.
         provider: of ONNX Runtime.
-        on_step: called as on_step(done, total), for a progress bar.
+        on_progress: told how many steps were run.
 
     Raises:
-        CompareError: the two do not belong together, or the sampler adds noise.
+        CompareError: the two do not belong together.
+        NoSampler: the sampler adds noise, or the recording is of other weights.
         CalicacheError: the artifact is damaged, or refuses an input.
     """
-    session = Session(artifact, provider=provider)
-    recorded = matching_runs(session.manifest, recording, runs)
+    session = Session(path, provider=provider)
+    manifest = session.manifest
+    recorded = matching_runs(manifest, recording, runs)
     if model is not None:
-        _check_model(model, session.manifest)
-    if not isinstance(picture_kind(recorded.runs[0].end.shape, decoder), NoPictures):
-        check_measures()
-    meter = _Meter(session.manifest, recorded, model, on_step)
+        _check_model(model, manifest)
+    if not isinstance(picture_kind(recorded[0].end.shape, decoder), NoPictures):
+        measure_functions()  # before anything is run
+    whole = manifest.layout is Layout.SAMPLER
+    pieces = (1 if whole else 2 * len(manifest.schedule)) + (model is not None)
+    meter = Meter(pieces * len(recorded), on_progress)
+    meter.stage("run full and optimised")
+    # The first call of everything takes longer than all others.
+    if not whole:
+        warm_up(session, recorded[0])
+    if model is not None:
+        time_model(model, recorded[0].calls[:1], recording.signature)
     beside, torch_seconds = [], []
-    run_beside = _runner(artifact, session, recorded, meter.add)
-    if model is not None:  # its first call takes longer than all others
-        time_model(model, recorded.runs[0].calls[:1], recorded.signature)
-    for run in recorded.runs:
-        beside.append(run_beside(run))
+    for run in recorded:
+        beside.append(
+            (run_whole if whole else run_steps)(session, run, recording.dependence, meter)
+        )
         if model is not None:
-            torch_seconds.append(sum(time_model(model, run.calls, recorded.signature)))
+            torch_seconds.append(time_model(model, run.calls, recording.signature))
             meter.add()
-    return _summary(session.manifest, provider, beside, torch_seconds, decoder)
-
-
-def _runner(
-    artifact: Path | str, session: Session, recorded: RecordedRuns, on_step: Callable[[], None]
-) -> Callable[[RecordedRun], SideBySide]:
-    """What runs one recorded run side by side, in the artifact's layout."""
-    if session.manifest.layout is Layout.SAMPLER:
-        latent = sampler_latent(session, recorded)
-        scale = read_latent_scale(artifact, session.manifest)
-        return lambda run: run_whole(session, run, latent, scale, on_step)
-    first_step = read_first_step(artifact, session.manifest)
-    warm_up(session, recorded.runs[0])
-    return lambda run: run_steps(session, run, recorded.dependence, first_step, on_step)
-
-
-class _Meter:
-    """Counts what is done, for a progress bar."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        recorded: RecordedRuns,
-        model: nn.Module | None,
-        on_step: Callable[[int, int], None] | None,
-    ) -> None:
-        whole = manifest.layout is Layout.SAMPLER
-        one = (1 if whole else 2 * len(manifest.schedule)) + (model is not None)
-        self._done, self._total, self._on_step = 0, one * len(recorded.runs), on_step
-
-    def add(self) -> None:
-        self._done += 1
-        if self._on_step:
-            self._on_step(self._done, self._total)
+    return _summary(manifest, provider, beside, torch_seconds, decoder)
 
 
 def _check_model(model: nn.Module, manifest: Manifest) -> None:
-    found = hash_weights(model)
-    if found != manifest.weights_hash:
+    weights_hash = hash_weights(model)
+    if weights_hash != manifest.weights_hash:
         raise CompareError(
             "model",
             expected=f"the weights that were exported, {manifest.weights_hash[:16]}",
-            got=found[:16],
+            got=weights_hash[:16],
             fix="Give the model that the artifact was made from.",
         )
 
@@ -226,8 +206,7 @@ def _summary(
     decoder: Decoder | None,
 ) -> Comparison:
     full, cached = (torch.cat([getattr(b, name) for b in beside]) for name in ("full", "cached"))
-    made = make_pictures(full, cached, decoder)
-    pictures = made if isinstance(made, Pictures) else None
+    pictures = make_pictures(full, cached, decoder)
     totals = [sum(run.full_seconds) for run in beside if run.full_seconds is not None]
     return Comparison(
         layout=manifest.layout,
@@ -243,12 +222,12 @@ def _summary(
         cached_seconds=median(sum(run.cached_seconds) for run in beside),
         torch_seconds=median(torch_seconds) if torch_seconds else None,
         no_steps=WHOLE_RUN if manifest.layout is Layout.SAMPLER else None,
-        measures=None if pictures is None else measure_pictures(pictures),
-        no_measures=made.reason if isinstance(made, NoPictures) else None,
+        measures=None if isinstance(pictures, NoPictures) else measure_pictures(pictures),
+        no_measures=pictures.reason if isinstance(pictures, NoPictures) else None,
         environment=environment(),
         full=full,
         cached=cached,
-        pictures=pictures,
+        pictures=None if isinstance(pictures, NoPictures) else pictures,
     )
 
 

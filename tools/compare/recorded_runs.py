@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from calicache.export.artifact.manifest import Layout, Manifest
-from calicache.graph_passes.common.errors import CompareError, NoSampler
-from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.common.errors import CompareError
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
+from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.recording.timestep import Run
 
 _NOT_IN_NUMPY = "bfloat16"
@@ -32,24 +31,9 @@ class RecordedRun:
     end: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedRuns:
-    """Runs of one artifact's form.
-
-    Attributes:
-        runs: at least one.
-        dependence: class of every tensor argument.
-        signature: of one recorded call.
-    """
-
-    runs: tuple[RecordedRun, ...]
-    dependence: Mapping[str, Dependence]
-    signature: CallSignature
-
-
 def matching_runs(
     manifest: Manifest, recording: Recording, count: int | None = None
-) -> RecordedRuns:
+) -> tuple[RecordedRun, ...]:
     """The recorded runs, after a check that an artifact can be run along them.
 
     A recording does not tell its model's weights: those cannot be checked here.
@@ -62,48 +46,39 @@ def matching_runs(
     Raises:
         CompareError: other inputs, steps or calls per step than the artifact's, a run without
             its result, or fewer runs than asked for.
+        NoSampler: the calls of a step cannot be seen as one batch.
     """
-    dependence = recording.dependence
-    calls = recording.calls_per_step
-    if manifest.layout is not Layout.SAMPLER and calls != manifest.calls_per_step:
+    calls, by_step = recording.calls_per_step, manifest.layout is Layout.SAMPLER
+    if not by_step and calls != manifest.calls_per_step:
         raise CompareError(
             "calls per step",
             expected=f"{manifest.calls_per_step}, as in the artifact",
             got=f"{calls} in the recording",
             fix="Compare with a recording of the same guidance, or plan and export for this one.",
         )
-    try:
-        whole = recording.by_step()
-    except NoSampler as refusal:
-        raise CompareError(
-            "calls per step",
-            expected="calls that can be seen as one batch",
-            got=refusal.reason,
-            fix="Compare with a recording of guidance in one batch.",
-        ) from refusal
-    batched_layout = manifest.layout is Layout.SAMPLER
-    _check_inputs(manifest.inputs, (whole if batched_layout else recording).signature.tensors)
-    found = _check_count(len(whole.runs), count)
-    made = zip(recording.denoisings, whole.runs, whole.ends, strict=True)
+    whole = recording.by_step()
+    _check_inputs(manifest.inputs, (whole if by_step else recording).signature.tensors)
+    chosen = _check_count(len(whole.runs), count)
+    recorded = zip(recording.denoisings, whole.runs, whole.ends, strict=True)
     runs = []
-    for place, (one_by_one, run, end) in enumerate(list(made)[:found]):
+    for place, (denoising, run, end) in enumerate(list(recorded)[:chosen]):
         result = _check_run(place, run, end, len(manifest.schedule))
-        steps = range(0, len(one_by_one), calls)
-        runs.append(RecordedRun(tuple(one_by_one[k : k + calls] for k in steps), run, result))
-    return RecordedRuns(tuple(runs), dependence, recording.signature)
+        steps = (denoising[k : k + calls] for k in range(0, len(denoising), calls))
+        runs.append(RecordedRun(tuple(steps), run, result))
+    return tuple(runs)
 
 
-def _check_inputs(wanted: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
-    names, others = ([spec.name for spec in specs] for specs in (wanted, found))
-    if sorted(names) != sorted(others):
+def _check_inputs(own: Sequence[TensorSpec], recorded: Sequence[TensorSpec]) -> None:
+    forms = {spec.name: spec for spec in recorded}
+    names = [spec.name for spec in own]
+    if set(names) != set(forms):
         raise CompareError(
             "inputs",
             expected=", ".join(names),
-            got=f"{', '.join(others)} in the recording",
+            got=f"{', '.join(forms)} in the recording",
             fix="Compare an artifact with a recording of its own model.",
         )
-    forms = {spec.name: spec for spec in found}
-    for spec in wanted:
+    for spec in own:
         if spec != forms[spec.name]:
             raise CompareError(
                 f"input {spec.name}",
@@ -121,12 +96,12 @@ def _check_inputs(wanted: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> 
             )
 
 
-def _check_count(there: int, asked: int | None) -> int:
-    count = there if asked is None else asked
-    if not 1 <= count <= there:
+def _check_count(recorded: int, asked: int | None) -> int:
+    count = recorded if asked is None else asked
+    if not 1 <= count <= recorded:
         raise CompareError(
             "runs",
-            expected=f"1 .. {there}, the recorded runs",
+            expected=f"1 .. {recorded}, the recorded runs",
             got=str(count),
             fix="Ask for fewer, or record more.",
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from calicache.export.artifact.manifest import Manifest
 from calicache.export.session.session import Session
-from calicache.graph_passes.common.errors import CompareError, NoSampler
+from calicache.graph_passes.common.errors import CompareError
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.timestep import Run
@@ -22,10 +24,10 @@ from calicache.graph_passes.sampler.update import (
     latent_channels,
     recorded_next,
 )
-from calicache.tools.compare.artifact_tables import FirstStep
-from calicache.tools.compare.recorded_runs import RecordedRun, RecordedRuns
+from calicache.tools.compare.recorded_runs import RecordedRun
 
-OnStep = Callable[[], None]
+Classes = Mapping[str, Dependence]
+_LEAST_OWN = 0.1  # weight of the plain output in step 0, to divide by
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,7 @@ class SideBySide:
     cached_seconds: tuple[float, ...]
 
 
-def run_steps(
-    session: Session,
-    run: RecordedRun,
-    dependence: Mapping[str, Dependence],
-    first_step: FirstStep,
-    on_step: OnStep,
-) -> SideBySide:
+def run_steps(session: Session, run: RecordedRun, dependence: Classes, meter: Meter) -> SideBySide:
     """The full model, then the cached run, in the layouts `step` and `pair`.
 
     Step 0 of an artifact is a REFRESH that reads nothing kept: given the call of any step it
@@ -66,74 +62,84 @@ def run_steps(
         session: of the artifact.
         run: of the artifact's form.
         dependence: class of every tensor argument.
-        first_step: weights of step 0.
-        on_step: called after every step of either.
+        meter: counts every step of either.
 
     Raises:
-        CompareError: the latents are no fixed weighted sums of earlier ones and the outputs.
+        NoSampler: the latents are no fixed weighted sums of earlier ones and the outputs: the
+            sampler adds noise, or the recording is of other weights.
+        CompareError: step 0 does not make the plain output.
     """
-    try:
-        latent, outputs, full_seconds = _run_full(session, run, dependence, first_step, on_step)
-        sampler = find_sampler_steps(latent, [run.whole], [outputs], [run.end])
-    except NoSampler as refusal:
-        raise CompareError(
-            "sampler",
-            expected="recorded latents that are fixed weighted sums of earlier ones and of the "
-            "artifact's own full outputs",
-            got=refusal.reason,
-            fix="Compare with a recording of the weights that were exported, under a "
-            "deterministic sampler (DDIM without clip_sample, Euler, flow matching, "
-            "DPM-Solver++ 2M).",
-        ) from refusal
-    wanted = [
+    latent, outputs, full_seconds = _run_full(session, run, dependence, meter)
+    sampler = find_sampler_steps(latent, [run.whole], [outputs], [run.end])
+    exact = [
         recorded_next(run.whole, run.end, step, latent, sampler.parts)
         for step in range(len(run.whole))
     ]
-    reached, cached_seconds = _run_cached(session, run, sampler, on_step)
-    errors = tuple(relative_errors(*pair) for pair in zip(reached, wanted, strict=True))
+    latents, cached_seconds = _run_cached(session, run, sampler, meter)
+    errors = tuple(relative_errors(*pair) for pair in zip(latents, exact, strict=True))
     return SideBySide(
-        wanted[-1].float(), reached[-1], errors, tuple(full_seconds), tuple(cached_seconds)
+        exact[-1].float(), latents[-1], errors, tuple(full_seconds), tuple(cached_seconds)
     )
 
 
 def _run_full(
-    session: Session,
-    run: RecordedRun,
-    dependence: Mapping[str, Dependence],
-    first_step: FirstStep,
-    on_step: OnStep,
+    session: Session, run: RecordedRun, dependence: Classes, meter: Meter
 ) -> tuple[str, list[Tensor], list[float]]:
     """The latent's name, the plain model's output at every recorded call, and its seconds."""
     latent, outputs, seconds = "", list[Tensor](), list[float]()
     for calls, whole in zip(run.calls, run.whole, strict=True):
         output, spent = _call(session, 0, calls)
-        if not outputs:
-            latent = find_latent(whole, output, dependence)
+        latent = latent or find_latent(whole, output, dependence)
         own = latent_channels(output, whole[latent])
-        outputs.append(first_step.plain_output(own, whole[latent].float()))
+        outputs.append(plain_output(session.manifest, own, whole[latent].float()))
         seconds.append(spent)
-        on_step()
+        meter.add()
     return latent, outputs, seconds
 
 
+def plain_output(manifest: Manifest, output: Tensor, latent: Tensor) -> Tensor:
+    """The plain model's output e, from what step 0 made of it: own e + rest x, nothing else kept.
+
+    Where output weights were fitted, their row of step 0 is 1 and 0 up to the rounding of the
+    recording, which in half precision is 1e-3.
+
+    Args:
+        manifest: with the output weights.
+        output: of step 0, float32, with the latent's channels alone.
+        latent: x, alike.
+
+    Raises:
+        CompareError: e has next to no part in step 0.
+    """
+    own, *_, rest = manifest.output_weights[0] if manifest.output_weights else (1.0, 0.0)
+    if abs(own) < _LEAST_OWN:
+        raise CompareError(
+            "output weights",
+            expected="a step 0 that returns the plain model's output",
+            got=f"one with a weight of {own:.2g} for it",
+            fix="Make the plan again from the recording, and export it.",
+        )
+    return (output - rest * latent) / own
+
+
 def _run_cached(
-    session: Session, run: RecordedRun, sampler: SamplerSteps, on_step: OnStep
+    session: Session, run: RecordedRun, sampler: SamplerSteps, meter: Meter
 ) -> tuple[list[Tensor], list[float]]:
     """The latents after every step, one copy each, and the seconds of every step."""
     latent, before = sampler.latent, list[Tensor]()
-    recorded = run.whole[0][latent]
-    x = recorded.float()
-    reached, seconds = list[Tensor](), list[float]()
+    noise = run.whole[0][latent]
+    x = noise.float()
+    latents, seconds = list[Tensor](), list[float]()
     for step, calls in enumerate(run.calls):
-        rows = x.to(recorded.dtype).chunk(len(calls))
+        rows = x.to(noise.dtype).chunk(len(calls))
         moved = [{**call, latent: own} for call, own in zip(calls, rows, strict=True)]
         output, spent = _call(session, step, moved)
         now = sampler.terms(x, latent_channels(output, x))
         x, before = sampler.next_latent(step, now, before), now
-        reached.append(x.chunk(sampler.parts)[0])
+        latents.append(x.chunk(sampler.parts)[0])
         seconds.append(spent)
-        on_step()
-    return reached, seconds
+        meter.add()
+    return latents, seconds
 
 
 def warm_up(session: Session, run: RecordedRun) -> None:
@@ -143,20 +149,18 @@ def warm_up(session: Session, run: RecordedRun) -> None:
         _call(session, schedule.index(mode), run.calls[0])
 
 
-def run_whole(
-    session: Session, run: RecordedRun, latent: str, scale: float, on_step: OnStep
-) -> SideBySide:
+def run_whole(session: Session, run: RecordedRun, dependence: Classes, meter: Meter) -> SideBySide:
     """A whole run in the layout `sampler`, from the recorded noise.
 
     Args:
         session: of the artifact.
         run: of the artifact's form.
-        latent: the model's input that holds x.
-        scale: of the noise in the model's first call.
-        on_step: called once, after the run.
+        dependence: class of every tensor argument.
+        meter: counts the run.
 
     Raises:
-        CompareError: the recorded result is no latent of the sampler's.
+        CompareError: no input, or several, can hold the latent, or the recorded result is no
+            latent of the sampler's.
     """
     record = session.manifest.sampler
     assert record is not None
@@ -169,45 +173,38 @@ def run_whole(
             got=str(tuple(run.end.shape)),
             fix="Call recording.finish with the latents, before they are decoded.",
         )
-    first = run.whole[0]
+    latent, first = _sampler_latent(session.manifest, dependence), run.whole[0]
     inputs: dict[str, Any] = {spec.name: first[spec.name] for spec in record.inputs}
-    noise = (first[latent][:rows].float() / scale).numpy()
+    noise = (first[latent][:rows].float() / record.scale).numpy()
     begun = time.perf_counter()
-    made = torch.from_numpy(session.sample(noise, **inputs))
+    cached = torch.from_numpy(session.sample(noise, **inputs))
     spent = time.perf_counter() - begun
-    on_step()
-    return SideBySide(end, made, None, None, (spent,))
+    meter.add()
+    return SideBySide(end, cached, None, None, (spent,))
 
 
-def sampler_latent(session: Session, recorded: RecordedRuns) -> str:
-    """The model's input that holds x in the layout `sampler`.
-
-    Raises:
-        CompareError: no input, or several, can be it.
-    """
-    manifest = session.manifest
+def _sampler_latent(manifest: Manifest, dependence: Classes) -> str:
+    """The model's input that holds x in the layout `sampler`."""
     record = manifest.sampler
     assert record is not None
     shape = (record.parts * record.noise.shape[0], *record.noise.shape[1:])
-    found = [
+    candidates = [
         spec.name
         for spec in manifest.inputs
-        if spec.shape == shape and recorded.dependence[spec.name] is Dependence.LATENT
+        if spec.shape == shape and dependence[spec.name] is Dependence.LATENT
     ]
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise CompareError(
             "latent",
             expected=f"one input of the shape {shape} that changes as the latent does",
-            got=", ".join(found) or "none in the recording",
+            got=", ".join(candidates) or "none in the recording",
             fix="Compare an artifact with a recording of its own model and sampler.",
         )
-    return found[0]
+    return candidates[0]
 
 
-def time_model(
-    model: nn.Module, steps: Sequence[Run], signature: CallSignature
-) -> tuple[float, ...]:
-    """Seconds of the torch model at every recorded step.
+def time_model(model: nn.Module, steps: Sequence[Run], signature: CallSignature) -> float:
+    """Seconds of the torch model over recorded steps.
 
     Args:
         model: the one that was recorded, on any device.
@@ -215,33 +212,33 @@ def time_model(
         signature: of one call.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    seconds = []
+    seconds = 0.0
     for calls in steps:
-        given = [
+        arguments = [
             signature.unflatten([call[spec.name].to(device) for spec in signature.tensors])
             for call in calls
         ]
         begun = time.perf_counter()
         with torch.no_grad():
-            for arguments in given:
-                model(**arguments)
+            for named in arguments:
+                model(**named)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begun)
-    return tuple(seconds)
+        seconds += time.perf_counter() - begun
+    return seconds
 
 
-def relative_errors(got: Tensor, wanted: Tensor) -> tuple[float, ...]:
+def relative_errors(value: Tensor, exact: Tensor) -> tuple[float, ...]:
     """Relative L2 error of every sample (B, ...)."""
-    exact = wanted.double().flatten(1)
-    off = (got.double().flatten(1) - exact).norm(dim=1)
-    errors: list[float] = (off / exact.norm(dim=1)).tolist()
+    right = exact.double().flatten(1)
+    off = (value.double().flatten(1) - right).norm(dim=1)
+    errors: list[float] = (off / right.norm(dim=1)).tolist()
     return tuple(errors)
 
 
 def _call(session: Session, step: int, calls: Run) -> tuple[Tensor, float]:
     """First outputs of all calls of a step in one batch, in float32, and the seconds they took."""
     begun = time.perf_counter()
-    made = [session.step(step, call, **inputs) for call, inputs in enumerate(calls)]
+    outputs = [session.step(step, call, **inputs) for call, inputs in enumerate(calls)]
     spent = time.perf_counter() - begun
-    return torch.cat([torch.from_numpy(output).float() for output in made]), spent
+    return torch.cat([torch.from_numpy(output).float() for output in outputs]), spent

@@ -7,24 +7,25 @@ the same step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.api.runtime import OptimizedModel
-from calicache.graph_passes.common.errors import CompareError, NoSampler
-from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Call
-from calicache.graph_passes.rewriting.variants import VariantSet
+from calicache.graph_passes.rewriting.compile import Compiled
+from calicache.graph_passes.sampler.kept import Kept, keep_refresh
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
-from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
+from calicache.graph_passes.sampler.update import latent_channels
 from calicache.graph_passes.settings.choices import StepMode
 
 LATENTS, OUTPUT = "latents", "output"
+_RESULT = "result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,53 +46,38 @@ class SiteErrors:
 
 
 def site_errors(
-    optimized: OptimizedModel,
-    recording: Recording,
-    on_step: Callable[[int, int], None] | None = None,
+    optimized: OptimizedModel, recording: Recording, on_progress: OnProgress | None = None
 ) -> SiteErrors:
     """Run the optimised model along recorded runs and compare it branch by branch.
 
     Args:
         optimized: of the model that was recorded.
         recording: whole runs of a deterministic sampler, as long as the plan's schedule.
-        on_step: called as on_step(done, total), for a progress bar.
+        on_progress: told how many steps were run.
 
     Raises:
-        CompareError: the sampler's update cannot be told from the recording.
+        NoSampler: the sampler's update cannot be told from the recording.
     """
-    model = optimized.by_step()
-    recorded = _recorded_sampler(model, recording)
-    sums = _Sums()
-    steps, joins = len(model.plan.schedule), _joins(model)
-    total = steps * len(recorded.runs)
-    result: float | None = None
-    for number, run in enumerate(recorded.runs):
-        walk = _Walk(
-            model.compiled.captured,
-            model.compiled.variant_set,
-            model.plan.schedule,
-            recorded.steps,
-            joins,
-        )
-        for step in range(steps):
-            walk.advance(step, run[step], recorded.outputs[number][step], sums)
-            if on_step:
-                on_step(number * steps + step + 1, total)
-        end = recorded.ends[number]
-        if end is not None and walk.x is not None:
-            sums.add("result", 0, walk.x.chunk(recorded.steps.parts)[0], end)
-            result = sums.relative("result", 0)
-    names = (LATENTS, *joins.values(), OUTPUT)
-    sites = tuple(dict.fromkeys(names))
-    rows = tuple(tuple(sums.relative(site, step) for step in range(steps)) for site in sites)
-    return SiteErrors(sites, model.plan.schedule, rows, result)
+    model, schedule = optimized.by_step(), optimized.plan.schedule
+    binding, steps = model.plan.binding, range(len(schedule))
+    recorded = recover_sampler(
+        model.compiled.captured, recording.by_step(), binding.dependence, len(schedule)
+    )
+    sums, joins = _Sums(), _joins(model.compiled)
+    meter = Meter(len(schedule) * len(recorded.runs), on_progress)
+    meter.stage("compare branch by branch")
+    for number in range(len(recorded.runs)):
+        _run_cached(model.compiled, recorded, number, joins, sums, meter)
+    sites = tuple(dict.fromkeys((LATENTS, *joins.values(), OUTPUT)))
+    rows = tuple(tuple(sums.relative(site, step) for step in steps) for site in sites)
+    return SiteErrors(sites, schedule, rows, sums.relative(_RESULT, 0))
 
 
+@dataclass(frozen=True, slots=True)
 class _Sums:
     """Squares of differences and of what they are relative to, by site and step."""
 
-    def __init__(self) -> None:
-        self.squares: dict[tuple[str, int], list[float]] = {}
+    squares: dict[tuple[str, int], list[float]] = field(default_factory=dict)
 
     def add(self, site: str, step: int, value: Tensor, exact: Tensor) -> None:
         """Add one value of a run."""
@@ -108,46 +94,48 @@ class _Sums:
         return float((off / size if size else off) ** 0.5)
 
 
-@dataclass(slots=True)
-class _Walk:
-    """One run of the cached sampler."""
-
-    captured: CapturedGraph
-    variant_set: VariantSet
-    schedule: Sequence[StepMode]
-    sampler: SamplerSteps
-    joins: Mapping[str, str]
+def _run_cached(
+    compiled: Compiled,
+    recorded: RecordedSampler,
+    number: int,
+    joins: dict[str, str],
+    sums: _Sums,
+    meter: Meter,
+) -> None:
+    """One run of the cached sampler, every step compared with the recorded call."""
+    sampler, end = recorded.steps, recorded.ends[number]
     x: Tensor | None = None
     before: Sequence[Tensor] = ()
-    kept: tuple[dict[str, Tensor], ...] = ()
-
-    def advance(self, step: int, recorded: Call, output: Tensor, sums: _Sums) -> None:
-        """Run one step, compare it with the recorded call, and go on to the next latent."""
-        sampler, call = self.sampler, dict(recorded)
-        _, exact = _tapped(self.captured.module, self.joins, list(call.values()))
-        self.x = call[sampler.latent] if self.x is None else self.x.to(call[sampler.latent].dtype)
-        sums.add(LATENTS, step, self.x, call[sampler.latent])
-        call[sampler.latent] = self.x
-        outputs, found = self._run_variant(step, list(call.values()))
-        for node, value in found.items():
-            sums.add(self.joins[node], step, value, exact[node])
-        own = latent_channels(outputs, self.x)
-        sums.add(OUTPUT, step, own, output)
+    kept: Kept = ()
+    for step, call in enumerate(recorded.runs[number]):
+        exact_x = call[sampler.latent]
+        x = exact_x if x is None else x.to(exact_x.dtype)
+        sums.add(LATENTS, step, x, exact_x)
+        _, exact = _tapped(compiled.captured.module, joins, list(call.values()))
+        output, values, kept = _run_step(compiled, step, {**call, sampler.latent: x}, kept, joins)
+        for node, value in values.items():
+            sums.add(joins[node], step, value, exact[node])
+        own = latent_channels(output, x)
+        sums.add(OUTPUT, step, own, recorded.outputs[number][step])
         if step < len(sampler.weights):
-            terms = [self.x.chunk(sampler.parts)[0], *sampler.output_terms(own)]
-            self.x = sampler.next_latent(step, terms, self.before)
-            self.before = terms
+            now = sampler.terms(x, own)
+            x, before = sampler.next_latent(step, now, before), now
+        meter.add()
+    if end is not None and x is not None:
+        sums.add(_RESULT, 0, x.chunk(sampler.parts)[0], end)
 
-    def _run_variant(self, step: int, tensors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        variant_set, mode = self.variant_set, self.schedule[step]
-        variant = variant_set.variants[mode]
-        values = variant_set.read(variant.reads, self.kept, step, tensors[0].device)
-        results, found = _tapped(variant.module, self.joins, [*tensors, *values])
-        if mode is StepMode.REFRESH:
-            names = [cache.name for cache in variant_set.caches]
-            fresh = dict(zip(names, results[variant_set.outputs :], strict=True))
-            self.kept = (fresh, *self.kept)[: variant_set.history]
-        return results[0], found
+
+def _run_step(
+    compiled: Compiled, step: int, call: Call, kept: Kept, joins: Collection[str]
+) -> tuple[Tensor, dict[str, Tensor], Kept]:
+    """The output of a step, the values of its joins, and the kept refreshes after it."""
+    variant_set, mode = compiled.variant_set, compiled.recipe.schedule[step]
+    variant, tensors = variant_set.variants[mode], list(call.values())
+    read = variant_set.read(variant.reads, kept, step, tensors[0].device)
+    results, values = _tapped(variant.module, joins, [*tensors, *read])
+    if mode is StepMode.REFRESH:
+        kept = keep_refresh(variant_set, results, kept, variant_set.history, tensors)
+    return results[0], values, kept
 
 
 class _Tap(fx.Interpreter):
@@ -165,30 +153,19 @@ class _Tap(fx.Interpreter):
 def _tapped(
     module: fx.GraphModule, names: Collection[str], tensors: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    """What a graph returns, and the values of some of its nodes."""
     tap = _Tap(module, names)
     with torch.no_grad():
         results: Sequence[Tensor] = tap.run(*tensors)
     return results, tap.values
 
 
-def _joins(model: OptimizedModel) -> dict[str, str]:
+def _joins(compiled: Compiled) -> dict[str, str]:
     """Branch names by node of the stream after them; two joins of one branch are numbered."""
-    names: dict[str, str] = {}
-    for branch in model.compiled.analysis.sites.branches:
-        for number, join in enumerate(branch.joins):
-            names[join] = branch.name if not number else f"{branch.name} ({number + 1})"
-    order = [node.name for node in model.compiled.captured.graph.nodes]
+    names = {
+        join: branch.name if not number else f"{branch.name} ({number + 1})"
+        for branch in compiled.analysis.sites.branches
+        for number, join in enumerate(branch.joins)
+    }
+    order = [node.name for node in compiled.captured.graph.nodes]
     return dict(sorted(names.items(), key=lambda entry: order.index(entry[0])))
-
-
-def _recorded_sampler(model: OptimizedModel, recording: Recording) -> RecordedSampler:
-    steps, dependence = len(model.plan.schedule), model.plan.binding.dependence
-    try:
-        return recover_sampler(model.compiled.captured, recording.by_step(), dependence, steps)
-    except NoSampler as refusal:
-        raise CompareError(
-            "sampler",
-            expected="whole runs of a deterministic sampler, recorded with this model",
-            got=refusal.reason,
-            fix="Record with the sampler and the steps that the plan is for.",
-        ) from refusal

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import TypeAdapter, computed_field
 
 from calicache.graph_passes.settings.choices import StepMode
-from calicache.tools.inspect.facts import LayerFacts, LayerWork, Mode, ScheduleFacts
+from calicache.tools.inspect.facts import Mode, ScheduleFacts
+from calicache.tools.inspect.layers import LayerFacts, LayerWork
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class NumberChange:
 
     Attributes:
         name: of what is counted.
-        unit: `MACs`, `bytes`, `share`, `error` or `nodes`.
+        unit: `MACs`, `bytes`, `share` or `error`.
         a, b: the numbers.
     """
 
@@ -103,7 +106,6 @@ class Difference:
         layers: of artifacts, what the steps do with them.
         costs: MACs, shares of the plain model, cache bytes, errors.
         structure: of artifacts: layout, form of the call, caches, branches, rejections.
-        operators: of artifacts: nodes of the models by operator.
     """
 
     kind: Literal["plan", "artifact"]
@@ -116,22 +118,13 @@ class Difference:
     layers: tuple[LayerChange, ...]
     costs: tuple[NumberChange, ...]
     structure: tuple[Change, ...]
-    operators: tuple[NumberChange, ...]
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def equal(self) -> bool:
         """Whether nothing differs."""
-        return not (
-            self.belonging
-            or self.schedule.steps
-            or self.settings
-            or self.targets
-            or self.layers
-            or self.costs
-            or self.structure
-            or self.operators
-        )
+        changes = (self.belonging, self.schedule.steps, self.settings, self.targets)
+        return not any((*changes, self.layers, self.costs, self.structure))
 
 
 def difference_json(difference: Difference) -> str:
@@ -153,19 +146,22 @@ def diff_schedules(a: ScheduleFacts, b: ScheduleFacts) -> ScheduleDifference:
 def diff_states(
     a: Mapping[str, TargetState], b: Mapping[str, TargetState]
 ) -> tuple[TargetChange, ...]:
-    """Targets that are not the same on both sides, in A's order, then B's own."""
-    names = dict.fromkeys([*a, *b])
-    changes = (TargetChange(name, a.get(name), b.get(name)) for name in names)
-    return tuple(change for change in changes if change.a != change.b)
+    """Calibration targets that are not the same on both sides."""
+    return tuple(TargetChange(*change) for change in _differing(a, b))
 
 
 def diff_numbers(
     unit: str, a: Mapping[str, float], b: Mapping[str, float]
 ) -> tuple[NumberChange, ...]:
-    """Numbers that differ, in A's order, then B's own."""
-    names = dict.fromkeys([*a, *b])
-    changes = (NumberChange(name, unit, a.get(name), b.get(name)) for name in names)
-    return tuple(change for change in changes if change.a != change.b)
+    """Numbers that differ."""
+    return tuple(NumberChange(name, unit, *values) for name, *values in _differing(a, b))
+
+
+def _differing(a: Mapping[str, T], b: Mapping[str, T]) -> Iterator[tuple[str, T | None, T | None]]:
+    """Names whose values are not the same on both sides, in A's order, then B's own."""
+    for name in dict.fromkeys([*a, *b]):
+        if a.get(name) != b.get(name):
+            yield name, a.get(name), b.get(name)
 
 
 def diff_layers(a: Sequence[LayerFacts], b: Sequence[LayerFacts]) -> tuple[LayerChange, ...]:

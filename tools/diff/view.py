@@ -19,10 +19,9 @@ from calicache.tools.diff.difference import (
     TargetChange,
     TargetState,
 )
-from calicache.tools.inspect.artifact_view import fold_layers
+from calicache.tools.inspect.layers import fold_layers
 from calicache.tools.terminal.text import (
     STEPS_A_LINE,
-    add_plain_row,
     fact_grid,
     format_count,
     plain_table,
@@ -43,10 +42,8 @@ def describe_difference(difference: Difference) -> RenderableType:
         Text(f"{kind} {head}", style="bold"),
         fact_grid([("A", difference.a), ("B", difference.b)]),
     ]
-    if difference.belonging:
-        parts += [title("Belongs to"), _change_table(difference.belonging)]
-    if difference.settings:
-        parts += [title("Settings"), _change_table(difference.settings)]
+    for name, changes in (("Belongs to", difference.belonging), ("Settings", difference.settings)):
+        parts += [title(name), _change_table(changes)] if changes else []
     if difference.schedule.steps:
         parts += _schedules(difference.schedule)
     if difference.targets:
@@ -57,16 +54,12 @@ def describe_difference(difference: Difference) -> RenderableType:
         parts += [title("Costs"), _number_table(difference.costs)]
     if difference.structure:
         parts += [title("Structure"), _change_table(difference.structure)]
-    if difference.operators:
-        parts += [title("Operators"), _number_table(difference.operators)]
     return Group(*parts)
 
 
 def _change_table(changes: Sequence[Change]) -> Table:
-    table = plain_table(["", "A", "B"])
-    for change in changes:
-        add_plain_row(table, change.name, _short(change.a), _short(change.b))
-    return table
+    rows = ((change.name, _short(change.a), _short(change.b)) for change in changes)
+    return plain_table(["", "A", "B"], rows=rows)
 
 
 def _short(values: Sequence[str]) -> str:
@@ -93,10 +86,8 @@ def _schedules(schedule: ScheduleDifference) -> Iterator[RenderableType]:
 
 
 def _target_table(targets: Sequence[TargetChange]) -> Table:
-    table = plain_table(["target", "A", "B"])
-    for change in targets:
-        add_plain_row(table, change.name, _state(change.a), _state(change.b))
-    return table
+    rows = ((change.name, _state(change.a), _state(change.b)) for change in targets)
+    return plain_table(["target", "A", "B"], rows=rows)
 
 
 def _state(state: TargetState | None) -> str:
@@ -107,27 +98,27 @@ def _state(state: TargetState | None) -> str:
 
 
 def _layer_table(layers: Sequence[LayerChange]) -> Table:
-    table = plain_table(["layer", "mode", "A", "B"])
     rows = [(change.name, (change.mode.name, change.a, change.b)) for change in layers]
-    for names, there in fold_layers(rows):
-        add_plain_row(table, names, *there)
-    return table
+    folded = ((names, *work) for names, work in fold_layers(rows))
+    return plain_table(["layer", "mode", "A", "B"], rows=folded)
 
 
 def _number_table(changes: Sequence[NumberChange]) -> Table:
-    table = plain_table([""], ["A", "B", "B / A"])
-    for change in changes:
-        a, b = (_number(value, change.unit) for value in (change.a, change.b))
-        ratio = f"{change.b / change.a:.3f}" if change.a and change.b is not None else "-"
-        add_plain_row(table, change.name, a, b, ratio)
-    return table
+    rows = (
+        (
+            change.name,
+            _number(change.a, change.unit),
+            _number(change.b, change.unit),
+            f"{change.b / change.a:.3f}" if change.a and change.b is not None else "-",
+        )
+        for change in changes
+    )
+    return plain_table([""], ["A", "B", "B / A"], rows)
 
 
 def _number(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
-    if unit == "nodes":
-        return f"{value:.0f}"
     if unit == "share":
         return f"{value:.3f} of plain"
     return f"{value:.3g}" if unit == "error" else format_count(value, "B" * (unit == "bytes"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 from calicache.graph_passes.common.rejection import Rejection
@@ -12,6 +13,7 @@ from calicache.graph_passes.recording.signature import CallSignature, TensorSpec
 from calicache.graph_passes.recording.timestep import Timestep
 from calicache.graph_passes.settings.choices import SiteRule
 from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.schedule import Table
 from calicache.tools.diff.difference import Change
 
 
@@ -89,3 +91,18 @@ def _front(front: Front | None) -> tuple[str, ...]:
     if front is None:
         return ()
     return (front.request, f"{len(front.points)} points, number {front.choice} taken")
+
+
+def changed_weights(a: Table | None, b: Table | None) -> Iterator[Change]:
+    """How far the weights of two plans' outputs are apart, if they differ."""
+    if a == b:
+        return
+    if a is None or b is None:
+        words = [() if table is None else ("fitted",) for table in (a, b)]
+        yield Change("output weights", *words)
+    elif [len(row) for row in a] == [len(row) for row in b]:
+        pairs = zip(chain.from_iterable(a), chain.from_iterable(b), strict=True)
+        most = max(abs(x - y) for x, y in pairs)
+        yield Change("output weights", ("fitted",), (f"fitted, up to {most:.3g} from A",))
+    else:
+        yield Change("output weights", ("fitted",), ("fitted, for other steps or order",))

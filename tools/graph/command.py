@@ -1,22 +1,24 @@
-"""What `calicache graph` does: read the graphs of an artifact, take a view of them, write it."""
+"""`calicache graph`: read the graphs of an artifact, take a view of them, write it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from pydantic import TypeAdapter
 
 from calicache.export.artifact.graph_file import read_graphs
 from calicache.export.artifact.manifest import read_manifest
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import PLAIN, ModelGraphs
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.graph.draw import mermaid_text, svg_text
 from calicache.tools.graph.text import block_text, folded_text
+from calicache.tools.terminal.options import check_output
 
 
 class GraphFormat(StrEnum):
@@ -28,59 +30,62 @@ class GraphFormat(StrEnum):
     JSON = "json"
 
 
-@dataclass(frozen=True, slots=True)
-class GraphArguments:
-    """The command line of `calicache graph`; None for what was left out.
+def graph(
+    artifact: Annotated[Path, typer.Argument(help="An artifact written by export_onnx.")],
+    block: Annotated[
+        str | None,
+        typer.Option(help="Name or number of a block; left out, the model is folded by block."),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="plain, or a mode of the schedule; if left out its first one that is not refresh."
+        ),
+    ] = None,
+    form: Annotated[
+        GraphFormat, typer.Option("--format", help="How the graph is written.")
+    ] = GraphFormat.TEXT,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write; printed if left out.")
+    ] = None,
+) -> None:
+    """Show a rewritten graph beside the plain one: what was inserted, removed, read and kept.
 
-    Attributes:
-        target: folder of an artifact.
-        block: name or number of a block; without one the whole model is folded by block.
-        mode: `plain`, or a mode in any case; the cheap mode that the schedule uses first.
-        format: of the result.
-        output: file to write.
+    Example: calicache graph out/dit.onnx.d --block 3 --mode calibrate
+
+    As a drawing: calicache graph out/dit.onnx.d --block 3 --format svg -o block.svg
     """
-
-    target: Path
-    block: str | None = None
-    mode: str | None = None
-    format: GraphFormat = GraphFormat.TEXT
-    output: Path | None = None
-
-
-def run_graph(arguments: GraphArguments) -> str:
-    """The view that the arguments ask for, written into `output` where there is one.
-
-    Returns:
-        What to print.
-
-    Raises:
-        CalicacheError: no artifact, one without graphs, or no such block or mode.
-    """
-    graphs = read_graphs(arguments.target)
-    mode = find_mode(graphs, arguments.mode or first_cheap_mode(arguments.target))
-    view: BlockView | FoldedView
-    if arguments.block is None:
-        view = fold_blocks(graphs, mode)
-    else:
-        view = view_block(graphs, arguments.block, mode)
-    text = write_view(view, arguments.format)
-    if arguments.output is None:
-        return text
-    if arguments.output.is_dir():
-        raise TargetError(
-            "output", expected="a file", got=f"the folder {arguments.output}", fix="Name a file."
-        )
-    with atomic_path(arguments.output) as temporary:
+    text = view_text(artifact, block, mode, form)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    check_output(output, not output.is_dir(), "the name of a file")
+    with atomic_path(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return f"Written: {arguments.output}\n"
+    typer.echo(f"Written: {output}")
 
 
-def write_view(view: BlockView | FoldedView, form: GraphFormat) -> str:
-    """A view as text, as SVG, as a Mermaid flowchart or as JSON.
+def view_text(
+    path: Path,
+    block: str | None = None,
+    mode: str | None = None,
+    form: GraphFormat = GraphFormat.TEXT,
+) -> str:
+    """One view of an artifact's graphs, as text, SVG, a Mermaid flowchart or JSON.
+
+    Args:
+        path: folder of the artifact.
+        block: name or number of a block; without one the whole model is folded by block.
+        mode: `plain`, or a mode in any case; without one the cheap mode that comes first.
+        form: of the result.
 
     Raises:
-        TargetError: pygraphviz is missing, for SVG.
+        CalicacheError: no artifact, no such block or mode, or no pygraphviz for SVG.
     """
+    graphs = read_graphs(path)
+    step_mode = find_mode(graphs, mode or first_cheap_mode(path))
+    view: BlockView | FoldedView
+    view = view_block(graphs, block, step_mode) if block else fold_blocks(graphs, step_mode)
     if form is GraphFormat.SVG:
         return svg_text(view)
     if form is GraphFormat.MERMAID:
@@ -90,13 +95,13 @@ def write_view(view: BlockView | FoldedView, form: GraphFormat) -> str:
     return block_text(view) if isinstance(view, BlockView) else folded_text(view)
 
 
-def first_cheap_mode(directory: Path) -> str:
+def first_cheap_mode(path: Path) -> str:
     """The first mode of an artifact's schedule that is not REFRESH, or REFRESH, in lower case.
 
     Raises:
         ArtifactError: it is no artifact.
     """
-    schedule = read_manifest(directory).schedule
+    schedule = read_manifest(path).schedule
     cheap = (mode for mode in schedule if mode is not StepMode.REFRESH)
     return next(cheap, StepMode.REFRESH).name.lower()
 
@@ -105,11 +110,11 @@ def find_mode(graphs: ModelGraphs, name: str) -> StepMode | None:
     """The mode of that name in any case; None for `plain`.
 
     Raises:
-        TargetError: the model has no graph of that mode.
+        SubjectError: the model has no graph of that mode.
     """
     modes = {PLAIN: None, **{mode.name.lower(): mode for mode in graphs.modes}}
     if name.lower() not in modes:
-        raise TargetError(
+        raise SubjectError(
             "mode", expected=" | ".join(modes), got=repr(name), fix="Choose one of these."
         )
     return modes[name.lower()]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
-from calicache.graph_passes.common.errors import TargetError
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView
 from calicache.graph_passes.describe.graphs import Mark
 from calicache.tools.graph.drawing import LEGEND, Drawing, DrawnEdge, DrawnNode, Kind, drawing_of
+from calicache.tools.terminal.options import import_library
 
 # All have a contrast of 3 and more on white and on the dark greys of dark themes.
 COLOURS: Mapping[Mark, str] = {
@@ -43,23 +42,9 @@ _BRACKETS: Mapping[Kind, tuple[str, str]] = {
     Kind.SCALAR: ("([", "])"),
     Kind.BORDER: (">", "]"),
 }
-_MERMAID_WORDS = frozenset(
-    [
-        "graph",
-        "flowchart",
-        "subgraph",
-        "end",
-        "style",
-        "linkStyle",
-        "classDef",
-        "class",
-        "click",
-        "href",
-        "call",
-        "default",
-        "direction",
-        "interpolate",
-    ]
+_MERMAID_WORDS = re.compile(
+    "graph|flowchart|subgraph|end|style|linkStyle|classDef|class|click|href|call|default|direction|"
+    "interpolate"
 )
 
 
@@ -99,7 +84,7 @@ def svg_text(
         legend: what explains the marks; empty where the page does.
 
     Raises:
-        TargetError: pygraphviz is missing.
+        LibraryError: pygraphviz is missing.
     """
     drawing = drawing_of(view)
     root = ElementTree.fromstring(_layout(drawing, legend))
@@ -112,10 +97,10 @@ def _mermaid_ids(names: Iterable[str]) -> dict[str, str]:
     """Names as Mermaid takes them: letters, digits and underscores, and no word of its own."""
     ids: dict[str, str] = {}
     for name in names:
-        found = re.sub(r"\W", "_", name)
-        while found in _MERMAID_WORDS or found in ids.values():
-            found += "_"
-        ids[name] = found
+        own = re.sub(r"\W", "_", name)
+        while _MERMAID_WORDS.fullmatch(own) or own in ids.values():
+            own += "_"
+        ids[name] = own
     return ids
 
 
@@ -133,15 +118,7 @@ def _mermaid_edge(edge: DrawnEdge, ids: Mapping[str, str]) -> str:
 
 def _layout(drawing: Drawing, legend: Sequence[DrawnNode]) -> bytes:
     """The drawing as Graphviz's `dot` lays it out, as SVG."""
-    try:
-        pygraphviz: Any = importlib.import_module("pygraphviz")
-    except ImportError as error:
-        raise TargetError(
-            "format svg",
-            expected="pygraphviz, which lays the graph out",
-            got="no such package",
-            fix="pip install 'calicache[report]'",
-        ) from error
+    pygraphviz = import_library("pygraphviz", "pygraphviz", "lays the graph out")
     graph = pygraphviz.AGraph(name=drawing.title, directed=True, strict=False)
     graph.graph_attr.update(bgcolor="transparent", ranksep="0.35", nodesep="0.2")
     graph.node_attr.update(_FONT, margin="0.1,0.05", height="0.3")

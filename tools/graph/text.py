@@ -14,13 +14,7 @@ from calicache.graph_passes.describe.blocks import (
 from calicache.graph_passes.describe.graphs import Mark, NodeView
 from calicache.tools.terminal.text import format_count
 
-SIGNS = {
-    Mark.PLAIN: " ",
-    Mark.INSERTED: "+",
-    Mark.REMOVED: "-",
-    Mark.CACHE: "=",
-    Mark.WEIGHT: "%",
-}
+SIGNS = {Mark.PLAIN: " ", Mark.INSERTED: "+", Mark.REMOVED: "-", Mark.CACHE: "=", Mark.WEIGHT: "%"}
 NAMES = {
     Mark.PLAIN: "same",
     Mark.INSERTED: "inserted",

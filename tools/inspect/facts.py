@@ -1,10 +1,9 @@
-"""Facts that plans, artifacts, recordings and ONNX files have in common."""
+"""Facts that plans, artifacts and recordings have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated
 
@@ -20,7 +19,6 @@ Mode = Annotated[StepMode, PlainSerializer(lambda mode: mode.name, return_type=s
 Class = Annotated[Dependence, PlainSerializer(lambda kind: kind.name.lower(), return_type=str)]
 
 NOT_ASKED = "not asked for"
-LOW_ENERGY = 0.5
 _MOST_NAMES = 5
 
 
@@ -53,54 +51,6 @@ class ScheduleFacts:
     order: int
 
 
-class LayerWork(StrEnum):
-    """What a step does with a linear layer.
-
-    FULL computes it; CALIBRATE corrects its anchor and REUSE returns it, alone or with the
-    residual branch around it; SKIPPED does not run it, as what needs it reads kept values.
-    """
-
-    FULL = "full"
-    CALIBRATE = "calibrate"
-    REUSE = "reuse"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """One linear layer of the model.
-
-    Attributes:
-        name: of the layer.
-        target: the calibration target that it is a part of, or None.
-        work: what a step does with it, by the name of the step's mode.
-    """
-
-    name: str
-    target: str | None
-    work: Mapping[str, LayerWork]
-
-
-@dataclass(frozen=True, slots=True)
-class ModeFacts:
-    """What one call of the model costs in a mode.
-
-    Attributes:
-        mode: of the step; `steps` how many there are in the schedule.
-        macs: multiply-accumulates.
-        share: of the plain model's MACs.
-        read_bytes: of the kept values that it reads.
-        written_bytes: of the values that it keeps.
-    """
-
-    mode: Mode
-    steps: int
-    macs: int
-    share: float
-    read_bytes: int
-    written_bytes: int
-
-
 @dataclass(frozen=True, slots=True)
 class InputFacts:
     """One tensor argument of the model: its form, and how often its values change."""
@@ -110,8 +60,13 @@ class InputFacts:
     dtype: str
     dependence: Class | None
 
+    @property
+    def depends_on(self) -> str:
+        """The class in lower case; empty where it is not known."""
+        return "" if self.dependence is None else self.dependence.name.lower()
+
     def __str__(self) -> str:
-        kind = "" if self.dependence is None else f", {self.dependence.name.lower()}"
+        kind = f", {self.depends_on}" if self.depends_on else ""
         return f"{self.name} {self.dtype} {self.shape}{kind}"
 
 

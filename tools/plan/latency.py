@@ -1,14 +1,14 @@
-"""What `calicache latency` does: time the steps of a model on this machine, for plan searches."""
+"""`calicache latency`: time the steps of a model on this machine, for plan searches."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console, RenderableType
-from rich.table import Table
+import typer
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from calicache.export.latency import measure_latency
@@ -16,76 +16,56 @@ from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.terminal.model_file import load_model
+from calicache.tools.terminal.options import CPU, Model, Output, Provider, check_output, show
 from calicache.tools.terminal.progress import progress_shown
-from calicache.tools.terminal.text import format_count
+from calicache.tools.terminal.text import format_count, plain_table
 
 STEADY = 0.1  # share that the plain step may move by while others are measured
 
 
-@dataclass(frozen=True, slots=True)
-class LatencyArguments:
-    """The command line of `calicache latency`.
+def latency(
+    model: Model,
+    recording: Annotated[Path, typer.Argument(help="A recorded run, from Recording.save.")],
+    output: Output,
+    order: Annotated[int, typer.Option(help="Of the anchors, 0 to 2.")] = 2,
+    provider: Provider = CPU,
+    repeats: Annotated[int, typer.Option(help="Timed steps of every kind.")] = 7,
+) -> None:
+    """Time the steps of a model on this machine, so that a plan search counts in seconds.
 
-    Attributes:
-        model: what `load_model` takes.
-        recording: recorded runs of it.
-        output: file of the table.
-        order, provider, repeats: of `measure_latency`.
+    Example: calicache latency dit.py:build runs.safetensors -o out/latency.json
     """
-
-    model: str
-    recording: Path
-    output: Path
-    order: int
-    provider: str
-    repeats: int
-
-
-def run_latency(arguments: LatencyArguments, console: Console, progress: Console) -> None:
-    """Measure, save, and print the table.
-
-    Args:
-        arguments: as given.
-        console: for the result.
-        progress: for everything else.
-
-    Raises:
-        CalicacheError: something that the arguments name is refused.
-    """
-    _check_output(arguments.output)
-    recording = Recording.load(arguments.recording)
-    with progress_shown(progress) as report:
+    fits = not output.exists() or _is_table(output)
+    check_output(output, fits, "a new file, or a latency table to replace")
+    runs = Recording.load(recording)
+    with progress_shown() as on_progress:
         table = measure_latency(
-            load_model(arguments.model),
-            recording,
-            order=arguments.order,
-            provider=arguments.provider,
-            repeats=arguments.repeats,
-            on_progress=report,
+            load_model(model),
+            runs,
+            order=order,
+            provider=provider,
+            repeats=repeats,
+            on_progress=on_progress,
         )
-    table.save(arguments.output)
-    for part in _described(table):
-        console.print(part)
-    named = shlex.quote(str(arguments.output))
-    for line in (
-        f"\nTable written: {arguments.output}",
-        f"Use it: calicache plan MODEL RECORDING -o PLAN --budget 0.5 --latency {named}",
-    ):
-        console.print(line, markup=False, soft_wrap=True)
+    table.save(output)
+    show(Group(*_described(table)))
+    typer.echo(f"\nTable written: {output}")
+    named = shlex.quote(str(output))
+    typer.echo(
+        f"Use it: calicache plan search MODEL RECORDING -o PLAN --budget 0.5 --latency {named}"
+    )
 
 
 def _described(table: LatencyTable) -> Iterator[RenderableType]:
     yield Text(f"{table.runtime}, order {table.order}", style="bold")
     yield Text(f"a plain step takes {1000 * table.plain:.3g} ms\n")
-    shown = Table(box=None, padding=(0, 1), header_style="dim")
-    for column in ("branches", "treated as", "MACs", "refresh", "step"):
-        left = column in ("branches", "treated as")
-        shown.add_column(column, justify="left" if left else "right", overflow="fold")
-    for row in table.rows:
-        shares = (f"{seconds / table.plain:.3f}" for seconds in (row.refresh, row.step))
-        shown.add_row(row.group, row.choice, format_count(row.macs), *shares)
-    shown.add_row("whole model", "forecast", "0", "", f"{table.forecast / table.plain:.3f}")
-    yield shown
+    rows = [
+        (row.group, row.choice, format_count(row.macs), *_shares(table, row.refresh, row.step))
+        for row in table.rows
+    ]
+    forecast = ("whole model", "forecast", "0", "", *_shares(table, table.forecast))
+    left, right = ("branches", "treated as"), ("MACs", "refresh", "step")
+    yield plain_table(left, right, [*rows, forecast])
     yield Text("refresh and step: of a plain step, with only these branches treated", style="dim")
     spread = float(table.environment.get("plain_spread", "0"))
     if spread > STEADY:
@@ -96,16 +76,13 @@ def _described(table: LatencyTable) -> Iterator[RenderableType]:
         )
 
 
-def _check_output(output: Path) -> None:
-    # Saving replaces whatever lies there; a mistyped -o must not cost a recording.
-    if not output.exists():
-        return
+def _shares(table: LatencyTable, *seconds: float) -> Iterator[str]:
+    return (f"{value / table.plain:.3f}" for value in seconds)
+
+
+def _is_table(path: Path) -> bool:
     try:
-        LatencyTable.load(output)
-    except PlanError as error:
-        raise PlanError(
-            f"-o {output}",
-            expected="a new file, or a latency table to replace",
-            got="a folder" if output.is_dir() else "another file",
-            fix="Choose another name.",
-        ) from error
+        LatencyTable.load(path)
+    except PlanError:
+        return False
+    return True

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from calicache.graph_passes.common.errors import TargetError
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import Front
 from calicache.tools.compare.comparison import Comparison
 from calicache.tools.compare.operators import OperatorTime
 from calicache.tools.compare.site_errors import SiteErrors
-from calicache.tools.inspect.artifact_facts import ArtifactFacts
-from calicache.tools.inspect.facts import ModeFacts
-from calicache.tools.report.data import EnergyCurve
+from calicache.tools.inspect.artifact import ArtifactFacts, ModeFacts
+from calicache.tools.report.data import EnergyCurve, ReportData
+from calicache.tools.terminal.options import import_library
 
 COLOURS = {
     StepMode.REFRESH: "#d1495b",
@@ -34,44 +34,51 @@ def plotly_script() -> str:
     """Plotly's own JavaScript, for a page that works offline.
 
     Raises:
-        TargetError: plotly is missing.
+        LibraryError: plotly is missing.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise no_library("plotly", "draws the charts", error) from error
-    return str(get_plotlyjs())
+    offline = import_library("plotly.offline", "plotly", "draws the charts")
+    return str(offline.get_plotlyjs())
 
 
-def no_library(name: str, purpose: str, error: ImportError) -> TargetError:
-    """What to tell where a library of the extra `report` is missing."""
-    return TargetError(
-        name,
-        expected=f"the library that {purpose}",
-        got=str(error),
-        fix="pip install 'calicache[report]'",
-    )
+def report_charts(data: ReportData) -> dict[str, tuple[Chart, ...]]:
+    """The charts of every section that shows something, by its name."""
+    facts, comparison = data.facts, data.comparison
+    modes: Sequence[ModeFacts] = facts.modes if isinstance(facts, ArtifactFacts) else ()
+    charts: dict[str, tuple[Chart, ...]]
+    charts = {"schedule": (schedule_chart(facts.schedule.modes, modes),)}
+    if data.errors is not None:
+        charts["errors"] = (site_error_chart(data.errors),)
+    if comparison is not None and comparison.no_steps is None:
+        charts["steps"] = (step_error_chart(comparison), time_chart(comparison))
+    if data.curves:
+        charts["energy"] = (energy_chart(data.curves),)
+    if isinstance(facts, ArtifactFacts):
+        charts["cost"] = (cost_chart(facts),)
+    if data.operators is not None:
+        charts["operators"] = (operator_chart(data.operators),)
+    if data.front is not None:
+        charts["front"] = (front_chart(data.front),)
+    return charts
 
 
 def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> Chart:
     """What every step does: its height is its share of the plain model's MACs, where known."""
     shares = {facts.mode: facts.share for facts in modes}
+    places = {mode: [k for k, other in enumerate(schedule) if other is mode] for mode in StepMode}
     bars = [
-        {
-            "type": "bar",
-            "name": mode.name,
-            "x": steps,
-            "y": [shares.get(mode, 1.0)] * len(steps),
-            "width": 0.9,  # by itself a bar is as wide as its own mode's steps are apart
-            "marker": {"color": COLOURS[mode]},
-            "hovertemplate": f"step %{{x}}: {mode.name}<br>%{{y:.3f}} of the plain MACs"
-            "<extra></extra>",
-        }
-        for mode in StepMode
-        if (steps := [k for k, other in enumerate(schedule) if other is mode])
+        _trace(
+            "bar",
+            mode.name,
+            steps,
+            [shares.get(mode, 1.0)] * len(steps),
+            f"step %{{x}}: {mode.name}<br>%{{y:.3f}} of the plain MACs",
+            width=0.9,  # by itself a bar is as wide as its own mode's steps are apart
+            marker={"color": COLOURS[mode]},
+        )
+        for mode, steps in places.items()
+        if steps
     ]
-    layout = _layout("step", "MACs, share of the plain step", barmode="overlay")
-    layout["height"] = 260
+    layout = _layout("step", "MACs, share of the plain step", barmode="overlay", height=260)
     return _chart(bars, layout)
 
 
@@ -112,17 +119,17 @@ def step_error_chart(comparison: Comparison) -> Chart:
     """Error of the latent after every step: mean over samples, and the worst sample."""
     seen = [step for step in comparison.steps if step.error is not None]
     lines = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": [step.step for step in seen],
-            "y": [getattr(step.error, field) for step in seen],
-            "marker": {"color": [COLOURS[step.mode] for step in seen], "size": 8},
-            "line": {"color": "#888", "dash": dash},
-            "text": [step.mode.name for step in seen],
-            "hovertemplate": f"after step %{{x}}, %{{text}}<br>{name} %{{y:.3g}}<extra></extra>",
-        }
+        _trace(
+            "scatter",
+            name,
+            [step.step for step in seen],
+            [getattr(step.error, field) for step in seen],
+            f"after step %{{x}}, %{{text}}<br>{name} %{{y:.3g}}",
+            mode="lines+markers",
+            marker={"color": [COLOURS[step.mode] for step in seen], "size": 8},
+            line={"color": "#888", "dash": dash},
+            text=[step.mode.name for step in seen],
+        )
         for name, field, dash in (("mean", "mean", "solid"), ("worst sample", "worst", "dot"))
     ]
     return _chart(lines, _layout("step", "relative error of the latent", log=True))
@@ -131,58 +138,50 @@ def step_error_chart(comparison: Comparison) -> Chart:
 def time_chart(comparison: Comparison) -> Chart:
     """Milliseconds of every step, full and optimised."""
     timed = [step for step in comparison.steps if step.cached_seconds is not None]
-    bars = [
-        {
-            "type": "bar",
-            "name": "optimised",
-            "x": [step.step for step in timed],
-            "y": [1e3 * (step.cached_seconds or 0.0) for step in timed],
-            "marker": {"color": [COLOURS[step.mode] for step in timed]},
-            "text": [step.mode.name for step in timed],
-            "textposition": "none",
-            "hovertemplate": "step %{x}, %{text}<br>%{y:.1f} ms<extra></extra>",
-        },
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "full model",
-            "x": [step.step for step in timed],
-            "y": [1e3 * (step.full_seconds or 0.0) for step in timed],
-            "line": {"color": "#888"},
-            "hovertemplate": "step %{x}, full model<br>%{y:.1f} ms<extra></extra>",
-        },
-    ]
-    return _chart(bars, _layout("step", "ms"))
+    steps = [step.step for step in timed]
+    bars = _trace(
+        "bar",
+        "optimised",
+        steps,
+        [1e3 * (step.cached_seconds or 0.0) for step in timed],
+        "step %{x}, %{text}<br>%{y:.1f} ms",
+        marker={"color": [COLOURS[step.mode] for step in timed]},
+        text=[step.mode.name for step in timed],
+        textposition="none",
+    )
+    line = _trace(
+        "scatter",
+        "full model",
+        steps,
+        [1e3 * (step.full_seconds or 0.0) for step in timed],
+        "step %{x}, full model<br>%{y:.1f} ms",
+        mode="lines",
+        line={"color": "#888"},
+    )
+    return _chart([bars, line], _layout("step", "ms"))
 
 
 def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
     """Milliseconds of one step by mode and operator, the slowest ones by name."""
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = defaultdict(float)
     for entry in operators:
-        totals[entry.operator] = totals.get(entry.operator, 0.0) + entry.milliseconds
+        totals[entry.operator] += entry.milliseconds
     named = sorted(totals, key=lambda name: -totals[name])[:_MOST_OPERATORS]
-    modes = list(dict.fromkeys(entry.mode for entry in operators))
-    bars = []
-    for name in (*named, "others"):
-        spent = [
-            sum(
-                entry.milliseconds
-                for entry in operators
-                if entry.mode == mode
-                and (entry.operator == name or (name == "others" and entry.operator not in named))
-            )
-            for mode in modes
-        ]
-        bars.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": name,
-                "y": modes,
-                "x": spent,
-                "hovertemplate": f"{name}<br>%{{y}}: %{{x:.2f}} ms<extra></extra>",
-            }
+    spent: dict[str, dict[str, float]] = {name: {} for name in (*named, "others")}
+    for entry in operators:
+        by_mode = spent[entry.operator if entry.operator in named else "others"]
+        by_mode[entry.mode] = by_mode.get(entry.mode, 0.0) + entry.milliseconds
+    bars = [
+        _trace(
+            "bar",
+            name,
+            list(by_mode.values()),
+            list(by_mode),
+            f"{name}<br>%{{y}}: %{{x:.2f}} ms",
+            orientation="h",
         )
+        for name, by_mode in spent.items()
+    ]
     layout = _layout("ms of one step", "", barmode="stack")
     layout["yaxis"]["automargin"] = True
     return _chart(bars, layout)
@@ -191,29 +190,24 @@ def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
 def cost_chart(facts: ArtifactFacts) -> Chart:
     """MACs of one step by mode beside the plain step's."""
     names = ["plain", *(mode.mode.name for mode in facts.modes)]
-    macs = [facts.plain_macs, *(mode.macs for mode in facts.modes)]
-    bar = {
-        "type": "bar",
-        "x": names,
-        "y": macs,
-        "marker": {"color": ["#888", *(COLOURS[mode.mode] for mode in facts.modes)]},
-        "hovertemplate": "%{x}<br>%{y:.3s} MACs<extra></extra>",
-    }
+    macs = [facts.manifest.plain_macs, *(mode.macs for mode in facts.modes)]
+    colours = ["#888", *(COLOURS[mode.mode] for mode in facts.modes)]
+    bar = _trace("bar", "MACs", names, macs, "%{x}<br>%{y:.3s} MACs", marker={"color": colours})
     return _chart([bar], _layout("", "MACs of one call"))
 
 
 def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
     """Energy that is left out by rank, one line a target, a marker at the plan's rank."""
     lines = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": curve.target,
-            "x": list(curve.kept),
-            "y": [max(1.0 - kept, _FAINTEST) for kept in curve.kept.values()],
-            "marker": {"size": [10 if rank == curve.rank else 0 for rank in curve.kept]},
-            "hovertemplate": f"{curve.target}<br>rank %{{x}}: %{{y:.3g}} left out<extra></extra>",
-        }
+        _trace(
+            "scatter",
+            curve.target,
+            list(curve.kept),
+            [max(1.0 - kept, _FAINTEST) for kept in curve.kept.values()],
+            f"{curve.target}<br>rank %{{x}}: %{{y:.3g}} left out",
+            mode="lines+markers",
+            marker={"size": [10 if rank == curve.rank else 0 for rank in curve.kept]},
+        )
         for curve in curves
     ]
     return _chart(lines, _layout("rank", "share of the energy left out", log=True))
@@ -221,23 +215,32 @@ def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
 
 def front_chart(front: Front) -> Chart:
     """Error against cost of a search's points, the taken one larger."""
-    taken = front.points[front.choice]
-    dots = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": [point.cost for point in front.points],
-        "y": [max(point.error.mean, _FAINTEST) for point in front.points],
-        "error_y": {
+    points, taken = front.points, front.points[front.choice]
+    dots = _trace(
+        "scatter",
+        "points",
+        [point.cost for point in points],
+        [max(point.error.mean, _FAINTEST) for point in points],
+        "%{text}<br>cost %{x:.3f}, error %{y:.3g}",
+        mode="lines+markers",
+        error_y={
             "type": "data",
             "symmetric": False,
-            "array": [max(0.0, point.error.worst - point.error.mean) for point in front.points],
-            "arrayminus": [0.0 for _ in front.points],
+            "array": [max(0.0, point.error.worst - point.error.mean) for point in points],
+            "arrayminus": [0.0 for _ in points],
         },
-        "marker": {"size": [16 if point is taken else 9 for point in front.points]},
-        "text": [f"point {k}: {point.label}" for k, point in enumerate(front.points)],
-        "hovertemplate": "%{text}<br>cost %{x:.3f}, error %{y:.3g}<extra></extra>",
-    }
+        marker={"size": [16 if point is taken else 9 for point in points]},
+        text=[f"point {k}: {point.label}" for k, point in enumerate(points)],
+    )
     return _chart([dots], _layout(f"cost, share of the full run ({front.unit})", "error", log=True))
+
+
+def _trace(
+    kind: str, name: str, x: Sequence[Any], y: Sequence[Any], hover: str, **more: Any
+) -> Chart:
+    """One trace of a chart; `hover` is what pointing at it shows."""
+    hover = f"{hover}<extra></extra>"
+    return {"type": kind, "name": name, "x": x, "y": y, "hovertemplate": hover, **more}
 
 
 def _layout(x: str, y: str, *, log: bool = False, **more: Any) -> dict[str, Any]:

@@ -1,62 +1,47 @@
-"""What `calicache report` does: gather, draw, write."""
+"""`calicache report`: gather, draw, write."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.common.errors import TargetError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.report.data import gather_report
 from calicache.tools.report.page import write_report
 from calicache.tools.terminal.model_file import load_model
+from calicache.tools.terminal.options import AlsoModel, Output, Runs, check_output
+from calicache.tools.terminal.progress import progress_shown
 
 
-@dataclass(frozen=True, slots=True)
-class ReportArguments:
-    """The command line of `calicache report`; None for what was left out."""
+def report(
+    path: Annotated[Path, typer.Argument(help="An artifact, or a plan.")],
+    output: Output,
+    recording: Annotated[
+        Path | None, typer.Option(help="Recorded runs: adds errors by step, times, pictures.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="That the artifact was made from; goes with --model.")
+    ] = None,
+    model: AlsoModel = None,
+    runs: Runs = None,
+) -> None:
+    """Write one HTML file that works offline: schedule, errors, costs, graphs, pictures.
 
-    target: Path
-    output: Path
-    recording: Path | None = None
-    plan: Path | None = None
-    model: str | None = None
-    runs: int | None = None
+    A model, with a plan and recorded runs, adds the error by branch and step.
 
-
-def run_report(arguments: ReportArguments, console: Console, progress: Console) -> None:
-    """Write the report.
-
-    Raises:
-        CalicacheError: what the arguments name is refused.
+    Example: calicache report out/dit.onnx.d -o report.html --recording runs.safetensors
     """
-    _check_output(arguments.output)
-    recording = Recording.load(arguments.recording) if arguments.recording else None
-    plan = Plan.load(arguments.plan) if arguments.plan else None
-    model = load_model(arguments.model) if arguments.model else None
-    with progress.status("") as status:
+    is_page = output.suffix.lower() in (".html", ".htm") and not output.is_dir()
+    check_output(output, is_page, "the name of an HTML file, such as report.html")
+    recorded = Recording.load(recording) if recording else None
+    planned = Plan.load(plan) if plan else None
+    loaded = load_model(model) if model else None
+    with progress_shown() as on_progress:
         data = gather_report(
-            arguments.target,
-            recording=recording,
-            plan=plan,
-            model=model,
-            runs=arguments.runs,
-            on_stage=status.update,
+            path, recording=recorded, plan=planned, model=loaded, runs=runs, on_progress=on_progress
         )
-        status.update("draw")
-        write_report(data, arguments.output)
-    console.print(f"Written: {arguments.output}", markup=False, soft_wrap=True)
-
-
-def _check_output(output: Path) -> None:
-    # A mistyped -o must not cost anything else than a report.
-    if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
-        raise TargetError(
-            f"-o {output}",
-            expected="the name of an HTML file",
-            got="a folder" if output.is_dir() else repr(str(output)),
-            fix="Choose a name such as report.html.",
-        )
+        write_report(data, output)
+    typer.echo(f"Written: {output}")

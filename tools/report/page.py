@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,18 +14,20 @@ from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.describe.blocks import fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import ModelGraphs
 from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.front import CONFIDENCE
+from calicache.graph_passes.settings.schedule import count_modes
 from calicache.tools.compare.comparison import Comparison
-from calicache.tools.compare.image_grid import save_grid
-from calicache.tools.compare.image_measures import PictureKind
+from calicache.tools.compare.pictures import PictureKind, save_grid
+from calicache.tools.compare.view import STEP_COLUMNS, step_rows
 from calicache.tools.graph.draw import COLOURS as MARK_COLOURS
 from calicache.tools.graph.draw import svg_text
 from calicache.tools.graph.drawing import LEGEND
-from calicache.tools.inspect.artifact_facts import ArtifactFacts
-from calicache.tools.report.charts import COLOURS, no_library, plotly_script
+from calicache.tools.inspect.artifact import COST_COLUMNS, ArtifactFacts, cost_rows
+from calicache.tools.report.charts import COLOURS, plotly_script, report_charts
 from calicache.tools.report.data import ReportData
-from calicache.tools.report.sections import Section, report_cards, report_sections
+from calicache.tools.terminal.options import import_library
+from calicache.tools.terminal.text import format_count
 
-ASSETS = "assets"
 WHOLE = "whole model"
 _MOST_DRAWN = 100  # blocks; each takes the layout a tenth of a second or two
 
@@ -44,7 +45,7 @@ def write_report(data: ReportData, path: Path | str) -> None:
     """Write the page; a file of that name is replaced.
 
     Raises:
-        TargetError: a library of the extra `report` is missing.
+        LibraryError: a library of the extra `report` is missing.
     """
     page = render_report(data)
     with atomic_path(Path(path)) as place:
@@ -55,29 +56,35 @@ def render_report(data: ReportData) -> str:
     """The page as text.
 
     Raises:
-        TargetError: a library of the extra `report` is missing.
+        LibraryError: a library of the extra `report` is missing.
     """
-    sections = report_sections(data)
-    graphs = tuple(_drawn(data.graphs)) if data.graphs else ()
+    facts, graphs, curves = data.facts, data.graphs, data.curves or ()
+    parts = () if graphs is None else graphs.parts
+    charts, images = report_charts(data), _images(data.comparison)
     return str(
         _template().render(
-            title=Path(data.facts.path).name,
-            kind=data.facts.kind,
-            cards=report_cards(data),
-            sections=sections,
-            charts=_script_json(_charts(sections)),
-            graphs=graphs,
-            parts=tuple(dict.fromkeys(graph.part for graph in graphs)),
-            modes=tuple(dict.fromkeys(graph.mode for graph in graphs)),
-            not_drawn=_not_drawn(data.graphs),
-            first_mode=_first_mode(data),
+            title=Path(facts.path).name,
+            data=data,
+            facts=facts,
+            manifest=facts.manifest if isinstance(facts, ArtifactFacts) else None,
+            missing={"images": "The results are latents, which nothing decoded.", **data.missing},
+            counts=count_modes(facts.schedule.modes),
+            ranks=sorted({2**k for k in range(20)} & {r for curve in curves for r in curve.kept}),
+            cost=(COST_COLUMNS, cost_rows(facts) if isinstance(facts, ArtifactFacts) else ()),
+            steps=(STEP_COLUMNS, step_rows(data.comparison) if data.comparison else ()),
+            bound=f"{100 * CONFIDENCE:g} % bound",
+            size=lambda count: format_count(count, "B"),
+            charts={f"chart-{n}-{k}": c for n, own in charts.items() for k, c in enumerate(own)},
+            chart_counts={name: len(own) for name, own in charts.items()},
+            graphs=() if graphs is None else tuple(_drawn(graphs, parts[:_MOST_DRAWN])),
+            parts=(WHOLE, *parts[:_MOST_DRAWN]),
+            drawn=min(len(parts), _MOST_DRAWN),
+            known=len(parts),
+            modes=() if graphs is None else tuple(mode.name for mode in sorted(graphs.modes)),
             layers=_layers(data),
             marks=tuple((MARK_COLOURS[node.mark], node.about) for node in LEGEND),
-            no_graphs=data.missing.get("graphs", ""),
-            images=_images(data.comparison),
-            no_images=_no_images(data),
+            images=images,
             colours={mode.name: colour for mode, colour in COLOURS.items()},
-            strip=data.facts.schedule.modes,
             plotly=plotly_script(),
             pan_zoom=_asset("svg-pan-zoom.min.js"),
             style=_asset("report.css"),
@@ -86,28 +93,11 @@ def render_report(data: ReportData) -> str:
     )
 
 
-def _not_drawn(graphs: ModelGraphs | None) -> str:
-    """What the viewer leaves out; empty where that is nothing."""
-    parts = () if graphs is None else graphs.parts
-    if len(parts) <= _MOST_DRAWN:
-        return ""
-    return (
-        f"The first {_MOST_DRAWN} of {len(parts)} parts are drawn; calicache graph --block NAME "
-        "draws any of them."
-    )
-
-
-def _first_mode(data: ReportData) -> str:
-    """The one to look at first: what the cheap steps do, if there are any."""
-    modes = [] if data.graphs is None else [mode.name for mode in sorted(data.graphs.modes)]
-    return next((name for name in modes if name != StepMode.REFRESH.name), StepMode.REFRESH.name)
-
-
 def _layers(data: ReportData) -> dict[str, str]:
     """Names that a layer can be looked for with, and what became of it in a few words."""
     nodes = () if data.graphs is None else data.graphs.plain.nodes
     layers = {node.module: "" for node in nodes if node.module}
-    targets = data.facts.targets if isinstance(data.facts, ArtifactFacts) else ()
+    targets = data.facts.manifest.targets if isinstance(data.facts, ArtifactFacts) else ()
     for target in targets:
         of = "" if len(target.sites) == 1 else f" of {target.name}"
         layers |= dict.fromkeys(target.sites, f"calibrated at rank {target.rank}{of}")
@@ -115,35 +105,20 @@ def _layers(data: ReportData) -> dict[str, str]:
 
 
 def _template() -> Any:
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise no_library("jinja2", "fills the page in", error) from error
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    jinja = import_library("jinja2", "jinja2", "fills the page in")
+    environment = jinja.Environment(
+        autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True
+    )
     return environment.from_string(_asset("report.html"))
 
 
 def _asset(name: str) -> str:
-    return (files("calicache.tools.report") / ASSETS / name).read_text(encoding="utf-8")
+    return (files("calicache.tools.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _charts(sections: Sequence[Section]) -> Mapping[str, Any]:
-    return {
-        f"chart-{section.name}-{number}": chart
-        for section in sections
-        for number, chart in enumerate(section.charts)
-    }
-
-
-def _script_json(value: object) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _drawn(graphs: ModelGraphs) -> Iterator[DrawnGraph]:
+def _drawn(graphs: ModelGraphs, parts: Sequence[str]) -> Iterator[DrawnGraph]:
     modes: list[StepMode | None] = [None, *sorted(graphs.modes)]
-    for number, part in enumerate((WHOLE, *graphs.parts[:_MOST_DRAWN])):
+    for number, part in enumerate((WHOLE, *parts)):
         for place, mode in enumerate(modes):
             view = fold_blocks(graphs, mode) if part == WHOLE else view_block(graphs, part, mode)
             name = "plain" if mode is None else mode.name
@@ -158,9 +133,3 @@ def _images(comparison: Comparison | None) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         grid = save_grid(pictures, Path(scratch) / "grid.png")
         return base64.b64encode(grid.path.read_bytes()).decode()
-
-
-def _no_images(data: ReportData) -> str:
-    if data.comparison is None:
-        return data.missing["comparison"]
-    return data.comparison.no_measures or "The results are latents, which nothing decoded."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import plotext
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 Points = Sequence[tuple[float, float]]
@@ -15,17 +17,46 @@ _MOST_TICKS = 8
 _PLAIN = str.maketrans("┌┐└┘├┤┬┴┼─│", "+++++++++-|")
 
 
-def draw_errors(
+@dataclass(frozen=True, slots=True)
+class ErrorChart:
+    """Errors over places, as wide as the console, without its colours.
+
+    Attributes:
+        series: a marker and its points of (place, error); later series cover earlier ones. Points
+            whose error is 0 or not finite have no place on the axis and are left out.
+        across: ticks of the axis of places, from its start to its end.
+        height: in lines.
+        legend: what the markers are.
+        what: of what there is a point each, such as `step`.
+    """
+
+    series: Sequence[tuple[str, Points]]
+    across: Sequence[float]
+    height: int
+    legend: str
+    what: str
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it for the width and encoding that the console has."""
+        shown = [
+            (marker, [point for point in points if 0 < point[1] < math.inf])
+            for marker, points in self.series
+        ]
+        if not any(points for _, points in shown):
+            yield Text(f"no {self.what} has an error")
+            return
+        chart = f"{_draw(shown, self.across, options.max_width, self.height)}\n{self.legend}"
+        if any(
+            len(some) < len(points)
+            for (_, some), (_, points) in zip(shown, self.series, strict=True)
+        ):
+            chart += f"; {self.what}s without error are left out"
+        yield Text(chart.translate(_PLAIN) if options.ascii_only else chart, no_wrap=True)
+
+
+def _draw(
     series: Sequence[tuple[str, Points]], across: Sequence[float], width: int, height: int
 ) -> str:
-    """Draw points of (place, error) over ticks at places; later series cover earlier ones.
-
-    Args:
-        series: a marker and its points, whose errors are above 0; some may be empty, not all.
-        across: ticks of the axis of places, from its start to its end.
-        width: in characters.
-        height: in lines.
-    """
     # The logarithms are taken here: plotext's own scale drops points where limits are given, and
     # fails on a single point where they are not.
     figure = plotext.figure
@@ -42,11 +73,6 @@ def draw_errors(
     _ruler("y", [math.log10(tick) for tick in ticks], ticks)
     lines = plotext.uncolorize(str(figure.build())).splitlines()
     return "\n".join(line.rstrip() for line in lines).rstrip()
-
-
-def chart_text(chart: str, *, ascii_only: bool) -> Text:
-    """The chart in characters that the console can show."""
-    return Text(chart.translate(_PLAIN) if ascii_only else chart, no_wrap=True)
 
 
 def axis_ticks(smallest: float, largest: float) -> list[float]:

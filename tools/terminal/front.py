@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import CONFIDENCE, ErrorSummary, Front, FrontPoint
-from calicache.tools.terminal.error_chart import chart_text, draw_errors
+from calicache.tools.terminal.error_chart import ErrorChart
 from calicache.tools.terminal.text import fact_grid, schedule_strip, title
 
 _POINT, _TAKEN = "*", "O"
@@ -21,7 +21,7 @@ _CHART_HEIGHT = 18
 
 
 def describe_front(front: Front) -> RenderableType:
-    """Everything `calicache plan PLAN --show` prints, top to bottom."""
+    """Everything `calicache plan show` prints, top to bottom."""
     return Group(
         Text("Front of a plan search", style="bold"),
         fact_grid(
@@ -38,7 +38,7 @@ def describe_front(front: Front) -> RenderableType:
         Text("\nSchedules", style="bold"),
         *_schedules(front.points),
         Text("\nError against cost", style="bold"),
-        FrontChart(front),
+        front_chart(front),
     )
 
 
@@ -121,34 +121,13 @@ def _schedules(points: Sequence[FrontPoint]) -> Iterator[RenderableType]:
     yield legend
 
 
-class FrontChart:
-    """Error on a logarithmic axis against cost, as wide as the console, without its colours.
-
-    Args:
-        front: points without any error have no place on the axis and are left out.
-    """
-
-    def __init__(self, front: Front) -> None:
-        self.front = front
-
-    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw it for the width and encoding that the console has."""
-        points = [(p.cost, p.error.mean) for p in self.front.points if p.error.mean > 0]
-        if not points:
-            yield Text("no point has an error")
-            return
-        taken = self.front.points[self.front.choice]
-        chart = _chart(points, (taken.cost, taken.error.mean), options.max_width)
-        chart += f"\n{_TAKEN} taken, {_POINT} the others"
-        if len(points) < len(self.front.points):
-            chart += "; points without error are left out"
-        yield chart_text(chart, ascii_only=options.ascii_only)
-
-
-def _chart(points: Sequence[tuple[float, float]], taken: tuple[float, float], width: int) -> str:
-    costs = [cost for cost, _ in points]
+def front_chart(front: Front) -> ErrorChart:
+    """Error on a logarithmic axis against cost."""
+    points = [(point.cost, point.error.mean) for point in front.points]
+    costs = [cost for cost, error in points if error > 0] or [0.0]
     left = math.floor(round(10 * min(costs), 6))
     right = math.ceil(round(10 * max(costs), 6))
     tenths = [place / 10 for place in range(left, max(right, left + 1) + 1)]
-    shown = [taken] if taken[1] > 0 else []  # without any error it has no place on the axis
-    return draw_errors([(_POINT, points), (_TAKEN, shown)], tenths, width, _CHART_HEIGHT)
+    series = [(_POINT, points), (_TAKEN, [points[front.choice]])]
+    legend = f"{_TAKEN} taken, {_POINT} the others"
+    return ErrorChart(series, tenths, _CHART_HEIGHT, legend, "point")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import json
 import re
 import sys
 import traceback
@@ -19,13 +17,9 @@ from safetensors import safe_open
 from torch import nn
 
 from calicache.graph_passes.common.errors import ModelError, reason_of
+from calicache.tools.terminal.options import import_library
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_model(spec: str) -> nn.Module:
@@ -134,67 +128,39 @@ def _failures_told(spec: str, path: Path) -> Iterator[None]:
 
 
 def _load_folder(folder: Path) -> nn.Module:
-    name = _class_name(folder)
-    try:
-        diffusers: Any = importlib.import_module("diffusers")
-    except ImportError as error:
+    diffusers = import_library("diffusers", "diffusers", "has its class", "evaluate")
+    if (folder / "model_index.json").is_file():
         raise ModelError(
             str(folder),
-            expected=f"diffusers, which has its class {name}",
-            got=reason_of(error),
-            fix="Install calicache[evaluate].",
-        ) from error
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ModelError(
-            str(folder),
-            expected="a model class of diffusers",
-            got=f"{name}, which diffusers {diffusers.__version__} does not have",
-            fix="Give FILE.py:FUNCTION with a function that loads it.",
+            expected="the folder of a model that diffusers saved",
+            got="the folder of a whole pipeline",
+            fix=f"Name the denoiser in it, such as {folder / 'transformer'}.",
         )
     try:
-        model: Any = kind
-        loaded = model.from_pretrained(
+        model = diffusers.AutoModel.from_pretrained(
             folder, torch_dtype=_saved_dtype(folder), local_files_only=True
         )
-    except Exception as error:  # whatever the loader of this class raises
-        raise ModelError(
-            str(folder),
-            expected=f"the weights of a {name}",
-            got=reason_of(error),
-            fix="Save it again with save_pretrained.",
-        ) from error
-    assert isinstance(loaded, nn.Module)
-    return loaded.eval()
-
-
-def _class_name(folder: Path) -> str:
-    try:
-        name = json.loads((folder / "config.json").read_bytes())["_class_name"]
-        if isinstance(name, str):
-            return name
-        got = f"_class_name {name!r} in its config.json"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        got = f"{type(error).__name__} for its config.json with _class_name"
-    pipeline = (folder / "model_index.json").is_file()
+        got = type(model).__name__
+    except Exception as error:  # whatever the loader of its class raises
+        model, got = None, reason_of(error)
+    if isinstance(model, nn.Module):
+        return model.eval()
     raise ModelError(
         str(folder),
         expected="the folder of a model that diffusers saved",
-        got="the folder of a whole pipeline" if pipeline else got,
-        fix=f"Name the denoiser in it, such as {folder / 'transformer'}."
-        if pipeline
-        else "Save the model with save_pretrained, or give FILE.py:FUNCTION.",
+        got=got,
+        fix="Save the model with save_pretrained, or give FILE.py:FUNCTION.",
     )
 
 
 def _saved_dtype(folder: Path) -> torch.dtype | None:
     # diffusers makes float32 of everything when it is not told the dtype.
-    found: Counter[torch.dtype] = Counter()
+    dtypes: Counter[torch.dtype] = Counter()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             names = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
-            found.update(_DTYPES[name] for name in names if name in _DTYPES)
-    return found.most_common(1)[0][0] if found else None
+            dtypes.update(_DTYPES[name] for name in names if name in _DTYPES)
+    return dtypes.most_common(1)[0][0] if dtypes else None
 
 
 def _kind_of(value: object) -> str:

@@ -50,19 +50,18 @@ def fact_grid(facts: Iterable[tuple[str, str]]) -> Table:
     return grid
 
 
-def plain_table(left: Sequence[str], right: Sequence[str] = ()) -> Table:
+def plain_table(
+    left: Sequence[str], right: Sequence[str] = (), rows: Iterable[Sequence[str]] = ()
+) -> Table:
     """A table without lines; its first columns stand left and may be broken, the others right."""
     table = Table(box=None, padding=(0, 1), header_style="dim")
     for name in left:
         table.add_column(name, overflow="fold")
     for name in right:
         table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: what looks like rich's markup is none
     return table
-
-
-def add_plain_row(table: Table, *cells: str) -> None:
-    """A row of cells in which nothing is read as rich's markup."""
-    table.add_row(*map(Text, cells))
 
 
 def title(name: str) -> Text:

@@ -28,9 +28,9 @@ R, C, U, FORECAST = StepMode
 SAME = 1e-6
 NAMES = ["paper", "forecast"]
 FILES = {
-    "paper": ["calibrate.onnx", "graphs.json", "manifest.json", "refresh.onnx", "weights.bin"],
+    "paper": ["calibrate.onnx", "graphs.json.gz", "manifest.json", "refresh.onnx", "weights.bin"],
     "forecast": [
-        *("calibrate.onnx", "forecast.onnx", "graphs.json", "manifest.json"),
+        *("calibrate.onnx", "forecast.onnx", "graphs.json.gz", "manifest.json"),
         *("refresh.onnx", "reuse.onnx", "weights.bin"),
     ],
 }

@@ -27,7 +27,7 @@ from calicache.graph_passes import (
     view_block,
     view_graphs,
 )
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.describe.blocks import CACHES, BlockView, EdgeView
 from calicache.graph_passes.describe.graphs import Mark, NodeView
 
@@ -156,10 +156,10 @@ def test_block_is_found_by_its_number() -> None:
 
 
 def test_unknown_block_is_refused_with_those_there_are() -> None:
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(SubjectError) as caught:
         view_block(small_graphs(0), "7", CALIBRATE)
     assert str(caught.value) == (
-        "target: block: expected before, blocks.0, blocks.1, after, got '7'. Choose one of these."
+        "subject: block: expected before, blocks.0, blocks.1, after, got '7'. Choose one of these."
     )
 
 
@@ -170,10 +170,10 @@ def test_long_lists_of_blocks_are_named_by_their_ends() -> None:
         replace(graphs.plain.nodes[0], name=f"n{k}", block=f"blocks.{k}") for k in range(28)
     )
     many = replace(many, plain=replace(graphs.plain, nodes=nodes), modes={})
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(SubjectError) as caught:
         view_block(many, "28")
     assert str(caught.value) == (
-        "target: block: expected blocks.0 .. blocks.27, got '28'. Choose one of these."
+        "subject: block: expected blocks.0 .. blocks.27, got '28'. Choose one of these."
     )
 
 
@@ -181,10 +181,10 @@ def test_number_that_two_lists_have_is_refused_with_both() -> None:
     model = compiled(Towers(), 2, 5, 8)
     graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     assert graphs.blocks == ("first.0", "first.1", "second.0", "second.1")
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(SubjectError) as caught:
         view_block(graphs, "1")
     assert str(caught.value) == (
-        "target: block: expected before, first.0, first.1, second.0, second.1, "
+        "subject: block: expected before, first.0, first.1, second.0, second.1, "
         "got '1', which is first.1 or second.1. Choose one of these."
     )
     assert view_block(graphs, "second.1").block == "second.1"
@@ -194,10 +194,10 @@ def test_mode_that_the_plan_does_not_use_is_refused_with_those_there_are() -> No
     model = compiled(Mix(), 2, 5, 8)
     graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     for view in (lambda: view_block(graphs, "model", REUSE), lambda: fold_blocks(graphs, REUSE)):
-        with pytest.raises(TargetError) as caught:
+        with pytest.raises(SubjectError) as caught:
             view()
         assert str(caught.value) == (
-            "target: mode: expected plain | refresh | calibrate, got 'reuse'. "
+            "subject: mode: expected plain | refresh | calibrate, got 'reuse'. "
             "Choose one of these: a plan makes the modes that its schedule uses."
         )
 

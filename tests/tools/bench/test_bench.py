@@ -14,16 +14,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from calicache.graph_passes import StepMode
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError
+from calicache.graph_passes.common.progress import Meter
 from calicache.tools.bench import prepare as bench_prepare
 from calicache.tools.bench import run as bench
 from calicache.tools.bench.models import MODELS, BenchModel, find_model
 from calicache.tools.bench.report import efficiency, targets, write_report
 from calicache.tools.bench.rows import BenchSettings, BenchTask, bench_rows, chosen_rows
-from calicache.tools.bench.run import MEMORY_PER_ROW, Timing, run_bench
+from calicache.tools.bench.run import MEMORY_PER_ROW, Timing, operator_times, run_bench
 from calicache.tools.cli import app
-from calicache.tools.compare.operators import operator_times
-from calicache.tools.terminal.environment import environment
 
 TINY = f"{Path(__file__).parents[2] / 'support' / 'tiny_bench.py'}:tiny"
 STEPS, INTERVAL = 6, 3
@@ -185,7 +185,7 @@ def test_whole_bench_measures_every_row(result: dict) -> None:
 def test_row_that_cannot_run_is_reported_not_raised(tmp_path: Path) -> None:
     settings = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 1, tmp_path)
     rows = [row for row in bench_rows() if row.name == "calicache CALIBRATE, pair"]
-    (timing,) = bench._measure_group(settings, rows, str)
+    (timing,) = bench._measure_group(settings, rows, Meter(1.0))
     assert timing.refused is not None
     assert timing.refused.startswith("ArtifactError")
 
@@ -196,14 +196,14 @@ def test_rows_that_memory_does_not_hold_run_in_groups(
 ) -> None:
     groups: list[list[str]] = []
 
-    def group(_: BenchSettings, rows, tick) -> list[Timing]:
+    def group(_: BenchSettings, rows, meter: Meter) -> list[Timing]:
         groups.append([row.name for row in rows])
         return [Timing(row.name) for row in rows]
 
     monkeypatch.setattr(bench, "_measure_group", group)
     monkeypatch.setattr(bench, "available_memory", lambda: 1000)
     rows = bench_rows()
-    timings = bench._measure(settings, rows, 1000 / (3.5 * MEMORY_PER_ROW), str)
+    timings = bench._measure(settings, rows, 1000 / (3.5 * MEMORY_PER_ROW), Meter(1.0))
     assert [timing.name for timing in timings] == [row.name for row in rows]
     assert {len(names) for names in groups} == {3}  # room for three: the plain one and two more
     assert {names[0] for names in groups} == {rows[0].name}

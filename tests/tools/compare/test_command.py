@@ -73,8 +73,8 @@ def given(dit, dit_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Give
     tokens.save(made.token_runs)
     table = plan.recipe.output_weights
     assert table is not None
-    huge = replace(plan.settings, output_weights=(table[0], (1e38,) * len(table[1]), *table[2:]))
-    export_onnx(optimize(residual(), replace(plan, settings=huge)), made.diverging)
+    huge = replace(plan.recipe, output_weights=(table[0], (1e38,) * len(table[1]), *table[2:]))
+    export_onnx(optimize(residual(), replace(plan, recipe=huge)), made.diverging)
     made.decoders.write_text(DECODERS)
     made.model.write_text(MODEL)
     return made

@@ -38,11 +38,11 @@ from torch import Tensor, nn
 
 from calicache.export import Layout, Session, export_onnx, load_artifact, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
-from calicache.graph_passes.common.errors import ArtifactError, CompareError
-from calicache.tools.compare.artifact_tables import FirstStep, read_first_step, read_latent_scale
+from calicache.graph_passes.common.errors import ArtifactError, CompareError, NoSampler
 from calicache.tools.compare.comparison import WHOLE_RUN, Comparison, compare
-from calicache.tools.compare.image_measures import PictureKind
+from calicache.tools.compare.pictures import PictureKind
 from calicache.tools.compare.recorded_runs import matching_runs
+from calicache.tools.compare.side_by_side import plain_output
 
 pytestmark = pytest.mark.slow
 
@@ -173,18 +173,16 @@ def test_fitted_weights_of_step_0_are_those_of_its_own_output(layout: Layout, gu
     # What was fitted there is rounding: 1e-7 of the latent, over the share of the output in it.
     assert weights[0] == pytest.approx((1.0, *[0.0] * (len(weights[0]) - 1)), abs=1e-5)
     assert weights[1] != pytest.approx((1.0, *[0.0] * (len(weights[1]) - 1)), abs=1e-5)
-    read = read_first_step(guided.folder / layout, load_artifact(guided.folder / layout))
-    # The table holds float32.
-    assert (read.own, read.latent) == pytest.approx((weights[0][0], weights[0][-1]), abs=1e-7)
+    assert load_artifact(guided.folder / layout).output_weights == weights
 
 
 def export_odd(case: Case, folder: Path, own: float, latent: float) -> OptimizedModel:
     """The same artifact with other output weights in step 0."""
-    settings = case.fast.plan.settings
-    table = settings.output_weights
+    recipe = case.fast.plan.recipe
+    table = recipe.output_weights
     assert table is not None
     odd = ((own, *table[0][1:-1], latent), *table[1:])
-    plan = replace(case.fast.plan, settings=replace(settings, output_weights=odd))
+    plan = replace(case.fast.plan, recipe=replace(recipe, output_weights=odd))
     fast = optimize(case.fast.original, plan)
     export_onnx(fast, folder)
     return fast
@@ -192,8 +190,6 @@ def export_odd(case: Case, folder: Path, own: float, latent: float) -> Optimized
 
 def test_other_weights_of_step_0_are_taken_back(small: Case, tmp_path: Path) -> None:
     fast = export_odd(small, tmp_path / "odd", own=0.9, latent=0.05)
-    read = read_first_step(tmp_path / "odd", load_artifact(tmp_path / "odd"))
-    assert (read.own, read.latent) == pytest.approx((0.9, 0.05), rel=1e-6)
     comparison = compare(tmp_path / "odd", small.recording)
     got = [flow()(fast, draw(3, 2, 5, 8))]
     assert_same_errors(comparison, replace(small, fast=fast, got=got))
@@ -206,18 +202,23 @@ def test_half_precision_fits_weights_of_step_0_that_are_taken_back(tmp_path: Pat
     planned, _ = recorded(model, flow(torch.float16), [draw(1, 2, 5, 8)])
     plan = Plan.from_trajectory(model, planned, schedule=(R, C) * 3, rank=4)
     export_onnx(optimize(model, plan), tmp_path / "half")
-    read = read_first_step(tmp_path / "half", load_artifact(tmp_path / "half"))
-    assert abs(read.own - 1) + abs(read.latent) > 1e-4
+    manifest = load_artifact(tmp_path / "half")
+    assert manifest.output_weights is not None
+    own, *_, latent = manifest.output_weights[0]
+    assert abs(own - 1) + abs(latent) > 1e-4
     session = Session(tmp_path / "half")
     for call in planned.calls:
         mixed = torch.from_numpy(session.step(0, **call)).float()
-        got = read.plain_output(mixed, call["hidden_states"].float())
+        got = plain_output(manifest, mixed, call["hidden_states"].float())
         # float16 rounds the output (5e-4), in each runtime and when it is mixed.
         assert relative(got, model(**call).float()) < 1e-3
 
 
 def test_artifact_without_output_weights_has_those_of_its_own_output(plain_folder: Path) -> None:
-    assert read_first_step(plain_folder, load_artifact(plain_folder)) == FirstStep(1.0, 0.0)
+    manifest = load_artifact(plain_folder)
+    assert manifest.output_weights is None
+    output = draw(1, 2, 3)
+    assert torch.equal(plain_output(manifest, output, draw(2, 2, 3)), output)
 
 
 def test_step_0_without_the_output_is_refused(small: Case, tmp_path: Path) -> None:
@@ -323,14 +324,16 @@ def test_sampler_that_scales_the_latent_is_compared(tmp_path: Path) -> None:
         assert comparison.no_measures == (
             "results of the shape (2, 5, 8) are no (B, C, H, W), and there is no decoder"
         )
-    scale = read_latent_scale(tmp_path / "sampler", load_artifact(tmp_path / "sampler"))
+    record = load_artifact(tmp_path / "sampler").sampler
+    assert record is not None
     first = case.recording.calls[0]["hidden_states"]
-    assert relative(first / scale, noises[1]) < SAME
+    assert relative(first / record.scale, noises[1]) < SAME
 
 
 def test_unscaled_latents_have_the_scale_1(guided: Case) -> None:
-    folder = guided.folder / "sampler"
-    assert read_latent_scale(folder, load_artifact(folder)) == 1.0
+    record = load_artifact(guided.folder / "sampler").sampler
+    assert record is not None
+    assert record.scale == 1.0
 
 
 def test_half_precision_is_compared_in_float32(tmp_path: Path) -> None:
@@ -400,14 +403,14 @@ def test_torch_model_is_timed_too_if_it_is_the_exported_one(dit, guided: Case) -
 def test_progress_counts_every_step(
     layout: str, with_model: bool, total: int, dit, guided: Case
 ) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[float, float]] = []
     compare(
         guided.folder / layout,
         guided.recording,
         model=dit if with_model else None,
-        on_step=lambda done, of: seen.append((done, of)),
+        on_progress=lambda now: seen.append((now.done, now.total)),
     )
-    assert seen == [(k + 1, total) for k in range(total)]
+    assert seen == [(k, total) for k in range(total + 1)]
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -554,14 +557,8 @@ def test_other_weights_show_in_the_steps(guided: Case) -> None:
     torch.manual_seed(9)
     other = shake(FashionDiT(FashionDiTConfig(width=32, depth=2, frequency_channels=32)))
     recording, _ = recorded(other, ddim, [draw(3, 2, 1, 28, 28)])
-    message = refusal(guided.folder / "step", recording)
-    assert message == (
-        "compare: sampler: expected recorded latents that are fixed weighted sums of earlier ones "
-        "and of the artifact's own full outputs, got step 0 to 1 is no fixed weighted sum of "
-        "latents and outputs (a sampler that adds noise, clips, or looks back further). Compare "
-        "with a recording of the weights that were exported, under a deterministic sampler (DDIM "
-        "without clip_sample, Euler, flow matching, DPM-Solver++ 2M)."
-    )
+    with pytest.raises(NoSampler, match="step 0 to 1 is no fixed weighted sum"):
+        compare(guided.folder / "step", recording)
 
 
 def test_sampler_that_adds_noise_is_refused(tmp_path: Path) -> None:
@@ -570,8 +567,8 @@ def test_sampler_that_adds_noise_is_refused(tmp_path: Path) -> None:
     recording, _ = recorded(model, flow(noisy=0.1), noises)
     plan = Plan.from_trajectory(model, recording, schedule=(R, C) * 3, rank=4)
     export_onnx(optimize(model, plan), tmp_path / "d")
-    message = refusal(tmp_path / "d", recording)
-    assert "got step 0 to 1 is no fixed weighted sum of latents and outputs" in message
+    with pytest.raises(NoSampler, match="step 0 to 1 is no fixed weighted sum"):
+        compare(tmp_path / "d", recording)
 
 
 def test_decoded_results_are_refused(dit, guided: Case) -> None:
@@ -581,7 +578,8 @@ def test_decoded_results_are_refused(dit, guided: Case) -> None:
         "compare: result: expected latents (2, 1, 28, 28), got (2, 784). Call recording.finish "
         "with the latents, before they are decoded."
     )
-    assert "got a run's result has the shape (2, 784)" in refusal(guided.folder / "step", recording)
+    with pytest.raises(NoSampler, match=r"a run's result has the shape \(2, 784\)"):
+        compare(guided.folder / "step", recording)
 
 
 def test_bfloat16_is_refused(guided: Case) -> None:

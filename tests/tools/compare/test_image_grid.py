@@ -12,9 +12,14 @@ from PIL import Image
 from support.comparisons import draw
 from torch import Tensor
 
-from calicache.graph_passes.common.errors import CompareError
-from calicache.tools.compare.image_grid import check_grid, save_grid
-from calicache.tools.compare.image_measures import NoPictures, PictureKind, Pictures
+from calicache.graph_passes.common.errors import CompareError, LibraryError
+from calicache.tools.compare.pictures import (
+    NoPictures,
+    PictureKind,
+    Pictures,
+    check_grid,
+    save_grid,
+)
 
 MARGIN, GAP = 96, 4
 
@@ -123,8 +128,5 @@ def test_missing_library_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    assert refusal(tmp_path / "g.png", PictureKind.IMAGES) == (
-        "compare: pillow: expected the package pillow, for the image grid, got "
-        "ModuleNotFoundError: import of PIL halted; None in sys.modules. "
-        "Install it: pip install 'calicache[report]'"
-    )
+    with pytest.raises(LibraryError, match=r"pillow: .* pip install 'calicache\[report\]'"):
+        check_grid(tmp_path / "g.png", PictureKind.IMAGES, 1)

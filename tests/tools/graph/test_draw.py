@@ -15,7 +15,7 @@ from support.golden import assert_golden
 from support.small_graphs import CALIBRATE, FORECAST, MODES, REUSE, small_graphs
 
 from calicache.graph_passes import StepMode, fold_blocks, view_block
-from calicache.graph_passes.common.errors import TargetError
+from calicache.graph_passes.common.errors import LibraryError
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView
 from calicache.graph_passes.describe.graphs import Mark
 from calicache.tools.graph.draw import COLOURS, _mermaid_ids, mermaid_text, svg_text
@@ -185,9 +185,10 @@ def test_layout_runs_from_top_to_bottom() -> None:
 
 def test_svg_without_pygraphviz_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pygraphviz", None)  # as Python has a missing module
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(LibraryError) as caught:
         svg_text(fold_blocks(small_graphs(0)))
     assert str(caught.value) == (
-        "target: format svg: expected pygraphviz, which lays the graph out, got no such package. "
-        "pip install 'calicache[report]'"
+        "library: pygraphviz: expected the package that lays the graph out, got "
+        "ModuleNotFoundError: import of pygraphviz halted; None in sys.modules. "
+        "Install it: pip install 'calicache[report]'"
     )

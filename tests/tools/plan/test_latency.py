@@ -128,14 +128,14 @@ def test_plan_counts_in_measured_seconds(
     replace(table, plain=1.0, forecast=0.05, rows=rows).save(tmp_path / "large.json")
     output = tmp_path / "timed plan"
     arguments = (*given, "-o", output, "--budget", "0.8", "--latency", tmp_path / "large.json")
-    done = calicache("plan", *arguments)
+    done = calicache("plan", "search", *arguments)
     assert done.exit_code == 0, done.output
     front = Plan.load(output).front
     assert front is not None
     assert front.unit == table.runtime
     assert front.points[front.choice].cost <= 0.8
     assert f"of the full run, in seconds of {table.runtime}" in words(done.stdout)
-    assert f"in seconds of {table.runtime}" in words(calicache("plan", output, "--show").stdout)
+    assert f"in seconds of {table.runtime}" in words(calicache("plan", "show", output).stdout)
 
 
 def test_a_table_can_be_measured_again(measured: tuple[Result, Path]) -> None:
@@ -147,7 +147,7 @@ def test_a_table_can_be_measured_again(measured: tuple[Result, Path]) -> None:
 
 def test_other_files_and_folders_are_not_replaced(given: tuple[str, Path], tmp_path: Path) -> None:
     before = given[1].read_bytes()
-    for output, got in ((given[1], "got another file"), (tmp_path, "got a folder")):
+    for output, got in ((given[1], "got '"), (tmp_path, "got a folder")):
         done = calicache("latency", *given, "-o", output)
         assert done.exit_code == 1
         assert got in words(done.stderr)

@@ -1,4 +1,4 @@
-"""How alike two sets of pictures are: PSNR and SSIM of results, decoded where they can be."""
+"""Results as pictures: PSNR and SSIM of full and cached ones, and a grid of both as one PNG."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import CompareError, reason_of
+from calicache.tools.terminal.options import import_library
 
-INSTALL = "pip install 'calicache[report]'"
 IMAGE_CHANNELS = (1, 3)
 IMAGE_RANGE = (-1.0, 1.0)
 _WINDOW = 11  # of SSIM, in pixels
+MOST_COLUMNS = 8
+_MARGIN, _GAP, _SMALLEST = 96, 4, 96  # pixels: of the row names, between cells, of a cell's side
+_LETTER_HEIGHT, _PAPER = 12, 255
+_FACTORS = tuple(m * 10**d for d in range(5) for m in (1, 2, 5))
 
 Decoder = Callable[[Tensor], Tensor]
 
@@ -76,15 +82,6 @@ class ImageMeasures:
     ssim_worst: float | None
 
 
-def check_measures() -> None:
-    """Refuse where the library that measures is missing.
-
-    Raises:
-        CompareError: it is.
-    """
-    _functions()
-
-
 def picture_kind(shape: Sequence[int], decoder: Decoder | None) -> PictureKind | NoPictures:
     """What results of a shape are compared as, or why they cannot be.
 
@@ -130,9 +127,9 @@ def measure_pictures(pictures: Pictures) -> ImageMeasures:
     0 .. 1 by the range that it has in the full results.
 
     Raises:
-        CompareError: torchmetrics is missing.
+        LibraryError: torchmetrics is missing.
     """
-    psnr, ssim = _functions()
+    psnr, ssim = measure_functions()
     full, cached = pictures.full, pictures.cached
     data_range, scale = 2.0, "-1 .. 1"
     if pictures.kind is PictureKind.LATENTS:
@@ -141,8 +138,8 @@ def measure_pictures(pictures: Pictures) -> ImageMeasures:
     decibels = psnr(cached, full, data_range=data_range, reduction="none", dim=(1, 2, 3)).tolist()
     alike: list[float] | None = None
     if min(full.shape[2:]) >= _WINDOW:
-        found = ssim(cached, full, data_range=data_range, reduction="none", kernel_size=_WINDOW)
-        alike = found.reshape(-1).tolist()
+        windows = ssim(cached, full, data_range=data_range, reduction="none", kernel_size=_WINDOW)
+        alike = windows.reshape(-1).tolist()
     return ImageMeasures(
         kind=pictures.kind,
         data_range=data_range,
@@ -154,25 +151,15 @@ def measure_pictures(pictures: Pictures) -> ImageMeasures:
     )
 
 
-def _functions() -> tuple[Any, Any]:
-    try:
-        from torchmetrics.functional.image import (
-            peak_signal_noise_ratio,
-            structural_similarity_index_measure,
-        )
-    except ImportError as error:
-        raise missing("torchmetrics", "PSNR and SSIM", error) from error
-    return peak_signal_noise_ratio, structural_similarity_index_measure
+def measure_functions() -> tuple[Any, Any]:
+    """PSNR and SSIM.
 
-
-def missing(library: str, purpose: str, error: ImportError) -> CompareError:
-    """What to tell where an optional library is not installed."""
-    return CompareError(
-        library,
-        expected=f"the package {library}, for {purpose}",
-        got=reason_of(error),
-        fix=f"Install it: {INSTALL}",
-    )
+    Raises:
+        LibraryError: torchmetrics is missing.
+    """
+    name = "torchmetrics.functional.image"
+    functions = import_library(name, "torchmetrics", "measures PSNR and SSIM")
+    return functions.peak_signal_noise_ratio, functions.structural_similarity_index_measure
 
 
 def _decode(decoder: Decoder, latents: Tensor) -> Tensor:
@@ -204,3 +191,97 @@ def _scaled(full: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:
     least, most = (full.amin((0, 2, 3), True), full.amax((0, 2, 3), True))
     width = torch.where(most > least, most - least, torch.ones_like(most))
     return (full - least) / width, (cached - least) / width
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGrid:
+    """What a grid shows: rows full, cached and difference, a column a sample.
+
+    Attributes:
+        path: of the PNG.
+        columns: samples shown, from the first.
+        factor: that absolute differences are multiplied with.
+    """
+
+    path: Path
+    columns: int
+    factor: int
+
+
+def check_grid(path: Path, kind: PictureKind | NoPictures, channels: int) -> None:
+    """Refuse a grid that could not be drawn or written, before anything is run.
+
+    Args:
+        path: of the PNG.
+        kind: what the results are, or why they are no pictures.
+        channels: of the results.
+
+    Raises:
+        CompareError: no images, no PNG, or nowhere to put it.
+        LibraryError: pillow is missing.
+    """
+    if isinstance(kind, NoPictures) or kind is PictureKind.LATENTS:
+        latents = f"latents of {channels} channels, and there is no decoder"
+        raise CompareError(
+            f"grid {path}",
+            expected="images: results of 1 or 3 channels, or a decoder that makes some",
+            got=kind.reason if isinstance(kind, NoPictures) else latents,
+            fix="Pass --decoder FILE.py:FUNCTION, or leave the grid out.",
+        )
+    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+        raise CompareError(
+            f"grid {path}",
+            expected="the name of a PNG file in a folder that is there",
+            got="a folder" if path.is_dir() else repr(str(path)),
+            fix="Choose a name such as compare.png.",
+        )
+    _pillow("Image")
+
+
+def save_grid(pictures: Pictures, path: Path) -> ImageGrid:
+    """Draw the grid: at most 8 samples, row names at the left.
+
+    Differences are shown on black, multiplied by the largest of 1, 2, 5, 10, ... 50000 under
+    which none goes beyond white.
+
+    Args:
+        pictures: images, not latents.
+        path: of the PNG; an existing one is replaced.
+
+    Raises:
+        CalicacheError: as `check_grid`.
+    """
+    check_grid(path, pictures.kind, pictures.full.shape[1])
+    image, draw = _pillow("Image"), _pillow("ImageDraw")
+    full, cached = (value[:MOST_COLUMNS] for value in (pictures.full, pictures.cached))
+    difference = (cached - full).abs() / 2  # of the way from black to white
+    largest = float(difference.max())
+    factor = max((f for f in _FACTORS if f * largest <= 1.0), default=1)
+    rows = {
+        "full": (full + 1) / 2,
+        "cached": (cached + 1) / 2,
+        f"difference\nx {factor}": difference * factor,
+    }
+    zoom = max(1, -(-_SMALLEST // min(full.shape[2:])))  # whole pixels: small pictures stay sharp
+    height, width = (side * zoom + _GAP for side in full.shape[2:])
+    size = _MARGIN + len(full) * width, len(rows) * height - _GAP
+    sheet = image.new("RGB", size, (_PAPER,) * 3)
+    pen = draw.Draw(sheet)
+    for place, (name, row) in enumerate(rows.items()):
+        pen.multiline_text((_GAP, place * height + _LETTER_HEIGHT), name, fill=(0, 0, 0))
+        for column, cell in enumerate(row):
+            sheet.paste(
+                image.fromarray(_pixels(cell, zoom)), (_MARGIN + column * width, place * height)
+            )
+    sheet.save(path, format="PNG")
+    return ImageGrid(path, len(full), factor)
+
+
+def _pixels(cell: Tensor, zoom: int) -> np.ndarray[Any, Any]:
+    values = (cell.clamp(0, 1) * 255).round().to(torch.uint8)
+    values = values.expand(3, -1, -1).permute(1, 2, 0)
+    return values.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
+
+
+def _pillow(module: str) -> Any:
+    return import_library(f"PIL.{module}", "pillow", "draws the image grid")

@@ -1,4 +1,4 @@
-"""A plan, artifacts, a recording and an ONNX file of a model small enough to make them often."""
+"""A plan, artifacts and a recording of a model small enough to make them often."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import onnx
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
 from support.artifacts import exported, made_once
 from support.models import shake
 from torch import Tensor, nn
@@ -87,40 +85,8 @@ def small_plan(
     )
 
 
-def small_onnx() -> onnx.ModelProto:
-    """A convolution and a Gemm, then an If with a MatMul in one branch and nothing in the other."""
-    floats = TensorProto.FLOAT
-    x = helper.make_tensor_value_info("x", floats, (1, 2, 4, 4))
-    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, ())
-    y = helper.make_tensor_value_info("y", floats, (3, 5))
-    kernel = helper.make_tensor("kernel", floats, (3, 2, 3, 3), [0.1] * 54)
-    weight = helper.make_tensor("weight", floats, (4, 5), [0.2] * 20)
-    square = helper.make_tensor("square", floats, (5, 5), [0.3] * 25)
-    branches = {
-        "then_branch": helper.make_node("MatMul", ["g", "square"], ["more"], name="more"),
-        "else_branch": helper.make_node("Identity", ["g"], ["same"], name="same"),
-    }
-    graphs = {
-        name: helper.make_graph(
-            [node], name, [], [helper.make_tensor_value_info(node.output[0], floats, (3, 5))]
-        )
-        for name, node in branches.items()
-    }
-    nodes = [
-        helper.make_node("Conv", ["x", "kernel"], ["c"], name="conv"),  # (1, 3, 2, 2)
-        helper.make_node("Flatten", ["c"], ["f"], name="flat", axis=2),  # (3, 4)
-        helper.make_node("Gemm", ["f", "weight"], ["g"], name="gemm"),  # (3, 5)
-        helper.make_node("If", ["flag"], ["y"], name="choose", **graphs),
-    ]
-    graph = helper.make_graph(nodes, "small", [x, flag], [y], [kernel, weight, square])
-    opsets = [helper.make_opsetid("", 20)]
-    model = helper.make_model(graph, opset_imports=opsets, producer_name="hand", ir_version=10)
-    onnx.checker.check_model(model)
-    return model
-
-
 def small_folder() -> Path:
-    """`plan`, `dit.onnx.d`, `runs.safetensors` and `small.onnx`, made once in a test run."""
+    """`plan`, `dit.onnx.d` and `runs.safetensors`, made once in a test run."""
     return made_once("a path with spaces", _fill_small_folder)
 
 
@@ -132,7 +98,6 @@ def _fill_small_folder(folder: Path) -> None:
     recording.save(folder / "runs.safetensors")
     plan.save(folder / "plan")
     export_onnx(optimize(model, plan), folder / "dit.onnx.d")
-    onnx.save(small_onnx(), folder / "small.onnx")
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,17 +12,23 @@ import torch
 
 PACKAGES = ("calicache", "torch", "onnx", "onnxruntime", "numpy")
 
+Environment = Mapping[str, Mapping[str, str | int]]
+
 
 def environment() -> dict[str, dict[str, str | int]]:
     """`machine` and `versions`, for the head of a JSON file with measurements."""
     versions: dict[str, str | int] = {name: version(name) for name in PACKAGES}
     return {
-        "machine": {"processor": cpu_name(), "threads": torch.get_num_threads()},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count() or 1,
+            "threads": torch.get_num_threads(),
+        },
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
-def cpu_name() -> str:
+def _processor() -> str:
     """The processor's own name where the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

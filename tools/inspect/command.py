@@ -1,0 +1,99 @@
+"""`calicache inspect`: facts of whatever a path is, as text or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import TypeAdapter
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from calicache.export.artifact.manifest import Manifest
+from calicache.graph_passes.api.plan import Plan
+from calicache.tools.inspect.artifact import ArtifactFacts, artifact_facts, describe_artifact
+from calicache.tools.inspect.plan import PlanFacts, describe_plan, plan_facts
+from calicache.tools.inspect.recording import RecordingFacts, describe_recording, recording_facts
+from calicache.tools.terminal.options import Json, show
+from calicache.tools.terminal.subject import read_subject
+from calicache.tools.terminal.text import title
+
+WARNINGS = 2  # exit code; 1 is for what is refused
+
+Facts = PlanFacts | ArtifactFacts | RecordingFacts
+_FACTS: TypeAdapter[Facts] = TypeAdapter(Facts)
+
+
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(help="The folder of a plan or an artifact, or the file of a recording."),
+    ],
+    json: Json = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with code 2 where there are warnings.")
+    ] = False,
+) -> None:
+    """Print what a plan, an artifact or a recording is, and what is odd about it.
+
+    Example: calicache inspect out/dit.onnx.d
+
+    Exit codes: 1 for what is refused; with --strict 2 where there are warnings.
+    """
+    facts = inspect_subject(path)
+    if json:
+        typer.echo(facts_json(facts))
+    else:
+        show(describe_facts(facts))
+    if strict and facts.warnings:
+        raise typer.Exit(WARNINGS)
+
+
+def inspect_subject(path: Path | str) -> Facts:
+    """What a plan, an artifact or a recording is.
+
+    Args:
+        path: a folder or a file.
+
+    Returns:
+        One dataclass a kind; its field `kind` says which.
+
+    Raises:
+        SubjectError: the path is none of the three.
+        PlanError, ArtifactError, RecordError: a damaged plan, artifact or recording.
+    """
+    subject, place = read_subject(path), Path(path)
+    if isinstance(subject, Plan):
+        return plan_facts(place, subject)
+    if isinstance(subject, Manifest):
+        return artifact_facts(place, subject)
+    return recording_facts(place, subject)
+
+
+def facts_json(facts: Facts) -> str:
+    """Facts as JSON.
+
+    The keys are the attributes of the dataclass that `kind` names: `PlanFacts`, `ArtifactFacts`
+    or `RecordingFacts`. Modes are their names; numbers that are not finite are null.
+    """
+    return _FACTS.dump_json(facts, indent=2).decode()
+
+
+def describe_facts(facts: Facts) -> RenderableType:
+    """Everything `calicache inspect` prints, top to bottom."""
+    return Group(*_parts(facts))
+
+
+def _parts(facts: Facts) -> Iterator[RenderableType]:
+    if isinstance(facts, PlanFacts):
+        yield from describe_plan(facts)
+    elif isinstance(facts, ArtifactFacts):
+        yield from describe_artifact(facts)
+    else:
+        yield from describe_recording(facts)
+    if facts.warnings:
+        yield title("Warnings")
+    for caution in facts.warnings:
+        yield Text(f"- {caution.text}", style="yellow")
