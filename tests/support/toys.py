@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 from calicache.export.layouts.translate import export_graph
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
+from calicache.graph_passes.graph.surgery import finish
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import flatten_call
+from calicache.graph_passes.sites.branches import ResidualBranch
 
 CHANNELS = 4
 Forward = Callable[..., Any]
@@ -95,3 +97,15 @@ def classified(model: nn.Module, shape: tuple[int, ...] = (2, 3, CHANNELS)) -> C
 def joined_graph(path: Forward, shape: tuple[int, ...] = (2, 3, CHANNELS)) -> Classified:
     """The captured graph of joined layers and its classes."""
     return classified(JoinedLayers(path), shape)
+
+
+def left_without(graph: fx.Graph, branch: ResidualBranch) -> set[str]:
+    """Names of the nodes that are needed where the branch's exits are inputs."""
+    copies: dict[fx.Node, fx.Node] = {}
+    rest = fx.Graph()
+    rest.output(rest.graph_copy(graph, copies))
+    for last in [copies[node] for node in copies if node.name in branch.exits]:
+        with rest.inserting_before(last):
+            cached = rest.placeholder("cached")
+        last.replace_all_uses_with(cached)
+    return {node.name for node in finish(rest).nodes}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.analyses import noise_analysis
+from support.analyses import noise_analysis, targets_of
 from support.factors import factors_of
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 PLAIN = (REFRESH, CALIBRATE, REUSE)
 
 
-def targets_of(
+def layer_targets(
     in_features: int, ranks: Sequence[int], granularity: Granularity = Granularity.LINEAR
 ) -> list[CalibrationTarget]:
     """Square layers that read one input."""
@@ -73,7 +73,7 @@ def folds(
 ) -> int:
     """How many targets of the group are folded, with `cheap` CALIBRATE steps a REFRESH."""
     schedule = [REFRESH, *[CALIBRATE] * cheap] * 2
-    targets = targets_of(in_features, [rank] * siblings)
+    targets = layer_targets(in_features, [rank] * siblings)
     return len(choose_folds(targets, schedule, itemsize, history))
 
 
@@ -97,7 +97,7 @@ def test_every_kept_refresh_moves_the_break_even(history: int, break_even: int) 
 
 def test_narrow_output_is_read_at_the_price_of_its_own_channels() -> None:
     # out = in / 4: K (y - b) is a quarter of A x, so four times the rank pays.
-    (narrow,) = (replace(t, out_features=(1024,)) for t in targets_of(4096, [479]))
+    (narrow,) = (replace(t, out_features=(1024,)) for t in layer_targets(4096, [479]))
     assert reads_output(narrow)
     assert fold_macs(narrow) == 8 * 479 * 1024
     assert choose_folds([narrow], [REFRESH, CALIBRATE], 4) == {"layer0"}
@@ -113,7 +113,7 @@ def test_narrow_output_is_read_at_the_price_of_its_own_channels() -> None:
     ],
 )
 def test_other_targets_make_a_x_from_x(changes: dict, why: str) -> None:
-    (target,) = (replace(t, **changes) for t in targets_of(4096, [3]))
+    (target,) = (replace(t, **changes) for t in layer_targets(4096, [3]))
     assert not reads_output(target), why
     assert fold_macs(target) == 8 * 3 * 4096
 
@@ -127,11 +127,11 @@ def test_folded_cache_is_never_the_larger_one() -> None:
 
 
 def test_rank_zero_beside_another_rank_is_not_folded() -> None:
-    assert choose_folds(targets_of(64, [0, 3, 0]), [REFRESH, CALIBRATE], 4) == {"layer1"}
+    assert choose_folds(layer_targets(64, [0, 3, 0]), [REFRESH, CALIBRATE], 4) == {"layer1"}
 
 
 def test_whole_branches_fold_as_layers_do() -> None:
-    whole = targets_of(64, [3], Granularity.BRANCH)
+    whole = layer_targets(64, [3], Granularity.BRANCH)
     assert choose_folds(whole, [REFRESH, CALIBRATE], 4) == {"layer0"}
 
 
@@ -159,7 +159,7 @@ def test_siblings_fold_together_or_not_at_all(
 
 @pytest.mark.parametrize("schedule", [(REFRESH,), (REFRESH, REUSE), (REFRESH, REUSE, FORECAST) * 2])
 def test_schedule_without_calibrate_folds_nothing(schedule: tuple[StepMode, ...]) -> None:
-    targets = targets_of(64, [1])
+    targets = layer_targets(64, [1])
     assert choose_folds(targets, schedule, 4) == frozenset()
     assert choose_folds(targets, [*schedule, CALIBRATE], 4) == {"layer0"}
 
