@@ -56,12 +56,13 @@ class CacheSlot:
     Attributes:
         source: of the cache.
         back: how many refreshes before the newest.
-        value: of its shape and dtype.
+        shape, dtype: of the cached value.
     """
 
     source: CacheSource
     back: int
-    value: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def slot_name(cache: str, back: int) -> str:
@@ -157,7 +158,7 @@ class Insertion:
     def slot(self, source: CacheSource, back: int, value: Tensor) -> fx.Node:
         """The placeholder of one kept refresh of a cache."""
         name = slot_name(source.name, back)
-        self.cache_slots[name] = CacheSlot(source, back, value)
+        self.cache_slots[name] = CacheSlot(source, back, tuple(value.shape), value.dtype)
         return self.placeholder(name, value)
 
     def weighted_sum(self, terms: Sequence[fx.Node], table: str, first: int = 0) -> fx.Node:

@@ -138,19 +138,20 @@ def rewrite(
 
 def _caches(plan: _Rewrite, slots: Iterable[CacheSlot]) -> tuple[CacheSpec, ...]:
     """What is read of a REFRESH step, in the order of the plain graph."""
-    values = {slot.source: slot.value for slot in slots}
+    forms = {slot.source: (slot.shape, slot.dtype) for slot in slots}
     if plan.outputs is not None:  # REFRESH itself mixes its outputs with the kept ones
-        values |= {CacheSource.of(n): cached_form(n) for n in output_nodes(plan.captured)}
+        for node in output_nodes(plan.captured):
+            value = cached_form(node)
+            forms[CacheSource.of(node)] = (tuple(value.shape), value.dtype)
     order = {node.name: number for number, node in enumerate(plan.captured.graph.nodes)}
     # Of one place the folded value comes first.
-    sources = sorted(values, key=lambda source: (order[source.place], source.folded is None))
+    sources = sorted(forms, key=lambda source: (order[source.place], source.folded is None))
     return tuple(
         CacheSpec(
             source.name,
             source.node,
             source.folded,
-            tuple(values[source].shape),
-            values[source].dtype,
+            *forms[source],
             1 if source.node in plan.run_values else plan.history,
         )
         for source in sources
