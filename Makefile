@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
-# One process for each core, each with one thread: more would wait for one another.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# One process for each core, each with one thread: more would wait for one another. A file is one
+# process's, for the sake of its fixtures; in the order of their paths, the longest files come early.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo check test lint format docs train classifier card plan fidelity performance models clean

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import glob
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-import torch
 from torch import nn
 
 from calicache.export.export import export_onnx
+from calicache.export.latency_cases import Case, case_plan, latency_cases
 from calicache.export.session.session import Session
 from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError, ExportError
-from calicache.graph_passes.factors.statistics import SecondMoments
-from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.common.progress import OnProgress, Progress
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
-from calicache.graph_passes.settings.choices import Granularity, SiteMode, SiteRule, StepMode
-from calicache.graph_passes.settings.latency import (
-    EVERY,
-    BranchChoice,
-    LatencyRow,
-    LatencyTable,
-    group_of,
-)
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.latency import LatencyRow, LatencyTable
 from calicache.graph_passes.settings.schedule import anchor_table, uniform_schedule
-from calicache.graph_passes.sites.sites import LinearSite, Sites
-from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 INTERVAL = 3  # of the schedule that is planned for; it decides which caches are folded
-LOW_SHARE, HIGH_SHARE = 16, 5  # of the width, in a rank
-_LEVELS = {BranchChoice.LINEAR: Granularity.LINEAR, BranchChoice.BRANCH: Granularity.BRANCH}
 
 
 def measure_latency(
@@ -51,8 +39,8 @@ def measure_latency(
     ranks: Sequence[int] | None = None,
     provider: str = "CPUExecutionProvider",
     repeats: int = 7,
-    folder: Path | str | None = None,
-    on_row: Callable[[int, int], None] | None = None,
+    path: Path | str | None = None,
+    on_progress: OnProgress | None = None,
 ) -> LatencyTable:
     """Measure on this machine what single steps take, by group of branches and treatment.
 
@@ -67,8 +55,8 @@ def measure_latency(
         ranks: of the calibration branches; a smaller and a larger one by the width where None.
         provider: an ONNX Runtime execution provider.
         repeats: timed steps of every kind, of which the median counts.
-        folder: where artifacts are written, two at a time; a temporary one if None.
-        on_row: called as on_row(done, total) after every row.
+        path: the folder where artifacts are written, two at a time; a temporary one if None.
+        on_progress: told how many rows are measured.
 
     Returns:
         Seconds of one call, of the first one where a step has several. `plain_spread` in its
@@ -76,8 +64,8 @@ def measure_latency(
         something else ran on the machine.
 
     Raises:
-        CalicacheError: ranks or repeats below 1, a run that is too short, a provider that is not
-            there, or a stage refuses; it names itself.
+        CalicacheError: ranks or repeats below 1, a run that is too short, an unknown provider,
+            or a stage refuses; it names itself.
     """
     _check(ranks, repeats, provider)
     run = max(recording.runs, key=len)
@@ -87,28 +75,30 @@ def measure_latency(
     )
     analysis = plan.workspace.analysis(model, plan.binding)
     keeps = bool(analysis.run_values)
-    cases = list(_cases(analysis.captured, analysis.sites, ranks, keeps=keeps))
+    cases = list(latency_cases(analysis.captured, analysis.sites, ranks, keeps=keeps))
     forecast = [mode if mode is StepMode.REFRESH else StepMode.FORECAST for mode in schedule]
     # One at a time: the moments of a large model take as much memory as its weights.
-    plans = chain([plan.with_schedule(forecast)], (_plan(plan, case) for case in cases))
+    plans = chain([plan.with_schedule(forecast)], (case_plan(plan, case) for case in cases))
     times: list[_Times] = []
     with tempfile.TemporaryDirectory() as scratch:
-        stand = _Stand(model, run, Path(folder or scratch), provider, repeats)
+        stand = _Stand(model, run, Path(path or scratch), provider, repeats)
         plain = stand.open("plain", plan.with_schedule(uniform_schedule(len(schedule), 1)))
         for row_plan in plans:
             times.append(stand.measure(plain, row_plan))
-            if on_row:
-                on_row(len(times), 1 + len(cases))
+            if on_progress:
+                done, total = len(times), 1 + len(cases)
+                stage = f"time steps, {done} of {total} rows"
+                on_progress(Progress(done, total, stage))
     return _table(plan, provider, cases, times)
 
 
 def _table(
-    plan: Plan, provider: str, cases: Sequence[_Case], times: Sequence[_Times]
+    plan: Plan, provider: str, cases: Sequence[Case], times: Sequence[_Times]
 ) -> LatencyTable:
-    """What was measured, the forecast first, as if the plain step had always taken as long."""
-    beside = [taken.plain for taken in times]
+    """What was measured, the forecast first, as if all plain steps were equally long."""
+    beside = [row.plain for row in times]
     plain = statistics.median(beside)
-    forecast, *rows = (taken.scaled(plain) for taken in times)
+    forecast, *rows = (row.scaled(plain) for row in times)
     return LatencyTable(
         weights_hash=plan.binding.weights_hash,
         runtime=f"ONNX Runtime {ort.__version__}, {provider}",
@@ -116,26 +106,11 @@ def _table(
         plain=plain,
         forecast=forecast.step,
         rows=tuple(
-            LatencyRow(case.group, case.choice, case.macs, taken.refresh, taken.step)
-            for case, taken in zip(cases, rows, strict=True)
+            LatencyRow(case.group, case.choice, case.macs, row.refresh, row.step)
+            for case, row in zip(cases, rows, strict=True)
         ),
         environment=_environment(beside),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """What one row treats, and how."""
-
-    group: str
-    choice: BranchChoice
-    rank: int
-    rules: tuple[SiteRule, ...]
-    targets: tuple[CalibrationTarget, ...]
-
-    @property
-    def macs(self) -> int:
-        return sum(target.calibrate_macs for target in self.targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,73 +181,6 @@ def _schedule(steps: int, order: int) -> tuple[StepMode, ...]:
     if interval == 1:
         return (*uniform_schedule(kept, 1), StepMode.CALIBRATE)
     return uniform_schedule(kept * interval, interval)
-
-
-def _cases(
-    captured: CapturedGraph, sites: Sites, ranks: Sequence[int] | None, *, keeps: bool
-) -> Iterator[_Case]:
-    """All treatments of every group; first none, where keeping values of a run saves by itself."""
-    groups: dict[str, list[str]] = {}
-    for branch in sites.branches:
-        groups.setdefault(group_of(branch.name), []).append(branch.name)
-    if keeps:
-        yield _case(captured, sites, EVERY, BranchChoice.FULL, 0, ())
-    for group, names in groups.items():
-        chosen = ranks or _ranks([site for site in sites.linears if site.branch in names])
-        for choice, level in _LEVELS.items():
-            seen: set[int] = set()  # ranks above what the layers allow come to the same
-            for rank in chosen:
-                case = _case(captured, sites, group, choice, rank, names)
-                whole = all(target.granularity is level for target in case.targets)
-                if whole and case.macs not in seen:
-                    yield case
-                seen.add(case.macs)
-        yield _case(captured, sites, group, BranchChoice.REUSE, 0, names)
-
-
-def _case(
-    captured: CapturedGraph,
-    sites: Sites,
-    group: str,
-    choice: BranchChoice,
-    rank: int,
-    names: Sequence[str],
-) -> _Case:
-    mode = SiteMode.REUSE if choice is BranchChoice.REUSE else SiteMode.CALIBRATE
-    others = [branch.name for branch in sites.branches if branch.name not in names]
-    stream = [site.name for site in sites.linears if site.branch is None]
-    rules = (
-        *(SiteRule(glob.escape(name), SiteMode.FULL) for name in (*others, *stream)),
-        *(SiteRule(glob.escape(name), mode, None, _LEVELS.get(choice)) for name in names),
-    )
-    # `joint` as in a plan: q, k and v together take less time than apart.
-    targets, _ = assign(captured, sites, rank=rank, rules=rules, joint=True)
-    return _Case(group, choice, rank, rules, targets)
-
-
-def _ranks(inside: Sequence[LinearSite]) -> tuple[int, int]:
-    """A smaller and a larger rank for some layers; multiples of 8 but for narrow ones."""
-    width = max(min(site.in_features, site.out_features) for site in inside)
-    low = max(4, 8 * round(width / LOW_SHARE / 8))
-    high = max(2 * low, 8 * round(width / HIGH_SHARE / 8))
-    return min(low, width), min(high, width)
-
-
-def _plan(plan: Plan, case: _Case) -> Plan:
-    recipe = replace(plan.recipe, rank=case.rank, rules=case.rules)
-    moments = {target.name: _unit_moments(target) for target in case.targets if target.rank}
-    return replace(plan, recipe=recipe, statistics=moments)
-
-
-def _unit_moments(target: CalibrationTarget) -> SecondMoments:
-    """What a plan holds for a target, with the unit matrix in the place of what is observed."""
-    inputs, outputs = target.in_features, sum(target.out_features)
-    if target.granularity is Granularity.BRANCH:
-        cross = torch.eye(inputs, outputs)
-        return SecondMoments(input=torch.eye(inputs), cross=cross, energy=cross.sum())
-    if outputs < inputs:
-        return SecondMoments(output=torch.eye(outputs))
-    return SecondMoments(input=torch.eye(inputs))
 
 
 def _check(ranks: Sequence[int] | None, repeats: int, provider: str) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT, FashionDiTConfig
+from support.analyses import analysis_of
 from support.artifacts import RUN_FOLDER
 from support.models import diffusers_calls, sample_dit, shake
 
 from calicache.graph_passes import Plan, Recording, StepMode, record
+from calicache.graph_passes.sites.analysis import Analysis
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +45,11 @@ def dit_recording(dit: FashionDiT) -> Recording:
     with record(dit) as recording:
         sample_dit(dit)
     return recording
+
+
+@pytest.fixture(scope="session")
+def dit_analysis(dit: FashionDiT, dit_recording: Recording) -> Analysis:
+    return analysis_of(dit, dit_recording)
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +90,10 @@ def diffusers_recording(diffusers_dit: DiTTransformer2DModel) -> Recording:
     with record(diffusers_dit) as recording:
         diffusers_calls(diffusers_dit)
     return recording
+
+
+@pytest.fixture(scope="session")
+def diffusers_analysis(
+    diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording
+) -> Analysis:
+    return analysis_of(diffusers_dit, diffusers_recording)

@@ -31,7 +31,7 @@ class Session:
     next without a copy and are replaced on REFRESH steps alone.
 
     Args:
-        directory: an artifact written by `export_onnx`, in any layout.
+        path: the folder of an artifact written by `export_onnx`, in any layout.
         provider: an ONNX Runtime execution provider.
         options: passed to ONNX Runtime, for threads and profiling.
         cuda_graphs: capture every mode as a CUDA graph and replay it, which takes the launches
@@ -40,17 +40,18 @@ class Session:
     Raises:
         ArtifactError: the folder is damaged.
         ExportError: the provider is not one that this ONNX Runtime has or cannot run the layout,
-            or CUDA graphs are asked for where there are none.
+            or CUDA graphs are asked for where it has none.
     """
 
     def __init__(
         self,
-        directory: Path | str,
+        path: Path | str,
+        *,
         provider: str = "CPUExecutionProvider",
         options: ort.SessionOptions | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        self.manifest = load_artifact(directory)
+        self.manifest = load_artifact(path)
         valid = [name for name in ort.get_available_providers() if name in _DEVICES]
         if provider not in valid:
             raise ExportError(
@@ -64,12 +65,12 @@ class Session:
         if cuda_graphs:
             _check_cuda_graphs(layout, provider)
         settings = {"enable_cuda_graph": "1"} if cuda_graphs else {}
-        paths = {mode: Path(directory) / model_file(layout, mode) for mode in modes}
-        opened = {
-            path: _open(path, layout, (provider, settings), options)
-            for path in sorted({*paths.values()})
+        files = {mode: Path(path) / model_file(layout, mode) for mode in modes}
+        sessions = {
+            file: _open(file, layout, (provider, settings), options)
+            for file in sorted({*files.values()})
         }
-        self._sessions = {mode: opened[path] for mode, path in paths.items()}
+        self._sessions = {mode: sessions[file] for mode, file in files.items()}
         self._inputs = InputBuffers(self._device)
         self.reset()
         self._outputs: dict[StepMode, dict[str, ort.OrtValue]] = {}
@@ -109,7 +110,7 @@ class Session:
         latents: np.ndarray[Any, Any] = session.run([LATENTS_OUTPUT], feed)[0]
         return latents
 
-    def step(self, step: int, call: int = 0, **inputs: Any) -> np.ndarray[Any, Any]:
+    def step(self, step: int, call: int = 0, /, **inputs: Any) -> np.ndarray[Any, Any]:
         """Run one step; returns the model's first output.
 
         Args:
@@ -124,7 +125,7 @@ class Session:
         return self.step_outputs(step, call, **inputs)[0]
 
     def step_outputs(
-        self, step: int, call: int = 0, **inputs: Any
+        self, step: int, call: int = 0, /, **inputs: Any
     ) -> tuple[np.ndarray[Any, Any], ...]:
         """Run one step; returns all of the model's outputs. See `step`."""
         mode = self._mode(step, call)
@@ -269,13 +270,13 @@ def _check_cuda_graphs(layout: Layout, provider: str) -> None:
 
 
 def _open(
-    path: Path,
+    file: Path,
     layout: Layout,
     provider: tuple[str, dict[str, str]],
     options: ort.SessionOptions | None,
 ) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(path, options or _default_options(), providers=[provider])
+        return ort.InferenceSession(file, options or _default_options(), providers=[provider])
     except Exception as error:  # ONNX Runtime has no common base for its errors
         control_flow = layout is not Layout.PAIR
         flat = ", or in the layout pair, which has no control flow" if control_flow else ""

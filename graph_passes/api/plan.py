@@ -200,7 +200,7 @@ class Plan:
         return replace(
             self,
             recipe=self.front.recipe(place, self.recipe),
-            front=replace(self.front, taken=place),
+            front=replace(self.front, choice=place),
         )
 
     def with_schedule(self, schedule: Sequence[StepMode | str]) -> Plan:

@@ -41,6 +41,10 @@ class Meter:
         self.name = name
         self.add(0.0)
 
+    def expect(self, work: float) -> None:
+        """So much work is still to come, at least."""
+        self.total = max(self.total, self.done + work)
+
     def add(self, work: float = 1.0) -> None:
         """Count work; the total grows with it rather than be passed."""
         self.done += work

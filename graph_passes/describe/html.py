@@ -29,9 +29,9 @@ def plan_html(binding: Binding, recipe: Recipe, statistics: int, front: Front | 
         ("weights", binding.weights_hash[:16]),
     ]
     if front is not None:
-        taken = front.points[front.taken]
-        facts.insert(2, ("cost", f"{taken.cost:.3f} of the full run, in {front.unit}"))
-        facts.insert(3, ("error", f"{taken.error.mean:.3g} ± {taken.error.deviation:.2g}"))
+        point = front.points[front.choice]
+        facts.insert(2, ("cost", f"{point.cost:.3f} of the full run, in {front.unit}"))
+        facts.insert(3, ("error", f"{point.error.mean:.3g} ± {point.error.deviation:.2g}"))
     parts = ["<b>calicache plan</b>", _rows(facts)]
     if front is not None:
         parts.append(_front_table(front))
@@ -92,7 +92,7 @@ def _front_table(front: Front) -> str:
     head = ("point", "cost", "error", "steps")
     rows = [
         (
-            f"{place} (taken)" if place == front.taken else str(place),
+            f"{place} (taken)" if place == front.choice else str(place),
             f"{point.cost:.3f}",
             f"{point.error.mean:.3g}",
             point.label,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -53,15 +54,8 @@ class Decompositions:
         source, known = self.held.get(target.name, (None, None))
         if known is not None and source is statistics:
             return known
-        try:
+        with _naming(target):
             fresh = _decompose(captured, target, statistics)
-        except DecomposeError as error:
-            raise DecomposeError(
-                f"{target.name}: {error.where}",
-                expected=error.expected,
-                got=error.got,
-                fix=error.fix,
-            ) from error
         self.count += 1
         if known is not None:
             self.nbytes -= known.nbytes()
@@ -89,7 +83,8 @@ def make_factors(
         meter: counts the targets.
 
     Raises:
-        DecomposeError: weight or statistics are not finite; with the target's name.
+        DecomposeError: weight or statistics are not finite, or a rank is too large; with the
+            target's name.
     """
     factors: dict[str, CalibrationFactors] = {}
     for target in targets:
@@ -110,8 +105,24 @@ def _factors(
 ) -> CalibrationFactors:
     if any(parameter.is_meta for parameter in captured.module.parameters()):
         return _meta_factors(captured, target)
-    factors = decompositions.of(captured, target, statistics).at(target.rank)
+    decomposition = decompositions.of(captured, target, statistics)
+    with _naming(target):
+        factors = decomposition.at(target.rank)
     return factors.to(factors.up.to(captured.device))
+
+
+@contextmanager
+def _naming(target: CalibrationTarget) -> Iterator[None]:
+    """Errors say which calibration target they are about."""
+    try:
+        yield
+    except DecomposeError as error:
+        raise DecomposeError(
+            f"{target.name}: {error.where}",
+            expected=error.expected,
+            got=error.got,
+            fix=error.fix,
+        ) from error
 
 
 def _meta_factors(captured: CapturedGraph, target: CalibrationTarget) -> CalibrationFactors:

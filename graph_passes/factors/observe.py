@@ -1,4 +1,4 @@
-"""Recorded recordings to the statistics that factors are made from; streaming, step by step."""
+"""From a recording to the statistics that factors are made from; streaming, step by step."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def observe(
         for stream in streams.values():
             stream.start()
         for step, call in enumerate(run[: len(schedule)]):
-            looking = [stream for stream in streams.values() if stream.looks_at(step)]
-            if looking:
-                tap = _Tap(captured.module, watched, looking, step, done)
+            listeners = [stream for stream in streams.values() if stream.looks_at(step)]
+            if listeners:
+                tap = _Tap(captured.module, watched, listeners, step, done)
                 with torch.no_grad():
                     tap.run(*(value.to(captured.device) for value in call.values()))
             done += 1

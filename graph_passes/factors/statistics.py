@@ -24,7 +24,7 @@ def check_statistics(
         PlanError: a target has none, of another width, or with NaN or Inf.
     """
     for target in targets:
-        expected = _statistics_shapes(weighting, target)
+        expected = statistics_shapes(weighting, target)
         if not target.rank or not expected:
             continue
         tensors = statistics_tensors(statistics.get(target.name))
@@ -43,9 +43,13 @@ def check_statistics(
             )
 
 
-def _statistics_shapes(
+def statistics_shapes(
     weighting: Weighting, target: CalibrationTarget
 ) -> dict[str, tuple[int, ...]]:
+    """Shapes of a calibration target's statistics, by name of the part.
+
+    Increments of a layer are observed on its smaller side, those of a whole branch on both.
+    """
     inputs, outputs = target.in_features, sum(target.out_features)
     if target.granularity is Granularity.BRANCH:
         return {"input": (inputs, inputs), "cross": (inputs, outputs), "energy": ()}
@@ -69,8 +73,8 @@ def named_tensors(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
     """All tensors by name of the target and of the part, `blocks.0.attn.q.output`."""
     return {
         f"{name}.{part}": value
-        for name, found in statistics.items()
-        for part, value in statistics_tensors(found).items()
+        for name, parts in statistics.items()
+        for part, value in statistics_tensors(parts).items()
     }
 
 
@@ -80,7 +84,7 @@ def named_statistics(tensors: Mapping[str, Tensor]) -> dict[str, Statistics]:
     for name, value in tensors.items():
         owner, _, part = name.rpartition(".")
         parts.setdefault(owner, {})[part] = value
-    return {name: statistics_of(found) for name, found in parts.items()}
+    return {name: statistics_of(tensors) for name, tensors in parts.items()}
 
 
 def statistics_of(tensors: Mapping[str, Tensor]) -> Statistics:

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import ObserveError
-from calicache.graph_passes.factors.statistics import ChannelStatistics, SecondMoments
+from calicache.graph_passes.factors.statistics import (
+    ChannelStatistics,
+    SecondMoments,
+    statistics_shapes,
+)
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.schedule import anchor_table, kept_refreshes
 from calicache.graph_passes.sites.targets import CalibrationTarget
@@ -31,8 +35,8 @@ class KeptValues:
     def keep(self, step: int, node: str, value: Tensor) -> None:
         """Keep a value of a REFRESH step, and forget what no step after it needs."""
         recent = (step, *kept_refreshes(self.schedule, step, self.order))
-        there = {**self.values.get(node, {}), step: value}
-        self.values[node] = {k: there[k] for k in recent if k in there}
+        values = {**self.values.get(node, {}), step: value}
+        self.values[node] = {k: values[k] for k in recent if k in values}
 
     def increment(self, step: int, node: str, value: Tensor) -> Tensor:
         """Give a value less its anchor, float32 rows (T, C)."""
@@ -84,19 +88,16 @@ class Moments:
     """Streams second moments of the increments against the plan's anchors.
 
     Attributes:
-        nodes: whose values it looks at: a linear layer's smaller side, or both sides of a branch.
+        parts: names of the moments that the target needs, see `statistics_shapes`.
+        nodes: whose values it looks at.
     """
 
     def __init__(self, target: CalibrationTarget, kept: KeptValues) -> None:
         self.kept = kept
-        self.input, self.outputs = target.input_node, target.nodes
-        self.whole = target.granularity is Granularity.BRANCH
-        self.by_output = not self.whole and sum(target.out_features) < target.in_features
-        sides = (
-            (self.input,) * (not self.by_output),
-            self.outputs * (self.whole or self.by_output),
-        )
-        self.nodes = tuple(node for side in sides for node in side)
+        self.parts = tuple(statistics_shapes(Weighting.COVARIANCE, target))
+        self.inputs = (target.input_node,) * ("input" in self.parts)
+        self.outputs = target.nodes * ("output" in self.parts or "cross" in self.parts)
+        self.nodes = (*self.inputs, *self.outputs)
         self.sums: dict[str, Tensor] = {}
         self.energy = 0.0
         self.rows = 0
@@ -113,33 +114,37 @@ class Moments:
         if self.kept.schedule[step] is StepMode.REFRESH:
             for node in self.nodes:
                 self.kept.keep(step, node, values[node])
-        else:
-            found = {node: self.kept.increment(step, node, values[node]) for node in self.nodes}
-            dy = [found[node] for node in self.outputs if node in found]
-            if self.by_output:
-                stacked = torch.cat(dy, dim=-1)
-                self._accumulate("output", stacked, stacked)
-            else:
-                self._accumulate("input", found[self.input], found[self.input])
-            if self.whole:
-                self._accumulate("cross", found[self.input], torch.cat(dy, dim=-1))
+            return
+        dx = [self.kept.increment(step, node, values[node]) for node in self.inputs]
+        dy = [self.kept.increment(step, node, values[node]) for node in self.outputs]
+        sides = {"input": (dx, dx), "output": (dy, dy), "cross": (dx, dy)}
+        for part in self.parts:
+            if part == "energy":
                 self.energy += sum(float(y.square().sum(dtype=torch.float64)) for y in dy)
-            self.rows += len(found[self.nodes[0]])
+            else:
+                left, right = sides[part]
+                self._accumulate(part, _stacked(left), _stacked(right))
+        self.rows += len((*dx, *dy)[0])
 
     def result(self) -> SecondMoments:
         """Means over tokens, float32 on the CPU; the sums become them."""
         if not self.rows:
             raise no_increment("a run with a CALIBRATE step after a REFRESH step")
         means = {name: value.div_(self.rows).cpu() for name, value in self.sums.items()}
-        if self.whole:
+        if "energy" in self.parts:
             means["energy"] = torch.tensor(self.energy / self.rows)
         return SecondMoments(**means)
 
-    def _accumulate(self, name: str, left: Tensor, right: Tensor) -> None:
-        if name in self.sums:  # in place: the moments of a large model are as large as its weights
-            self.sums[name].addmm_(left.T, right)
+    def _accumulate(self, part: str, left: Tensor, right: Tensor) -> None:
+        if part in self.sums:  # in place: the moments of a large model are as large as its weights
+            self.sums[part].addmm_(left.T, right)
         else:
-            self.sums[name] = left.T @ right
+            self.sums[part] = left.T @ right
+
+
+def _stacked(increments: Sequence[Tensor]) -> Tensor:
+    """Channels of several values side by side, (T, sum of C)."""
+    return increments[0] if len(increments) == 1 else torch.cat(list(increments), dim=-1)
 
 
 def stream_of(

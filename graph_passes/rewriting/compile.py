@@ -155,5 +155,7 @@ def compile_recipe(
     assignment = assign_targets(analysis, recipe)
     calibrated = assignment.targets if recipe.calibrates else ()
     check_statistics(statistics, recipe.weighting, calibrated)
+    if meter:
+        meter.expect(len(calibrated))
     factors = make_factors(analysis.captured, calibrated, statistics, decompositions, meter)
     return compile_graphs(analysis, recipe, assignment, factors)

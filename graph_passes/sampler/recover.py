@@ -65,7 +65,7 @@ def recover_sampler(
     runs, ends = _runs_of_length(recording, length, captured.device)
     if not runs or length < 2:
         raise NoSampler(f"no recorded run has the plan's {length} steps")
-    latent = find_latent(runs[0][0], run_plain(captured, runs[0][0]), dependence)
+    latent = find_latent(runs[0][0], meta, dependence)
     outputs: list[list[Tensor]] = []
     for run in runs:
         outputs.append([])

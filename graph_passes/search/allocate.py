@@ -44,8 +44,8 @@ class RankCurve:
         energies = energies.where(energies > ROUNDING * energies.sum(), 0.0)
         total = energies.sum()
         tails = [float(total), *(total - energies.cumsum(0)).clamp(min=0.0).tolist()]
-        chosen = [tails[rank] for rank in range(0, most + 1, MULTIPLE)]
-        return RankCurve(target, tuple(sensitivity * (tail + unexplained) for tail in chosen))
+        left = [tails[rank] + unexplained for rank in range(0, most + 1, MULTIPLE)]
+        return RankCurve(target, tuple(sensitivity * energy for energy in left))
 
     @property
     def macs_per_place(self) -> int:
@@ -83,9 +83,9 @@ class BranchOption:
             0 if self.choice is BranchChoice.REUSE else curve.cheapest(price, self.per_mac)
             for curve in self.curves
         )
-        chosen = list(zip(self.curves, places, strict=True))
-        error = sum(curve.errors[place] for curve, place in chosen)
-        macs = sum(curve.macs_per_place * place for curve, place in chosen)
+        pairs = list(zip(self.curves, places, strict=True))
+        error = sum(curve.errors[place] for curve, place in pairs)
+        macs = sum(curve.macs_per_place * place for curve, place in pairs)
         return error, self.cost + self.per_mac * macs, places
 
 
@@ -137,9 +137,9 @@ def _at(options: Mapping[str, Sequence[BranchOption]], price: float, full: float
     ranks: dict[str, int] = {}
     choices: dict[str, BranchChoice] = {}
     cost, error = full, 0.0
-    for name, there in options.items():
-        found = [(option, *option.at(price)) for option in there]
-        best, off, change, places = min(found, key=lambda entry: entry[1] + price * entry[2])
+    for name, of_branch in options.items():
+        entries = [(option, *option.at(price)) for option in of_branch]
+        best, off, change, places = min(entries, key=lambda entry: entry[1] + price * entry[2])
         cost, error, choices[name] = cost + change, error + off, best.choice
         rules.extend(_rules(best))
         if best.choice in (BranchChoice.LINEAR, BranchChoice.BRANCH):

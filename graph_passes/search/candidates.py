@@ -229,24 +229,21 @@ def _starts(
     starts = [
         Proposal(family, order, schedule, error)
         for order in family.spec.orders
-        for schedule, error in best_starts(
-            rehearsal, order, family.modes, family.cost(order), budget
-        )
+        for schedule, error in best_starts(rehearsal, order, family.limits(order, budget))
         if not set(schedule) <= old_modes
     ]
     starts.sort(key=lambda proposal: proposal.error)
     if before is None:
         return starts[:IMPROVED]
     again = before.moved_to(family)
-    fits = family.cost(again.order)(again.schedule) <= budget
+    fits = family.shares.run_share(again.schedule, again.order) <= budget
     return [*starts[:1], again] if fits else starts[:1]
 
 
 def _improved(
     rehearsal: Rehearsal, family: Family, order: int, start: Schedule, budget: float
 ) -> Proposal:
-    cost = family.cost(order)
-    schedule, error = improve(rehearsal, start, order, family.modes, cost, budget)
+    schedule, error = improve(rehearsal, start, order, family.limits(order, budget))
     return Proposal(family, order, schedule, error)
 
 
@@ -260,8 +257,7 @@ def _near(
     better = _improved(rehearsal, family, order, best.schedule, budget)
     if better.schedule not in measured:
         return better
-    cost = family.cost(order)
-    ranked = neighbours(rehearsal, best.schedule, order, family.modes, cost, budget)
+    ranked = neighbours(rehearsal, best.schedule, order, family.limits(order, budget))
     proposals = (Proposal(family, order, s, error) for s, error in ranked if s not in measured)
     return next(proposals, None)
 

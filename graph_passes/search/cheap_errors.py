@@ -51,31 +51,31 @@ def cheap_errors(
                     own, _ = run_step(views[order], mode, kept, step, tensors, history)
                     off_output = latent_channels(own, latent) - outputs[step]
                     off = float(off_output.double().square().sum())
-                    found = squares[mode][order]
-                    found[step] = found.get(step, 0.0) + off / recorded.steps.parts
+                    by_step = squares[mode][order]
+                    by_step[step] = by_step.get(step, 0.0) + off / recorded.steps.parts
             if on_step:
                 on_step()
-    return {mode: _scales(found, schedule) for mode, found in squares.items()}
+    return {mode: _scales(orders, schedule) for mode, orders in squares.items()}
 
 
 def _scales(squares: Sequence[Mapping[int, float]], schedule: Sequence[StepMode]) -> Scales:
     rows: list[tuple[float, ...]] = []
-    for order, found in enumerate(squares):
-        known = {
+    for order, by_step in enumerate(squares):
+        scales = {
             step: square**0.5 / prod(step - p for p in kept_refreshes(schedule, step, order + 1))
-            for step, square in found.items()
+            for step, square in by_step.items()
         }
-        rows.append(spread_over(known, len(schedule)) if known else rows[-1])
+        rows.append(spread_over(scales, len(schedule)) if scales else rows[-1])
     return tuple(rows)
 
 
-def spread_over(known: Mapping[int, float], steps: int) -> tuple[float, ...]:
+def spread_over(values: Mapping[int, float], steps: int) -> tuple[float, ...]:
     """Values of some steps over all of them: straight lines between, the nearest outside."""
-    places = sorted(known)
-    values = []
+    places = sorted(values)
+    row = []
     for step in range(steps):
         before = max((p for p in places if p <= step), default=places[0])
         after = min((p for p in places if p >= step), default=places[-1])
         share = (step - before) / (after - before) if after > before else 0.0
-        values.append(known[before] + (known[after] - known[before]) * share)
-    return tuple(values)
+        row.append(values[before] + (values[after] - values[before]) * share)
+    return tuple(row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,6 +30,7 @@ from calicache.graph_passes.search.costs import (
 )
 from calicache.graph_passes.search.ground import Ground
 from calicache.graph_passes.search.journal import EntryKind
+from calicache.graph_passes.search.placement import Limits
 from calicache.graph_passes.search.rehearse import Scales
 from calicache.graph_passes.search.sensitivity import BACK, sensitivities
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
@@ -97,9 +98,9 @@ class Family:
         """That a step may have."""
         return (StepMode.REFRESH, *self.shares.steps)
 
-    def cost(self, order: int) -> Callable[[Sequence[StepMode]], float]:
-        """Cost of a schedule at an order of the anchors."""
-        return partial(self.shares.run_share, order=order)
+    def limits(self, order: int, budget: float) -> Limits:
+        """Which schedules it has within a budget, at an order of the anchors."""
+        return Limits(self.modes, partial(self.shares.run_share, order=order), budget)
 
     def least_share(self, steps: int) -> float:
         """Cost of one REFRESH step and the cheapest steps after it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 
 from calicache.graph_passes.search.rehearse import Rehearsal
 from calicache.graph_passes.settings.choices import StepMode
@@ -17,13 +19,27 @@ NEAR = 4
 BATCH = 512
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Which schedules may be proposed.
+
+    Attributes:
+        modes: that a step may have.
+        cost: of a schedule.
+        budget: the most it may cost.
+    """
+
+    modes: Collection[StepMode]
+    cost: Cost
+    budget: float
+
+    def allowed(self, schedules: Iterable[Schedule]) -> list[Schedule]:
+        """Those within the budget, each once."""
+        return [s for s in dict.fromkeys(schedules) if self.cost(s) <= self.budget]
+
+
 def improve(
-    rehearsal: Rehearsal,
-    start: Schedule,
-    order: int,
-    modes: Collection[StepMode],
-    cost: Cost,
-    budget: float,
+    rehearsal: Rehearsal, start: Schedule, order: int, limits: Limits
 ) -> tuple[Schedule, float]:
     """Move to the best neighbour that the budget allows, as long as the error falls.
 
@@ -34,74 +50,64 @@ def improve(
         rehearsal: gives the errors.
         start: within the budget.
         order: of the anchors.
-        modes: that a step may have.
-        cost: of a schedule.
-        budget: the most it may cost.
+        limits: which schedules may be tried.
 
     Returns:
         The schedule and its rehearsed error.
     """
     best, error = start, rehearsal.errors([start], order)[0]
     for _ in range(MOST_ROUNDS):
-        found = None
-        for moves in (_near_moves, _far_moves):
-            there = [s for s in dict.fromkeys(moves(best, modes)) if cost(s) <= budget]
-            found = _least(rehearsal, there, order)
-            if found and found[1] < error * (1 - LEAST_GAIN):
-                break
-        if not found or found[1] >= error * (1 - LEAST_GAIN):
+        better = _better(rehearsal, best, order, limits, error * (1 - LEAST_GAIN))
+        if better is None:
             break
-        best, error = found
+        best, error = better
     return best, error
 
 
-def starts(
-    steps: int, modes: Collection[StepMode], cost: Cost, budget: float
-) -> Iterator[Schedule]:
+def starts(steps: int, limits: Limits) -> Iterator[Schedule]:
     """Schedules to start from: spread REFRESH steps, one cheap mode between or two in turn.
 
     Of every pattern the one with the most REFRESH steps that the budget allows.
     """
-    cheap = [mode for mode in modes if mode is not StepMode.REFRESH]
-    for first in cheap:
-        for second in cheap:
-            for power in POWERS:
-                for refreshes in range(steps, 0, -1):
-                    spread = spread_schedule(steps, refreshes, power, first)
-                    schedule = _in_turn(spread, first, second)
-                    if cost(schedule) <= budget:
-                        yield schedule
-                        break
+    cheap = [mode for mode in limits.modes if mode is not StepMode.REFRESH]
+    for first, second, power in product(cheap, cheap, POWERS):
+        for refreshes in range(steps, 0, -1):
+            spread = spread_schedule(steps, refreshes, power, first)
+            schedule = _in_turn(spread, first, second)
+            if limits.cost(schedule) <= limits.budget:
+                yield schedule
+                break
 
 
-def best_starts(
-    rehearsal: Rehearsal,
-    order: int,
-    modes: Collection[StepMode],
-    cost: Cost,
-    budget: float,
-) -> list[tuple[Schedule, float]]:
+def best_starts(rehearsal: Rehearsal, order: int, limits: Limits) -> list[tuple[Schedule, float]]:
     """The starts by rehearsed error, the least first; none where the budget allows none."""
-    steps = len(rehearsal.answers)
-    there = list(dict.fromkeys(starts(steps, modes, cost, budget)))
-    if not there:
-        return []
-    errors = rehearsal.errors(there, order)
-    return sorted(zip(there, errors, strict=True), key=lambda pair: pair[1])
+    schedules = list(dict.fromkeys(starts(len(rehearsal.answers), limits)))
+    return _ranked(schedules, rehearsal.errors(schedules, order) if schedules else [])
 
 
 def neighbours(
-    rehearsal: Rehearsal,
-    schedule: Schedule,
-    order: int,
-    modes: Collection[StepMode],
-    cost: Cost,
-    budget: float,
+    rehearsal: Rehearsal, schedule: Schedule, order: int, limits: Limits
 ) -> list[tuple[Schedule, float]]:
     """All near moves that the budget allows, by rehearsed error."""
-    there = [s for s in dict.fromkeys(_near_moves(schedule, modes)) if cost(s) <= budget]
-    errors = _errors(rehearsal, there, order)
-    return sorted(zip(there, errors, strict=True), key=lambda pair: pair[1])
+    schedules = limits.allowed(_near_moves(schedule, limits.modes))
+    return _ranked(schedules, _errors(rehearsal, schedules, order))
+
+
+def _better(
+    rehearsal: Rehearsal, schedule: Schedule, order: int, limits: Limits, below: float
+) -> tuple[Schedule, float] | None:
+    """The best near move, or else the best far one, with an error below; None without one."""
+    for moves in (_near_moves(schedule, limits.modes), _far_moves(schedule)):
+        schedules = limits.allowed(moves)
+        pairs = zip(schedules, _errors(rehearsal, schedules, order), strict=True)
+        best = min(pairs, key=lambda pair: pair[1], default=None)
+        if best is not None and best[1] < below:
+            return best
+    return None
+
+
+def _ranked(schedules: Sequence[Schedule], errors: Sequence[float]) -> list[tuple[Schedule, float]]:
+    return sorted(zip(schedules, errors, strict=True), key=lambda pair: pair[1])
 
 
 def _in_turn(spread: Schedule, first: StepMode, second: StepMode) -> Schedule:
@@ -111,13 +117,6 @@ def _in_turn(spread: Schedule, first: StepMode, second: StepMode) -> Schedule:
         since = 0 if mode is StepMode.REFRESH else since + 1
         modes.append(mode if not since else first if since % 2 else second)
     return tuple(modes)
-
-
-def _least(
-    rehearsal: Rehearsal, schedules: Sequence[Schedule], order: int
-) -> tuple[Schedule, float] | None:
-    pairs = zip(schedules, _errors(rehearsal, schedules, order), strict=True)
-    return min(pairs, key=lambda pair: pair[1], default=None)
 
 
 def _errors(rehearsal: Rehearsal, schedules: Sequence[Schedule], order: int) -> list[float]:
@@ -135,7 +134,7 @@ def _near_moves(schedule: Schedule, modes: Collection[StepMode]) -> Iterator[Sch
         yield from _exchanged(schedule, step, range(step + 1, min(step + 1 + NEAR, len(schedule))))
 
 
-def _far_moves(schedule: Schedule, modes: Collection[StepMode]) -> Iterator[Schedule]:  # noqa: ARG001
+def _far_moves(schedule: Schedule) -> Iterator[Schedule]:
     for step in range(1, len(schedule)):
         yield from _exchanged(schedule, step, range(step + 1 + NEAR, len(schedule)))
 
@@ -143,6 +142,6 @@ def _far_moves(schedule: Schedule, modes: Collection[StepMode]) -> Iterator[Sche
 def _exchanged(schedule: Schedule, step: int, others: Sequence[int]) -> Iterator[Schedule]:
     for other in others:
         if schedule[other] is not schedule[step]:
-            moved = list(schedule)
-            moved[step], moved[other] = moved[other], moved[step]
-            yield tuple(moved)
+            modes = list(schedule)
+            modes[step], modes[other] = modes[other], modes[step]
+            yield tuple(modes)

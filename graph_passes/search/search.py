@@ -255,7 +255,7 @@ def _front(
         request=request.text,
         latent=ground.recorded.steps.latent,
         points=front,
-        taken=front.index(choice),
+        choice=front.index(choice),
         held_out=held_out,
     )
 
@@ -275,7 +275,7 @@ def _result(
     )
     statistics = {name: value for name, value in moments.items() if name in calibrated}
     sampler, reason = _sampler_tables(ground)
-    recipe = front.recipe(front.taken, base)
+    recipe = front.recipe(front.choice, base)
     return SearchResult(ground.binding, recipe, statistics, sampler, reason, front)
 
 

@@ -43,7 +43,7 @@ def sensitivities(
     branch_of = {site.name: site.branch for site in sites.linears}
     exits = {branch.name: branch.exits for branch in sites.branches}
     graph = _Forks(captured)
-    found: dict[str, list[float]] = {}
+    changes: dict[str, tuple[float, float]] = {}  # of what is followed, of the value itself
     ends = {str(node) for node in graph_outputs(captured.graph)}
     # A branch that is one layer has the name of its target: they are kept apart.
     probes = {f"branch {name}": (nodes, ends) for name, nodes in exits.items()}
@@ -53,20 +53,18 @@ def sensitivities(
     watched = {node for nodes, _ in probes.values() for node in nodes}
     for step in steps:
         earlier = graph.run(_tensors(captured, run[step - BACK]), watched)
-        seen = watched | ends
-        for name, product, moved in graph.fork(
-            _tensors(captured, run[step]), probes, earlier, seen
-        ):
-            total = found.setdefault(name, [0.0, 0.0])
-            total[0], total[1] = total[0] + product, total[1] + moved
+        tensors = _tensors(captured, run[step])
+        for name, followed, own in graph.fork(tensors, probes, earlier, watched | ends):
+            before = changes.get(name, (0.0, 0.0))
+            changes[name] = (before[0] + followed, before[1] + own)
         if on_step:
             on_step()
-    measured = {name: out / moved if moved else 0.0 for name, (out, moved) in found.items()}
-    gains = {name: measured[f"branch {name}"] for name in exits}
+    gains = {name: followed / own if own else 0.0 for name, (followed, own) in changes.items()}
+    result = {name: gains[f"branch {name}"] for name in exits}
     for target in targets:  # through the branch, where there is one
-        through = measured.get(f"branch {branch_of[target.sites[0]]}", 1.0)
-        gains[target.name] = measured[target.name] * through
-    return gains
+        through = gains.get(f"branch {branch_of[target.sites[0]]}", 1.0)
+        result[target.name] = gains[target.name] * through
+    return result
 
 
 class _Forks:
@@ -119,12 +117,12 @@ class _Forks:
         other: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         interpreter, own = self._start(tensors), dict(environment)
-        seen: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for k in range(start, stop):
             value = self._one(interpreter, k, own, other)
             if self.nodes[k].name in watched:
-                seen[self.nodes[k].name] = value
-        return seen
+                values[self.nodes[k].name] = value
+        return values
 
     def _start(self, tensors: Sequence[Tensor]) -> fx.Interpreter:
         interpreter = fx.Interpreter(self.module, garbage_collect_values=False)

@@ -1,4 +1,4 @@
-"""What a plan search found: the plans that no other beats in both error and cost."""
+"""What a plan search came to: the plans that no other beats in both error and cost."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ class FrontPoint:
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """All points of a search by rising cost, and the one that the plan has taken.
+    """All points of a search by rising cost, and which one is the plan's own.
 
     Attributes:
         unit: of the costs: `MACs`, or the runtime whose seconds were measured.
         request: what was asked for, such as `budget 0.5`.
         latent: the input that the last of every point's output weights is for.
         points: by rising cost and falling error.
-        taken: place of the plan's own point.
-        held_out: error of the point that the search itself took, on samples that had no part in
+        choice: place of the plan's own point.
+        held_out: error of the point that the search itself chose, on samples that had no part in
             the search at all.
     """
 
@@ -93,7 +93,7 @@ class Front:
     request: str
     latent: str
     points: tuple[FrontPoint, ...]
-    taken: int
+    choice: int
     held_out: ErrorSummary | None = field(default=None)
 
     def recipe(self, place: int, base: Recipe) -> Recipe:
@@ -118,8 +118,8 @@ class Front:
 
 def pareto(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:
     """The points that no other is at least as good as in both cost and error, by rising cost."""
-    chosen: list[FrontPoint] = []
+    front: list[FrontPoint] = []
     for point in sorted(points, key=lambda p: (p.cost, p.error.mean)):
-        if not chosen or point.error.mean < chosen[-1].error.mean:
-            chosen.append(point)
-    return tuple(chosen)
+        if not front or point.error.mean < front[-1].error.mean:
+            front.append(point)
+    return tuple(front)

@@ -39,7 +39,8 @@ def named_schedule(
         PlanError: an unknown mode, an interval below 1, or a mode beside a whole schedule.
     """
     if isinstance(schedule, int) and not isinstance(schedule, bool):
-        return uniform_schedule(steps, schedule, StepMode.of(mode or StepMode.CALIBRATE))
+        between = StepMode.CALIBRATE if mode is None else StepMode.of(mode)
+        return uniform_schedule(steps, schedule, between)
     if mode is not None:
         raise PlanError(
             "mode",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -50,6 +50,44 @@ class CalibrationTarget:
         return self.tokens * self.rank * (self.in_features + sum(self.out_features))
 
 
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What a CALIBRATE step does with one site, or with one branch.
+
+    Attributes:
+        mode: correct the anchor, return it, or compute all.
+        rank: r of a calibration branch there; 0 for REUSE.
+        granularity: where the calibration branches of a residual branch sit.
+        capped: whether the rank falls to what the place allows, rather than be refused.
+    """
+
+    mode: SiteMode
+    rank: int
+    granularity: Granularity
+    capped: bool = True
+
+    def under(self, rule: SiteRule | None) -> Treatment:
+        """The same with what a rule says instead, as far as it says anything."""
+        if rule is None:
+            return self
+        rank = self.rank if rule.rank is None else rule.rank
+        return Treatment(
+            mode=rule.mode,
+            rank=0 if rule.mode is SiteMode.REUSE else rank,
+            granularity=rule.granularity or self.granularity,
+            capped=self.capped and rule.rank is None,
+        )
+
+    def rank_at(self, in_features: int, out_features: int) -> int:
+        """The rank of a map of that size."""
+        return min(self.rank, in_features, out_features) if self.capped else self.rank
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a branch with it is one calibration target."""
+        return self.mode is SiteMode.REUSE or self.granularity is Granularity.BRANCH
+
+
 def assign(
     captured: CapturedGraph,
     sites: Sites,
@@ -64,7 +102,7 @@ def assign(
 
     Args:
         captured: the plain graph.
-        sites: what was found in it.
+        sites: layers and branches of it.
         rank: r where no rule gives one; the smaller side of a layer where that is less.
         granularity: of the calibration branches where no rule says otherwise.
         rules: exceptions; the first that fits a name counts.
@@ -78,80 +116,65 @@ def assign(
         PlanError: a rank is larger than its layer allows, or a rule or a rank fits nothing.
     """
     _check_rules(rules, sites)
-    targets: list[CalibrationTarget] = []
-    rejections: list[Rejection] = []
-    for branch in sites.branches:
-        inside = [site for site in sites.linears if site.branch == branch.name]
-        rule = _first(rules, branch.name)
-        mode = rule.mode if rule else SiteMode.CALIBRATE
-        own, asked = _rank(rule, rank), rule is not None and rule.rank is not None
-        level = (rule.granularity if rule else None) or granularity
-        if mode is SiteMode.FULL:
-            continue
-        if mode is SiteMode.REUSE or level is Granularity.BRANCH:
-            wanted = 0 if mode is SiteMode.REUSE else own
-            target = _branch_target(captured, branch, inside, wanted, capped=not asked)
-            if isinstance(target, CalibrationTarget):
-                targets.append(target)
-                continue
-            rejections.append(target)
-        targets.extend(_linear_targets(inside, rules, own, joint, capped=not asked))
-    stream = [site for site in sites.linears if site.branch is None]
-    targets.extend(_linear_targets(stream, rules, rank, joint))
+    default = Treatment(SiteMode.CALIBRATE, rank, granularity)
+    branches = [branch.name for branch in sites.branches]
+    by_branch = {name: default.under(_rule_for(rules, name)) for name in branches}
+    whole, rejections = _whole_targets(captured, sites, by_branch)
+    closed = {target.name for target in whole}  # branches whose layers have no treatment
+    closed |= {name for name, treatment in by_branch.items() if treatment.mode is SiteMode.FULL}
+    by_site: dict[str, Treatment] = {}
+    for site in sites.linears:
+        if site.branch not in closed:
+            outer = default if site.branch is None else by_branch[site.branch]
+            by_site[site.name] = outer.under(_rule_for(rules, site.name))
+    layers = _layer_targets(sites, by_site, joint=joint)
     place = {node.name: number for number, node in enumerate(captured.graph.nodes)}
-    targets = _with_ranks(targets, ranks)
-    targets.sort(key=lambda target: place[target.nodes[0]])
+    in_order = sorted([*whole, *layers], key=lambda target: place[target.nodes[0]])
+    targets = _with_ranks(in_order, ranks)
     for target in targets:
         _check_rank(target)
     return tuple(targets), tuple(rejections)
 
 
-def _with_ranks(
-    targets: Sequence[CalibrationTarget], ranks: Mapping[str, int]
-) -> list[CalibrationTarget]:
-    names = [target.name for target in targets]
-    for name in ranks:
-        if name not in names:
-            raise PlanError(
-                f"rank of {name}",
-                expected="a calibration target",
-                got=f"none of that name among {', '.join(names[:4])} and others",
-                fix="Take the names from `optimize(model, plan).targets`.",
-            )
-    return [replace(target, rank=ranks.get(target.name, target.rank)) for target in targets]
-
-
-def _linear_targets(
-    linears: Sequence[LinearSite],
-    rules: Sequence[SiteRule],
-    rank: int,
-    joint: bool,
-    *,
-    capped: bool = True,
-) -> Iterator[CalibrationTarget]:
-    chosen: list[tuple[LinearSite, int]] = []
-    for site in linears:
-        rule = _first(rules, site.name)
-        if rule and rule.mode is SiteMode.FULL:
+def _whole_targets(
+    captured: CapturedGraph, sites: Sites, treatments: Mapping[str, Treatment]
+) -> tuple[list[CalibrationTarget], list[Rejection]]:
+    """Branches that are one target, and those that were to be and cannot."""
+    targets: list[CalibrationTarget] = []
+    rejections: list[Rejection] = []
+    for branch in sites.branches:
+        treatment = treatments[branch.name]
+        if treatment.mode is SiteMode.FULL or not treatment.is_whole:
             continue
-        reused = rule is not None and rule.mode is SiteMode.REUSE
-        default = min(rank, site.in_features, site.out_features) if capped else rank
-        chosen.append((site, 0 if reused else _rank(rule, default)))
-    if not joint:
-        yield from (_linear_target([site], own) for site, own in chosen)
-        return
-    siblings: dict[tuple[str, int], list[LinearSite]] = {}
-    for site, own in chosen:
-        siblings.setdefault((site.input_node, own), []).append(site)
-    for (_, own), members in siblings.items():
-        yield _linear_target(members, own)
+        reason = _reason_against(captured, branch) if treatment.rank else None
+        if reason is None:
+            inside = [site.name for site in sites.linears if site.branch == branch.name]
+            targets.append(_branch_target(captured, branch, inside, treatment))
+        else:
+            rejections.append(Rejection(branch.name, branch.exits[0], reason))
+    return targets, rejections
 
 
-def _linear_target(members: Sequence[LinearSite], rank: int) -> CalibrationTarget:
+def _layer_targets(
+    sites: Sites, treatments: Mapping[str, Treatment], *, joint: bool
+) -> list[CalibrationTarget]:
+    """Targets of single layers, or of sibling layers of one branch and one rank."""
+    groups: dict[tuple[str | None, str, int], list[LinearSite]] = {}
+    for site in sites.linears:
+        treatment = treatments.get(site.name)
+        if treatment is None or treatment.mode is SiteMode.FULL:
+            continue
+        rank = treatment.rank_at(site.in_features, site.out_features)
+        # Before the ranks of siblings are merged: the error names the layer.
+        _check_bounds(site.name, site.in_features, site.out_features, rank)
+        siblings = site.input_node if joint else site.name
+        groups.setdefault((site.branch, siblings, rank), []).append(site)
+    return [_layer_target(members, rank) for (_, _, rank), members in groups.items()]
+
+
+def _layer_target(members: Sequence[LinearSite], rank: int) -> CalibrationTarget:
+    """One target of sites that share their input: rank r' for what they cost at r apart."""
     first, outs = members[0], tuple(site.out_features for site in members)
-    for site in members:  # before the ranks of siblings are merged: the error names the layer
-        if not 0 <= rank <= min(site.in_features, site.out_features):
-            raise _rank_error(site.name, site.in_features, site.out_features, rank)
     # One map of rank r' costs r' (in + sum of out) where the members cost sum of r (in + out).
     apart = rank * sum(site.in_features + site.out_features for site in members)
     merged = min(apart // (first.in_features + sum(outs)), first.in_features, sum(outs))
@@ -169,37 +192,53 @@ def _linear_target(members: Sequence[LinearSite], rank: int) -> CalibrationTarge
     )
 
 
+def _reason_against(captured: CapturedGraph, branch: ResidualBranch) -> str | None:
+    """Why a branch cannot be calibrated as one map; None where it can."""
+    shapes = [shape_of(captured.node(name)) for name in branch.exits]
+    if branch.entry is None or len(shapes) > 1:
+        return "not one map as a whole: several latent values go in or come out"
+    before = shape_of(captured.node(branch.entry))
+    if len(before) < 2 or before[:-1] != shapes[0][:-1]:
+        return f"not token-wise as a whole: from {before} to {shapes[0]}"
+    return None
+
+
 def _branch_target(
     captured: CapturedGraph,
     branch: ResidualBranch,
-    inside: Sequence[LinearSite],
-    rank: int,
-    *,
-    capped: bool,
-) -> CalibrationTarget | Rejection:
+    inside: Sequence[str],
+    treatment: Treatment,
+) -> CalibrationTarget:
     shapes = [shape_of(captured.node(name)) for name in branch.exits]
     entry = branch.entry or branch.exits[0]
-    if rank:
-        if branch.entry is None or len(shapes) > 1:
-            reason = "not one map as a whole: several latent values go in or come out"
-            return Rejection(branch.name, branch.exits[0], reason)
-        before = shape_of(captured.node(entry))
-        rank = min(rank, before[-1], shapes[0][-1]) if capped else rank
-        if len(before) < 2 or before[:-1] != shapes[0][:-1]:
-            reason = f"not token-wise as a whole: from {before} to {shapes[0]}"
-            return Rejection(branch.name, branch.exits[0], reason)
+    in_features = shape_of(captured.node(entry))[-1]
     return CalibrationTarget(
         name=branch.name,
         granularity=Granularity.BRANCH,
-        sites=tuple(site.name for site in inside),
+        sites=tuple(inside),
         input_node=entry,
         nodes=branch.exits,
         weights=(),
-        in_features=shape_of(captured.node(entry))[-1],
+        in_features=in_features,
         out_features=tuple(shape[-1] for shape in shapes),
         tokens=prod(shapes[0][:-1]),
-        rank=rank,
+        rank=treatment.rank_at(in_features, shapes[0][-1]),
     )
+
+
+def _with_ranks(
+    targets: Sequence[CalibrationTarget], ranks: Mapping[str, int]
+) -> list[CalibrationTarget]:
+    names = [target.name for target in targets]
+    for name in ranks:
+        if name not in names:
+            raise PlanError(
+                f"rank of {name}",
+                expected="a calibration target",
+                got=f"none of that name among {', '.join(names[:4])} and others",
+                fix="Take the names from `optimize(model, plan).compiled.targets`.",
+            )
+    return [replace(target, rank=ranks.get(target.name, target.rank)) for target in targets]
 
 
 def _joint_name(names: Sequence[str]) -> str:
@@ -209,12 +248,9 @@ def _joint_name(names: Sequence[str]) -> str:
     return prefix + "+".join(name.removeprefix(prefix) for name in names)
 
 
-def _first(rules: Sequence[SiteRule], name: str) -> SiteRule | None:
+def _rule_for(rules: Sequence[SiteRule], name: str) -> SiteRule | None:
+    """The first rule that fits."""
     return next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
-
-
-def _rank(rule: SiteRule | None, default: int) -> int:
-    return default if rule is None or rule.rank is None else rule.rank
 
 
 def _check_rules(rules: Sequence[SiteRule], sites: Sites) -> None:
@@ -230,14 +266,14 @@ def _check_rules(rules: Sequence[SiteRule], sites: Sites) -> None:
 
 
 def _check_rank(target: CalibrationTarget) -> None:
-    if not 0 <= target.rank <= min(target.in_features, sum(target.out_features)):
-        raise _rank_error(target.name, target.in_features, sum(target.out_features), target.rank)
+    _check_bounds(target.name, target.in_features, sum(target.out_features), target.rank)
 
 
-def _rank_error(name: str, in_features: int, out_features: int, rank: int) -> PlanError:
-    return PlanError(
-        f"rank of {name}",
-        expected=f"0 .. {min(in_features, out_features)} for {in_features} -> {out_features}",
-        got=str(rank),
-        fix="Choose a smaller rank, or exclude it.",
-    )
+def _check_bounds(name: str, in_features: int, out_features: int, rank: int) -> None:
+    if not 0 <= rank <= min(in_features, out_features):
+        raise PlanError(
+            f"rank of {name}",
+            expected=f"0 .. {min(in_features, out_features)} for {in_features} -> {out_features}",
+            got=str(rank),
+            fix="Choose a smaller rank, or exclude it.",
+        )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from calicache.export import Layout, read_manifest
-from calicache.export.latency import _Case, _cases, _schedule, measure_latency
+from calicache.export.latency import _schedule, measure_latency
+from calicache.export.latency_cases import Case, latency_cases
 from calicache.graph_passes import Plan, Recording, StepMode, record
 from calicache.graph_passes.common.errors import BenchError, ExportError, PlanError
 from calicache.graph_passes.common.hashing import hash_weights
@@ -105,19 +106,19 @@ def measured(
         recording,
         ranks=(RANK,),
         repeats=2,
-        folder=folder,
-        on_row=lambda done, total: seen.append((done, total)),
+        path=folder,
+        on_progress=lambda progress: seen.append((progress.done, progress.total)),
     )
     return Measured(table, folder, seen)
 
 
 @pytest.fixture(scope="module")
-def cases(model: nn.Module, recording: Recording) -> Callable[..., list[_Case]]:
+def cases(model: nn.Module, recording: Recording) -> Callable[..., list[Case]]:
     plan = Plan.from_trajectory(model, recording, rank=0, correct=False)
     captured, sites, _ = analyse(model, plan.settings)
 
-    def make(ranks: tuple[int, ...] | None = None, *, keeps: bool = True) -> list[_Case]:
-        return list(_cases(captured, sites, ranks, keeps=keeps))
+    def make(ranks: tuple[int, ...] | None = None, *, keeps: bool = True) -> list[Case]:
+        return list(latency_cases(captured, sites, ranks, keeps=keeps))
 
     return make
 
@@ -138,9 +139,9 @@ def table() -> LatencyTable:
     return LatencyTable("abc", "a runtime", 2, 1.0, 0.0625, rows, {"processor": "one"})
 
 
+@pytest.mark.slow
 def test_every_group_and_treatment_has_a_row(measured: Measured) -> None:
-    found = [(found.group, found.choice) for found in measured.table.rows]
-    assert found == [
+    assert [(row.group, row.choice) for row in measured.table.rows] == [
         (EVERY, FULL),
         (MIX, LINEAR),  # and no BRANCH: two latent values go in
         (MIX, REUSE),
@@ -150,14 +151,16 @@ def test_every_group_and_treatment_has_a_row(measured: Measured) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_seconds_are_positive_and_finite(measured: Measured) -> None:
     seconds = [measured.table.plain, measured.table.forecast]
-    seconds += [value for found in measured.table.rows for value in (found.refresh, found.step)]
+    seconds += [value for row in measured.table.rows for value in (row.refresh, row.step)]
     assert all(value > 0 and math.isfinite(value) for value in seconds)
 
 
+@pytest.mark.slow
 def test_macs_are_those_of_the_calibration_branches(measured: Measured) -> None:
-    macs = {(found.group, found.choice): found.macs for found in measured.table.rows}
+    macs = {(row.group, row.choice): row.macs for row in measured.table.rows}
     layers = RANK * ((WIDTH + 2 * WIDTH) + (2 * WIDTH + WIDTH))
     joint = RANK * 2 * (WIDTH + WIDTH) // (WIDTH + 2 * WIDTH)  # a and b, at the same MACs
     mixed = joint * (WIDTH + 2 * WIDTH) + RANK * (WIDTH + WIDTH)
@@ -171,6 +174,7 @@ def test_macs_are_those_of_the_calibration_branches(measured: Measured) -> None:
     }
 
 
+@pytest.mark.slow
 def test_table_says_what_was_measured_where(measured: Measured, model: nn.Module) -> None:
     table = measured.table
     assert (table.weights_hash, table.order) == (hash_weights(model), 2)
@@ -181,11 +185,13 @@ def test_table_says_what_was_measured_where(measured: Measured, model: nn.Module
     assert float(table.environment["plain_spread"]) >= 0
 
 
+@pytest.mark.slow
 def test_every_row_and_the_forecast_are_reported(measured: Measured) -> None:
     total = len(measured.table.rows) + 1
     assert measured.seen == [(done, total) for done in range(1, total + 1)]
 
 
+@pytest.mark.slow
 def test_artifacts_are_the_plain_model_and_the_last_row(measured: Measured) -> None:
     plain, last = (read_manifest(measured.folder / name) for name in ("plain", "row"))
     assert sorted(path.name for path in measured.folder.iterdir()) == ["plain", "row"]
@@ -196,12 +202,13 @@ def test_artifacts_are_the_plain_model_and_the_last_row(measured: Measured) -> N
     assert [target.rank for target in last.targets] == [0, 0]
 
 
+@pytest.mark.slow
 def test_measured_table_survives_a_file(measured: Measured, tmp_path: Path) -> None:
     measured.table.save(tmp_path / "latency.json")
     assert LatencyTable.load(tmp_path / "latency.json") == measured.table
 
 
-def test_every_case_treats_its_group_alone(cases: Callable[..., list[_Case]]) -> None:
+def test_every_case_treats_its_group_alone(cases: Callable[..., list[Case]]) -> None:
     for case in cases():
         treated = {site for target in case.targets for site in target.sites}
         inside = case.group.replace("*", "{}")
@@ -211,7 +218,7 @@ def test_every_case_treats_its_group_alone(cases: Callable[..., list[_Case]]) ->
 
 
 def test_step_that_treats_nothing_is_measured_where_a_run_keeps_values(
-    cases: Callable[..., list[_Case]],
+    cases: Callable[..., list[Case]],
 ) -> None:
     first, *others = cases(keeps=True)
     assert (first.group, first.choice, first.targets) == (EVERY, FULL, ())
@@ -219,16 +226,15 @@ def test_step_that_treats_nothing_is_measured_where_a_run_keeps_values(
 
 
 def test_siblings_are_measured_together_as_plans_run_them(
-    cases: Callable[..., list[_Case]],
+    cases: Callable[..., list[Case]],
 ) -> None:
     case = next(case for case in cases() if (case.group, case.choice) == (MIX, LINEAR))
     names = [target.name for target in case.targets]
     assert names == [f"blocks.{n}.mix.{name}" for n in range(BLOCKS) for name in ("a+b", "out")]
 
 
-def test_ranks_are_two_by_the_width(cases: Callable[..., list[_Case]]) -> None:
-    found = [(case.group, case.choice, case.rank) for case in cases() if case.rank]
-    assert found == [
+def test_ranks_are_two_by_the_width(cases: Callable[..., list[Case]]) -> None:
+    assert [(case.group, case.choice, case.rank) for case in cases() if case.rank] == [
         (MIX, LINEAR, 4),
         (MIX, LINEAR, 8),
         (FF, LINEAR, 4),
@@ -238,9 +244,9 @@ def test_ranks_are_two_by_the_width(cases: Callable[..., list[_Case]]) -> None:
     ]
 
 
-def test_ranks_above_the_layers_are_measured_once(cases: Callable[..., list[_Case]]) -> None:
-    found = [case.rank for case in cases((3, 8, 64, 100)) if case.choice is BRANCH]
-    assert found == [3, 8]
+def test_ranks_above_the_layers_are_measured_once(cases: Callable[..., list[Case]]) -> None:
+    ranks = [case.rank for case in cases((3, 8, 64, 100)) if case.choice is BRANCH]
+    assert ranks == [3, 8]
 
 
 @pytest.mark.parametrize(
@@ -260,17 +266,20 @@ def test_schedule_fills_what_is_kept_and_ends_cheap(
     assert _schedule(steps, order) == expected
 
 
+@pytest.mark.slow
 def test_run_too_short_for_the_order_is_refused(model: nn.Module, recording: Recording) -> None:
     short = replace(recording, calls=recording.calls[:3])
     with pytest.raises(BenchError, match="4 steps or more, got 3"):
         measure_latency(model, short)
 
 
+@pytest.mark.slow
 def test_unknown_order_is_refused(model: nn.Module, recording: Recording) -> None:
     with pytest.raises(PlanError, match="0, 1 or 2"):
         measure_latency(model, recording, order=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"ranks": (4, 0)}])
 def test_nothing_to_measure_is_refused(
     model: nn.Module, recording: Recording, wrong: dict[str, object]
@@ -279,6 +288,7 @@ def test_nothing_to_measure_is_refused(
         measure_latency(model, recording, **wrong)
 
 
+@pytest.mark.slow
 def test_unknown_provider_is_refused(model: nn.Module, recording: Recording) -> None:
     with pytest.raises(ExportError, match=r"CPUExecutionProvider.*got 'FastProvider'"):
         measure_latency(model, recording, provider="FastProvider")

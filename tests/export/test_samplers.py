@@ -23,7 +23,7 @@ from diffusion import alpha_bar_table, ddim_timesteps
 from support.models import STEPS, relative, sample_dit
 from torch import Tensor, nn
 
-from calicache.export import Sampler, read_sampler
+from calicache.export import SamplerTables, read_sampler
 from calicache.export.samplers import replay_scheduler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ExportError
@@ -80,9 +80,9 @@ def sample_with(
     with torch.no_grad():
         for step, now in enumerate(scheduler.timesteps):
             scaled = getattr(scheduler, "scale_model_input", None)
-            given = scaled(x, now) if scaled else x
+            latent = scaled(x, now) if scaled else x
             output = model(
-                hidden_states=given if conditional is None else torch.cat([given, given]),
+                hidden_states=latent if conditional is None else torch.cat([latent, latent]),
                 timestep=torch.full_like(rows, int(now)),
                 class_labels=rows,
             )
@@ -107,7 +107,12 @@ def walk(rows: Sequence[Sequence[float]], x: Tensor, outputs: Sequence[Tensor]) 
 
 
 def assert_walks(
-    sampler: Sampler, x: Tensor, recording: Recording, model: nn.Module, end: Tensor, bound: float
+    sampler: SamplerTables,
+    x: Tensor,
+    recording: Recording,
+    model: nn.Module,
+    end: Tensor,
+    bound: float,
 ) -> None:
     """The tables along the recorded outputs give every latent of the run and its result."""
     with torch.no_grad():
@@ -145,14 +150,14 @@ def fast(dit, finished) -> OptimizedModel:
 
 
 @pytest.fixture(scope="module")
-def sampler(fast, finished) -> Sampler:
+def sampler(fast, finished) -> SamplerTables:
     return read_sampler(fast, finished)
 
 
 # --- a recording with its results --------------------------------------------------------------
 
 
-def test_guidance_scale_and_the_conditional_part_are_recovered(sampler: Sampler) -> None:
+def test_guidance_scale_and_the_conditional_part_are_recovered(sampler: SamplerTables) -> None:
     assert (sampler.latent, sampler.parts, sampler.conditional) == ("hidden_states", 2, 0)
     # The scale is a quotient of two fitted weights, see RECORDED.
     assert sampler.guidance == pytest.approx(GUIDANCE, rel=1e-4)
@@ -162,7 +167,7 @@ def test_guidance_scale_and_the_conditional_part_are_recovered(sampler: Sampler)
         assert shares[0] == sampler.guidance
 
 
-def test_rows_are_those_of_ddims_formula(sampler: Sampler) -> None:
+def test_rows_are_those_of_ddims_formula(sampler: SamplerTables) -> None:
     table = alpha_bar_table()  # float64
     alphas = [*(table[now] for now in ddim_timesteps(STEPS)), torch.tensor(1.0).double()]
     assert len(sampler.updates) == STEPS
@@ -175,7 +180,7 @@ def test_rows_are_those_of_ddims_formula(sampler: Sampler) -> None:
     assert sampler.scales == (1.0,) * STEPS
 
 
-def test_inputs_that_change_with_the_step_alone_are_tables(sampler: Sampler) -> None:
+def test_inputs_that_change_with_the_step_alone_are_tables(sampler: SamplerTables) -> None:
     assert list(sampler.inputs) == ["timestep"]
     expected = torch.tensor(ddim_timesteps(STEPS))[:, None].expand(STEPS, 4)
     assert torch.equal(sampler.inputs["timestep"], expected)
@@ -221,14 +226,14 @@ def test_conditional_part_may_come_second_or_guidance_be_absent(conditional, dit
     with record(dit) as recording:
         end = sample_with(dit, ready(SOLVERS["ddim"](), 4), conditional)
         recording.finish(end)
-    found = read_sampler(compiled(dit, recording), recording)
-    assert found.conditional == conditional
+    tables = read_sampler(compiled(dit, recording), recording)
+    assert tables.conditional == conditional
     if conditional is None:
-        assert (found.parts, found.guidance, found.mix) == (1, None, ((1.0,),) * 4)
+        assert (tables.parts, tables.guidance, tables.mix) == (1, None, ((1.0,),) * 4)
     else:
-        assert found.guidance == pytest.approx(GUIDANCE, rel=1e-4)  # see RECORDED
+        assert tables.guidance == pytest.approx(GUIDANCE, rel=1e-4)  # see RECORDED
     # float32 sampling, 4 steps, and weights fitted to it.
-    assert_walks(found, draw(1, 2, 1, 28, 28), recording, dit, end, 1e-5)
+    assert_walks(tables, draw(1, 2, 1, 28, 28), recording, dit, end, 1e-5)
 
 
 def test_guidance_that_changes_over_the_steps_has_no_scale_but_shares(dit) -> None:
@@ -237,11 +242,11 @@ def test_guidance_that_changes_over_the_steps_has_no_scale_but_shares(dit) -> No
         scheduler = ready(SOLVERS["ddim"](), 4)
         end = sample_with(dit, scheduler, scales=scales)
         recording.finish(end)
-    found = read_sampler(compiled(dit, recording), recording)
-    assert (found.parts, found.conditional, found.guidance) == (2, None, None)
+    tables = read_sampler(compiled(dit, recording), recording)
+    assert (tables.parts, tables.conditional, tables.guidance) == (2, None, None)
     # Quotients of fitted weights, see RECORDED; the parts differ by some per cent alone.
-    assert [shares[0] for shares in found.mix] == pytest.approx(scales, abs=1e-3)
-    assert_walks(found, draw(1, 2, 1, 28, 28), recording, dit, end, 1e-5)  # as above
+    assert [shares[0] for shares in tables.mix] == pytest.approx(scales, abs=1e-3)
+    assert_walks(tables, draw(1, 2, 1, 28, 28), recording, dit, end, 1e-5)  # as above
 
 
 # --- a recording and its scheduler -------------------------------------------------------------
@@ -255,12 +260,12 @@ def test_scheduler_of_the_recorded_run_gives_the_whole_run(name: str, conditiona
     scheduler = ready(SOLVERS[name](), 4)
     with record(dit) as recording:
         end = sample_with(dit, scheduler, conditional)
-    found = read_sampler(compiled(dit, recording), recording, scheduler)  # used up by the run
-    assert (found.conditional, found.parts) == (conditional, 1 if conditional is None else 2)
-    assert len(found.updates) == len(recording.calls)
-    assert found.looks_back == (name in ("dpm 2m", "heun"))
+    tables = read_sampler(compiled(dit, recording), recording, scheduler)  # used up by the run
+    assert (tables.conditional, tables.parts) == (conditional, 1 if conditional is None else 2)
+    assert len(tables.updates) == len(recording.calls)
+    assert tables.looks_back == (name in ("dpm 2m", "heun"))
     # The recorded outputs, and the scheduler's own coefficients.
-    assert_walks(found, start(scheduler), recording, dit, end, WALKED)
+    assert_walks(tables, start(scheduler), recording, dit, end, WALKED)
 
 
 @pytest.mark.parametrize("name", ["flow", "euler", "dpm 2m"])
@@ -282,12 +287,12 @@ def test_scheduler_with_another_number_of_steps_is_refused(fast, finished) -> No
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_ddim_of_diffusers_gives_its_formula(prediction: str) -> None:
     scheduler = ready(DDIMScheduler(clip_sample=False, prediction_type=prediction, **LINEAR))
-    found, scales = replay_scheduler(scheduler, 10)
+    update, scales = replay_scheduler(scheduler, 10)
     table = alpha_bar_table()  # the same betas in float64
-    assert (found.parts, scales) == (1, pytest.approx((1.0,) * 10, rel=1e-12))  # exact: x itself
+    assert (update.parts, scales) == (1, pytest.approx((1.0,) * 10, rel=1e-12))  # exact: x itself
     times = [int(now) for now in scheduler.timesteps]
-    assert len(found.weights) == len(times)
-    for now, weights in zip(times, found.weights, strict=True):
+    assert len(update.weights) == len(times)
+    for now, weights in zip(times, update.weights, strict=True):
         a, b = table[now], table[now - 100] if now >= 100 else torch.tensor(1.0).double()
         if prediction == "epsilon":
             of_x = (b / a).sqrt()
@@ -301,7 +306,7 @@ def test_ddim_of_diffusers_gives_its_formula(prediction: str) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_matching_gives_one_and_the_step_of_sigma(shift: float) -> None:
-    found, _ = replay_scheduler(ready(FlowMatchEulerDiscreteScheduler(shift=shift)), 10)
+    update, _ = replay_scheduler(ready(FlowMatchEulerDiscreteScheduler(shift=shift)), 10)
 
     def shifted(value: Tensor) -> Tensor:
         return shift * value / (1 + (shift - 1) * value)
@@ -309,21 +314,21 @@ def test_flow_matching_gives_one_and_the_step_of_sigma(shift: float) -> None:
     # diffusers shifts the ends of its 1,000 training sigmas, then their even spacing once more.
     first, last = shifted(torch.tensor([1.0, 1e-3], dtype=torch.float64)).tolist()
     sigmas = shifted(torch.linspace(first, last, 10, dtype=torch.float64)).tolist()
-    assert len(found.weights) == 10
-    for (now, after), weights in zip(pairwise([*sigmas, 0.0]), found.weights, strict=True):
+    assert len(update.weights) == 10
+    for (now, after), weights in zip(pairwise([*sigmas, 0.0]), update.weights, strict=True):
         expected = torch.tensor([1.0, after - now])
         torch.testing.assert_close(torch.tensor(weights), expected, **REPLAYED)
 
 
 def test_euler_scales_the_models_input() -> None:
     scheduler = ready(EulerDiscreteScheduler(**LINEAR))
-    found, scales = replay_scheduler(scheduler, 10)
+    update, scales = replay_scheduler(scheduler, 10)
     sigmas = scheduler.sigmas.double()
     # float32 sigmas in one division and a root.
     torch.testing.assert_close(
         torch.tensor(scales).double(), (1 + sigmas[:-1] ** 2).rsqrt(), rtol=1e-6, atol=0
     )
-    for k, weights in enumerate(found.weights):
+    for k, weights in enumerate(update.weights):
         expected = torch.tensor([1.0, float(sigmas[k + 1] - sigmas[k])])
         torch.testing.assert_close(torch.tensor(weights), expected, **REPLAYED)
 
@@ -332,12 +337,12 @@ def test_euler_scales_the_models_input() -> None:
 def test_tables_reproduce_the_scheduler_on_outputs_of_their_own(name: str) -> None:
     scheduler = ready(SOLVERS[name]())
     length = len(scheduler.timesteps)
-    found, _ = replay_scheduler(scheduler, length)
+    update, _ = replay_scheduler(scheduler, length)
     outputs = [draw(100 + k, 1, 2, 8, 8) for k in range(length)]
     latents = [draw(99, 1, 2, 8, 8)]
     for now, output in zip(scheduler.timesteps, outputs, strict=True):
         latents.append(scheduler.step(output, now, latents[-1]).prev_sample)
-    for got, expected in zip(walk(found.weights, latents[0], outputs), latents, strict=True):
+    for got, expected in zip(walk(update.weights, latents[0], outputs), latents, strict=True):
         assert relative(got, expected.double()) < WALKED
 
 

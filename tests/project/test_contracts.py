@@ -27,8 +27,8 @@ FORBIDDEN_IMPORTS = {
     "rooms of export": ("export/session/session.py", "calicache.export.layouts.step"),
     "rooms of tools": ("tools/terminal/__init__.py", "calicache.tools.cli"),
     "no circles, between rooms or inside one": (
-        "graph_passes/common/errors.py",
-        "calicache.graph_passes.common.rejection",
+        "graph_passes/recording/signature.py",
+        "calicache.graph_passes.recording.recorder",
     ),
     "rooms import one another, not the front of their house": (
         "graph_passes/sites/sites.py",

@@ -122,6 +122,7 @@ print(json.dumps([before, state()]))
 """
 
 
+@pytest.mark.slow
 def test_import_changes_no_global_state() -> None:
     result = python(STATE)
     assert result.returncode == 0, result.stderr
@@ -130,6 +131,7 @@ def test_import_changes_no_global_state() -> None:
     assert after == before
 
 
+@pytest.mark.slow
 def test_import_is_silent() -> None:
     result = python("import calicache.graph_passes, calicache.export, calicache.tools")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -11,9 +11,10 @@ import onnx
 import onnxruntime as ort
 from filelock import FileLock
 
-from calicache.export import Layout, SamplerTables, Session, export_onnx
+from calicache.export import Layout, Session, export_onnx
 from calicache.graph_passes import OptimizedModel
 from calicache.graph_passes.common.hashing import hash_weights
+from calicache.graph_passes.sampler.tables import SamplerTables
 
 RUN_FOLDER = "CALICACHE_TEST_RUN"  # in the environment: of all processes of a test run
 
@@ -33,10 +34,12 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def exported(
-    fast: OptimizedModel, layout: Layout | str = Layout.STEP, sampler: SamplerTables | None = None
+    fast: OptimizedModel,
+    layout: Layout | str = Layout.STEP,
+    sampler: SamplerTables | None = None,
 ) -> Path:
     """The artifact of a model, exported once in a test run; for reading alone."""
-    content = hashlib.sha256(repr((fast.plan.binding, fast.plan.recipe, sampler)).encode())
+    content = hashlib.sha256(repr((fast.plan, sampler)).encode())
     for variant in fast.compiled.variant_set.variants.values():
         content.update(f"{variant.module.graph} {hash_weights(variant.module)}".encode())
     name = f"{layout} {content.hexdigest()[:16]}.onnx.d"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.covariance import decompose_branch, decompose_increments
 from calicache.graph_passes.factors.decompose import CalibrationFactors, decompose_weight
 from calicache.graph_passes.factors.factors import Decompositions, make_factors
@@ -42,6 +43,7 @@ def factors_of(
     captured: CapturedGraph,
     targets: Sequence[CalibrationTarget],
     statistics: Mapping[str, Statistics],
+    meter: Meter | None = None,
 ) -> dict[str, CalibrationFactors]:
     """By name, with nothing decomposed before."""
-    return make_factors(captured, targets, statistics, Decompositions())
+    return make_factors(captured, targets, statistics, Decompositions(), meter)

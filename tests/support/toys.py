@@ -1,4 +1,4 @@
-"""Toy functions as captured graphs, and what ONNX Runtime makes of them."""
+"""Toy functions and layers as captured graphs, and what ONNX Runtime makes of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from torch import Tensor, fx, nn
 
 from calicache.export.layouts.translate import export_graph
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
+from calicache.graph_passes.graph.dependence import classify_nodes
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import flatten_call
+
+CHANNELS = 4
+Forward = Callable[..., Any]
+Classified = tuple[CapturedGraph, dict[str, Dependence]]
 
 
 class Toy(nn.Module):
@@ -61,3 +67,31 @@ def run_onnx(module: fx.GraphModule, *inputs: Tensor) -> list[Tensor]:
 def op_types(model: ir.Model) -> Iterator[str]:
     """The operators of an exported graph, in order."""
     return (node.op_type for node in model.graph)
+
+
+class JoinedLayers(nn.Module):
+    """Some layers; `path` says how they are joined, which is all that matters here."""
+
+    def __init__(self, path: Forward) -> None:
+        super().__init__()
+        for name in "abcde":
+            setattr(self, name, nn.Linear(CHANNELS, CHANNELS))
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.matrix = nn.Parameter(torch.randn(CHANNELS, CHANNELS))
+        self.path = path
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:
+        return self.path(self, x, text)
+
+
+def classified(model: nn.Module, shape: tuple[int, ...] = (2, 3, CHANNELS)) -> Classified:
+    """The captured graph of a model of (x, text) and its classes: x is latent, text is run."""
+    call = flatten_call(model.eval(), (torch.randn(shape), torch.randn(2, 5, CHANNELS)), {})
+    captured = capture(model, call.signature())
+    inputs = {"x": Dependence.LATENT, "text": Dependence.RUN}
+    return captured, classify_nodes(captured, inputs)
+
+
+def joined_graph(path: Forward, shape: tuple[int, ...] = (2, 3, CHANNELS)) -> Classified:
+    """The captured graph of joined layers and its classes."""
+    return classified(JoinedLayers(path), shape)

@@ -96,12 +96,13 @@ def failed(name: str, reason: str, seconds: float = 0.0) -> Finding:
     return Finding(name, full_rank=Check(reason=reason), seconds=seconds)
 
 
-def take(entry: ZooEntry, *, sampler: bool = True) -> Finding:
+def take(entry: ZooEntry, *, onnx: bool = True, sampler: bool = True) -> Finding:
     """Record, plan, optimise, compare and export one entry.
 
     Args:
         entry: of the zoo.
-        sampler: try the layout `sampler` too, which takes as long as the layout `step`.
+        onnx: try the layout `step`, which takes longer than all before it.
+        sampler: try the layout `sampler`, which takes as long.
     """
     start = time.perf_counter()
     finding = Finding(entry.name)
@@ -122,7 +123,8 @@ def take(entry: ZooEntry, *, sampler: bool = True) -> Finding:
     except Exception as error:
         finding = replace(finding, full_rank=Check(reason=one_line(error)))
     else:
-        finding = replace(finding, onnx=_guarded(lambda: _step_layout_error(fast, recording)))
+        if onnx:
+            finding = replace(finding, onnx=_guarded(lambda: _step_layout_error(fast, recording)))
         if sampler:
             finding = replace(finding, sampler=_check_sampler(fast, entry, recording))
     return replace(finding, seconds=time.perf_counter() - start)

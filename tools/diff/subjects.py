@@ -65,7 +65,7 @@ def _searched_costs(a: Front | None, b: Front | None) -> tuple[NumberChange, ...
     """What the searches counted, where both plans are from one."""
     if a is None or b is None:
         return ()
-    points = [front.points[front.taken] for front in (a, b)]
+    points = [front.points[front.choice] for front in (a, b)]
     costs = ({f"cost in {f.unit}": p.cost} for f, p in zip((a, b), points, strict=True))
     errors = ({"error of the point": point.error.mean} for point in points)
     return (*diff_numbers("share", *costs), *diff_numbers("error", *errors))

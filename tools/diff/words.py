@@ -90,7 +90,7 @@ def changed_fronts(a: Front | None, b: Front | None) -> Iterator[Change]:
 def _front(front: Front | None) -> tuple[str, ...]:
     if front is None:
         return ()
-    return (front.request, f"{len(front.points)} points, number {front.taken} taken")
+    return (front.request, f"{len(front.points)} points, number {front.choice} taken")
 
 
 def changed_weights(a: Table | None, b: Table | None) -> Iterator[Change]:

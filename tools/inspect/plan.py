@@ -136,7 +136,7 @@ def _cautions(plan: Plan) -> Iterator[Caution]:
         )
     if front is None:
         return
-    taken = front.points[front.taken]
+    taken = front.points[front.choice]
     if not math.isfinite(taken.error.mean):
         yield Caution("diverged", "The point that the plan has taken diverged in the search.")
     elif front.held_out is not None and front.held_out.mean > taken.error.bound:

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from calicache.export.latency import measure_latency
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.terminal.model_file import load_model
@@ -40,12 +39,13 @@ def latency(
     check_output(output, fits, "a new file, or a latency table to replace")
     runs = Recording.load(recording)
     with progress_shown() as on_progress:
-
-        def on_row(done: int, total: int) -> None:
-            on_progress(Progress(done, total, f"time steps, {done} of {total} rows"))
-
         table = measure_latency(
-            load_model(model), runs, order=order, provider=provider, repeats=repeats, on_row=on_row
+            load_model(model),
+            runs,
+            order=order,
+            provider=provider,
+            repeats=repeats,
+            on_progress=on_progress,
         )
     table.save(output)
     show(Group(*_described(table)))

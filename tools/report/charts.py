@@ -215,7 +215,7 @@ def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
 
 def front_chart(front: Front) -> Chart:
     """Error against cost of a search's points, the taken one larger."""
-    points, taken = front.points, front.points[front.taken]
+    points, taken = front.points, front.points[front.choice]
     dots = _trace(
         "scatter",
         "points",

@@ -29,7 +29,7 @@ def describe_front(front: Front) -> RenderableType:
                 ("asked for", front.request),
                 ("cost", f"share of the full run, {_unit(front)}"),
                 ("error", "relative L2 of the final latents against the full run's"),
-                ("taken", f"point {front.taken}"),
+                ("taken", f"point {front.choice}"),
                 *held_out_fact(front, " at the point that the search took"),
             ]
         ),
@@ -56,7 +56,7 @@ def describe_point(front: Front, *, searched: bool) -> RenderableType:
         front: with the point.
         searched: the search itself took it, so that the held-out error is its own.
     """
-    point = front.points[front.taken]
+    point = front.points[front.choice]
     return Group(
         Text("Schedule", style="bold"),
         *schedule_strip(point.schedule),
@@ -68,7 +68,7 @@ def describe_point(front: Front, *, searched: bool) -> RenderableType:
                 ("cost", f"{point.cost:.3f} of the full run, {_unit(front)}"),
                 ("error", _in_words(point.error)),
                 *(held_out_fact(front) if searched else ()),
-                ("point", f"{front.taken} of 0 .. {len(front.points) - 1} on the front"),
+                ("point", f"{front.choice} of 0 .. {len(front.points) - 1} on the front"),
             ]
         ),
     )
@@ -98,7 +98,7 @@ def front_table(front: Front) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for place, point in enumerate(front.points):
-        error, taken = point.error, place == front.taken
+        error, taken = point.error, place == front.choice
         table.add_row(
             str(place),
             f"{point.cost:.3f}",
@@ -128,6 +128,6 @@ def front_chart(front: Front) -> ErrorChart:
     left = math.floor(round(10 * min(costs), 6))
     right = math.ceil(round(10 * max(costs), 6))
     tenths = [place / 10 for place in range(left, max(right, left + 1) + 1)]
-    series = [(_POINT, points), (_TAKEN, [points[front.taken]])]
+    series = [(_POINT, points), (_TAKEN, [points[front.choice]])]
     legend = f"{_TAKEN} taken, {_POINT} the others"
     return ErrorChart(series, tenths, _CHART_HEIGHT, legend, "point")

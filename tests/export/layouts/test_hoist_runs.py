@@ -65,7 +65,7 @@ def recorded() -> tuple[OptimizedModel, Recording]:
 @pytest.fixture(scope="module")
 def hoisted(recorded: tuple[OptimizedModel, Recording]) -> ir.Model:
     fast, recording = recorded
-    return sampler_model(fast, read_sampler(fast, recording))
+    return sampler_model(fast.by_step().compiled, read_sampler(fast, recording))
 
 
 def inside(graph: ir.Graph) -> Iterator[ir.Node]:

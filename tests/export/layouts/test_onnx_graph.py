@@ -107,7 +107,7 @@ def compiled(model: nn.Module, schedule: Sequence[StepMode], **options: Any) -> 
 
 
 def proto(optimized: OptimizedModel) -> onnx.ModelProto:
-    return ir.to_proto(step_model(optimized))
+    return ir.to_proto(step_model(optimized.compiled))
 
 
 def count_ifs(model: onnx.ModelProto) -> int:
@@ -334,7 +334,9 @@ def test_initializers_weigh_as_much_as_weights_and_factors(
 ) -> None:
     fast = request.getfixturevalue(f"{name}_fast")
     weights = [*fast.original.parameters(), *fast.original.buffers()]
-    factors = [part for made in fast.compiled.factors.values() for part in (made.down, made.up)]
+    factors = [
+        part for factor in fast.compiled.factors.values() for part in (factor.down, factor.up)
+    ]
     folded = {cache.folded for cache in fast.compiled.variant_set.caches}
     for target in fast.compiled.targets:
         if target.name in folded and reads_output(target):  # K, and K b of the same rank
@@ -380,7 +382,7 @@ def test_buffers_named_like_added_values_do_not_clash(options: dict[str, Any]) -
 
 def test_input_with_a_name_of_the_layout_is_refused() -> None:
     with pytest.raises(ExportError, match=r"input (step|output):"):
-        step_model(compiled(ReservedInputs(), (R, C)))
+        step_model(compiled(ReservedInputs(), (R, C)).compiled)
 
 
 def test_only_refresh_returns_caches_and_it_reads_none(dit_fast, dit_recording, dit_model) -> None:
@@ -409,6 +411,6 @@ def test_several_outputs_keep_their_order_and_values(schedule: Sequence[StepMode
 
 def test_op_without_onnx_form_is_named_with_its_variant() -> None:
     with pytest.raises(ExportError, match=r"calicache_test.twice") as caught:
-        step_model(compiled(CustomOp(), (R, C)))
+        step_model(compiled(CustomOp(), (R, C)).compiled)
     assert "variant REFRESH" in str(caught.value)
     assert caught.value.__cause__ is not None

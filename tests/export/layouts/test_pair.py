@@ -74,13 +74,13 @@ def models(folder: Path) -> dict[str, onnx.ModelProto]:
 
 def outside(model: onnx.ModelProto) -> dict[str, Place]:
     """Offset and length of every initializer in the weights file."""
-    found = {}
+    places = {}
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             assert entries["location"] == "weights.bin"
-            found[tensor.name] = (int(entries["offset"]), int(entries["length"]))
-    return found
+            places[tensor.name] = (int(entries["offset"]), int(entries["length"]))
+    return places
 
 
 # --- agreement ---------------------------------------------------------------------------------
@@ -161,11 +161,11 @@ def test_inputs_are_the_models_own_the_step_and_what_the_mode_reads(name: str, p
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_that_two_modes_use_stand_once(name: str, pairs) -> None:
-    found = {mode: outside(model) for mode, model in models(pairs[name]).items()}
-    shared = set(found["refresh"]) & set(found["calibrate"])
+    weights = {mode: outside(model) for mode, model in models(pairs[name]).items()}
+    shared = set(weights["refresh"]) & set(weights["calibrate"])
     assert len(shared) >= 10  # embeddings, the modulations and the last layers at the least
     places: dict[str, Place] = {}
-    for mode in found.values():
+    for mode in weights.values():
         for weight, place in mode.items():
             assert places.setdefault(weight, place) == place
     spans = sorted(places.values())

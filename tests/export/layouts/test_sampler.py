@@ -21,7 +21,7 @@ from support.artifacts import graphs
 from support.models import STEPS, relative, sample_dit
 from torch import Tensor, nn
 
-from calicache.export import Sampler, Session, export_onnx, read_sampler
+from calicache.export import SamplerTables, Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import ExportError, RunError
 
@@ -76,8 +76,8 @@ def flow(steps: int, name: str = "hidden_states", dtype: torch.dtype = torch.flo
         labels = torch.tensor([1, 2])
         with torch.no_grad():
             for now in scheduler.timesteps:
-                given = {name: x.to(dtype), "timestep": now.expand(2).to(dtype)}
-                output = model(**given, class_labels=labels)
+                inputs = {name: x.to(dtype), "timestep": now.expand(2).to(dtype)}
+                output = model(**inputs, class_labels=labels)
                 x = scheduler.step(output.float(), now, x).prev_sample
         return x
 
@@ -94,8 +94,8 @@ def euler(model: Callable[..., Any], x: Tensor) -> Tensor:
     scheduler, labels = euler_scheduler(), torch.tensor([1, 2])
     with torch.no_grad():
         for now in scheduler.timesteps:
-            given = scheduler.scale_model_input(x, now)
-            output = model(hidden_states=given, timestep=now.expand(2), class_labels=labels)
+            latent = scheduler.scale_model_input(x, now)
+            output = model(hidden_states=latent, timestep=now.expand(2), class_labels=labels)
             x = scheduler.step(output, now, x).prev_sample
     return x
 
@@ -129,7 +129,7 @@ def recorded(model: nn.Module, denoise: Denoise, noise: Tensor) -> Recording:
 
 def compiled(
     model: nn.Module, recording: Recording, schedule: Sequence[StepMode], **options: Any
-) -> tuple[OptimizedModel, Sampler]:
+) -> tuple[OptimizedModel, SamplerTables]:
     plan = Plan.from_trajectory(
         model, recording, schedule=schedule, **{"rank": 3, "correct": False, **options}
     )
@@ -142,7 +142,7 @@ def small_sampler(
     schedule: Sequence[StepMode],
     dtype: torch.dtype = torch.float32,
     **options: Any,
-) -> tuple[OptimizedModel, Sampler]:
+) -> tuple[OptimizedModel, SamplerTables]:
     torch.manual_seed(0)
     model = Residual().eval().requires_grad_(False).to(dtype)
     recording = recorded(model, denoise, draw(1, 2, 5, 8))
@@ -192,7 +192,7 @@ def finished(dit) -> Recording:
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[OptimizedModel, Sampler]:
+def small() -> tuple[OptimizedModel, SamplerTables]:
     """Without guidance; nothing depends on the modes where it is used."""
     return small_sampler(flow(4), (R,) * 4)
 
@@ -200,12 +200,12 @@ def small() -> tuple[OptimizedModel, Sampler]:
 @pytest.fixture(scope="module")
 def exports(dit, dit_plan, forecast_plan, finished, tmp_path_factory) -> dict[str, Exported]:
     """The paper's method (R C C R C C, order 0), and all modes at order 2 with output weights."""
-    root, made = tmp_path_factory.mktemp("sampler"), {}
+    root, artifacts = tmp_path_factory.mktemp("sampler"), {}
     for name, plan in (("paper", dit_plan), ("forecast", forecast_plan)):
         fast = optimize(dit, plan)
         export_onnx(fast, root / name, layout="sampler", sampler=read_sampler(fast, finished))
-        made[name] = (fast, root / name)
-    return made
+        artifacts[name] = (fast, root / name)
+    return artifacts
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ def over_pairs(function: Function) -> Function:
     """From pairs, and maybe what is real, to pairs, as models around their rotary positions."""
 
     def forward(pairs: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
-        given = [torch.view_as_complex(pairs), *([] if other is None else [other])]
-        return tuple(torch.view_as_real(z) for z in pytree.tree_leaves(function(*given)))
+        arguments = [torch.view_as_complex(pairs), *([] if other is None else [other])]
+        return tuple(torch.view_as_real(z) for z in pytree.tree_leaves(function(*arguments)))
 
     return forward
 
@@ -58,9 +58,9 @@ def check(model: nn.Module | Function, *inputs: Tensor, exact: bool = False) -> 
     lowered = lower(module)
     assert written(module) == before
     assert lowered is not module
-    found = lowered(*(as_pairs(value) for value in inputs))
+    results = lowered(*(as_pairs(value) for value in inputs))
     tolerance = {"rtol": 0, "atol": 0} if exact else CLOSE
-    torch.testing.assert_close(list(found), pytree.tree_leaves(model(*inputs)), **tolerance)
+    torch.testing.assert_close(list(results), pytree.tree_leaves(model(*inputs)), **tolerance)
     return lowered
 
 
@@ -195,11 +195,11 @@ def test_onnx_runtime_agrees_with_torch() -> None:
     def every(z: Tensor, x: Tensor) -> list[Tensor]:
         results = [function(z) for function in REORDERINGS.values()]
         results += [function(z, x) for function in ARITHMETIC.values()]
-        return [made * 3 for made in pytree.tree_leaves(results)]
+        return [result * 3 for result in pytree.tree_leaves(results)]
 
     model, inputs = over_pairs(every), (as_pairs(draw()), draw(FLOAT))
-    found = run_onnx(trace(model, *inputs), *inputs)
-    torch.testing.assert_close(found, list(model(*inputs)), **CLOSE)
+    results = run_onnx(trace(model, *inputs), *inputs)
+    torch.testing.assert_close(results, list(model(*inputs)), **CLOSE)
 
 
 PARTS: dict[str, Function] = {
@@ -219,8 +219,8 @@ PARTS: dict[str, Function] = {
 @pytest.mark.parametrize("function", PARTS.values(), ids=PARTS)
 def test_mixtures_of_real_and_complex_are_right_or_left_alone(function: Function) -> None:
     model, inputs = over_pairs(function), (as_pairs(draw()), draw(FLOAT))
-    found = lower(trace(model, *inputs))(*inputs)
-    torch.testing.assert_close(found, model(*inputs), **CLOSE)
+    results = lower(trace(model, *inputs))(*inputs)
+    torch.testing.assert_close(results, model(*inputs), **CLOSE)
 
 
 # --- look-ups and assignments -------------------------------------------------------------------
@@ -231,9 +231,9 @@ def padded(z: Tensor) -> Tensor:
 
 
 def assigned(z: Tensor) -> Tensor:
-    made = torch.zeros(3, 3, 4, dtype=z.dtype)
-    made[:2], made[:, :, 1:2] = z, z[:1, :, :1]
-    return made
+    scattered = torch.zeros(3, 3, 4, dtype=z.dtype)
+    scattered[:2], scattered[:, :, 1:2] = z, z[:1, :, :1]
+    return scattered
 
 
 MADE: dict[str, Function] = {
@@ -256,16 +256,16 @@ def test_values_are_written_into_others(function: Function) -> None:
 def test_gather_and_index_take_places_of_an_input(dim: int) -> None:
     places = torch.tensor([1, 0, 1])
 
-    def taken(z: Tensor, places: Tensor) -> list[Tensor]:
+    def picked(z: Tensor, places: Tensor) -> list[Tensor]:
         each = places.view([3 if d == dim % 3 else 1 for d in range(3)])
         each = each.expand([3 if d == dim % 3 else n for d, n in enumerate(SHAPE)])
         parts = [z.gather(dim, each), z.index_select(dim, places)]
         return [*parts, z[places], z[:, :, places], z[places, places]]
 
-    model, inputs = over_pairs(taken), (as_pairs(draw()), places)
+    model, inputs = over_pairs(picked), (as_pairs(draw()), places)
     check(model, *inputs, exact=True)
-    found = run_onnx(trace(model, *inputs), *inputs)
-    assert all(map(torch.equal, found, model(*inputs)))
+    results = run_onnx(trace(model, *inputs), *inputs)
+    assert all(map(torch.equal, results, model(*inputs)))
 
 
 def test_complex_inputs_are_taken_as_pairs() -> None:
@@ -275,8 +275,8 @@ def test_complex_inputs_are_taken_as_pairs() -> None:
     inputs = (draw(), as_pairs(draw())[:, 1:])
     lowered = check(model, *inputs)
     assert next(iter(lowered.graph.nodes)).meta["val"].shape == (*SHAPE, 2)
-    found = run_onnx(trace(model, *inputs), *inputs)
-    torch.testing.assert_close(found, [model(*inputs)], **CLOSE)
+    results = run_onnx(trace(model, *inputs), *inputs)
+    torch.testing.assert_close(results, [model(*inputs)], **CLOSE)
 
 
 # --- what is left alone -------------------------------------------------------------------------

@@ -43,8 +43,10 @@ def test_reordering_becomes_a_permute(equation: str, order: list[int]) -> None:
     assert aten.einsum.default in targets(module)  # the graph that is given stays as it was
     assert node.meta["val"].shape == torch.einsum(equation, x).shape
     # A permute moves values and changes none.
-    found = lowered(x)
-    assert torch.equal(found[0] if isinstance(found, tuple) else found, torch.einsum(equation, x))
+    result = lowered(x)
+    assert torch.equal(
+        result[0] if isinstance(result, tuple) else result, torch.einsum(equation, x)
+    )
     assert str(lower_einsum(lowered).graph) == str(lowered.graph)
 
 

@@ -94,9 +94,9 @@ def test_empty_rows_are_zero_in_torch_and_in_onnx_runtime(shape: tuple[int, ...]
     expected = Attend()(mask, x)
     assert not expected[empty].any()  # torch's own answer
     guarded = guard_empty_rows(module)
-    for found in (guarded(mask, x)[0], run_onnx(module, mask, x)[0]):
-        assert not found[empty].any()
-        torch.testing.assert_close(found, expected, **CLOSE)
+    for result in (guarded(mask, x)[0], run_onnx(module, mask, x)[0]):
+        assert not result[empty].any()
+        torch.testing.assert_close(result, expected, **CLOSE)
 
 
 def test_without_the_guard_they_are_something_else(monkeypatch) -> None:
@@ -106,9 +106,9 @@ def test_without_the_guard_they_are_something_else(monkeypatch) -> None:
         mask, x = draw(*SHAPES[shape])
         module = trace(Attend(), mask, x)
         assert ("MultiHeadAttention" in op_types(export_graph(module, "toy"))) == fused
-        found = run_onnx(module, mask, x)[0][empty_rows(mask)]
+        result = run_onnx(module, mask, x)[0][empty_rows(mask)]
         # No number from the operator; the exporter's own form looks at all keys alike.
-        assert found.isnan().all() if fused else found.abs().min() > 0
+        assert result.isnan().all() if fused else result.abs().min() > 0
 
 
 @pytest.mark.parametrize("layers", [1, 3])

@@ -26,8 +26,8 @@ def test_every_view_is_a_reshape_to_the_same_sizes() -> None:
     before = written(module)
     lowered = views_to_reshapes(module)
     assert written(module) == before
-    wanted = [aten.reshape.default if t in VIEWS else t for t in targets(module)]
-    assert targets(lowered) == wanted
+    expected = [aten.reshape.default if t in VIEWS else t for t in targets(module)]
+    assert targets(lowered) == expected
     assert not set(VIEWS) & set(targets(lowered))
     for old, new in zip(module.graph.nodes, lowered.graph.nodes, strict=True):
         assert (old.op, old.args[1:], old.kwargs) == (new.op, new.args[1:], new.kwargs)

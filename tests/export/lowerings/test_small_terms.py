@@ -29,10 +29,10 @@ def test_a_tiny_term_is_added_at_another_scale_bit_by_bit() -> None:
 
 def test_onnx_runtime_divides_by_the_guard_where_there_is_zero() -> None:
     x = torch.tensor([0.0, -1.0, 2.0, 1e-9])
-    found = run_onnx(trace(divided, x), x)[0].numpy()
-    assert np.isfinite(found).all()
+    result = run_onnx(trace(divided, x), x)[0].numpy()
+    assert np.isfinite(result).all()
     # float32: one addition and one division.
-    np.testing.assert_allclose(found, divided(x).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(result, divided(x).numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def check(module: Any, x: Tensor, expected: Tensor) -> None:
     lowered = drop_empty_squeezes(module)
     assert written(module) == before
     assert written(drop_empty_squeezes(lowered)) == written(lowered)
-    for found in (lowered(x)[0], run_onnx(module, x)[0]):
-        assert torch.equal(found, expected)
+    for result in (lowered(x)[0], run_onnx(module, x)[0]):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ def choice(kind: int, *shapes: Shape, behind: Sequence[onnx.NodeProto] = ()) -> 
     """where(c, a, b) of one kind of value; what comes behind it makes the result."""
     kinds = (TensorProto.BOOL, kind, kind)
     full = np.broadcast_shapes(*map(tuple, shapes))
-    given = zip("cab", kinds, shapes, strict=True)
+    arguments = zip("cab", kinds, shapes, strict=True)
     graph = helper.make_graph(
         [helper.make_node("Where", ["c", "a", "b"], ["chosen"]), *behind],
         "choice",
-        [helper.make_tensor_value_info(*argument) for argument in given],
+        [helper.make_tensor_value_info(*argument) for argument in arguments],
         [helper.make_tensor_value_info("result" if behind else "chosen", kind, full)],
         value_info=[helper.make_tensor_value_info("chosen", kind, full)] if behind else [],
     )
@@ -80,9 +80,9 @@ def test_a_second_time_it_finds_nothing_to_do() -> None:
 )
 def test_shapes_broadcast_as_before(shapes: Sequence[Shape]) -> None:
     model, values = choice(TensorProto.BOOL, *shapes), truths(*shapes)
-    found = run(lower_boolean_where(model), *values)
-    assert found.shape == np.broadcast_shapes(*shapes)
-    assert np.array_equal(found, np.where(*values))
+    result = run(lower_boolean_where(model), *values)
+    assert result.shape == np.broadcast_shapes(*shapes)
+    assert np.array_equal(result, np.where(*values))
 
 
 def test_what_reads_the_choice_reads_the_logic() -> None:
@@ -118,8 +118,8 @@ def test_masks_of_a_model_run_in_onnx_runtime() -> None:
     inputs = torch.randn(2, 5), torch.rand(2, 5) > 0.5, torch.rand(5) > 0.5
     module = trace(joined, *inputs)
     assert list(op_types(export_graph(module, "toy"))).count("Where") == 1
-    for found, expected in zip(run_onnx(module, *inputs), joined(*inputs), strict=True):
-        assert torch.equal(found, expected)  # truth values, and numbers that are passed on
+    for result, expected in zip(run_onnx(module, *inputs), joined(*inputs), strict=True):
+        assert torch.equal(result, expected)  # truth values, and numbers that are passed on
 
 
 def test_choices_inside_a_branch_are_written_too() -> None:

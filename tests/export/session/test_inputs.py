@@ -135,16 +135,16 @@ def good() -> dict[str, Any]:
 
 
 def test_right_inputs_are_passed_on_in_the_order_of_the_specs() -> None:
-    given = good()
-    found = checked_inputs(SPECS, dict(reversed(given.items())))
-    assert list(found) == ["x", "timestep"]
-    assert all(found[name] is given[name] for name in given)
+    inputs = good()
+    feed = checked_inputs(SPECS, dict(reversed(inputs.items())))
+    assert list(feed) == ["x", "timestep"]
+    assert all(feed[name] is inputs[name] for name in inputs)
 
 
 def test_what_is_like_an_array_is_taken_as_one() -> None:
-    found = checked_inputs(SPECS, {"x": torch.zeros(2, 3), "timestep": [5, 5]})
-    assert isinstance(found["x"], np.ndarray)
-    assert found["timestep"].tolist() == [5, 5]
+    feed = checked_inputs(SPECS, {"x": torch.zeros(2, 3), "timestep": [5, 5]})
+    assert isinstance(feed["x"], np.ndarray)
+    assert feed["timestep"].tolist() == [5, 5]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,6 @@ def test_what_is_like_an_array_is_taken_as_one() -> None:
     ids=["unknown", "missing", "shape", "dtype", "no dimension"],
 )
 def test_wrong_inputs_are_named(change: dict[str, Any], name: str, got: str) -> None:
-    given = {n: value for n, value in (good() | change).items() if value is not None}
+    inputs = {n: value for n, value in (good() | change).items() if value is not None}
     with pytest.raises(RunError, match=f"input {name}: .* got {got}"):
-        checked_inputs(SPECS, given)
+        checked_inputs(SPECS, inputs)

@@ -41,8 +41,8 @@ def refresh(store: KeptRefreshes, value: float) -> None:
 def number(store: KeptRefreshes, cache: TensorSpec, back: int) -> float:
     values = store.read(cache, back).numpy()
     assert values.shape == cache.shape
-    (found,) = set(values.flatten().tolist())
-    return found
+    (number,) = set(values.flatten().tolist())
+    return number
 
 
 # b is read one refresh back at the most, and REFRESH itself reads its oldest value.
@@ -104,7 +104,7 @@ def test_ring_repeats_its_addresses_and_never_writes_what_refresh_reads() -> Non
             for cache in CACHES:
                 seen[cache.name].add(store.read(cache, 0).data_ptr())
     # a: three are read, its oldest not by REFRESH; b: two are read, its oldest by REFRESH.
-    assert {name: len(found) for name, found in seen.items()} == {"a": 3, "b": 3}
+    assert {name: len(addresses) for name, addresses in seen.items()} == {"a": 3, "b": 3}
 
 
 def test_moving_store_lets_the_oldest_go_before_a_refresh() -> None:

@@ -68,6 +68,13 @@ class Residual(nn.Module):
         return h + exit_value, exit_value
 
 
+class NamedCall(Residual):
+    """An argument with the name of one of a step's own."""
+
+    def forward(self, call: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(call, timestep)
+
+
 def residual_call(step: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(step)
     x, timestep = torch.randn(2, 5, 16, generator=draw), torch.full((2,), 9.0 - step)
@@ -149,12 +156,12 @@ def guided_run(model: Callable[..., Tensor]) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def exports(dit, dit_plan, tmp_path_factory) -> dict[str, Exported]:
     root = tmp_path_factory.mktemp("exports")
-    made = {}
+    artifacts = {}
     for name, schedule in SCHEDULES.items():
         fast = optimize(dit, dit_plan.with_schedule(schedule))
         export_onnx(fast, root / name)
-        made[name] = (fast, root / name)
-    return made
+        artifacts[name] = (fast, root / name)
+    return artifacts
 
 
 @pytest.fixture(scope="module")
@@ -446,6 +453,21 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "unknown": ("prompt", {"prompt": np.zeros(4)}),
     "a cache": ("cache_linear_4", {"cache_linear_4": np.zeros(4)}),
 }
+
+
+def test_input_may_have_the_name_of_a_steps_own_argument(tmp_path: Path) -> None:
+    model = NamedCall().eval().requires_grad_(False)
+    calls = [residual_call(step) for step in range(2)]
+    calls = [{"call": call["x"], "timestep": call["timestep"]} for call in calls]
+    with record(model) as recording:
+        for call in calls:
+            model(**call)
+    fast = optimize(model, Plan.from_trajectory(model, recording, schedule="RC", correct=False))
+    export_onnx(fast, tmp_path / "d")
+    session = Session(tmp_path / "d")
+    for step, call in enumerate(calls):
+        got = torch.from_numpy(session.step(step, **call))
+        assert relative(got, fast(**call)[0]) < SAME
 
 
 @pytest.mark.parametrize("case", WRONG)

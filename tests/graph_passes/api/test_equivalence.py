@@ -19,25 +19,25 @@ from support.models import STEPS, diffusers_calls, relative, sample_dit, shake
 from torch import Tensor, nn
 
 from calicache.graph_passes import (
-    CapturedGraph,
     OptimizedModel,
     Plan,
     Recording,
     Sites,
     StepMode,
-    classify_nodes,
-    find_sites,
     model_cost,
     optimize,
     record,
     uniform_schedule,
 )
 from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.graph.capture import capture
+from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.rewriting.checks import verify_variants
+from calicache.graph_passes.rewriting.compile import Compiled, assign_targets
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.settings.schedule import anchor_table, kept_refreshes, output_table
-from calicache.graph_passes.sites.targets import assign
+from calicache.graph_passes.sites.analysis import Analysis, analyse
+
+pytestmark = pytest.mark.slow
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 CHEAP = (REFRESH, CALIBRATE, REUSE)
@@ -62,9 +62,12 @@ class Subject:
     sample: Callable[[nn.Module], Tensor | list[Tensor]]
     recording: Recording
     plan: Plan
-    captured: CapturedGraph
-    sites: Sites
+    analysis: Analysis
     width: int
+
+    @property
+    def sites(self) -> Sites:
+        return self.analysis.sites
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """What a model returns for the recorded calls."""
@@ -76,31 +79,24 @@ class Subject:
         self, schedule: Sequence[StepMode], rank: int, *, fold: bool, order: int = 0
     ) -> OptimizedModel:
         """As `optimize` does it, but every site folded or none."""
-        targets, _ = assign(self.captured, self.sites, rank=rank)
-        factors = factors_of(self.captured, targets, self.plan.statistics)
-        plan = self.plan.with_schedule(schedule)
-        plan = replace(plan, recipe=replace(plan.recipe, order=order))
+        analysis, plan = self.analysis, self.plan.with_schedule(schedule).with_rank(rank)
+        recipe = replace(plan.recipe, order=order)
+        assignment = assign_targets(analysis, recipe)
+        factors = factors_of(analysis.captured, assignment.targets, plan.statistics)
         variant_set = rewrite(
-            self.captured,
-            self.sites,
-            targets,
+            analysis.captured,
+            analysis.sites,
+            assignment.targets,
             factors,
             set(schedule),
             folded=frozenset(factors) if fold else frozenset(),
             anchors=anchor_table(schedule, order),
-            outputs=plan.recipe.outputs,
+            outputs=recipe.outputs,
         )
-        return OptimizedModel(
-            self.model,
-            plan=plan,
-            captured=self.captured,
-            sites=self.sites,
-            targets=targets,
-            factors=factors,
-            variant_set=verify_variants(self.captured, variant_set),
-            cost=model_cost(self.captured, self.sites, targets, variant_set),
-            again=pytest.fail,  # no call here has another form
-        )
+        verify_variants(analysis.captured, variant_set)
+        cost = model_cost(analysis, assignment.targets, variant_set)
+        compiled = Compiled(analysis, recipe, assignment, factors, variant_set, cost)
+        return OptimizedModel(self.model, replace(plan, recipe=recipe), compiled)
 
 
 @pytest.fixture(scope="module", params=["dit", "diffusers"])
@@ -113,13 +109,12 @@ def subject(request: pytest.FixtureRequest) -> Subject:
         sample = diffusers_calls
     with record(model) as recording:
         sample(model)
-    captured = capture(model, recording.signature)
-    sites = find_sites(captured, classify_nodes(captured, recording.dependence))
-    width = min(min(site.in_features, site.out_features) for site in sites.linears)
+    analysis = analyse(model, bind(model, recording))
+    width = min(min(site.in_features, site.out_features) for site in analysis.sites.linears)
     plan = Plan.from_trajectory(
         model, recording, rank=width, order=0, weighting="increment", correct=False
     )
-    return Subject(model, sample, recording, plan, captured, sites, width)
+    return Subject(model, sample, recording, plan, analysis, width)
 
 
 Compute = Callable[[], Tensor]
@@ -252,7 +247,7 @@ def test_oracle_that_refreshes_is_the_original(subject: Subject) -> None:
 
 def test_cheap_modes_differ_from_the_original_and_each_other(subject: Subject) -> None:
     # Otherwise the comparisons below would hold for anything.
-    factors = subject.build(CALIBRATED, MIDDLE, fold=False).factors
+    factors = subject.build(CALIBRATED, MIDDLE, fold=False).compiled.factors
     oracles = [Oracle(subject, CALIBRATED, factors), Oracle(subject, CALIBRATED)]
     runs = [subject.outputs(model) for model in [*oracles, Oracle(subject, REUSED), subject.model]]
     for one, other in itertools.combinations(runs, 2):
@@ -298,8 +293,9 @@ def test_calibrate_is_the_low_rank_correction_by_hand(subject: Subject) -> None:
 def test_folding_changes_nothing(subject: Subject, rank: int) -> None:
     plain = subject.build(CALIBRATED, rank, fold=False)
     folded = subject.build(CALIBRATED, rank, fold=True)
-    assert all(cache.folded is None for cache in plain.variant_set.caches)
-    assert {c.folded for c in folded.variant_set.caches} > {s.name for s in subject.sites.linears}
+    places = [{c.folded for c in model.compiled.variant_set.caches} for model in (plain, folded)]
+    assert places[0] == {None}
+    assert places[1] > {site.name for site in subject.sites.linears}
     assert_same(subject.outputs(folded), subject.outputs(plain))
 
 
@@ -343,7 +339,7 @@ def test_calibrate_at_full_rank_is_the_original_at_every_order(
 def test_every_order_gives_other_steps(subject: Subject) -> None:
     # Otherwise the comparisons above would hold for anything.
     schedule = (REFRESH, REFRESH, REFRESH, CALIBRATE, REUSE, FORECAST)
-    factors = subject.build(schedule, MIDDLE, fold=False).factors
+    factors = subject.build(schedule, MIDDLE, fold=False).compiled.factors
     runs = [subject.outputs(Oracle(subject, schedule, factors, order)) for order in (0, 1, 2)]
     for one, other in itertools.combinations(runs, 2):
         for step in (3, 4, 5):
@@ -377,8 +373,8 @@ def test_output_weights_mix_own_and_kept_outputs_and_the_latent(subject: Subject
             table[step][0] = 0.7
     plan = subject.plan.with_schedule(schedule)
     weights = tuple(map(tuple, table))
-    settings_ = replace(plan.settings, order=order, output_weights=weights, latent="hidden_states")
-    got = subject.outputs(optimize(subject.model, replace(plan, settings=settings_)))
+    recipe = replace(plan.recipe, order=order, output_weights=weights, latent="hidden_states")
+    got = subject.outputs(optimize(subject.model, replace(plan, recipe=recipe)))
     own = subject.outputs(subject.build(schedule, MIDDLE, fold=False, order=order))
     for step in range(STEPS):
         kept = kept_refreshes(schedule, step, order + 1)
@@ -395,7 +391,7 @@ def test_cheap_steps_leave_the_caches_alone(
     subject: Subject, three_modes: OptimizedModel, mode: StepMode
 ) -> None:
     first, second = (list(call.values()) for call in subject.recording.calls[:2])
-    variant_set = three_modes.variant_set
+    variant_set = three_modes.compiled.variant_set
     with torch.no_grad():
         kept = variant_set.variants[REFRESH].module(*first)[variant_set.outputs :]
         caches = dict(zip([cache.name for cache in variant_set.caches], kept, strict=True))

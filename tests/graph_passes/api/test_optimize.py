@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from calicache.graph_passes import (
     record,
 )
 from calicache.graph_passes.common.errors import CaptureError, PlanError
+from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.factors.statistics import ChannelStatistics
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
@@ -40,6 +41,13 @@ def fast(dit: FashionDiT, dit_plan: Plan) -> OptimizedModel:
 @pytest.fixture(scope="module")
 def diffusers_plan(diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording) -> Plan:
     return Plan.from_trajectory(diffusers_dit, diffusers_recording, schedule=3, rank=4)
+
+
+def told(seen: Sequence[Progress]) -> list[tuple[float, float]]:
+    """What was told once there was something done."""
+    assert [progress.stage for progress in seen[:2]] == ["capture the model", "make factors"]
+    assert {progress.stage for progress in seen[1:]} == {"make factors"}
+    return [(progress.done, progress.total) for progress in seen if progress.done]
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -68,17 +76,17 @@ def test_training_mode_is_refused(dit: FashionDiT, dit_plan: Plan) -> None:
 
 def test_rank_above_every_layer_is_the_full_rank_of_each(dit: FashionDiT, dit_plan: Plan) -> None:
     full, above = (optimize(dit, dit_plan.with_rank(rank)) for rank in (32, 500))
-    assert above.targets == full.targets
-    assert {target.rank for target in above.targets} == {32}
+    assert above.compiled.targets == full.compiled.targets
+    assert {target.rank for target in above.compiled.targets} == {32}
 
 
 def test_rank_too_high_in_a_rule_names_the_layer_and_its_limit(
     dit: FashionDiT, dit_plan: Plan
 ) -> None:
     rules = (SiteRule("blocks.1.attn.k", SiteMode.CALIBRATE, rank=33),)
-    settings = dataclasses.replace(dit_plan.settings, rules=rules)
+    recipe = dataclasses.replace(dit_plan.recipe, rules=rules)
     with pytest.raises(PlanError, match=r"0 \.\. 32 for 32 -> 32, got 33") as raised:
-        optimize(dit, dataclasses.replace(dit_plan, settings=settings))
+        optimize(dit, dataclasses.replace(dit_plan, recipe=recipe))
     assert raised.value.where == "rank of blocks.1.attn.k"
 
 
@@ -114,8 +122,8 @@ def test_statistics_that_do_not_fit_are_refused(dit: FashionDiT, dit_plan: Plan)
 
 
 def test_plain_svd_needs_no_statistics(dit: FashionDiT, dit_plan: Plan) -> None:
-    settings = dataclasses.replace(dit_plan.settings, weighting=Weighting.NONE)
-    fast = optimize(dit, Plan(settings, {}))
+    recipe = dataclasses.replace(dit_plan.recipe, weighting=Weighting.NONE)
+    fast = optimize(dit, Plan(dit_plan.binding, recipe, {}))
     assert set(fast.compiled.factors) == {
         site.name for site in fast.compiled.analysis.sites.linears
     }
@@ -125,8 +133,8 @@ def test_plain_svd_needs_no_statistics(dit: FashionDiT, dit_plan: Plan) -> None:
 
 
 def test_patterns_of_the_plan_choose_the_sites(dit: FashionDiT, dit_plan: Plan) -> None:
-    settings = dataclasses.replace(dit_plan.settings, include=("*.mlp.*",), exclude=("blocks.0.*",))
-    fast = optimize(dit, dataclasses.replace(dit_plan, settings=settings))
+    recipe = dataclasses.replace(dit_plan.recipe, include=("*.mlp.*",), exclude=("blocks.0.*",))
+    fast = optimize(dit, dataclasses.replace(dit_plan, recipe=recipe))
     assert list(fast.compiled.factors) == ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
 
 
@@ -134,12 +142,12 @@ def test_patterns_of_the_plan_choose_the_sites(dit: FashionDiT, dit_plan: Plan) 
 def test_only_the_modes_of_the_schedule_are_made(
     dit: FashionDiT, dit_plan: Plan, schedule: tuple[StepMode, ...]
 ) -> None:
-    seen: list[tuple[int, int]] = []
-    fast = optimize(dit, dit_plan.with_schedule(schedule), lambda *step: seen.append(step))
+    seen: list[Progress] = []
+    fast = optimize(dit, dit_plan.with_schedule(schedule), on_progress=seen.append)
     assert set(fast.compiled.variant_set.variants) == set(schedule)
     # No layer is decomposed for nothing.
     layers = 12 if CALIBRATE in schedule else 0
-    assert seen == [(done, layers) for done in range(1, layers + 1)]
+    assert told(seen) == [(done, layers) for done in range(1, layers + 1)]
     assert len(fast.compiled.factors) == layers
 
 
@@ -205,12 +213,12 @@ def test_result_keeps_what_each_stage_made(fast: OptimizedModel, dit: FashionDiT
 
 
 def test_plan_with_everything_makes_all_modes(dit: FashionDiT, forecast_plan: Plan) -> None:
-    seen: list[tuple[int, int]] = []
-    fast = optimize(dit, forecast_plan, on_target=lambda *step: seen.append(step))
+    seen: list[Progress] = []
+    fast = optimize(dit, forecast_plan, on_progress=seen.append)
     assert set(fast.compiled.variant_set.variants) == set(StepMode)
     # q, k and v together, proj, fc1, fc2; twice.
     assert [len(target.sites) for target in fast.compiled.targets] == [3, 1, 1, 1] * 2
-    assert seen == [(done, 8) for done in range(1, 9)]
+    assert told(seen) == [(done, 8) for done in range(1, 9)]
     assert fast.compiled.cost.modes[FORECAST] == 0
     assert set(fast.compiled.variant_set.tables) == {
         *(f"anchor_weight_{k}" for k in range(3)),

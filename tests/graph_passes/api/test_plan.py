@@ -37,6 +37,7 @@ from calicache.graph_passes import (
 from calicache.graph_passes.api.plan_file import PLAN_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights, sha256_of
+from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import (
     ChannelStatistics,
@@ -44,8 +45,8 @@ from calicache.graph_passes.factors.statistics import (
     check_statistics,
 )
 from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.recording.recording import Timestep
 from calicache.graph_passes.recording.signature import ConstantSpec
+from calicache.graph_passes.recording.timestep import Timestep
 from calicache.graph_passes.settings.schedule import Table, output_table
 from calicache.graph_passes.sites.targets import assign
 
@@ -58,7 +59,8 @@ def refuses(message: str) -> pytest.RaisesExc[PlanError]:
 
 
 def assert_equal(one: Plan, other: Plan) -> None:
-    assert one.settings == other.settings
+    assert (one.binding, one.recipe) == (other.binding, other.recipe)
+    assert one.no_sampler == other.no_sampler
     assert set(one.statistics) == set(other.statistics)
     for name, statistics in one.statistics.items():
         assert type(statistics) is type(other.statistics[name])
@@ -92,45 +94,49 @@ def test_plan_holds_what_the_recording_showed(
     found: tuple[CapturedGraph, Sites],
     targets: tuple[CalibrationTarget, ...],
 ) -> None:
-    kept = dit_plan.settings
+    kept, bound = dit_plan.recipe, dit_plan.binding
     assert dit_plan.schedule == kept.schedule == (R, C, C, R, C, C)
     assert (kept.rank, kept.weighting) == (4, Weighting.INCREMENT)
     assert (kept.include, kept.exclude) == (("*",), ())
-    assert kept.signature == dit_recording.signature
-    assert kept.dependence == {
+    assert bound.signature == dit_recording.signature
+    assert bound.dependence == {
         "hidden_states": Dependence.LATENT,
         "timestep": Dependence.STEP,
         "class_labels": Dependence.RUN,
     }
-    assert kept.timestep == Timestep("timestep", descends=True)
-    assert kept.weights_hash == hash_weights(dit)
+    assert bound.timestep == Timestep("timestep", descends=True)
+    assert bound.weights_hash == hash_weights(dit)
+    assert (bound.reads, bound.run_values, bound.calls) == ("[]", {}, 1)
     assert (kept.order, kept.granularity, kept.rules) == (0, Granularity.LINEAR, ())
     assert (kept.output_weights, kept.latent) == (None, None)
     assert kept.correction == "not asked for"
     assert list(dit_plan.statistics) == [site.name for site in found[1].linears]
     expected = observe(found[0], targets, dit_recording, Weighting.INCREMENT, kept.schedule)
-    assert_equal(dit_plan, Plan(kept, expected))
+    assert_equal(dit_plan, Plan(bound, kept, expected))
 
 
 def test_options_reach_the_plan(dit: FashionDiT, dit_recording: Recording) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     names = {"include": ["blocks.1.*"], "exclude": ["*.fc?"]}
     rules = (SiteRule("*.v", SiteMode.FULL), SiteRule("*.proj", SiteMode.CALIBRATE, 2))
-    options = {"interval": 2, "rank": 8, "weighting": "activation", "rules": rules, **names}
+    options = {"schedule": 2, "rank": 8, "weighting": "activation", "rules": rules, **names}
     plan = Plan.from_trajectory(
         dit,
         dit_recording,
         **options,
         order=1,
         correct=False,
-        on_step=lambda done, total: seen.append((done, total)),
+        on_progress=seen.append,
     )
     assert plan.schedule == (R, C, R, C, R, C)
     assert (plan.recipe.order, plan.recipe.rules) == (1, rules)
     assert (plan.recipe.rank, plan.recipe.weighting) == (8, Weighting.ACTIVATION)
     assert (plan.recipe.include, plan.recipe.exclude) == (("blocks.1.*",), ("*.fc?",))
     assert list(plan.statistics) == [f"blocks.1.attn.{name}" for name in ("q", "k", "proj")]
-    assert seen == [(k, STEPS) for k in range(1, STEPS + 1)]
+    assert seen == [
+        Progress(0, STEPS, "capture the model"),
+        *(Progress(k, STEPS, "observe increments") for k in range(STEPS + 1)),
+    ]
 
 
 def test_schedule_may_be_written_in_names_and_letters(
@@ -195,8 +201,9 @@ def test_saved_plan_is_read_back_equal(dit_plan: Plan, tmp_path: Path, name: str
 def test_any_settings_survive_json(
     dit_plan: Plan, schedule: tuple[StepMode, ...], rank: int, weighting: Weighting
 ) -> None:
-    kept = replace(dit_plan.settings, weighting=weighting, timestep=None)
-    plan = Plan(kept, {}).with_schedule(schedule).with_rank(rank)
+    binding = replace(dit_plan.binding, timestep=None)
+    recipe = replace(dit_plan.recipe, weighting=weighting)
+    plan = Plan(binding, recipe, {}).with_schedule(schedule).with_rank(rank)
     with tempfile.TemporaryDirectory() as folder:
         plan.save(Path(folder) / "plan")
         loaded = Plan.load(Path(folder) / "plan")
@@ -208,8 +215,9 @@ def test_any_settings_survive_json(
 def test_constant_arguments_survive_json(dit_plan: Plan, tmp_path: Path, value: object) -> None:
     constants = (ConstantSpec("scale", value),)
     signature = replace(dit_plan.binding.signature, constants=constants)
-    Plan(replace(dit_plan.settings, signature=signature), {}).save(tmp_path / "plan")
-    loaded = Plan.load(tmp_path / "plan").settings.signature.constants[0].value
+    binding = dit_plan.binding.with_signature(signature)
+    Plan(binding, dit_plan.recipe, {}).save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan").binding.signature.constants[0].value
     assert loaded == value
     assert type(loaded) is type(value)
 
@@ -221,8 +229,9 @@ UNFIT = ChannelStatistics(torch.zeros(3, device="meta"), torch.zeros(3))
 def test_failing_save_leaves_the_old_plan(dit_plan: Plan, tmp_path: Path, late: bool) -> None:
     dit_plan.save(tmp_path / "plan")
     # A tensor without values fails at once; a bad setting, after the statistics are written.
-    settings = replace(dit_plan.settings, weights_hash=object())
-    unfit = Plan(settings, {}) if late else Plan(dit_plan.settings, {"site": UNFIT})
+    binding = replace(dit_plan.binding, weights_hash=object())
+    unfit = replace(dit_plan, binding=binding, statistics={})
+    unfit = unfit if late else replace(dit_plan, statistics={"site": UNFIT})
     with pytest.raises(Exception, match=r"unknown type|meta"):
         unfit.save(tmp_path / "plan")
     assert_equal(Plan.load(tmp_path / "plan"), dit_plan)
@@ -232,7 +241,8 @@ def test_failing_save_leaves_the_old_plan(dit_plan: Plan, tmp_path: Path, late: 
 def edit(folder: Path, **changes: object) -> None:
     written = json.loads((folder / PLAN_FILE).read_text())
     for key, value in changes.items():
-        (written if key in written else written["settings"])[key] = value
+        places = [written, written["binding"], written["recipe"]]
+        next(place for place in places if key in place)[key] = value
     (folder / PLAN_FILE).write_text(json.dumps(written))
 
 
@@ -247,7 +257,7 @@ def add_to_statistics(folder: Path, value: float, *, drop: str | None = None) ->
 
 
 def rehash(folder: Path) -> None:
-    edit(folder, statistics_sha256=sha256_of(folder / STATISTICS_FILE))
+    edit(folder, files={STATISTICS_FILE: sha256_of(folder / STATISTICS_FILE)})
 
 
 GOOD_ROWS = ((1.0, 0.0, 0.0),) * STEPS  # at order 0: own, kept, latent
@@ -262,10 +272,10 @@ DAMAGES = {
     "truncated, hash mended": (lambda at: [truncate(at), rehash(at)], "SafetensorError"),
     "swapped": (lambda at: add_to_statistics(at, 1.0), "is not the file the plan was saved with"),
     "half a site": (lambda at: [add_to_statistics(at, 0.0, drop=Q), rehash(at)], "output"),
-    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 5"),
-    "later format": (lambda at: edit(at, format=6, settings={}), "format 6, this version reads 5"),
-    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 5"),
-    "the last format": (lambda at: edit(at, format=4), "format 4, this version reads 5"),
+    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 6"),
+    "later format": (lambda at: edit(at, format=7, recipe={}), "format 7, this version reads 6"),
+    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 6"),
+    "the last format": (lambda at: edit(at, format=5), "format 5, this version reads 6"),
     "unknown order": (lambda at: edit(at, order=3), "order"),
     "unknown granularity": (lambda at: edit(at, granularity="head"), "granularity"),
     "bad output weights": (lambda at: edit(at, output_weights=[[1.0]], latent="x"), "6 rows of 3"),
@@ -336,7 +346,7 @@ def test_unknown_weighting_lists_the_valid_ones(dit: FashionDiT, dit_recording: 
 
 def test_changing_a_plan_leaves_the_original(dit_plan: Plan) -> None:
     changed = dit_plan.with_rank(9).with_schedule((R, U))
-    assert (changed.settings.rank, changed.schedule) == (9, (R, U))
+    assert (changed.recipe.rank, changed.schedule) == (9, (R, U))
     assert (dit_plan.recipe.rank, dit_plan.schedule) == (4, (R, C, C, R, C, C))
     assert changed.statistics is dit_plan.statistics
 
@@ -390,7 +400,7 @@ def test_statistics_that_do_not_fit_are_refused(
     name = "blocks.1.mlp.fc1"
     check(dit_plan, targets)  # fits
     changed = {**dit_plan.statistics, name: statistics}
-    bad = Plan(dit_plan.settings, {k: v for k, v in changed.items() if v is not None})
+    bad = replace(dit_plan, statistics={k: v for k, v in changed.items() if v is not None})
     message = (
         f"plan: statistics of {name}: expected finite values of shapes "
         f"{{'input': (32,), 'output': (128,)}}, got {got}. "
@@ -403,10 +413,10 @@ def test_statistics_that_do_not_fit_are_refused(
 def test_weighting_none_needs_no_statistics(
     dit_plan: Plan, targets: tuple[CalibrationTarget, ...]
 ) -> None:
-    plain = replace(dit_plan.settings, weighting=Weighting.NONE)
-    check(Plan(plain, {}), targets)
+    plain = replace(dit_plan.recipe, weighting=Weighting.NONE)
+    check(replace(dit_plan, recipe=plain, statistics={}), targets)
     with pytest.raises(PlanError, match=r"statistics of blocks\.0\.attn\.q"):
-        check(Plan(dit_plan.settings, {}), targets)
+        check(replace(dit_plan, statistics={}), targets)
 
 
 # --- forecasts, rules, output weights ---------------------------------------------------------
@@ -415,7 +425,7 @@ def test_weighting_none_needs_no_statistics(
 def test_defaults_are_forecasts_covariance_and_fitted_outputs(
     forecast_plan: Plan, dit_recording: Recording
 ) -> None:
-    kept = forecast_plan.settings
+    kept = forecast_plan.recipe
     assert (kept.order, kept.weighting) == (2, Weighting.COVARIANCE)
     assert kept.correction == "fitted to the recorded runs"
     assert kept.outputs is kept.output_weights
@@ -432,7 +442,7 @@ def test_defaults_are_forecasts_covariance_and_fitted_outputs(
 def test_options_that_are_left_out_are_the_best_known(
     dit: FashionDiT, dit_recording: Recording
 ) -> None:
-    kept = Plan.from_trajectory(dit, dit_recording, rank=4).settings
+    kept = Plan.from_trajectory(dit, dit_recording, rank=4).recipe
     assert (kept.order, kept.weighting, kept.rules) == (2, Weighting.COVARIANCE, ())
     assert kept.granularity is Granularity.LINEAR
     assert kept.output_weights is not None
@@ -468,11 +478,11 @@ def test_rules_output_weights_and_second_moments_survive_saving(
     ruled_plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
     assert_equal(loaded, ruled_plan)
-    assert loaded.settings.rules == RULES
-    assert loaded.settings.output_weights == ruled_plan.recipe.output_weights
-    assert loaded.settings.latent == "hidden_states"
-    assert type(loaded.settings.rules[1].granularity) is Granularity
-    assert loaded.settings.rules[0].rank is None
+    assert loaded.recipe.rules == RULES
+    assert loaded.recipe.output_weights == ruled_plan.recipe.output_weights
+    assert loaded.recipe.latent == "hidden_states"
+    assert type(loaded.recipe.rules[1].granularity) is Granularity
+    assert loaded.recipe.rules[0].rank is None
 
 
 def test_truncated_second_moments_are_refused(ruled_plan: Plan, tmp_path: Path) -> None:
@@ -501,13 +511,13 @@ def test_what_was_fitted_is_dropped_with_what_it_was_fitted_to(
     changed = (
         forecast_plan.with_rank(2) if change == "rank" else forecast_plan.with_schedule(schedule)
     )
-    assert (changed.settings.output_weights, changed.settings.latent) == (None, None)
-    assert changed.settings.correction == "not fitted: the plan was changed"
+    assert (changed.recipe.output_weights, changed.recipe.latent) == (None, None)
+    assert changed.recipe.correction == "not fitted: the plan was changed"
     assert forecast_plan.recipe.output_weights is not None
     if change == "schedule":
-        assert changed.settings.outputs is None
+        assert changed.recipe.outputs is None
     else:  # it still forecasts: by the plain table
-        assert changed.settings.outputs == output_table(changed.schedule, 2)
+        assert changed.recipe.outputs == output_table(changed.schedule, 2)
 
 
 @pytest.mark.parametrize("order", [-1, 3])
@@ -516,7 +526,7 @@ def test_order_must_be_known(
 ) -> None:
     message = f"plan: order: expected 0, 1 or 2, got {order}. Choose one of these."
     with refuses(message):
-        replace(dit_plan.settings, order=order)
+        replace(dit_plan.recipe, order=order)
     with refuses(message):
         Plan.from_trajectory(dit, dit_recording, rank=4, order=order)
 
@@ -542,7 +552,7 @@ def test_unknown_granularity_lists_the_valid_ones(
     ids=["too few", "too many", "short row", "long row", "nan", "inf", "none"],
 )
 def test_output_weights_of_another_form_are_refused(dit_plan: Plan, rows: Table) -> None:
-    good = replace(dit_plan.settings, output_weights=GOOD_ROWS, latent="hidden_states")
+    good = replace(dit_plan.recipe, output_weights=GOOD_ROWS, latent="hidden_states")
     assert good.outputs == GOOD_ROWS
     with pytest.raises(PlanError, match=r"output_weights: expected 6 rows of 3 finite numbers"):
         replace(good, output_weights=rows)
@@ -558,12 +568,12 @@ def test_latent_is_named_where_there_are_output_weights_and_only_there(
         "plan: latent: expected a name beside output weights, and none without, "
         f"got {latent}. Make the plan again from the recording."
     ):
-        replace(dit_plan.settings, output_weights=weights, latent=latent)
+        replace(dit_plan.recipe, output_weights=weights, latent=latent)
 
 
 def test_outputs_are_mixed_only_where_something_is_forecast(dit_plan: Plan) -> None:
     assert dit_plan.recipe.outputs is None
-    forecast = dit_plan.with_schedule((R, C, F)).settings
+    forecast = dit_plan.with_schedule((R, C, F)).recipe
     assert forecast.output_weights is None
     assert forecast.outputs == ((1.0, 0.0), (1.0, 0.0), (0.0, 1.0))
 
@@ -599,4 +609,4 @@ def test_second_moments_of_another_width_are_refused(
     check(ruled_plan, targets)  # fits
     bad = {**ruled_plan.statistics, "blocks.0.mlp": SecondMoments(input=torch.eye(32))}
     with pytest.raises(PlanError, match=r"statistics of blocks\.0\.mlp: .*'cross': \(32, 32\)"):
-        check(Plan(ruled_plan.settings, bad), targets)
+        check(replace(ruled_plan, statistics=bad), targets)

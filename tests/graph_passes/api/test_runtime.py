@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import weakref
 from collections.abc import Callable
 
@@ -288,6 +289,49 @@ def test_copy_has_state_of_its_own(fast: OptimizedModel, calls: Calls) -> None:
     assert_equal(whole_run(twin, calls[1:]), expected[1:])
 
 
+def test_copy_that_was_written_and_read_gives_the_same_run(
+    fast: OptimizedModel, calls: Calls
+) -> None:
+    expected = whole_run(fast, calls)
+    again = pickle.loads(pickle.dumps(fast))
+    assert (again.plan.binding, again.plan.recipe) == (fast.plan.binding, fast.plan.recipe)
+    assert again.compiled.cost == fast.compiled.cost
+    again.reset()
+    assert_equal(whole_run(again, calls), expected)
+
+
+def test_copy_that_was_written_in_the_middle_of_a_run_goes_on_there(
+    fast: OptimizedModel, calls: Calls
+) -> None:
+    expected = whole_run(fast, calls)
+    fast.reset()
+    whole_run(fast, calls[:2])
+    again = pickle.loads(pickle.dumps(fast))
+    fast.reset()
+    assert (again.step, again.call) == (2, 0)
+    assert_equal(whole_run(again, calls[2:]), expected[2:])
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast))])
+def test_copies_run_other_batch_sizes(
+    fast: OptimizedModel, calls: Calls, twin_of: Callable[[OptimizedModel], OptimizedModel]
+) -> None:
+    halves = [{name: value[:2] for name, value in call.items()} for call in calls]
+    expected = whole_run(fast, halves)
+    twin = twin_of(fast)
+    twin.reset()
+    assert_equal(whole_run(twin, halves), expected)
+
+
+def test_copies_of_a_forecasting_model_give_the_same_run(
+    fast_forecast: OptimizedModel, calls: Calls
+) -> None:
+    fast_forecast.reset()
+    expected = whole_run(fast_forecast, calls)
+    for again in (copy.deepcopy(fast_forecast), pickle.loads(pickle.dumps(fast_forecast))):
+        assert_equal(whole_run(again, calls), expected)
+
+
 def test_sampler_runs_it_in_place_of_the_model(fast: OptimizedModel, dit: FashionDiT) -> None:
     image, again, plain = sample_dit(fast), sample_dit(fast), sample_dit(dit)
     assert torch.equal(image, again)
@@ -307,7 +351,7 @@ def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
 def test_runs_one_after_another_are_equal(fast_forecast: OptimizedModel, calls: Calls) -> None:
     fast_forecast.reset()
     first = whole_run(fast_forecast, calls)
-    assert [len(kept) for kept in fast_forecast._kept] == [3]
+    assert [len(kept) for kept in fast_forecast.state.kept] == [3]
     for _ in range(2):
         assert_equal(whole_run(fast_forecast, calls), first)
 
@@ -326,7 +370,7 @@ def test_history_of_a_run_broken_off_is_forgotten(
 def test_reset_forgets_the_history(fast_forecast: OptimizedModel, calls: Calls) -> None:
     whole_run(fast_forecast, calls)
     fast_forecast.reset()
-    assert (fast_forecast._kept, fast_forecast.step) == ([[]], 0)
+    assert (fast_forecast.state.kept, fast_forecast.step) == ([()], 0)
 
 
 def test_fitted_outputs_bring_the_sampler_nearer(

@@ -179,7 +179,7 @@ def test_long_lists_of_blocks_are_named_by_their_ends() -> None:
 
 def test_number_that_two_lists_have_is_refused_with_both() -> None:
     model = compiled(Towers(), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.variant_set)
+    graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     assert graphs.blocks == ("first.0", "first.1", "second.0", "second.1")
     with pytest.raises(SubjectError) as caught:
         view_block(graphs, "1")
@@ -192,7 +192,7 @@ def test_number_that_two_lists_have_is_refused_with_both() -> None:
 
 def test_mode_that_the_plan_does_not_use_is_refused_with_those_there_are() -> None:
     model = compiled(Mix(), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.variant_set)
+    graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     for view in (lambda: view_block(graphs, "model", REUSE), lambda: fold_blocks(graphs, REUSE)):
         with pytest.raises(SubjectError) as caught:
             view()

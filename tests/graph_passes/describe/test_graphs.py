@@ -129,17 +129,16 @@ def test_nodes_are_frozen() -> None:
 
 
 def test_variant_that_uses_a_name_for_something_else_is_refused() -> None:
-    model = small_model(0)
-    variant = model.variant_set.variants[CALIBRATE]
+    small = small_model(0).compiled
+    variants = small.variant_set.variants
+    variant = variants[CALIBRATE]
     changed = replace(variant, inserted=variant.inserted[1:])
-    variant_set = replace(
-        model.variant_set, variants={**model.variant_set.variants, CALIBRATE: changed}
-    )
+    variant_set = replace(small.variant_set, variants={**variants, CALIBRATE: changed})
     name = variant.inserted[0]
     with pytest.raises(
         VerifyError, match=rf"{name} of CALIBRATE: expected an inserted node.*got plain reshape"
     ):
-        view_graphs(model.captured, variant_set)
+        view_graphs(small.captured, variant_set)
 
 
 def test_parts_of_a_dit_are_its_blocks_and_what_is_before_and_after(graphs: ModelGraphs) -> None:
@@ -200,7 +199,7 @@ def test_block_lists_are_found_by_structure(paths: list[str], lists: tuple[str, 
 
 def test_branch_that_reads_the_block_before_is_in_its_own_block() -> None:
     model = compiled(Stack(), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.variant_set)
+    graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     for node in graphs.modes[CALIBRATE].nodes:
         if node.module.startswith("layers."):
             assert node.block == node.module[:8], node
@@ -208,7 +207,7 @@ def test_branch_that_reads_the_block_before_is_in_its_own_block() -> None:
 
 def test_second_call_of_a_block_is_a_block() -> None:
     model = compiled(Stack(times=2), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.variant_set)
+    graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     assert graphs.blocks == ("layers.0", "layers.1", "layers.0@1", "layers.1@1")
     edges = {(e.source, e.target) for e in fold_blocks(graphs).edges}
     assert {("layers.1", "layers.0@1"), ("layers.0@1", "layers.1@1")} <= edges
@@ -218,7 +217,7 @@ def test_second_call_of_a_block_is_a_block() -> None:
 
 def test_what_is_between_blocks_is_a_part_of_its_own() -> None:
     model = compiled(Stack(between=True), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.variant_set)
+    graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     assert graphs.parts == ("before", "layers.0", "layers.1", "between", "after")
     parts = {node.name: node.block for node in graphs.plain.nodes}
     assert (parts["tanh"], parts["tanh_1"]) == ("between", "after")
@@ -226,7 +225,7 @@ def test_what_is_between_blocks_is_a_part_of_its_own() -> None:
 
 def test_model_without_blocks_is_one_part() -> None:
     model = compiled(Mix(), 2, 5, 8)
-    graphs = view_graphs(model.captured, model.variant_set)
+    graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     assert (graphs.blocks, graphs.parts) == ((), ("model",))
     view = view_block(graphs, "model", CALIBRATE)
     assert (view.enters, len(view.leaves)) == ((), 1)

@@ -13,7 +13,7 @@ from support.small_subjects import small_model, small_plan, small_runs
 from torch import nn
 
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize
-from calicache.graph_passes.describe.html import STEP_LETTERS
+from calicache.graph_passes.settings.choices import STEP_LETTERS
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_plan_shows_schedule_settings_and_statistics(plan: Plan) -> None:
 
 
 def test_plan_of_a_search_shows_cost_and_front(plan: Plan) -> None:
-    searched = replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), taken=1))
+    searched = replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), choice=1))
     html = searched._repr_html_()
     assert facts(html)["cost"] == "0.500 of the full run, in MACs"
     points = rows(html)[-2:]
@@ -66,9 +66,9 @@ def test_plan_of_a_search_shows_cost_and_front(plan: Plan) -> None:
 
 
 def test_text_of_the_user_is_escaped(plan: Plan) -> None:
-    front = replace(front_of((0.3,), (0.1,), taken=0), request="<script>alert(1)</script>")
-    settings = replace(plan.settings, correction="a < b & c")
-    html = Plan(settings, plan.statistics, front)._repr_html_()
+    front = replace(front_of((0.3,), (0.1,), choice=0), request="<script>alert(1)</script>")
+    recipe = replace(plan.recipe, correction="a < b & c")
+    html = replace(plan, recipe=recipe, front=front)._repr_html_()
     assert "<script>" not in html
     assert facts(html)["output weights"] == "a < b & c"
 

@@ -287,7 +287,7 @@ def test_values_that_are_not_finite_are_refused(place: str, bad: float) -> None:
         covariance_factors([values["weight"]], 2, SecondMoments(**{side: values[side]}))
     assert str(caught.value) == (
         "decompose: weight or statistics: expected finite values, got NaN or Inf. "
-        "Check the checkpoint and the recorded recording."
+        "Check the checkpoint and the recording."
     )
 
 

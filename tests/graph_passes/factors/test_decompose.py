@@ -218,7 +218,6 @@ def test_kept_energy_is_told_at_few_ranks_and_at_its_own(rank: int) -> None:
 
 def test_kept_energy_of_a_zero_map_is_not_known() -> None:
     assert decompose(torch.zeros(4, 4), 2).kept_energy() == {}
-    assert decompose(torch.zeros(4, 4, device="meta"), 2).kept_energy() == {}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -247,7 +246,7 @@ def test_values_that_are_not_finite_are_refused(place: str, bad: float) -> None:
     statistics = ChannelStatistics(values["input"], values["output"])
     message = (
         "decompose: weight or statistics: expected finite values, got NaN or Inf. "
-        "Check the checkpoint and the recorded recording."
+        "Check the checkpoint and the recording."
     )
     with pytest.raises(DecomposeError, match=re.escape(message)):
         decompose(values["weight"], 2, statistics)
@@ -263,15 +262,6 @@ def test_half_precision_weights_lose_only_the_rounding_of_the_factors(dtype: tor
     atol = 6 * torch.finfo(dtype).eps * float(exact.down.abs().max())
     torch.testing.assert_close(product(half), product(exact), rtol=0, atol=atol)
     assert half.energy == exact.energy
-
-
-def test_meta_weight_gives_meta_factors_of_the_right_shape() -> None:
-    weight = torch.empty(24, 16, device="meta", dtype=torch.bfloat16)
-    factors = decompose(weight, 6)
-    assert (tuple(factors.down.shape), tuple(factors.up.shape)) == ((6, 16), (24, 6))
-    assert {factors.down.device.type, factors.up.device.type} == {"meta"}
-    assert {factors.down.dtype, factors.up.dtype} == {torch.bfloat16}
-    assert factors.spectrum is None
 
 
 def test_weight_is_left_alone_and_factors_need_no_gradient() -> None:

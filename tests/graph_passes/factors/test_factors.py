@@ -6,39 +6,38 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from model import FashionDiT
+from support.analyses import analysis_of, targets_of
 from support.factors import branch_factors, covariance_factors, decompose, factors_of
 from torch import Tensor
 
 from calicache.graph_passes import (
     CalibrationTarget,
-    CapturedGraph,
     Granularity,
     Recording,
-    Sites,
-    classify_nodes,
-    find_sites,
 )
 from calicache.graph_passes.common.errors import DecomposeError
-from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.factors.statistics import ChannelStatistics, SecondMoments
-from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.sites.targets import assign
+from calicache.graph_passes.common.progress import Meter, Progress
+from calicache.graph_passes.factors import factors as factors_module
+from calicache.graph_passes.factors.decompose import CalibrationFactors, decompose_weight
+from calicache.graph_passes.factors.factors import Decompositions, make_factors
+from calicache.graph_passes.factors.statistics import (
+    ChannelStatistics,
+    SecondMoments,
+    Statistics,
+)
+from calicache.graph_passes.sites.analysis import Analysis
 
-Found = tuple[CapturedGraph, Sites]
 FC1, QKV, MLP = "blocks.1.mlp.fc1", "blocks.1.attn.q+k+v", "blocks.1.mlp"
 
 
-@pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_recording: Recording) -> Found:
-    captured = capture(dit, dit_recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, dit_recording.dependence))
-
-
-def targets_of(found: Found, rank: int = 4, **options: object) -> dict[str, CalibrationTarget]:
-    return {target.name: target for target in assign(*found, rank=rank, **options)[0]}
+def named_targets(
+    analysis: Analysis, rank: int = 4, **options: object
+) -> dict[str, CalibrationTarget]:
+    return {target.name: target for target in targets_of(analysis, rank, **options)}
 
 
 def second_moment(size: int, seed: int) -> Tensor:
@@ -52,60 +51,68 @@ def assert_equal(got: CalibrationFactors, expected: CalibrationFactors) -> None:
     assert got.energy == expected.energy
 
 
-def test_targets_are_made_one_by_one_and_reported(found: Found) -> None:
-    targets = targets_of(found)
-    seen: list[tuple[int, int]] = []
-    factors = factors_of(
-        found[0], [*targets.values()], {}, lambda done, total: seen.append((done, total))
-    )
-    assert seen == [(k, 12) for k in range(1, 13)]
+def test_targets_are_made_one_by_one_and_reported(dit_analysis: Analysis) -> None:
+    targets = named_targets(dit_analysis)
+    seen: list[Progress] = []
+    meter = Meter(12, seen.append)
+    factors = factors_of(dit_analysis.captured, [*targets.values()], {}, meter)
+    assert [(progress.done, progress.total) for progress in seen] == [(k, 12) for k in range(1, 13)]
     assert list(factors) == list(targets)
 
 
-def test_no_statistics_mean_the_plain_svd(found: Found, dit: FashionDiT) -> None:
-    factors = factors_of(found[0], [targets_of(found)[FC1]], {})
+def test_no_statistics_mean_the_plain_svd(dit_analysis: Analysis, dit: FashionDiT) -> None:
+    factors = factors_of(dit_analysis.captured, [named_targets(dit_analysis)[FC1]], {})
     assert_equal(factors[FC1], decompose(dit.blocks[1].mlp.fc1.weight, 4))
 
 
-def test_channel_statistics_mean_the_papers_svd(found: Found, dit: FashionDiT) -> None:
+def test_channel_statistics_mean_the_papers_svd(dit_analysis: Analysis, dit: FashionDiT) -> None:
     statistics = ChannelStatistics(torch.rand(32), torch.rand(128))
-    factors = factors_of(found[0], [targets_of(found)[FC1]], {FC1: statistics})
+    factors = factors_of(
+        dit_analysis.captured, [named_targets(dit_analysis)[FC1]], {FC1: statistics}
+    )
     assert_equal(factors[FC1], decompose(dit.blocks[1].mlp.fc1.weight, 4, statistics))
 
 
-def test_second_moments_mean_the_optimum_of_stacked_siblings(found: Found, dit: FashionDiT) -> None:
-    target, moments = targets_of(found, joint=True)[QKV], SecondMoments(input=second_moment(32, 1))
-    factors = factors_of(found[0], [target], {QKV: moments})
+def test_second_moments_mean_the_optimum_of_stacked_siblings(
+    dit_analysis: Analysis, dit: FashionDiT
+) -> None:
+    target, moments = (
+        named_targets(dit_analysis, joint=True)[QKV],
+        SecondMoments(input=second_moment(32, 1)),
+    )
+    factors = factors_of(dit_analysis.captured, [target], {QKV: moments})
     attention = dit.blocks[1].attn
     weights = [attention.q.weight, attention.k.weight, attention.v.weight]
     assert_equal(factors[QKV], covariance_factors(weights, 6, moments))
     assert (factors[QKV].up.shape, factors[QKV].rank) == ((96, 6), 6)
 
 
-def test_branches_are_regressed(found: Found) -> None:
-    target = targets_of(found, granularity=Granularity.BRANCH)[MLP]
+def test_branches_are_regressed(dit_analysis: Analysis) -> None:
+    target = named_targets(dit_analysis, granularity=Granularity.BRANCH)[MLP]
     moments = SecondMoments(input=second_moment(32, 1), cross=torch.randn(32, 32))
-    factors = factors_of(found[0], [target], {MLP: moments})
+    factors = factors_of(dit_analysis.captured, [target], {MLP: moments})
     assert_equal(factors[MLP], branch_factors(4, moments, torch.float32))
 
 
-def test_rank_0_needs_nothing_and_gets_nothing(found: Found) -> None:
-    targets = targets_of(found, rank=0, joint=True)
-    seen: list[int] = []
-    assert factors_of(found[0], [*targets.values()], {}, lambda k, _: seen.append(k)) == {}
-    assert len(seen) == 8
+def test_rank_0_needs_nothing_and_gets_nothing(dit_analysis: Analysis) -> None:
+    targets = named_targets(dit_analysis, rank=0, joint=True)
+    meter = Meter(8)
+    assert factors_of(dit_analysis.captured, [*targets.values()], {}, meter) == {}
+    assert meter.done == 8
 
 
-def test_error_names_the_target(found: Found) -> None:
-    target = replace(targets_of(found)["blocks.0.attn.q"], rank=33)
+def test_error_names_the_target(dit_analysis: Analysis) -> None:
+    target = replace(named_targets(dit_analysis)["blocks.0.attn.q"], rank=33)
     with pytest.raises(DecomposeError, match=r"^decompose: blocks\.0\.attn\.q: rank: expected"):
-        factors_of(found[0], [target], {})
+        factors_of(dit_analysis.captured, [target], {})
     bad = SecondMoments(input=torch.full((32, 32), math.nan))
     with pytest.raises(DecomposeError) as caught:
-        factors_of(found[0], [targets_of(found, joint=True)[QKV]], {QKV: bad})
+        factors_of(
+            dit_analysis.captured, [named_targets(dit_analysis, joint=True)[QKV]], {QKV: bad}
+        )
     assert str(caught.value) == (
         f"decompose: {QKV}: weight or statistics: expected finite values, got NaN or Inf. "
-        "Check the checkpoint and the recorded recording."
+        "Check the checkpoint and the recording."
     )
 
 
@@ -121,11 +128,129 @@ def test_meta_weights_give_meta_factors_without_statistics(
     dit: FashionDiT, dit_recording: Recording, name: str, options: dict[str, object]
 ) -> None:
     meta = copy.deepcopy(dit).to("meta")
-    captured = capture(meta, dit_recording.signature)
-    sites = find_sites(captured, classify_nodes(captured, dit_recording.dependence))
-    target = targets_of((captured, sites), **options)[name]
-    factors = factors_of(captured, [target], {})[name]
+    analysis = analysis_of(meta, dit_recording)
+    target = named_targets(analysis, **options)[name]
+    factors = factors_of(analysis.captured, [target], {})[name]
     assert tuple(factors.down.shape) == (target.rank, target.in_features)
     assert tuple(factors.up.shape) == (sum(target.out_features), target.rank)
     assert factors.up.is_meta
     assert factors.down.is_meta
+    assert {factors.up.dtype, factors.down.dtype} == {torch.float32}
+    assert factors.spectrum is None
+    assert factors.kept_energy() == {}
+
+
+# --- every target decomposed once -----------------------------------------------------------------
+
+RANKS = (0, 1, 5, 16)
+
+
+def statistics_for(kind: str) -> Statistics | None:
+    """What is decomposed for FC1, QKV or MLP; all of it is small enough to be kept."""
+    return {
+        "svd": None,
+        "channels": ChannelStatistics(torch.rand(32), torch.rand(128)),
+        "siblings": SecondMoments(input=second_moment(32, 1)),
+        "branch": SecondMoments(input=second_moment(32, 1), cross=torch.randn(32, 32)),
+    }[kind]
+
+
+def target_for(dit_analysis: Analysis, kind: str) -> CalibrationTarget:
+    if kind == "siblings":
+        return named_targets(dit_analysis, joint=True)[QKV]
+    if kind == "branch":
+        return named_targets(dit_analysis, granularity=Granularity.BRANCH)[MLP]
+    return named_targets(dit_analysis)[FC1]
+
+
+KINDS = ("svd", "channels", "siblings", "branch")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_is_decomposed_once_for_all_ranks(dit_analysis: Analysis, kind: str) -> None:
+    target, statistics, kept = (
+        target_for(dit_analysis, kind),
+        statistics_for(kind),
+        Decompositions(),
+    )
+    given = {} if statistics is None else {target.name: statistics}
+    for rank in RANKS:
+        ranked = replace(target, rank=rank)
+        factors = make_factors(dit_analysis.captured, [ranked], given, kept)
+        assert list(factors) == ([target.name] if rank else [])
+        if rank:
+            # Cut from the same decomposition, or from one of its own: the same float64 program.
+            assert_equal(
+                factors[target.name],
+                factors_of(dit_analysis.captured, [ranked], given)[target.name],
+            )
+    assert kept.count == 1
+    assert kept.of(dit_analysis.captured, target, statistics) is kept.of(
+        dit_analysis.captured, target, statistics
+    )
+    assert kept.count == 1
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 32])
+def test_every_rank_is_the_truncated_svd(dit: FashionDiT, rank: int) -> None:
+    weight = dit.blocks[1].mlp.fc1.weight.double()
+    factors = decompose_weight(weight).at(rank)
+    u, s, vt = np.linalg.svd(weight.numpy(), full_matrices=False)
+    expected = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    # Singular vectors from a Gram matrix in float64: 1e-16 squared under the root, and gaps of
+    # neighbouring singular values of 1e-2 of the largest, turn the map by 1e-12 of its size.
+    product = (factors.up @ factors.down).numpy()
+    np.testing.assert_allclose(product, expected, rtol=0, atol=1e-10 * s[0])
+
+
+def test_other_statistics_are_decomposed_again_in_the_place_of_the_first(
+    dit_analysis: Analysis,
+) -> None:
+    target, kept = named_targets(dit_analysis, joint=True)[QKV], Decompositions()
+    first, second = (SecondMoments(input=second_moment(32, seed)) for seed in (1, 2))
+    one = kept.of(dit_analysis.captured, target, first)
+    held = kept.nbytes
+    other = kept.of(dit_analysis.captured, target, second)
+    assert (kept.count, kept.nbytes, list(kept.held)) == (2, held, [QKV])
+    assert not torch.equal(one.at(4).up, other.at(4).up)
+    assert kept.of(dit_analysis.captured, target, second) is other
+    kept.of(dit_analysis.captured, target, first)
+    assert kept.count == 3
+
+
+def test_equal_statistics_of_another_plan_are_other_statistics(dit_analysis: Analysis) -> None:
+    target, kept = named_targets(dit_analysis, joint=True)[QKV], Decompositions()
+    for _ in range(2):
+        kept.of(dit_analysis.captured, target, SecondMoments(input=second_moment(32, 1)))
+    assert kept.count == 2
+
+
+def test_memory_is_counted_and_never_passes_the_most(
+    dit_analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = named_targets(dit_analysis)
+    sizes = {n: decompose_weight(weight_of(dit_analysis, t)).nbytes() for n, t in targets.items()}
+    most = sum(list(sizes.values())[:3]) + 1
+    monkeypatch.setattr(factors_module, "MOST_BYTES", most)
+    kept = Decompositions()
+    for _ in range(2):
+        make_factors(dit_analysis.captured, [*targets.values()], {}, kept)
+        assert kept.nbytes == sum(sizes[name] for name in kept.held) <= most
+    assert list(kept.held)[:3] == list(targets)[:3]
+    # What did not fit was decomposed at every request.
+    assert kept.count == len(targets) + len(targets) - len(kept.held)
+
+
+def test_what_is_too_large_is_decomposed_at_every_request(
+    dit_analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors_module, "MOST_BYTES", 0)
+    target, kept = named_targets(dit_analysis)[FC1], Decompositions()
+    first, second = (make_factors(dit_analysis.captured, [target], {}, kept)[FC1] for _ in range(2))
+    assert (kept.count, kept.nbytes, kept.held) == (2, 0, {})
+    assert_equal(first, second)
+
+
+def weight_of(dit_analysis: Analysis, target: CalibrationTarget) -> Tensor:
+    (name,) = target.weights
+    return dit_analysis.captured.attribute(name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT
+from support.analyses import analysis_of, targets_of
 from support.models import STEPS, diffusers_calls, relative, sample_dit
 from torch import Tensor, fx, nn
 
@@ -16,18 +17,14 @@ from calicache.graph_passes import (
     CapturedGraph,
     Granularity,
     Recording,
-    Sites,
     StepMode,
-    find_sites,
     record,
 )
 from calicache.graph_passes.common.errors import ObserveError
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import ChannelStatistics, SecondMoments, Statistics
-from calicache.graph_passes.graph.capture import capture
-from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.settings.choices import Weighting
-from calicache.graph_passes.sites.targets import assign
+from calicache.graph_passes.sites.analysis import Analysis
 
 Values = dict[str, Tensor]
 MEASURED = (Weighting.ACTIVATION, Weighting.INCREMENT)
@@ -47,36 +44,26 @@ def modes(text: str) -> tuple[StepMode, ...]:
 PAPER = modes("RCCRCC")
 
 
-def find(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Sites]:
-    captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
-
-
 def seen_by(
-    found: tuple[CapturedGraph, Sites],
+    analysis: Analysis,
     recording: Recording,
     weighting: Weighting,
     schedule: tuple[StepMode, ...] = PAPER,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of every linear layer on its own, against stale anchors."""
-    targets, _ = assign(*found, rank=1)
-    return observe(found[0], targets, recording, weighting, schedule, 0, on_step)
+    targets = targets_of(analysis, 1)
+    return observe(analysis.captured, targets, recording, weighting, schedule, 0, on_step)
 
 
 def part(recording: Recording, *indices: int) -> Recording:
-    return Recording([recording.calls[k] for k in indices], recording.signatures)
+    return Recording([recording.calls[k] for k in indices], recording.signature)
 
 
 def replaced(recording: Recording, step: int, name: str, value: Tensor) -> Recording:
     calls = list(recording.calls)
     calls[step] = {**calls[step], name: value}
-    return Recording(calls, recording.signatures)
-
-
-@pytest.fixture(scope="module")
-def dit_found(dit: FashionDiT, dit_recording: Recording) -> tuple[CapturedGraph, Sites]:
-    return find(dit, dit_recording)
+    return Recording(calls, recording.signature)
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +111,9 @@ def test_streaming_statistics_equal_those_over_everything_at_once(
 ) -> None:
     model = request.getfixturevalue("dit" if which == "dit" else "diffusers_dit")
     recording = request.getfixturevalue(f"{which}_recording")
-    captured, sites = find(model, recording)
-    statistics = seen_by((captured, sites), recording, weighting)
-    names = [site.name for site in sites.linears]
+    analysis = analysis_of(model, recording)
+    statistics = seen_by(analysis, recording, weighting)
+    names = [site.name for site in analysis.sites.linears]
     assert list(statistics) == names
     for name, sides in hooked(model, names, recording).items():
         if weighting is Weighting.INCREMENT:
@@ -138,10 +125,10 @@ def test_streaming_statistics_equal_those_over_everything_at_once(
 
 @pytest.mark.parametrize("weighting", MEASURED)
 def test_statistics_are_float32_shares_on_the_cpu(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, weighting: Weighting
+    dit_analysis: Analysis, dit_recording: Recording, weighting: Weighting
 ) -> None:
-    statistics = seen_by(dit_found, dit_recording, weighting)
-    for site in dit_found[1].linears:
+    statistics = seen_by(dit_analysis, dit_recording, weighting)
+    for site in dit_analysis.sites.linears:
         found = statistics[site.name]
         assert (found.input.shape, found.output.shape) == (
             (site.in_features,),
@@ -154,13 +141,13 @@ def test_statistics_are_float32_shares_on_the_cpu(
 
 
 def test_increments_never_cross_from_one_run_to_the_next(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, second_run: Recording
+    dit_analysis: Analysis, dit_recording: Recording, second_run: Recording
 ) -> None:
     short = part(second_run, 0, 1, 2)
-    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signatures)
+    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signature)
     assert [len(run) for run in both.runs] == [STEPS, 3]
     joint, first, second = (
-        seen_by(dit_found, recording, Weighting.INCREMENT)
+        seen_by(dit_analysis, recording, Weighting.INCREMENT)
         for recording in (both, dit_recording, short)
     )
     for name, statistics in joint.items():
@@ -173,14 +160,12 @@ def test_increments_never_cross_from_one_run_to_the_next(
     assert relative(first[query].input, second[query].input) > 1e-3
 
 
-def test_weighting_none_runs_nothing(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording
-) -> None:
+def test_weighting_none_runs_nothing(dit_analysis: Analysis, dit_recording: Recording) -> None:
     bad = torch.full((4, 1, 28, 28), math.nan)
     poisoned = replaced(dit_recording, 0, "hidden_states", bad)
     seen: list[tuple[int, int]] = []
     statistics = seen_by(
-        dit_found,
+        dit_analysis,
         poisoned,
         Weighting.NONE,
         on_step=lambda done, total: seen.append((done, total)),
@@ -191,14 +176,14 @@ def test_weighting_none_runs_nothing(
 
 @pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_every_step_of_every_run_is_reported(
-    dit_found: tuple[CapturedGraph, Sites],
+    dit_analysis: Analysis,
     dit_recording: Recording,
     second_run: Recording,
     weighting: Weighting,
 ) -> None:
-    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signatures)
+    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signature)
     seen: list[tuple[int, int]] = []
-    seen_by(dit_found, both, weighting, on_step=lambda done, total: seen.append((done, total)))
+    seen_by(dit_analysis, both, weighting, on_step=lambda done, total: seen.append((done, total)))
     assert seen == [(k, 2 * STEPS) for k in range(1, 2 * STEPS + 1)]
 
 
@@ -206,7 +191,7 @@ def test_every_step_of_every_run_is_reported(
 @pytest.mark.parametrize("step", [0, 1, 3, STEPS - 1])
 @pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_bad_input_names_the_first_node_and_the_step(
-    dit_found: tuple[CapturedGraph, Sites],
+    dit_analysis: Analysis,
     dit_recording: Recording,
     weighting: Weighting,
     step: int,
@@ -216,8 +201,8 @@ def test_bad_input_names_the_first_node_and_the_step(
     images[2, 0, 5, 5] = bad
     poisoned = replaced(dit_recording, step, "hidden_states", images)
     with pytest.raises(ObserveError) as caught:
-        seen_by(dit_found, poisoned, weighting)
-    node = dit_found[1].linears[0].input_node
+        seen_by(dit_analysis, poisoned, weighting)
+    node = dit_analysis.sites.linears[0].input_node
     assert str(caught.value) == NAN_MESSAGE.format(node=node, step=step)
 
 
@@ -229,24 +214,24 @@ def test_bad_weight_names_the_first_node_it_reaches(
     broken.load_state_dict(dit.state_dict())
     with torch.no_grad():
         broken.blocks[1].mlp.fc1.weight[3, 3] = math.nan
-    captured, sites = find(broken, dit_recording)
-    node = next(site.node for site in sites.linears if site.name == "blocks.1.mlp.fc1")
+    analysis = analysis_of(broken, dit_recording)
+    node = next(site.node for site in analysis.sites.linears if site.name == "blocks.1.mlp.fc1")
     with pytest.raises(ObserveError) as caught:
-        seen_by((captured, sites), dit_recording, weighting)
+        seen_by(analysis, dit_recording, weighting)
     assert str(caught.value) == NAN_MESSAGE.format(node=node, step=0)
 
 
 def test_runs_of_one_step_have_no_increment(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording
+    dit_analysis: Analysis, dit_recording: Recording
 ) -> None:
     single = part(dit_recording, 0)
     with pytest.raises(ObserveError) as caught:
-        seen_by(dit_found, single, Weighting.INCREMENT)
+        seen_by(dit_analysis, single, Weighting.INCREMENT)
     assert str(caught.value) == (
         "observe: recording: expected a run of at least 2 steps, got no increment. "
         "Record a whole sampler run."
     )
-    assert len(seen_by(dit_found, single, Weighting.ACTIVATION)) == 12
+    assert len(seen_by(dit_analysis, single, Weighting.ACTIVATION)) == 12
 
 
 @pytest.mark.parametrize("weighting", MEASURED)
@@ -260,9 +245,9 @@ def test_half_precision_model_is_accumulated_in_float64(
     with record(half) as recording, torch.no_grad():
         for now in (900, 600, 300):
             images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
-    captured, sites = find(half, recording)
-    statistics = seen_by((captured, sites), recording, weighting)
-    names = [site.name for site in sites.linears]
+    analysis = analysis_of(half, recording)
+    statistics = seen_by(analysis, recording, weighting)
+    names = [site.name for site in analysis.sites.linears]
     for name, sides in hooked(half, names, recording).items():
         if weighting is Weighting.INCREMENT:
             sides = [side.diff(dim=0) for side in sides]
@@ -272,12 +257,13 @@ def test_half_precision_model_is_accumulated_in_float64(
 
 
 def test_observing_a_diffusers_model_leaves_no_hook_and_no_change(
-    diffusers_dit: DiTTransformer2DModel, diffusers_recording: Recording
+    diffusers_dit: DiTTransformer2DModel,
+    diffusers_recording: Recording,
+    diffusers_analysis: Analysis,
 ) -> None:
     before = diffusers_calls(diffusers_dit, steps=2)
-    found = find(diffusers_dit, diffusers_recording)
     for weighting in (Weighting.INCREMENT, Weighting.COVARIANCE):
-        seen_by(found, diffusers_recording, weighting)
+        seen_by(diffusers_analysis, diffusers_recording, weighting)
     after = diffusers_calls(diffusers_dit, steps=2)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
@@ -370,14 +356,14 @@ SCHEDULES = ["RCCRCC", "RRCRCC", "RRRCUC", "RCRURC", "RFCRRC"]
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_moments_are_those_of_the_increments_against_the_anchors(
-    dit_found: tuple[CapturedGraph, Sites],
+    dit_analysis: Analysis,
     dit_recording: Recording,
     schedule: str,
     order: int,
     granularity: Granularity,
 ) -> None:
-    captured, steps = dit_found[0], modes(schedule)
-    targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
+    captured, steps = dit_analysis.captured, modes(schedule)
+    targets = targets_of(dit_analysis, 2, granularity=granularity, joint=True)
     got = observe(captured, targets, dit_recording, Weighting.COVARIANCE, steps, order)
     assert list(got) == [target.name for target in targets]
     for target in targets:
@@ -386,31 +372,29 @@ def test_moments_are_those_of_the_increments_against_the_anchors(
 
 
 def test_steps_that_nothing_looks_at_are_not_run(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording
+    dit_analysis: Analysis, dit_recording: Recording
 ) -> None:
     """FORECAST steps need no statistics: values there may be anything, and change nothing."""
-    targets, _ = assign(*dit_found, rank=2, joint=True)
+    targets = targets_of(dit_analysis, 2, joint=True)
     schedule = modes("RCFRFC")
     calls = [dict(call) for call in dit_recording.calls]
     for step in (2, 4):
         calls[step]["hidden_states"] = torch.full_like(calls[step]["hidden_states"], float("nan"))
-    poisoned = Recording(calls, dit_recording.signatures)
+    poisoned = Recording(calls, dit_recording.signature)
     plain, got = (
-        observe(dit_found[0], targets, recording, Weighting.COVARIANCE, schedule, 1)
+        observe(dit_analysis.captured, targets, recording, Weighting.COVARIANCE, schedule, 1)
         for recording in (dit_recording, poisoned)
     )
     for name, moments in plain.items():
         for key, value in moments.tensors().items():
             assert torch.equal(value, got[name].tensors()[key])
     with pytest.raises(ObserveError, match="NaN"):
-        seen_by(dit_found, poisoned, Weighting.INCREMENT, schedule)
+        seen_by(dit_analysis, poisoned, Weighting.INCREMENT, schedule)
 
 
-def test_moments_are_of_the_smaller_side(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording
-) -> None:
-    targets, _ = assign(*dit_found, rank=2, joint=True)
-    got = observe(dit_found[0], targets, dit_recording, Weighting.COVARIANCE, PAPER)
+def test_moments_are_of_the_smaller_side(dit_analysis: Analysis, dit_recording: Recording) -> None:
+    targets = targets_of(dit_analysis, 2, joint=True)
+    got = observe(dit_analysis.captured, targets, dit_recording, Weighting.COVARIANCE, PAPER)
     shapes = {
         name.removeprefix("blocks.1."): {n: tuple(v.shape) for n, v in found.tensors().items()}
         for name, found in got.items()
@@ -426,15 +410,15 @@ def test_moments_are_of_the_smaller_side(
 
 @pytest.mark.parametrize("granularity", list(Granularity))
 def test_moments_of_two_runs_are_the_mean_of_both(
-    dit_found: tuple[CapturedGraph, Sites],
+    dit_analysis: Analysis,
     dit_recording: Recording,
     second_run: Recording,
     granularity: Granularity,
 ) -> None:
-    captured, schedule = dit_found[0], modes("RCRRCC")
-    targets, _ = assign(*dit_found, rank=2, granularity=granularity, joint=True)
+    captured, schedule = dit_analysis.captured, modes("RCRRCC")
+    targets = targets_of(dit_analysis, 2, granularity=granularity, joint=True)
     short = part(second_run, 0, 1, 2, 3, 4)  # 2 CALIBRATE steps, where the first run has 3
-    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signatures)
+    both = Recording([*dit_recording.calls, *short.calls], dit_recording.signature)
     assert [len(run) for run in both.runs] == [STEPS, 5]
     joint, first, second = (
         observe(captured, targets, recording, Weighting.COVARIANCE, schedule, 2)
@@ -454,31 +438,31 @@ def test_moments_of_two_runs_are_the_mean_of_both(
 
 @pytest.mark.parametrize("weighting", list(Weighting))
 def test_whole_branches_always_need_moments(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, weighting: Weighting
+    dit_analysis: Analysis, dit_recording: Recording, weighting: Weighting
 ) -> None:
-    targets, _ = assign(*dit_found, rank=2, granularity=Granularity.BRANCH)
-    got = observe(dit_found[0], targets, dit_recording, weighting, PAPER)
+    targets = targets_of(dit_analysis, 2, granularity=Granularity.BRANCH)
+    got = observe(dit_analysis.captured, targets, dit_recording, weighting, PAPER)
     assert [list(found.tensors()) for found in got.values()] == [["input", "cross", "energy"]] * 4
 
 
 @pytest.mark.parametrize("weighting", list(Weighting))
 def test_targets_of_rank_0_run_nothing(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, weighting: Weighting
+    dit_analysis: Analysis, dit_recording: Recording, weighting: Weighting
 ) -> None:
     bad = torch.full((4, 1, 28, 28), math.nan)
     poisoned = replaced(dit_recording, 0, "hidden_states", bad)
-    targets, _ = assign(*dit_found, rank=0, granularity=Granularity.BRANCH)
-    assert observe(dit_found[0], targets, poisoned, weighting, PAPER) == {}
-    assert observe(dit_found[0], (), poisoned, weighting, PAPER) == {}
+    targets = targets_of(dit_analysis, 0, granularity=Granularity.BRANCH)
+    assert observe(dit_analysis.captured, targets, poisoned, weighting, PAPER) == {}
+    assert observe(dit_analysis.captured, (), poisoned, weighting, PAPER) == {}
 
 
 @pytest.mark.parametrize("schedule", ["R", "RURFRU", "RRRRRC"])
 def test_runs_without_a_calibrate_step_have_no_moments(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, schedule: str
+    dit_analysis: Analysis, dit_recording: Recording, schedule: str
 ) -> None:
     short = part(dit_recording, 0, 1, 2, 3, 4)  # the last step is never reached
     with pytest.raises(ObserveError) as caught:
-        seen_by(dit_found, short, Weighting.COVARIANCE, modes(schedule))
+        seen_by(dit_analysis, short, Weighting.COVARIANCE, modes(schedule))
     assert str(caught.value) == (
         "observe: recording: expected a run with a CALIBRATE step after a REFRESH step, "
         "got no increment. Record a whole sampler run."
@@ -486,12 +470,12 @@ def test_runs_without_a_calibrate_step_have_no_moments(
 
 
 def test_steps_beyond_the_schedule_are_not_run_and_not_promised(
-    dit_found: tuple[CapturedGraph, Sites], dit_recording: Recording, second_run: Recording
+    dit_analysis: Analysis, dit_recording: Recording, second_run: Recording
 ) -> None:
-    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signatures)
+    both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signature)
     seen: list[tuple[int, int]] = []
     got = seen_by(
-        dit_found,
+        dit_analysis,
         both,
         Weighting.COVARIANCE,
         modes("RCC"),
@@ -499,8 +483,8 @@ def test_steps_beyond_the_schedule_are_not_run_and_not_promised(
     )
     assert seen == [(k, 6) for k in range(1, 7)]
     runs = [part(dit_recording, 0, 1, 2), part(second_run, 0, 1, 2)]
-    targets, _ = assign(*dit_found, rank=1)
-    expected = expected_moments(dit_found[0], targets[0], runs, modes("RCC"), 0)
+    targets = targets_of(dit_analysis, 1)
+    expected = expected_moments(dit_analysis.captured, targets[0], runs, modes("RCC"), 0)
     assert_moments(got[targets[0].name], expected)
 
 
@@ -512,14 +496,14 @@ def test_half_precision_increments_are_taken_in_float32(dit: FashionDiT) -> None
     with record(half) as recording, torch.no_grad():
         for now in (900, 600, 300):
             images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
-    captured, sites = find(half, recording)
-    targets, _ = assign(captured, sites, rank=2, joint=True)
+    analysis = analysis_of(half, recording)
+    targets = targets_of(analysis, 2, joint=True)
     schedule = modes("RRC")
-    got = observe(captured, targets, recording, Weighting.COVARIANCE, schedule, 1)
+    got = observe(analysis.captured, targets, recording, Weighting.COVARIANCE, schedule, 1)
     for target in targets:
         # Differences in float16 would be off by 1e-3 and more.
         assert_moments(
-            got[target.name], expected_moments(captured, target, [recording], schedule, 1)
+            got[target.name], expected_moments(analysis.captured, target, [recording], schedule, 1)
         )
 
 
@@ -546,7 +530,7 @@ def test_large_values_are_no_bad_ones() -> None:
     stream = 1e38 * (1 + x.abs().clamp(max=1.0))
     assert stream.isfinite().all()
     assert stream.sum().isinf()
-    found = seen_by(find(model, recording), recording, Weighting.ACTIVATION, modes("RC"))
+    found = seen_by(analysis_of(model, recording), recording, Weighting.ACTIVATION, modes("RC"))
     for name in ("first", "second"):
         statistics = found[name]
         assert isinstance(statistics, ChannelStatistics)

@@ -18,7 +18,7 @@ from calicache.graph_passes.common.errors import DependenceError
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.surgery import module_path
-from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import record
 from calicache.graph_passes.recording.recording import Recording
 
@@ -191,26 +191,26 @@ def test_timestep_of_any_shape_is_step(shape: tuple[int, ...]) -> None:
 
 def test_text_that_differs_only_between_runs_is_run() -> None:
     texts = torch.randn(2, 5)
-    assert classify_inputs(sampled(lambda run, _: texts[run]))["cond"] is RUN
+    assert sampled(lambda run, _: texts[run]).dependence["cond"] is RUN
 
 
 def test_per_token_timestep_is_step_where_two_runs_show_it() -> None:
     mask = torch.tensor([0.0, 1.0, 1.0])  # the first token is given and holds no noise
-    assert classify_inputs(sampled(lambda _, t: t * mask))["cond"] is STEP
+    assert sampled(lambda _, t: t * mask).dependence["cond"] is STEP
 
 
 def test_per_token_timestep_is_latent_where_one_run_cannot_show_it() -> None:
     mask = torch.tensor([0.0, 1.0, 1.0])
-    assert classify_inputs(sampled(lambda _, t: t * mask, runs=1))["cond"] is LATENT
+    assert sampled(lambda _, t: t * mask, runs=1).dependence["cond"] is LATENT
 
 
 def test_a_second_latent_is_latent() -> None:
-    assert classify_inputs(sampled(lambda *_: torch.randn(4)))["cond"] is LATENT
+    assert sampled(lambda *_: torch.randn(4)).dependence["cond"] is LATENT
 
 
 def test_two_runs_from_the_same_noise_leave_the_latent_latent() -> None:
     steps = [{"x": torch.randn(2, 3), "timestep": torch.tensor(t)} for t in (9, 5, 1)]
-    assert classify_inputs(recorded(steps * 2)) == {"x": LATENT, "timestep": STEP}
+    assert recorded(steps * 2).dependence == {"x": LATENT, "timestep": STEP}
 
 
 def test_an_input_that_moves_in_one_run_only_is_not_run() -> None:
@@ -372,7 +372,7 @@ def test_every_layout_agrees_where_the_latent_lends_its_form(
 
 def test_single_steps_are_refused() -> None:
     with pytest.raises(DependenceError) as caught:
-        classify_inputs(recorded([{"x": torch.randn(2, 3), "timestep": torch.tensor(9)}]))
+        _ = recorded([{"x": torch.randn(2, 3), "timestep": torch.tensor(9)}]).dependence
     message = str(caught.value)
     assert "dependence: recording: expected a run of at least 2 steps, got 1 step." in message
     assert "Record a whole sampler run." in message
@@ -383,7 +383,7 @@ def test_calls_without_a_latent_are_refused(moving: bool) -> None:
     x = torch.randn(2, 3)
     calls = ({"x": x, "timestep": torch.tensor(t * moving)} for t in (9, 5, 1))
     with pytest.raises(DependenceError) as caught:
-        classify_inputs(recorded(calls))
+        _ = recorded(calls).dependence
     message = str(caught.value)
     assert "dependence: x, timestep: expected an input that changes over the steps" in message
     assert "got none that does. Record the calls of a real sampler" in message

@@ -451,11 +451,12 @@ def fast(packed: nn.Module, plan: Plan) -> OptimizedModel:
 
 def test_the_plan_fixes_the_mask_at_its_recorded_value(plan: Plan) -> None:
     assert json.loads(plan.binding.reads) == [WHERE, WHERE]
-    assert plan.settings.fixed == {"mask": (digest(MASK),)}
+    assert plan.binding.run_values == {"mask": (digest(MASK),)}
 
 
 def test_layers_on_packed_tokens_are_calibrated(fast: OptimizedModel) -> None:
     assert StepMode.CALIBRATE in fast.plan.schedule
+    assert fast.compiled.analysis.fixed == {"mask": (digest(MASK),)}
     # 3 + 1 tokens under the mask, not 2 x 4.
     sites = [(site.name, site.tokens) for site in fast.compiled.analysis.sites.linears]
     assert sites == [("fc1", 4), ("fc2", 4), ("fc3", 4)]
@@ -496,7 +497,7 @@ def test_another_batch_size_is_refused_where_the_mask_is_fixed(fast: OptimizedMo
 def test_two_masks_of_equal_lengths_are_both_accepted_and_a_third_is_not() -> None:
     model = Reader(same_shape).eval()
     fast = optimize(model, planned(model, recorded(model, MASK, MOVED)))
-    assert fast.plan.settings.fixed == {"mask": (digest(MASK), digest(MOVED))}
+    assert fast.compiled.analysis.fixed == {"mask": (digest(MASK), digest(MOVED))}
     for mask in (MASK, MOVED):
         fast.reset()
         # float32: one layer as a product of two factors, over 3 steps.
@@ -511,8 +512,8 @@ def test_saved_plans_keep_reads_and_fixed_values(
 ) -> None:
     plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
-    assert loaded.settings == plan.settings
-    assert loaded.settings.reads != "[]"
+    assert (loaded.binding, loaded.recipe) == (plan.binding, plan.recipe)
+    assert loaded.binding.reads != "[]"
     fast.reset()
     # The same program on the same numbers.
     assert torch.equal(run_of(optimize(packed, loaded)), run_of(fast))

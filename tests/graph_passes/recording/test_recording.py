@@ -19,8 +19,9 @@ from support.models import STEPS, sample_dit
 from torch import Tensor, nn
 
 from calicache.graph_passes.common.errors import RecordError
-from calicache.graph_passes.recording.recorder import record
-from calicache.graph_passes.recording.recording import Recording, Timestep
+from calicache.graph_passes.recording.recorder import Recorder, record
+from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.recording.timestep import Timestep
 
 
 class Denoiser(nn.Module):
@@ -32,7 +33,7 @@ class Denoiser(nn.Module):
         return x, timestep, labels, cond
 
 
-def recorded(*calls: dict[str, Any]) -> Recording:
+def recorded(*calls: dict[str, Any]) -> Recorder:
     model = Denoiser()
     with record(model) as recording:
         for call in calls:
@@ -177,7 +178,7 @@ def test_calls_without_a_timestep_are_one_run() -> None:
 # --- what cannot be recorded ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", ["signature", "timestep", "runs", "steps"])
+@pytest.mark.parametrize("read", ["signature", "timestep", "runs", "steps", "dependence"])
 def test_nothing_recorded_is_an_error_that_tells_how_to_record(read: str) -> None:
     with pytest.raises(RecordError) as caught:
         getattr(recorded(), read)
@@ -279,7 +280,7 @@ def test_values_shared_by_steps_are_stored_once(tmp_path: Path) -> None:
 
 def test_nothing_is_written_where_nothing_was_recorded(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="at least one call"):
-        Recording().save(tmp_path / "a")
+        Recorder().save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,7 +300,7 @@ def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     with pytest.raises(RecordError) as caught:
         Recording.load(path)
     assert str(caught.value).startswith(f"record: {path}: expected a recording written by")
-    assert "Record the recording again." in caught.value.fix
+    assert "Record again." in caught.value.fix
 
 
 def form(dtype: str, tree: str) -> str:
@@ -339,7 +340,7 @@ def test_missing_file_folder_and_foreign_files_are_refused(tmp_path: Path) -> No
 # --- results ---------------------------------------------------------------------------------
 
 
-def finished(*runs: tuple[Sequence[float], float | None]) -> Recording:
+def finished(*runs: tuple[Sequence[float], float | None]) -> Recorder:
     """Calls by timestep, and where a number is given a result full of it."""
     model = Denoiser()
     with record(model) as recording:
@@ -414,7 +415,7 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["before any call", "twice"])
 def test_finish_without_a_run_since_the_last_is_refused(case: str) -> None:
-    recording = Recording() if case == "before any call" else finished(([2, 1], 5.0))
+    recording = Recorder() if case == "before any call" else finished(([2, 1], 5.0))
     before = dict(recording.results)
     with pytest.raises(
         RecordError, match="finish: expected calls of the model before it, got none"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model import FashionDiT
+from support.analyses import analysis_of, targets_of
 from support.factors import factors_of
 from support.models import relative, shake
 from torch import Tensor, fx, nn
@@ -25,22 +26,18 @@ from calicache.graph_passes import (
     Sites,
     StepMode,
     Weighting,
-    classify_nodes,
-    find_sites,
     optimize,
     record,
 )
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.factors.observe import observe
-from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.rewriting.checks import verify_variants
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import Table, anchor_table, output_table
-from calicache.graph_passes.sites.targets import assign
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 aten = torch.ops.aten
@@ -127,11 +124,9 @@ def make(
     with record(model) as recording, torch.no_grad():
         for x in inputs:
             model(x)
-    captured = capture(model, recording.signature)
-    sites = find_sites(captured, classify_nodes(captured, recording.dependence))
-    targets, _ = assign(
-        captured, sites, rank=rank, granularity=granularity, rules=rules, joint=joint
-    )
+    analysis = analysis_of(model, recording)
+    captured, sites = analysis.captured, analysis.sites
+    targets = targets_of(analysis, rank, granularity=granularity, rules=rules, joint=joint)
     weighting = Weighting.COVARIANCE if joint else Weighting.NONE
     statistics = observe(captured, targets, recording, weighting, SCHEDULE, order)
     factors = factors_of(captured, targets, statistics)
@@ -228,9 +223,9 @@ def test_optimized_model_keeps_order_plus_one_refreshes_newest_first(
     fast = optimize(dit, forecast_plan)  # R C R U R F
     seen = []
     for call in dit_recording.calls:
-        (before,) = map(list, fast._kept)  # one call a step
+        (before,) = map(list, fast.state.kept)  # one call a step
         fast(**call)
-        (kept,) = fast._kept
+        (kept,) = fast.state.kept
         if fast.plan.schedule[fast.step - 1] is REFRESH:
             moved = zip(kept[1:], before, strict=False)
             assert all(a[name] is b[name] for a, b in moved for name in b)
@@ -450,5 +445,5 @@ def test_weights_of_anchors_do_not_change_the_dtype(dtype: torch.dtype) -> None:
     fast = optimize(model, plan)
     for x in case.inputs:
         assert fast(x.to(dtype)).dtype is dtype
-        (refreshes,) = fast._kept
+        (refreshes,) = fast.state.kept
         assert {v.dtype for kept in refreshes for v in kept.values()} == {dtype}

@@ -77,9 +77,9 @@ def test_good_graphs_are_handed_on(made: tuple[CapturedGraph, VariantSet]) -> No
 
 
 def test_graphs_with_a_history_are_good(fast_forecast: OptimizedModel) -> None:
-    variant_set = fast_forecast.variant_set
+    variant_set = fast_forecast.compiled.variant_set
     assert (variant_set.history, set(variant_set.variants)) == (3, set(StepMode))
-    assert verify_variants(fast_forecast.captured, variant_set) is variant_set
+    assert verify_variants(fast_forecast.compiled.captured, variant_set) is variant_set
 
 
 def test_graph_of_diffusers_is_good(
@@ -247,7 +247,7 @@ def test_weight_that_is_not_there_is_refused(made: tuple[CapturedGraph, VariantS
 def test_weight_that_no_table_holds_is_refused(
     fast_forecast: OptimizedModel, mode: StepMode
 ) -> None:
-    captured, variant_set = fast_forecast.captured, fast_forecast.variant_set
+    captured, variant_set = fast_forecast.compiled.captured, fast_forecast.compiled.variant_set
     name = next(read for read in variant_set.variants[mode].reads if read in variant_set.tables)
     tables = {key: table for key, table in variant_set.tables.items() if key != name}
     refuses(
@@ -256,7 +256,7 @@ def test_weight_that_no_table_holds_is_refused(
 
 
 def test_slot_that_is_not_kept_is_refused(fast_forecast: OptimizedModel) -> None:
-    captured, variant_set = fast_forecast.captured, fast_forecast.variant_set
+    captured, variant_set = fast_forecast.compiled.captured, fast_forecast.compiled.variant_set
     wrong = dataclasses.replace(variant_set, history=2)
     refuses(lambda: verify_variants(captured, wrong), "_back2")
 

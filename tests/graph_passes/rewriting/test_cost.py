@@ -10,6 +10,7 @@ from diffusers import DiTTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
+from support.analyses import analysis_of, targets_of
 from support.factors import factors_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,10 +22,7 @@ from calicache.graph_passes import (
     ModelCost,
     Plan,
     Recording,
-    Sites,
     StepMode,
-    classify_nodes,
-    find_sites,
     model_cost,
     optimize,
     uniform_schedule,
@@ -32,9 +30,10 @@ from calicache.graph_passes import (
 from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
+from calicache.graph_passes.recording.recorder import Recorder
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.settings.schedule import anchor_table
-from calicache.graph_passes.sites.targets import assign
+from calicache.graph_passes.sites.analysis import Analysis
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 PLAIN = (REFRESH, CALIBRATE, REUSE)
@@ -45,14 +44,8 @@ SHARES = {  # whole run at intervals 2, 3, 4
 }
 
 
-def found(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Sites]:
-    captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
-
-
 def cost_of(
-    captured: CapturedGraph,
-    sites: Sites,
+    analysis: Analysis,
     rank: int,
     *,
     fold: bool = False,
@@ -60,7 +53,8 @@ def cost_of(
     modes: tuple[StepMode, ...] = PLAIN,
     **options: object,
 ) -> ModelCost:
-    targets, _ = assign(captured, sites, rank=rank, **options)
+    captured, sites = analysis.captured, analysis.sites
+    targets = targets_of(analysis, rank, **options)
     # Zeros, as only shapes count; on the meta device they are made without statistics.
     if captured.attribute(sites.linears[0].weight).is_meta:
         factors = factors_of(captured, targets, {})
@@ -75,7 +69,7 @@ def cost_of(
         folded=frozenset(factors if fold else ()),
         anchors=anchor_table(modes, order),
     )
-    return model_cost(captured, sites, targets, variant_set)
+    return model_cost(analysis, targets, variant_set)
 
 
 def zeros(captured: CapturedGraph, target: CalibrationTarget) -> CalibrationFactors:
@@ -103,15 +97,15 @@ class DiTXL:
                 sample_size=latent,
                 patch_size=2,
             ).eval()
-        recording = Recording()
+        recording = Recorder()
         for timestep in (9, 5):
             recording.append(
                 self.model,
                 (torch.randn(2, 4, latent, latent),),
                 {"timestep": torch.full((2,), timestep), "class_labels": torch.tensor([1, 2])},
             )
-        self.captured, self.sites = found(self.model, recording)
-        self.cost = cost_of(self.captured, self.sites, 128)
+        self.analysis = analysis_of(self.model, recording)
+        self.cost = cost_of(self.analysis, 128)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +124,7 @@ def dit_xl(request: pytest.FixtureRequest) -> tuple[int, DiTXL]:
 
 
 def test_dit_xl_needs_no_weights_in_memory(dit_xl: tuple[int, DiTXL]) -> None:
-    captured = dit_xl[1].captured
+    captured = dit_xl[1].analysis.captured
     parameters = [*dit_xl[1].model.parameters(), *captured.module.parameters()]
     assert sum(p.numel() for p in parameters[: len(parameters) // 2]) > 600e6
     assert all(parameter.is_meta for parameter in parameters)
@@ -139,7 +133,7 @@ def test_dit_xl_needs_no_weights_in_memory(dit_xl: tuple[int, DiTXL]) -> None:
 def test_dit_xl_sites_are_all_token_layers_of_all_blocks(dit_xl: tuple[int, DiTXL]) -> None:
     layers = (*DIT_LAYERS, "ff.net.2")
     expected = [f"transformer_blocks.{block}.{layer}" for block in range(28) for layer in layers]
-    assert [site.name for site in dit_xl[1].sites.linears] == expected
+    assert [site.name for site in dit_xl[1].analysis.sites.linears] == expected
 
 
 @pytest.mark.parametrize(("pixels", "published"), [(256, 118.64e9), (512, 524.60e9)])
@@ -226,7 +220,7 @@ PRODUCTS = {
 def test_macs_of_one_operation(name: str) -> None:
     function, a, b, macs = PRODUCTS[name]
     model = Apply(function).eval()
-    recording = Recording()
+    recording = Recorder()
     recording.append(model, (torch.randn(a), torch.randn(b)), {})
     assert graph_macs(capture(model, recording.signature).graph) == macs
 
@@ -268,13 +262,8 @@ def test_cost_is_that_of_the_emitted_graphs(dit: FashionDiT, dit_plan: Plan, ran
 
 
 @pytest.fixture(scope="module")
-def small(dit: FashionDiT, dit_recording: Recording) -> tuple[CapturedGraph, Sites]:
-    return found(dit, dit_recording)
-
-
-@pytest.fixture(scope="module")
-def rank_4(small: tuple[CapturedGraph, Sites]) -> ModelCost:
-    return cost_of(*small, 4)
+def rank_4(dit_analysis: Analysis) -> ModelCost:
+    return cost_of(dit_analysis, 4)
 
 
 def test_cost_of_one_site_by_hand(rank_4: ModelCost) -> None:
@@ -288,14 +277,16 @@ def test_cost_of_one_site_by_hand(rank_4: ModelCost) -> None:
     assert cost.cache_bytes == 4 * tokens * (128 + 32)  # y_ref and x_ref
 
 
-def test_half_the_precision_is_half_the_bytes(dit: FashionDiT, dit_recording: Recording) -> None:
+def test_half_the_precision_is_half_the_bytes(
+    dit: FashionDiT, dit_recording: Recording, rank_4: ModelCost
+) -> None:
     half = copy.deepcopy(dit).bfloat16()
-    full_cost = cost_of(*found(dit, dit_recording), 4).targets["blocks.1.attn.q"]
-    recording = Recording()
+    full_cost = rank_4.targets["blocks.1.attn.q"]
+    recording = Recorder()
     for call in dit_recording.calls:
         images = call["hidden_states"].bfloat16()
         recording.append(half, (), {**call, "hidden_states": images})
-    half_cost = cost_of(*found(half, recording), 4).targets["blocks.1.attn.q"]
+    half_cost = cost_of(analysis_of(half, recording), 4).targets["blocks.1.attn.q"]
     assert half_cost.full_macs == full_cost.full_macs
     assert half_cost.full_bytes * 2 == full_cost.full_bytes
     assert half_cost.factor_bytes * 2 == full_cost.factor_bytes
@@ -304,11 +295,9 @@ def test_half_the_precision_is_half_the_bytes(dit: FashionDiT, dit_recording: Re
 
 @settings(max_examples=10, deadline=None)
 @given(rank=st.integers(1, 31))
-def test_calibrate_grows_by_two_thin_products_per_rank(
-    small: tuple[CapturedGraph, Sites], rank: int
-) -> None:
-    one, more = cost_of(*small, rank), cost_of(*small, rank + 1)
-    per_rank = sum(s.tokens * (s.in_features + s.out_features) for s in small[1].linears)
+def test_calibrate_grows_by_two_thin_products_per_rank(dit_analysis: Analysis, rank: int) -> None:
+    one, more = cost_of(dit_analysis, rank), cost_of(dit_analysis, rank + 1)
+    per_rank = sum(s.tokens * (s.in_features + s.out_features) for s in dit_analysis.sites.linears)
     assert more.modes[CALIBRATE] - one.modes[CALIBRATE] == per_rank
     assert (more.plain_macs, more.modes[REUSE]) == (one.plain_macs, one.modes[REUSE])
     assert one.modes[REUSE] < one.modes[CALIBRATE]
@@ -324,8 +313,8 @@ def test_share_of_a_run_is_the_mean_over_its_steps(
     assert rank_4.run_share(schedule) == pytest.approx(share, rel=1e-14, abs=0)
 
 
-def test_folding_costs_a_little_on_refresh_alone(small: tuple[CapturedGraph, Sites]) -> None:
-    unfolded, folded = cost_of(*small, 2), cost_of(*small, 2, fold=True)
+def test_folding_costs_a_little_on_refresh_alone(dit_analysis: Analysis) -> None:
+    unfolded, folded = cost_of(dit_analysis, 2), cost_of(dit_analysis, 2, fold=True)
     assert unfolded.modes[REFRESH] == unfolded.plain_macs == folded.plain_macs
     assert folded.plain_macs < folded.modes[REFRESH] < 1.1 * folded.plain_macs
     assert folded.modes[CALIBRATE] == unfolded.modes[CALIBRATE]
@@ -335,9 +324,9 @@ def test_folding_costs_a_little_on_refresh_alone(small: tuple[CapturedGraph, Sit
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_joint_siblings_cost_what_they_cost_apart(
-    small: tuple[CapturedGraph, Sites], rank_4: ModelCost, fold: bool
+    dit_analysis: Analysis, rank_4: ModelCost, fold: bool
 ) -> None:
-    joint = cost_of(*small, 4, joint=True, fold=fold)
+    joint = cost_of(dit_analysis, 4, joint=True, fold=fold)
     assert joint.modes[CALIBRATE] == rank_4.modes[CALIBRATE]
     group = joint.targets["blocks.0.attn.q+k+v"]
     members = [rank_4.targets[f"blocks.0.attn.{name}"] for name in "qkv"]
@@ -350,10 +339,8 @@ def test_joint_siblings_cost_what_they_cost_apart(
     assert group.fold_macs == tokens * 6 * 32 * fold
 
 
-def test_whole_branch_costs_all_that_is_inside(
-    small: tuple[CapturedGraph, Sites], rank_4: ModelCost
-) -> None:
-    whole = cost_of(*small, 4, granularity=Granularity.BRANCH)
+def test_whole_branch_costs_all_that_is_inside(dit_analysis: Analysis, rank_4: ModelCost) -> None:
+    whole = cost_of(dit_analysis, 4, granularity=Granularity.BRANCH)
     tokens, attention = 4 * 49, whole.targets["blocks.0.attn"]
     layers = [rank_4.targets[f"blocks.0.attn.{name}"] for name in ("q", "k", "v", "proj")]
     # Scores and mix of 49 tokens with 49, over 32 channels, beside the four layers.
@@ -371,22 +358,22 @@ def test_whole_branch_costs_all_that_is_inside(
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("fold", [False, True])
 def test_every_kept_refresh_takes_the_same_memory_and_no_macs(
-    small: tuple[CapturedGraph, Sites], order: int, fold: bool
+    dit_analysis: Analysis, order: int, fold: bool
 ) -> None:
-    stale, forecast = (cost_of(*small, 4, fold=fold, order=k) for k in (0, order))
+    stale, forecast = (cost_of(dit_analysis, 4, fold=fold, order=k) for k in (0, order))
     assert forecast.cache_bytes == (order + 1) * stale.cache_bytes
     for name, cost in stale.targets.items():
         assert forecast.targets[name].cache_bytes == (order + 1) * cost.cache_bytes
     assert forecast.modes == stale.modes
 
 
-def test_only_the_modes_that_were_made_have_a_cost(small: tuple[CapturedGraph, Sites]) -> None:
-    cost = cost_of(*small, 4, modes=(REFRESH, CALIBRATE))
+def test_only_the_modes_that_were_made_have_a_cost(dit_analysis: Analysis) -> None:
+    cost = cost_of(dit_analysis, 4, modes=(REFRESH, CALIBRATE))
     assert set(cost.modes) == {REFRESH, CALIBRATE}
     with pytest.raises(KeyError):
         cost.run_share([REFRESH, REUSE])
 
 
 def test_dit_xl_joint_costs_no_more_than_the_paper(dit_256: DiTXL) -> None:
-    joint = cost_of(dit_256.captured, dit_256.sites, 128, joint=True)
+    joint = cost_of(dit_256.analysis, 128, joint=True)
     assert joint.modes[CALIBRATE] == dit_256.cost.modes[CALIBRATE]  # 1.5 x 128 is a whole rank

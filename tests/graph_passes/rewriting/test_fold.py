@@ -10,27 +10,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.analyses import noise_analysis
 from support.factors import factors_of
-from support.models import shake
 from torch import Tensor, nn
 
 from calicache.graph_passes import (
     CalibrationTarget,
-    CapturedGraph,
     Granularity,
     ModelCost,
     Plan,
-    Sites,
     StepMode,
-    classify_nodes,
-    find_sites,
     model_cost,
     optimize,
-    record,
     uniform_schedule,
 )
 from calicache.graph_passes.factors.statistics import SecondMoments
-from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.macs import graph_macs
 from calicache.graph_passes.rewriting.fold import (
     FLOPS_PER_BYTE,
@@ -41,12 +35,10 @@ from calicache.graph_passes.rewriting.fold import (
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table
-from calicache.graph_passes.sites.targets import assign
+from calicache.graph_passes.sites.analysis import Analysis
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 PLAIN = (REFRESH, CALIBRATE, REUSE)
-
-Found = tuple[CapturedGraph, Sites]
 
 
 def targets_of(
@@ -176,7 +168,7 @@ def test_optimize_folds_what_the_rule_says(dit: nn.Module, dit_plan: Plan) -> No
     # Two cheap steps a REFRESH in float32: folded where the group's ranks sum to less than 240.
     few, many = optimize(dit, dit_plan), optimize(dit, dit_plan.with_rank(16))
     folded = [{c.folded for c in fast.compiled.variant_set.caches} - {None} for fast in (few, many)]
-    names = {site.name for site in few.sites.linears}
+    names = {site.name for site in few.compiled.analysis.sites.linears}
     assert folded[0] == names
     # 3 x 16 is more than the 32 channels that q, k and v read.
     assert folded[1] == {name for name in names if name[-2:] not in (".q", ".k", ".v")}
@@ -196,21 +188,14 @@ class Chain(nn.Module):
 
 
 @pytest.fixture(scope="module", params=["dit", "diffusers", "chain"])
-def found(request: pytest.FixtureRequest) -> Found:
+def analysis(request: pytest.FixtureRequest) -> Analysis:
     if request.param == "chain":
-        model = shake(Chain())
-        with record(model) as recording:
-            for _ in range(2):
-                model(torch.randn(2, 5, 8))
-    else:
-        model = request.getfixturevalue("dit" if request.param == "dit" else "diffusers_dit")
-        recording = request.getfixturevalue(f"{request.param}_recording")
-    captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
+        return noise_analysis(Chain())
+    return request.getfixturevalue(f"{request.param}_analysis")
 
 
 def emit(
-    found: Found,
+    analysis: Analysis,
     rank: int,
     modes: Collection[StepMode],
     *,
@@ -218,8 +203,8 @@ def emit(
     order: int = 0,
     joint: bool = False,
 ) -> tuple[VariantSet, ModelCost]:
-    captured, sites = found
-    targets, _ = assign(captured, sites, rank=rank, joint=joint)
+    captured, sites = analysis.captured, analysis.sites
+    targets = targets_of(analysis, rank, joint=joint)
     # Of W alone: a joint group takes the moments of increments that are all alike.
     statistics = {
         target.name: SecondMoments(input=torch.eye(target.in_features))
@@ -236,19 +221,19 @@ def emit(
         folded=frozenset(factors if fold else ()),
         anchors=anchor_table([REFRESH, CALIBRATE], order),
     )
-    return variant_set, model_cost(captured, sites, targets, variant_set)
+    return variant_set, model_cost(analysis, targets, variant_set)
 
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_macs_are_those_of_the_emitted_graphs(
-    found: Found, rank: int, fold: bool, joint: bool
+    analysis: Analysis, rank: int, fold: bool, joint: bool
 ) -> None:
-    variant_set, cost = emit(found, rank, PLAIN, fold=fold, joint=joint)
+    variant_set, cost = emit(analysis, rank, PLAIN, fold=fold, joint=joint)
     emitted = {mode: graph_macs(variant_set.variants[mode].module.graph) for mode in PLAIN}
     assert emitted == cost.modes
-    assert cost.plain_macs == graph_macs(found[0].graph)
+    assert cost.plain_macs == graph_macs(analysis.captured.graph)
     folding = sum(target.fold_macs for target in cost.targets.values())
     assert cost.modes[REFRESH] == cost.plain_macs + folding
     assert (folding > 0) == (fold and rank > 0)
@@ -258,17 +243,17 @@ def test_macs_are_those_of_the_emitted_graphs(
 @pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("fold", [False, True])
 def test_bytes_are_those_of_the_emitted_caches(
-    found: Found, fold: bool, order: int, joint: bool
+    analysis: Analysis, fold: bool, order: int, joint: bool
 ) -> None:
-    variant_set, cost = emit(found, 3, {CALIBRATE}, fold=fold, order=order, joint=joint)
+    variant_set, cost = emit(analysis, 3, {CALIBRATE}, fold=fold, order=order, joint=joint)
     emitted = (order + 1) * sum(cache.nbytes for cache in variant_set.caches)
     assert cost.cache_bytes == emitted
     assert emitted == sum(target.cache_bytes for target in cost.targets.values())
 
 
-def test_folding_makes_the_caches_smaller(found: Found) -> None:
-    plain, folded = (emit(found, 2, {CALIBRATE}, fold=fold)[0].caches for fold in (False, True))
-    sites = found[1]
+def test_folding_makes_the_caches_smaller(analysis: Analysis) -> None:
+    plain, folded = (emit(analysis, 2, {CALIBRATE}, fold=fold)[0].caches for fold in (False, True))
+    sites = analysis.sites
     outputs = {site.node for site in sites.linears}
     # x_ref of every group, unless it is some site's y_ref anyway, against r values a site.
     widths = {site.input_node: site.in_features for site in sites.linears}
@@ -281,7 +266,7 @@ def test_folding_makes_the_caches_smaller(found: Found) -> None:
 
 def test_share_of_a_run_counts_the_fold(dit: nn.Module, dit_plan: Plan) -> None:
     schedule = uniform_schedule(6, 3)
-    cost, refreshes = optimize(dit, dit_plan.with_schedule(schedule)).cost, 2
+    cost, refreshes = optimize(dit, dit_plan.with_schedule(schedule)).compiled.cost, 2
     assert cost.modes[REFRESH] > cost.plain_macs
     total = refreshes * cost.modes[REFRESH] + (6 - refreshes) * cost.modes[CALIBRATE]
     # float64 quotient of integers.

@@ -7,44 +7,30 @@ from collections.abc import Collection
 import pytest
 import torch
 import torch.nn.functional as F
-from model import FashionDiT
+from support.analyses import noise_analysis, targets_of
 from support.factors import factors_of
-from support.models import shake
 from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
-    CapturedGraph,
     Recording,
-    Sites,
     StepMode,
-    classify_nodes,
-    find_sites,
-    record,
 )
-from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import read_attribute
 from calicache.graph_passes.rewriting.insertion import Insertion, cache_name
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table, output_table
-from calicache.graph_passes.sites.targets import assign
+from calicache.graph_passes.sites.analysis import Analysis
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 
 SCHEDULE = (REFRESH, CALIBRATE, REFRESH, REUSE, REFRESH, FORECAST)
 
-Found = tuple[CapturedGraph, Sites]
 
-
-def find(model: nn.Module, recording: Recording) -> Found:
-    captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
-
-
-def emit(found: Found, *, fold: bool, order: int = 0, mix: bool = False) -> VariantSet:
-    captured, sites = found
-    targets, _ = assign(captured, sites, rank=2)
+def emit(analysis: Analysis, *, fold: bool, order: int = 0, mix: bool = False) -> VariantSet:
+    captured, sites = analysis.captured, analysis.sites
+    targets = targets_of(analysis, 2)
     factors = factors_of(captured, targets, {})
     return rewrite(
         captured,
@@ -98,21 +84,9 @@ class Adapter(Branch):
         return torch.tanh(self.second(x) + self.second.up(self.second.down(x)))
 
 
-def find_tiny(model: nn.Module) -> Found:
-    with record(shake(model)) as recording:
-        for _ in range(2):
-            model(torch.randn(2, 5, 8))
-    return find(model, recording)
-
-
-@pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_recording: Recording) -> Found:
-    return find(dit, dit_recording)
-
-
 def calibrated_first(*, fold: bool) -> tuple[str, str, str]:
     """What the GELU reads on a CALIBRATE step, and the names of A and B."""
-    graph = emit(find_tiny(Branch()), fold=fold).variants[CALIBRATE].module.graph
+    graph = emit(noise_analysis(Branch()), fold=fold).variants[CALIBRATE].module.graph
     gelu = next(node for node in graph.nodes if node.name == "gelu")
     down, up = sorted(str(n.target) for n in graph.nodes if "calibration.first" in str(n.target))
     return expression(gelu.args[0], ["layer_norm"]), down, up
@@ -132,7 +106,7 @@ def test_nodes_of_a_folded_site_are_exact() -> None:
 
 
 def test_refresh_applies_down_to_what_the_layer_reads() -> None:
-    graph = emit(find_tiny(Branch()), fold=True).variants[REFRESH].module.graph
+    graph = emit(noise_analysis(Branch()), fold=True).variants[REFRESH].module.graph
     folded, full, *_ = graph.output_node().args[0][1:]
     down = next(str(n.target) for n in graph.nodes if "calibration.first" in str(n.target))
     rows = "reshape(layer_norm, [-1, 8])"
@@ -142,8 +116,8 @@ def test_refresh_applies_down_to_what_the_layer_reads() -> None:
 
 
 def test_refresh_reads_the_folded_value_off_a_narrow_output() -> None:
-    found = find_tiny(Branch())
-    variant_set = emit(found, fold=True)
+    analysis = noise_analysis(Branch())
+    variant_set = emit(analysis, fold=True)
     graph = variant_set.variants[REFRESH].module.graph
     folded = graph.output_node().args[0][1:][[c.folded for c in variant_set.caches].index("second")]
     assert folded.target is LINEAR
@@ -151,7 +125,7 @@ def test_refresh_reads_the_folded_value_off_a_narrow_output() -> None:
     assert str(product.args[1].target) == "second.weight"
     assert str(read.target).endswith("second.read_factor")
     x = torch.randn(10, 16, dtype=torch.float64)
-    weight, bias = (found[0].attribute(f"second.{n}").double() for n in ("weight", "bias"))
+    weight, bias = (analysis.captured.attribute(f"second.{n}").double() for n in ("weight", "bias"))
     module = variant_set.variants[REFRESH].module
     k, shift = (read_attribute(module, str(n.target)).double() for n in (read, offset))
     down = read_attribute(
@@ -164,9 +138,9 @@ def test_refresh_reads_the_folded_value_off_a_narrow_output() -> None:
 
 
 @pytest.mark.parametrize(("fold", "differences"), [(False, 8), (True, 12)])
-def test_siblings_share_what_they_can(found: Found, fold: bool, differences: int) -> None:
-    graph = emit(found, fold=fold).variants[CALIBRATE].module.graph
-    assert [len(group.sites) for group in found[1].groups] == [3, 1, 1, 1] * 2
+def test_siblings_share_what_they_can(dit_analysis: Analysis, fold: bool, differences: int) -> None:
+    graph = emit(dit_analysis, fold=fold).variants[CALIBRATE].module.graph
+    assert [len(group.sites) for group in dit_analysis.sites.groups] == [3, 1, 1, 1] * 2
     # x - x_ref once a group; A x - z_ref once a site.
     subtractions = [n for n in graph.nodes if n.target is torch.ops.aten.sub.Tensor]
     assert len(subtractions) == differences
@@ -194,10 +168,10 @@ class Watch(fx.Interpreter):
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("mode", StepMode)
 def test_new_nodes_say_what_they_are(
-    found: Found, dit_recording: Recording, mode: StepMode, fold: bool, order: int
+    dit_analysis: Analysis, dit_recording: Recording, mode: StepMode, fold: bool, order: int
 ) -> None:
     mix = order > 0 or mode is StepMode.FORECAST
-    variant_set = emit(found, fold=fold, order=order, mix=mix)
+    variant_set = emit(dit_analysis, fold=fold, order=order, mix=mix)
     variant = variant_set.variants[mode]
     made = [node for node in variant.module.graph.nodes if node.name in variant.inserted]
     assert len(made) > (20 if mode in (REFRESH, CALIBRATE) else 0 if order else -1)
@@ -210,19 +184,24 @@ def test_new_nodes_say_what_they_are(
     assert Watch(variant.module).run(*inputs, *values)[0].shape == (4, 1, 28, 28)
 
 
-def test_new_nodes_name_their_site(found: Found) -> None:
-    variant = emit(found, fold=False).variants[CALIBRATE]
+def test_new_nodes_name_their_site(dit_analysis: Analysis) -> None:
+    variant = emit(dit_analysis, fold=False).variants[CALIBRATE]
     named = [n.meta.get("calibrates") for n in variant.module.graph.nodes if "val" in n.meta]
     # A, its product, B, its product and the sum; the shared x - x_ref is the first sibling's.
-    counts = {site.name: named.count(site.name) for site in found[1].linears}
-    shared = {group.sites[0] for group in found[1].groups}
+    counts = {site.name: named.count(site.name) for site in dit_analysis.sites.linears}
+    shared = {group.sites[0] for group in dit_analysis.sites.groups}
     assert counts == {name: 5 + (name in shared) for name in counts}
 
 
 def test_layers_inside_a_layer_have_factors_of_their_own() -> None:
-    found = find_tiny(Adapter())
-    assert [s.name for s in found[1].linears] == ["first", "second", "second.down", "second.up"]
-    module = emit(found, fold=False).variants[CALIBRATE].module
+    analysis = noise_analysis(Adapter())
+    assert [s.name for s in analysis.sites.linears] == [
+        "first",
+        "second",
+        "second.down",
+        "second.up",
+    ]
+    module = emit(analysis, fold=False).variants[CALIBRATE].module
     shapes = {
         str(n.target): tuple(n.meta["val"].shape) for n in module.graph.nodes if n.op[0] == "g"
     }

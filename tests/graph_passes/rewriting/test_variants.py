@@ -9,58 +9,40 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model import FashionDiT, FashionDiTConfig
+from support.analyses import analysis_of, noise_analysis, targets_of
 from support.factors import factors_of
 from support.golden import assert_golden, graph_text
 from support.models import relative, sample_dit, shake
 from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
-    CapturedGraph,
     Plan,
     Recording,
-    Sites,
     StepMode,
-    classify_nodes,
-    find_sites,
     optimize,
     record,
 )
-from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.operations import LINEAR
+from calicache.graph_passes.recording.recorder import Recorder
 from calicache.graph_passes.rewriting.checks import verify_variants
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet
 from calicache.graph_passes.settings.schedule import anchor_table, output_table
-from calicache.graph_passes.sites.targets import assign
+from calicache.graph_passes.sites.analysis import Analysis
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 CHEAP = (REFRESH, CALIBRATE, REUSE)
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
-Found = tuple[CapturedGraph, Sites]
-
-
-def find(model: nn.Module, recording: Recording, exclude: Collection[str] = ()) -> Found:
-    captured = capture(model, recording.signature)
-    classes = classify_nodes(captured, recording.dependence)
-    return captured, find_sites(captured, classes, exclude=tuple(exclude))
-
-
-def find_tiny(model: nn.Module) -> Found:
-    with record(shake(model)) as recording:
-        for _ in range(2):
-            model(torch.randn(2, 5, 8))
-    return find(model, recording)
-
 
 def emit(
-    found: Found,
+    analysis: Analysis,
     folded: Collection[str] = (),
     rank: int = 2,
     modes: Collection[StepMode] = CHEAP,
 ) -> VariantSet:
-    captured, sites = found
-    targets, _ = assign(captured, sites, rank=rank)
+    captured, sites = analysis.captured, analysis.sites
+    targets = targets_of(analysis, rank)
     factors = factors_of(captured, targets, {})
     variant_set = rewrite(captured, sites, targets, factors, modes, folded=frozenset(folded))
     return verify_variants(captured, variant_set)
@@ -110,19 +92,14 @@ class Twice(Branch):
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_recording: Recording) -> Found:
-    return find(dit, dit_recording)
-
-
-@pytest.fixture(scope="module")
-def variant_set(found: Found) -> VariantSet:
-    return emit(found)
+def variant_set(dit_analysis: Analysis) -> VariantSet:
+    return emit(dit_analysis)
 
 
 def test_calibrate_replaces_every_site_and_keeps_attention(
-    found: Found, variant_set: VariantSet
+    dit_analysis: Analysis, variant_set: VariantSet
 ) -> None:
-    captured, sites = found
+    captured, sites = dit_analysis.captured, dit_analysis.sites
     cheap = graph(variant_set, CALIBRATE)
     replaced = {site.weight for site in sites.linears} | {site.bias for site in sites.linears}
     factors = weights(cheap) - weights(captured.graph)
@@ -131,8 +108,8 @@ def test_calibrate_replaces_every_site_and_keeps_attention(
     assert count(cheap, ATTENTION) == count(captured.graph, ATTENTION) == 2
 
 
-def test_reuse_drops_whole_branches(found: Found, variant_set: VariantSet) -> None:
-    cheap, sites = graph(variant_set, REUSE), found[1]
+def test_reuse_drops_whole_branches(dit_analysis: Analysis, variant_set: VariantSet) -> None:
+    cheap, sites = graph(variant_set, REUSE), dit_analysis.sites
     assert count(cheap, ATTENTION) == 0
     assert not [name for name in weights(cheap) if name.startswith("blocks.")]
     left = {node.name for node in cheap.nodes}
@@ -140,16 +117,18 @@ def test_reuse_drops_whole_branches(found: Found, variant_set: VariantSet) -> No
     assert {name for branch in sites.branches for name in branch.joins} <= left
 
 
-def test_rank_zero_drops_what_only_sites_needed(found: Found) -> None:
-    cheap = emit(found, rank=0, modes={CALIBRATE})
+def test_rank_zero_drops_what_only_sites_needed(dit_analysis: Analysis) -> None:
+    cheap = emit(dit_analysis, rank=0, modes={CALIBRATE})
     # The output projection of attention returns its cache, so nobody asks for q, k and v.
     assert count(graph(cheap, CALIBRATE), ATTENTION) == 0
     kept = {cache.node for cache in cheap.caches}
-    assert kept == {s.node for s in found[1].linears if s.name.endswith((".proj", ".fc2"))}
+    assert kept == {
+        s.node for s in dit_analysis.sites.linears if s.name.endswith((".proj", ".fc2"))
+    }
 
 
 def test_caches_are_named_shaped_and_ordered_by_the_graph() -> None:
-    caches = emit(find_tiny(Branch()), ["second"]).caches
+    caches = emit(noise_analysis(Branch()), ["second"]).caches
     single = torch.float32
     assert caches == (
         CacheSpec("cache_layer_norm", "layer_norm", None, (2, 5, 8), single),
@@ -161,10 +140,10 @@ def test_caches_are_named_shaped_and_ordered_by_the_graph() -> None:
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_caches_are_inputs_of_cheap_variants_and_outputs_of_refresh(
-    found: Found, fold: bool
+    dit_analysis: Analysis, fold: bool
 ) -> None:
-    captured, sites = found
-    variants = emit(found, [s.name for s in sites.linears] if fold else [])
+    captured, sites = dit_analysis.captured, dit_analysis.sites
+    variants = emit(dit_analysis, [s.name for s in sites.linears] if fold else [])
     names = [cache.name for cache in variants.caches]
     arguments = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
     read: set[str] = set()
@@ -180,17 +159,17 @@ def test_caches_are_inputs_of_cheap_variants_and_outputs_of_refresh(
         assert (cache.shape, cache.dtype) == (value.meta["val"].shape, value.meta["val"].dtype)
 
 
-def test_schedule_without_cheap_steps_keeps_nothing(found: Found) -> None:
-    plain = emit(found, modes={REFRESH})
+def test_schedule_without_cheap_steps_keeps_nothing(dit_analysis: Analysis) -> None:
+    plain = emit(dit_analysis, modes={REFRESH})
     assert (set(plain.variants), plain.caches) == ({REFRESH}, ())
-    assert str(graph(plain, REFRESH)) == str(found[0].graph)
+    assert str(graph(plain, REFRESH)) == str(dit_analysis.captured.graph)
 
 
-def test_rewriting_leaves_the_source_and_repeats_itself(found: Found) -> None:
-    captured, sites = found
+def test_rewriting_leaves_the_source_and_repeats_itself(dit_analysis: Analysis) -> None:
+    captured, sites = dit_analysis.captured, dit_analysis.sites
     before = str(captured.graph)
     folded = sites.groups[0].sites
-    first, second = emit(found, folded), emit(found, folded)
+    first, second = emit(dit_analysis, folded), emit(dit_analysis, folded)
     assert str(captured.graph) == before
     assert first.caches == second.caches
     for mode in CHEAP:
@@ -199,10 +178,10 @@ def test_rewriting_leaves_the_source_and_repeats_itself(found: Found) -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_every_kept_refresh_has_a_slot_and_a_weight(found: Found, order: int) -> None:
-    captured, sites = found
+def test_every_kept_refresh_has_a_slot_and_a_weight(dit_analysis: Analysis, order: int) -> None:
+    captured, sites = dit_analysis.captured, dit_analysis.sites
     schedule = (REFRESH, CALIBRATE, REFRESH, REUSE, REFRESH, CALIBRATE, FORECAST)
-    targets, _ = assign(captured, sites, rank=2)
+    targets = targets_of(dit_analysis, 2)
     made = rewrite(
         captured,
         sites,
@@ -228,8 +207,8 @@ def test_every_kept_refresh_has_a_slot_and_a_weight(found: Found, order: int) ->
     assert set().union(*reads.values()) == slots | anchors | outputs  # nothing unread is kept
 
 
-def test_read_finds_weights_and_slots_by_step(found: Found) -> None:
-    captured, sites = found
+def test_read_finds_weights_and_slots_by_step(dit_analysis: Analysis) -> None:
+    captured, sites = dit_analysis.captured, dit_analysis.sites
     schedule = (REFRESH, REUSE, REFRESH, REUSE)
     made = rewrite(captured, sites, (), {}, set(schedule), anchors=anchor_table(schedule, 1))
     name = made.caches[0].name
@@ -242,13 +221,13 @@ def test_read_finds_weights_and_slots_by_step(found: Found) -> None:
     assert (empty.shape, int(empty.count_nonzero())) == (made.caches[0].shape, 0)
 
 
-def test_forecast_needs_no_other_cache_than_the_output(found: Found) -> None:
-    captured, sites = found
+def test_forecast_needs_no_other_cache_than_the_output(dit_analysis: Analysis) -> None:
+    captured, sites = dit_analysis.captured, dit_analysis.sites
     schedule = (REFRESH, REFRESH, FORECAST)
     made = rewrite(
         captured,
         sites,
-        assign(captured, sites, rank=2)[0],
+        targets_of(dit_analysis, 2),
         {},
         set(schedule),
         anchors=anchor_table(schedule, 2),
@@ -262,7 +241,7 @@ def test_forecast_needs_no_other_cache_than_the_output(found: Found) -> None:
 
 
 def test_excluded_sites_stay_full(dit: FashionDiT, dit_recording: Recording) -> None:
-    part = find(dit, dit_recording, exclude=["*.mlp.fc?", "*.k"])
+    part = analysis_of(dit, dit_recording, exclude=["*.mlp.fc?", "*.k"])
     variants = emit(part)
     cheap = weights(graph(variants, CALIBRATE))
     assert {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in ("mlp.fc1", "attn.k")} < cheap
@@ -283,12 +262,12 @@ def run(variant_set: VariantSet, mode: StepMode, first: Tensor, second: Tensor) 
 @pytest.mark.parametrize("fold", [False, True])
 def test_both_layers_of_a_chain_are_calibrated(fold: bool) -> None:
     model = Chain()
-    found = find_tiny(model)
-    variants = emit(found, ["first", "second"] if fold else [])
+    analysis = noise_analysis(model)
+    variants = emit(analysis, ["first", "second"] if fold else [])
     assert not {"first.weight", "second.weight"} & weights(graph(variants, CALIBRATE))
     # Each layer once on REFRESH: embed, first, second, and two A x where folded.
     assert count(graph(variants, REFRESH), LINEAR) == (5 if fold else 3)
-    factors = factors_of(found[0], assign(*found, rank=2)[0], {})
+    factors = factors_of(analysis.captured, targets_of(analysis, 2), {})
     first, second = torch.randn(2, 2, 5, 8)
     x, x_ref = model.norm(model.embed(second)), model.norm(model.embed(first))
     low = [factors[name].up @ factors[name].down for name in ("first", "second")]
@@ -304,10 +283,10 @@ def test_both_layers_of_a_chain_are_calibrated(fold: bool) -> None:
 @pytest.mark.parametrize("fold", [False, True])
 def test_branch_that_ends_in_a_site_has_one_cache_for_both_modes(fold: bool) -> None:
     model = Branch()
-    found = find_tiny(model)
-    variants = emit(found, ["first", "second"] if fold else [])
-    (branch,) = found[1].branches
-    assert branch.exits == (found[1].linears[-1].node,) == ("linear_2",)
+    analysis = noise_analysis(model)
+    variants = emit(analysis, ["first", "second"] if fold else [])
+    (branch,) = analysis.sites.branches
+    assert branch.exits == (analysis.sites.linears[-1].node,) == ("linear_2",)
     assert variants.variants[REUSE].reads == ("cache_linear_2",)
     assert variants.variants[CALIBRATE].reads[-1] == "cache_linear_2"
     first, second = torch.randn(2, 2, 5, 8)
@@ -319,13 +298,13 @@ def test_branch_that_ends_in_a_site_has_one_cache_for_both_modes(fold: bool) -> 
 
 
 def test_layer_called_twice_is_two_sites() -> None:
-    found = find_tiny(Twice())
-    assert [site.name for site in found[1].linears] == ["first", "first@1"]
-    variants = emit(found)
+    analysis = noise_analysis(Twice())
+    assert [site.name for site in analysis.sites.linears] == ["first", "first@1"]
+    variants = emit(analysis)
     assert "first.weight" not in weights(graph(variants, CALIBRATE))
     first = torch.randn(2, 5, 8)
     # No increment: float32 rounding alone.
-    expected = found[0].module(first)[0]
+    expected = analysis.captured.module(first)[0]
     torch.testing.assert_close(
         run(variants, CALIBRATE, first, first), expected, rtol=1e-5, atol=1e-6
     )
@@ -336,11 +315,11 @@ def test_layer_called_twice_is_two_sites() -> None:
 def test_half_precision_model_keeps_its_dtype(
     dit: FashionDiT, dit_recording: Recording, dtype: torch.dtype, fold: bool
 ) -> None:
-    half, recording = copy.deepcopy(dit).to(dtype), Recording()
+    half, recording = copy.deepcopy(dit).to(dtype), Recorder()
     for call in dit_recording.calls[:2]:
         recording.append(half, (), {**call, "hidden_states": call["hidden_states"].to(dtype)})
-    found = find(half, recording)
-    variants = emit(found, [s.name for s in found[1].linears] if fold else [], rank=32)
+    analysis = analysis_of(half, recording)
+    variants = emit(analysis, [s.name for s in analysis.sites.linears] if fold else [], rank=32)
     assert {cache.dtype for cache in variants.caches} == {dtype}
     first, second = (list(call.values()) for call in recording.calls)
     outputs = variants.variants[REFRESH].module(*first)
@@ -360,7 +339,7 @@ def one_block() -> VariantSet:
     model = FashionDiT(FashionDiTConfig(width=8, depth=1, heads=2, frequency_channels=8))
     with record(shake(model)) as recording:
         sample_dit(model, batch=1, steps=2)
-    return emit(find(model, recording), ["blocks.0.attn.proj", "blocks.0.mlp.fc1"])
+    return emit(analysis_of(model, recording), ["blocks.0.attn.proj", "blocks.0.mlp.fc1"])
 
 
 @pytest.fixture(scope="module")
@@ -376,10 +355,10 @@ def forecast_block() -> VariantSet:
 
 @pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())
 def test_graph_is_the_golden_one(one_block: VariantSet, mode: StepMode) -> None:
-    assert_golden(f"{mode.name.lower()}.txt", graph_text(graph(one_block, mode)))
+    assert_golden(f"rewriting/{mode.name.lower()}.txt", graph_text(graph(one_block, mode)))
 
 
 @pytest.mark.parametrize("mode", [CALIBRATE, FORECAST], ids=lambda mode: mode.name.lower())
 def test_graph_of_order_2_is_the_golden_one(forecast_block: VariantSet, mode: StepMode) -> None:
     text = graph_text(graph(forecast_block, mode))
-    assert_golden(f"{mode.name.lower()}_order_2.txt", text)
+    assert_golden(f"rewriting/{mode.name.lower()}_order_2.txt", text)

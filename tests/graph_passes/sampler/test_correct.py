@@ -89,6 +89,7 @@ def trained_plan(trained: FashionDiT) -> Plan:
     return Plan.from_trajectory(trained, recording, schedule=3, mode=FORECAST)
 
 
+@pytest.mark.slow
 def test_fitted_weights_bring_the_recorded_run_nearer_to_the_full_one(
     trained: FashionDiT, trained_plan: Plan
 ) -> None:
@@ -99,6 +100,7 @@ def test_fitted_weights_bring_the_recorded_run_nearer_to_the_full_one(
         assert corrected <= 0.8 * error(trained, plain, place, seed=1, batch=4)
 
 
+@pytest.mark.slow
 def test_fitted_weights_help_on_a_seed_that_was_not_recorded(
     trained: FashionDiT, trained_plan: Plan
 ) -> None:
@@ -138,11 +140,13 @@ def test_rows_of_any_schedule_have_the_form_of_their_mode(
     assert table[-1] == (*output_table(modes(letters), order)[-1], 0.0)
 
 
+@pytest.mark.slow
 def test_forecast_rows_have_no_own_output(trained_plan: Plan) -> None:
     for mode, row in zip(trained_plan.schedule, weights_of(trained_plan), strict=True):
         assert (row[0] == 0.0) == (mode is FORECAST)
 
 
+@pytest.mark.slow
 def test_last_row_is_the_plain_one(trained_plan: Plan) -> None:
     # What the last output becomes was not recorded.
     *_, plain = output_table(trained_plan.schedule, trained_plan.recipe.order)
@@ -240,6 +244,7 @@ def test_fit_leaves_model_and_recording_as_they_were(dit, dit_recording: Recordi
     assert all(torch.equal(value, state[name]) for name, value in dit.state_dict().items())
 
 
+@pytest.mark.slow
 def test_uniform_schedule_is_what_the_trained_plan_runs(trained_plan: Plan) -> None:
     assert trained_plan.schedule == uniform_schedule(LONG, 3, FORECAST)
 

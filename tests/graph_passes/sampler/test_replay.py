@@ -398,8 +398,8 @@ def test_errors_are_those_of_sampling_with_the_optimised_model(
     variants, recorded = ground
     schedule = modes(letters)
     fitted = plan_of(blocks, ended, letters, order)
-    without = replace(fitted.settings, output_weights=None, latent=None)
-    for plan in (fitted, replace(fitted, settings=without)):
+    without = replace(fitted.recipe, output_weights=None, latent=None)
+    for plan in (fitted, replace(fitted, recipe=without)):
         table = plan.recipe.output_weights or plain_table(schedule, order)
         made = replay(variants, recorded, schedule, order, table)
         fast, expected = optimize(blocks, plan), list[float]()

@@ -17,7 +17,8 @@ from torch import Tensor
 from calicache.graph_passes import Dependence
 from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.recording.recorder import record
-from calicache.graph_passes.recording.recording import Recording, Run
+from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.sampler.update import (
     SamplerSteps,
     find_latent,

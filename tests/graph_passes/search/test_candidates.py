@@ -161,7 +161,7 @@ def test_candidates_keep_the_budget_and_come_by_error(budget: float) -> None:
     for candidate in candidates:
         # The family that was proposed is the one that was run: its CALIBRATE steps are what costs.
         family, order = candidate.family, candidate.order
-        assert candidate.cost == family.cost(order)(candidate.schedule)
+        assert candidate.cost == family.shares.run_share(candidate.schedule, order)
         assert set(candidate.schedule) <= set(family.modes)
         assert order in family.spec.orders
         assert len(candidate.fit.weights) == STEPS
@@ -264,7 +264,7 @@ def test_calibration_that_saves_no_time_is_not_used() -> None:
     for _, point in points_of(plan):
         assert set(point.schedule) == {R, F}
         assert point.cost == pytest.approx(by_hand(point, latency), rel=1e-9)
-    assert plan.front.points[plan.front.taken].cost <= 0.5
+    assert plan.front.points[plan.front.choice].cost <= 0.5
     assert plan.statistics == {}
 
 
@@ -279,7 +279,7 @@ def test_costs_are_shares_of_the_measured_seconds() -> None:
         assert point.cost == pytest.approx(by_hand(point, latency), rel=1e-9)
         errors = sample_errors(euler(optimize(model, plan_of_point), CHOICE), euler(model, CHOICE))
         assert fmean(errors) == pytest.approx(point.error.mean, **ROUNDING)
-    assert plan.front.points[plan.front.taken].cost <= 0.5
+    assert plan.front.points[plan.front.choice].cost <= 0.5
 
 
 def test_time_that_no_mode_saves_is_refused() -> None:

@@ -638,6 +638,7 @@ def calibrate_error(
 
 
 # Over four pairs of runs: 0.42 to 0.52 of the uniform rank's error at 16, 0.62 to 0.71 at 96.
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "most"), [(16, 0.75), (96, 0.85)])
 def test_water_filled_ranks_beat_the_uniform_rank_at_equal_macs(
     trained: Known, other_run: list[tuple[list[Tensor], Tensor]], rank: int, most: float
@@ -654,6 +655,7 @@ def test_water_filled_ranks_beat_the_uniform_rank_at_equal_macs(
     )
 
 
+@pytest.mark.slow
 def test_dearer_allocations_have_smaller_measured_errors(
     trained: Known, other_run: list[tuple[list[Tensor], Tensor]]
 ) -> None:

@@ -19,6 +19,7 @@ from calicache.graph_passes.search.placement import (
     LEAST_GAIN,
     NEAR,
     POWERS,
+    Limits,
     Schedule,
     best_starts,
     improve,
@@ -91,7 +92,7 @@ def test_improved_schedule_is_no_worse_and_no_neighbour_is_much_better(
     tail = data.draw(st.lists(st.sampled_from(allowed), min_size=steps - 1, max_size=steps - 1))
     start: Schedule = (R, *tail)
     budget = max(budget, cost(start))
-    found, error = improve(rehearsal, start, order, allowed, cost, budget)
+    found, error = improve(rehearsal, start, order, Limits(allowed, cost, budget))
     assert found[0] is R
     assert len(found) == steps
     assert set(found) <= set(allowed) | set(start)
@@ -115,8 +116,8 @@ def test_best_of_all_schedules_is_found_where_they_can_be_looked_through(
     for seed in (0, 1):
         rehearsal = rehearsal_of(steps, seed)
         errors = rehearsal.errors(everything(steps, allowed, budget), order)
-        (start, _), *_ = best_starts(rehearsal, order, allowed, cost, budget)
-        _, found = improve(rehearsal, start, order, allowed, cost, budget)
+        (start, _), *_ = best_starts(rehearsal, order, Limits(allowed, cost, budget))
+        _, found = improve(rehearsal, start, order, Limits(allowed, cost, budget))
         # Moves that gain less than LEAST_GAIN (0.005) are not made. With two modes the exchanges
         # reach everything; with three a local search may stop short, among the best of some 300.
         assert min(errors) * (1 - 1e-9) <= found <= np.quantile(errors, share) * 1.006
@@ -134,14 +135,14 @@ def test_far_steps_exchange_where_nothing_near_helps() -> None:
     changed = Span(torch.stack(latents), outputs, span.weights)
     rehearsal = Rehearsal(changed, (Answer(0.0, 0.0),) * steps, {})
     start = modes("RR" + "F" * (steps - 2))
-    found, error = improve(rehearsal, start, 0, (R, F), cost, 2 / steps)
+    found, error = improve(rehearsal, start, 0, Limits((R, F), cost, 2 / steps))
     assert found == modes("R" + "F" * (steps - 2) + "R")
     assert error == pytest.approx(0.0, abs=1e-6)  # exact but for the ridge
 
 
 def test_nothing_moves_where_the_budget_allows_no_neighbour() -> None:
     rehearsal, start = rehearsal_of(5), modes("RFFFF")
-    found = improve(rehearsal, start, 1, (R, F), cost, 1 / 5)
+    found = improve(rehearsal, start, 1, Limits((R, F), cost, 1 / 5))
     assert found == (start, rehearsal.errors([start], 1)[0])
 
 
@@ -153,7 +154,7 @@ def test_nothing_moves_where_the_budget_allows_no_neighbour() -> None:
 def test_starts_refresh_first_and_stay_within_the_budget(
     steps: int, allowed: tuple[StepMode, ...], budget: float
 ) -> None:
-    found = list(starts(steps, allowed, cost, budget))
+    found = list(starts(steps, Limits(allowed, cost, budget)))
     for schedule in found:
         assert len(schedule) == steps
         assert schedule[0] is R
@@ -167,12 +168,12 @@ def test_starts_refresh_first_and_stay_within_the_budget(
 
 
 def test_start_of_one_cheap_mode_spreads_as_many_refreshes_as_fit() -> None:
-    found = list(starts(20, (R, F), cost, 0.3))
+    found = list(starts(20, Limits((R, F), cost, 0.3)))
     assert found == [spread_schedule(20, 6, power, F) for power in POWERS]  # 0.3 * 20 = 6
 
 
 def test_two_cheap_modes_take_turns_after_every_refresh() -> None:
-    found = list(starts(10, (R, U, F), cost, 0.27))  # two REFRESH and some REUSE
+    found = list(starts(10, Limits((R, U, F), cost, 0.27)))  # two REFRESH and some REUSE
     assert modes("RUFUFUFUFR") in found
     assert modes("RFUFUFUFUR") in found
     assert len(found) == 4 * len(POWERS)
@@ -181,11 +182,11 @@ def test_two_cheap_modes_take_turns_after_every_refresh() -> None:
 @pytest.mark.parametrize("allowed", SETS)
 def test_best_starts_are_all_starts_by_error(allowed: tuple[StepMode, ...]) -> None:
     rehearsal = rehearsal_of(12)
-    found = best_starts(rehearsal, 2, allowed, cost, 0.4)
-    there = set(starts(12, allowed, cost, 0.4))
-    errors = {schedule: rehearsal.errors([schedule], 2)[0] for schedule in there}
-    assert {schedule for schedule, _ in found} == there
-    assert len(found) == len(there)
+    found = best_starts(rehearsal, 2, Limits(allowed, cost, 0.4))
+    every = set(starts(12, Limits(allowed, cost, 0.4)))
+    errors = {schedule: rehearsal.errors([schedule], 2)[0] for schedule in every}
+    assert {schedule for schedule, _ in found} == every
+    assert len(found) == len(every)
     # Alone and in a batch: float64 rounding.
     for (schedule, error), least in zip(found, sorted(errors.values()), strict=True):
         assert error == pytest.approx(errors[schedule], rel=1e-9)
@@ -193,8 +194,8 @@ def test_best_starts_are_all_starts_by_error(allowed: tuple[StepMode, ...]) -> N
 
 
 def test_budget_below_one_refresh_has_no_start() -> None:
-    assert best_starts(rehearsal_of(10), 1, (R, F), cost, 0.09) == []
-    assert best_starts(rehearsal_of(10), 1, (R, F), cost, 0.1)
+    assert best_starts(rehearsal_of(10), 1, Limits((R, F), cost, 0.09)) == []
+    assert best_starts(rehearsal_of(10), 1, Limits((R, F), cost, 0.1))
 
 
 # --- all neighbours -----------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_neighbours_are_all_near_moves_that_the_budget_allows_best_first(
 ) -> None:
     rehearsal, schedule = rehearsal_of(10), modes(letters)
     budget = cost(schedule) + 0.05
-    found = neighbours(rehearsal, schedule, 1, allowed, cost, budget)
+    found = neighbours(rehearsal, schedule, 1, Limits(allowed, cost, budget))
     expected = {s for s in near_moves(schedule, allowed) if cost(s) <= budget}
     assert {s for s, _ in found} == expected
     assert len(found) == len(expected)
@@ -218,24 +219,24 @@ def test_neighbours_are_all_near_moves_that_the_budget_allows_best_first(
 
 
 def test_no_neighbour_within_the_budget_gives_none() -> None:
-    assert neighbours(rehearsal_of(5), modes("RFFFF"), 1, (R, F), cost, 1 / 5) == []
+    assert neighbours(rehearsal_of(5), modes("RFFFF"), 1, Limits((R, F), cost, 1 / 5)) == []
 
 
 def test_more_neighbours_than_one_batch_are_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     rehearsal, schedule = rehearsal_of(10), modes("RFRFFUCFRF")
-    at_once = neighbours(rehearsal, schedule, 1, ALL, cost, 0.5)
+    at_once = neighbours(rehearsal, schedule, 1, Limits(ALL, cost, 0.5))
     monkeypatch.setattr(placement, "BATCH", 7)
     assert len(at_once) > 3 * 7
-    in_parts = dict(neighbours(rehearsal, schedule, 1, ALL, cost, 0.5))
+    in_parts = dict(neighbours(rehearsal, schedule, 1, Limits(ALL, cost, 0.5)))
     assert in_parts == pytest.approx(dict(at_once), rel=1e-9)  # float64, in blocks of another size
 
 
 def test_searches_are_the_same_every_time() -> None:
     def search() -> tuple[object, ...]:
         rehearsal = rehearsal_of(10, seed=3)
-        (start, _), *_ = best_starts(rehearsal, 2, ALL, cost, 0.4)
-        better, _ = improve(rehearsal, start, 2, ALL, cost, 0.4)
-        order = [s for s, _ in neighbours(rehearsal, better, 2, ALL, cost, 0.4)]
+        (start, _), *_ = best_starts(rehearsal, 2, Limits(ALL, cost, 0.4))
+        better, _ = improve(rehearsal, start, 2, Limits(ALL, cost, 0.4))
+        order = [s for s, _ in neighbours(rehearsal, better, 2, Limits(ALL, cost, 0.4))]
         return start, better, order
 
     assert search() == search()

@@ -33,6 +33,8 @@ from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, 
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.front import ErrorSummary, FrontPoint
 
+pytestmark = pytest.mark.slow
+
 R, C, U, F = StepMode
 SEARCHED, CHOICE, REPORT = 0, 1, 2  # seeds of three runs, by what the search does with them
 # The same sums in float32 in another order, which cheap steps carry on.
@@ -99,7 +101,7 @@ def found(make: Callable[[], Case], budget: float) -> Plan:
 
 def taken(plan: Plan) -> FrontPoint:
     assert plan.front is not None
-    return plan.front.points[plan.front.taken]
+    return plan.front.points[plan.front.choice]
 
 
 def assert_summary(summary: ErrorSummary | None, errors: list[float]) -> None:

@@ -108,7 +108,7 @@ def test_run_that_diverged_is_infinitely_far_off(bad: float, place: int) -> None
 
 
 def points_of(pairs: Sequence[tuple[float, float]]) -> list[FrontPoint]:
-    like = front_of((0.5,), (0.1,), taken=0).points[0]
+    like = front_of((0.5,), (0.1,), choice=0).points[0]
     return [
         replace(like, cost=cost, error=replace(like.error, mean=error)) for cost, error in pairs
     ]

@@ -46,7 +46,7 @@ OF_A_POINT = ("schedule", "order", "rules", "ranks", "output_weights")
 @pytest.fixture(scope="module")
 def front() -> Front:
     """Four points; rules and ranks at those that calibrate."""
-    made = front_of(COSTS, ERRORS, taken=2)
+    made = front_of(COSTS, ERRORS, choice=2)
     points = [
         replace(point, rules=RULES, ranks=RANKS) if C in point.schedule else point
         for point in made.points
@@ -80,8 +80,8 @@ def refuses(message: str) -> pytest.RaisesExc[PlanError]:
 @settings(max_examples=40, deadline=None)
 @given(ranks=st.dictionaries(st.text(max_size=20), st.integers(0, 2**40), max_size=6))
 def test_any_ranks_survive_saving(dit_plan: Plan, ranks: dict[str, int]) -> None:
-    kept = replace(dit_plan.settings, ranks=ranks)
-    loaded = reloaded(Plan(kept, {})).settings
+    kept = replace(dit_plan.recipe, ranks=ranks)
+    loaded = reloaded(Plan(dit_plan.binding, kept, {})).recipe
     assert loaded == kept
     assert list(loaded.ranks) == list(ranks)
     assert all(type(rank) is int for rank in loaded.ranks.values())
@@ -92,9 +92,9 @@ def test_plans_without_a_search_name_no_ranks(dit_plan: Plan, tmp_path: Path) ->
     dit_plan.save(tmp_path / "plan")
     path = tmp_path / "plan" / PLAN_FILE
     written = json.loads(path.read_text())
-    assert written["settings"].pop("ranks") == {}
+    assert written["recipe"].pop("ranks") == {}
     path.write_text(json.dumps(written))  # as one that was written before there were any
-    assert Plan.load(tmp_path / "plan").settings == dit_plan.settings
+    assert Plan.load(tmp_path / "plan").recipe == dit_plan.recipe
 
 
 def test_ranks_reach_the_targets(dit: FashionDiT, searched: Plan) -> None:
@@ -105,17 +105,17 @@ def test_ranks_reach_the_targets(dit: FashionDiT, searched: Plan) -> None:
 def test_rank_of_no_target_is_refused_when_the_plan_is_used(
     dit: FashionDiT, searched: Plan
 ) -> None:
-    wrong = replace(searched.settings, ranks={"blocks.1.mlp.fc1": 8})  # left alone by a rule
+    wrong = replace(searched.recipe, ranks={"blocks.1.mlp.fc1": 8})  # left alone by a rule
     with pytest.raises(PlanError, match=r"^plan: rank of blocks\.1\.mlp\.fc1: expected a calib"):
-        optimize(dit, replace(searched, settings=wrong))
+        optimize(dit, replace(searched, recipe=wrong))
 
 
 def test_changed_plans_lose_their_front_and_with_another_rank_their_ranks(searched: Plan) -> None:
     for changed, ranks in ((searched.with_schedule((R, C)), RANKS), (searched.with_rank(4), {})):
         assert changed.front is None
-        assert changed.settings.ranks == ranks
-        assert (changed.settings.output_weights, changed.settings.latent) == (None, None)
-        assert changed.settings.correction == "not fitted: the plan was changed"
+        assert changed.recipe.ranks == ranks
+        assert (changed.recipe.output_weights, changed.recipe.latent) == (None, None)
+        assert changed.recipe.correction == "not fitted: the plan was changed"
     assert searched.front is not None
 
 
@@ -125,7 +125,7 @@ def test_changed_plans_lose_their_front_and_with_another_rank_their_ranks(search
 def test_front_survives_saving(searched: Plan) -> None:
     loaded = reloaded(searched)
     assert loaded.front == searched.front
-    assert loaded.settings == searched.settings
+    assert (loaded.binding, loaded.recipe) == (searched.binding, searched.recipe)
     assert loaded.front is not None
     for point in loaded.front.points:
         assert all(type(mode) is StepMode for mode in point.schedule)
@@ -145,18 +145,19 @@ def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place:
     assert searched.front is not None
     taken, point = searched.take(place), searched.front.points[place]
     for name in OF_A_POINT:
-        assert getattr(taken.settings, name) == getattr(point, name), name
-    others = {f.name for f in fields(taken.settings)} - {*OF_A_POINT, "correction"}
+        assert getattr(taken.recipe, name) == getattr(point, name), name
+    others = {f.name for f in fields(taken.recipe)} - {*OF_A_POINT, "correction"}
     for name in others:
-        assert getattr(taken.settings, name) == getattr(searched.settings, name), name
+        assert getattr(taken.recipe, name) == getattr(searched.recipe, name), name
     assert taken.recipe.correction == "fitted to the recorded runs"
     assert taken.recipe.latent == searched.front.latent == "hidden_states"
+    assert taken.binding is searched.binding
     assert taken.statistics is searched.statistics
-    assert taken.front == replace(searched.front, taken=place)
-    assert searched.front.taken == 2
-    assert reloaded(searched).take(place).settings == taken.settings
+    assert taken.front == replace(searched.front, choice=place)
+    assert searched.front.choice == 2
+    assert reloaded(searched).take(place).recipe == taken.recipe
     # And back again: a point holds all that the plan needs.
-    assert taken.take(2).settings == searched.settings
+    assert taken.take(2).recipe == searched.recipe
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -197,8 +198,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "half an error": (change_point(error={"mean": 0.1}), "deviation"),
     "no latent": (lambda written: written["front"].pop("latent"), "latent"),
     "no points": (lambda written: written["front"].pop("points"), "points"),
-    "ranks that are no numbers": (lambda w: w["settings"].update(ranks={"a": 0.5}), "ranks"),
-    "ranks without names": (lambda w: w["settings"].update(ranks=[8]), "ranks"),
+    "ranks that are no numbers": (lambda w: w["recipe"].update(ranks={"a": 0.5}), "ranks"),
+    "ranks without names": (lambda w: w["recipe"].update(ranks=[8]), "ranks"),
 }
 
 

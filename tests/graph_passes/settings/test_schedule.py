@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from calicache.graph_passes.settings.schedule import (
     anchor_table,
     kept_refreshes,
     lagrange_weights,
+    named_schedule,
     output_table,
 )
 
@@ -114,6 +116,72 @@ def test_spread_schedule_refuses_a_count_that_does_not_fit(refreshes: int) -> No
 def test_spread_schedule_refuses_a_power_that_is_not_positive(power: float) -> None:
     with pytest.raises(PlanError, match=r"^plan: power: expected above 0, got"):
         spread_schedule(5, 2, power)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "RCUF",
+        "rcuf",
+        ("REFRESH", "calibrate", "Reuse", "F"),
+        [REFRESH, "C", REUSE, "forecast"],
+        tuple(StepMode),
+    ],
+)
+def test_named_schedule_takes_modes_names_and_letters(schedule: Sequence[StepMode | str]) -> None:
+    named = named_schedule(schedule, 99)  # the steps of a run are for intervals alone
+    assert named == tuple(StepMode)
+    assert all(type(mode) is StepMode for mode in named)
+
+
+def test_named_schedule_of_an_interval_calibrates_between() -> None:
+    assert named_schedule(3, 6) == uniform_schedule(6, 3) == modes("RCCRCC")
+    assert named_schedule(1, 4) == modes("RRRR")
+
+
+@pytest.mark.parametrize("mode", [*StepMode, "reuse", "F"])
+def test_named_schedule_takes_the_mode_between_two_refreshes(mode: StepMode | str) -> None:
+    expected = StepMode.of(mode)
+    assert named_schedule(3, 5, mode) == (REFRESH, expected, expected, REFRESH, expected)
+
+
+def test_named_schedule_may_be_empty_or_start_with_anything() -> None:
+    """That it starts with REFRESH is the recipe's to say."""
+    assert named_schedule("", 6) == ()
+    assert named_schedule("CR", 6) == modes("CR")
+
+
+@pytest.mark.parametrize("mode", [CALIBRATE, "U"])
+def test_named_schedule_refuses_a_mode_beside_every_steps(mode: StepMode | str) -> None:
+    with pytest.raises(PlanError) as caught:
+        named_schedule("RCC", 3, mode)
+    assert str(caught.value) == (
+        "plan: mode: expected none beside a schedule of every step, "
+        f"got {StepMode.of(mode).name}. "
+        "Give an interval as the schedule, or write the mode into it."
+    )
+
+
+@pytest.mark.parametrize("schedule", [True, 3.0, None, {"R"}])
+def test_named_schedule_refuses_what_is_neither_interval_nor_steps(schedule: object) -> None:
+    with pytest.raises(PlanError) as caught:
+        named_schedule(schedule, 6)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "plan: schedule: expected an interval such as 3, or the mode of every step, "
+        f"got {schedule!r}. Give one of these."
+    )
+
+
+@pytest.mark.parametrize("schedule", ["RXC", ["R", "other"], [0, 1], b"RCC"])
+def test_named_schedule_refuses_an_unknown_mode(schedule: Sequence[str]) -> None:
+    with pytest.raises(PlanError, match=r"^plan: step mode: expected REFRESH \| CALIBRATE"):
+        named_schedule(schedule, 6)
+
+
+@pytest.mark.parametrize("interval", [0, -2])
+def test_named_schedule_refuses_an_interval_below_1(interval: int) -> None:
+    with pytest.raises(PlanError, match=f"^plan: interval: expected 1 or more, got {interval}"):
+        named_schedule(interval, 6)
 
 
 def test_kept_refreshes_are_the_last_ones_newest_first() -> None:

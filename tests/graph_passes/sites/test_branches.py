@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.joined_layers import CHANNELS, Forward, JoinedLayers, joined_graph
 from support.models import shake
+from support.toys import CHANNELS, Forward, JoinedLayers, classified, joined_graph
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -24,14 +24,13 @@ from calicache.graph_passes import (
     record,
     uniform_schedule,
 )
-from calicache.graph_passes.graph.capture import CapturedGraph, capture
-from calicache.graph_passes.graph.dependence import classify_nodes
+from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.operations import ADD, LINEAR
 from calicache.graph_passes.graph.surgery import finish, module_path
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.rewriting.insertion import cache_name
+from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.branches import ResidualBranch, find_branches
 
 Summary = tuple[str, str | None, str, str]
@@ -61,14 +60,13 @@ def branches_of(path: Forward) -> list[Summary]:
 
 
 @pytest.fixture(scope="module")
-def real_branches(request: pytest.FixtureRequest) -> dict[str, tuple[fx.Graph, Any, Any]]:
-    found = {}
-    for name, model in (("dit", "dit"), ("diffusers", "diffusers_dit")):
-        recording: Recording = request.getfixturevalue(f"{name}_recording")
-        captured = capture(request.getfixturevalue(model), recording.signature)
-        classes = classify_nodes(captured, recording.dependence)
-        found[name] = (captured.graph, classes, find_branches(captured.graph, classes))
-    return found
+def real_branches(
+    dit_analysis: Analysis, diffusers_analysis: Analysis
+) -> dict[str, tuple[fx.Graph, Any, Any]]:
+    return {
+        name: (a.captured.graph, a.classes, find_branches(a.captured.graph, a.classes))
+        for name, a in (("dit", dit_analysis), ("diffusers", diffusers_analysis))
+    }
 
 
 def test_branches_of_the_sample_dit(real_branches: Any) -> None:
@@ -365,10 +363,7 @@ Joint = tuple[CapturedGraph, dict[str, Dependence], dict[str, ResidualBranch]]
 
 @pytest.fixture(scope="module")
 def joint() -> Joint:
-    model = JointModel().eval()
-    call = flatten_call(model, (torch.randn(2, 3, CHANNELS), torch.randn(2, 5, CHANNELS)), {})
-    captured = capture(model, call.signature())
-    classes = classify_nodes(captured, {"x": Dependence.LATENT, "text": Dependence.RUN})
+    captured, classes = classified(JointModel())
     branches, rejections = find_branches(captured.graph, classes)
     assert rejections == []
     return captured, classes, {branch.name: branch for branch in branches}
@@ -453,13 +448,10 @@ class Stack(nn.Module):
         return x, text
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(kinds=st.lists(st.sampled_from(list(Stack.LAYERS)), min_size=1, max_size=4))
 def test_reuse_of_any_stack_removes_every_node_inside(kinds: list[str]) -> None:
-    model = Stack(kinds).eval()
-    call = flatten_call(model, (torch.randn(2, 3, CHANNELS), torch.randn(2, 5, CHANNELS)), {})
-    captured = capture(model, call.signature())
-    classes = classify_nodes(captured, {"x": Dependence.LATENT, "text": Dependence.RUN})
+    captured, classes = classified(Stack(kinds))
     branches, rejections = find_branches(captured.graph, classes)
     assert rejections == []
     # Of the first joint block, q, k and v of the text are `run` and in no branch.
@@ -528,6 +520,7 @@ def joint_outputs(
 ALL_BRANCHES = [f"blocks.{n}.{part}" for n in range(3) for part in ("attn", "mlp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "rules", "reused"),
     [
@@ -564,6 +557,7 @@ def test_every_mode_of_a_joint_model_is_what_plain_torch_says(
         torch.testing.assert_close(fast(**call), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_reused_joint_branch_reads_two_caches_and_none_of_its_weights(
     joint_model: JointModel, joint_recording: Recording
 ) -> None:
@@ -599,6 +593,7 @@ class Nested(nn.Module):
         return x + self.after(torch.tanh(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [CALIBRATE, REUSE], ids=["full rank", "reuse"])
 def test_every_mode_of_a_nested_branch_is_what_plain_torch_says(mode: StepMode) -> None:
     model = shake(Nested(), 0.2)
@@ -637,6 +632,7 @@ def test_reuse_of_a_nested_branch_keeps_the_exit_of_the_outer_one_alone() -> Non
     assert paths == ["down", "after"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks.0.attn", "blocks.1.attn"])
 def test_a_joint_branch_is_no_one_map_as_a_whole(
     name: str, joint_model: JointModel, joint_recording: Recording

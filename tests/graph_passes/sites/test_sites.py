@@ -6,36 +6,41 @@ from typing import Any
 
 import pytest
 import torch
-from support.joined_layers import Forward, JoinedLayers, joined_graph
+from support.toys import Classified, Forward, JoinedLayers, joined_graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calicache.graph_passes.common.errors import SiteError
-from calicache.graph_passes.graph.capture import CapturedGraph, capture
+from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
-from calicache.graph_passes.sites.sites import EXPERTS, Rejection, Sites, find_sites
+from calicache.graph_passes.sites.analysis import Analysis
+from calicache.graph_passes.sites.sites import (
+    EXPERTS,
+    Rejection,
+    Sites,
+    find_sites,
+    require_sites,
+)
 
-Graph = tuple[CapturedGraph, dict[str, Dependence]]
 OUTSIDE = "before the first residual branch or after the last"
 
 
 @pytest.fixture(scope="module")
-def dit_graph(dit: nn.Module, dit_recording: Recording) -> Graph:
-    captured = capture(dit, dit_recording.signature)
-    return captured, classify_nodes(captured, dit_recording.dependence)
+def dit_graph(dit_analysis: Analysis) -> Classified:
+    return dit_analysis.captured, dict(dit_analysis.classes)
 
 
 @pytest.fixture(scope="module")
-def diffusers_graph(diffusers_dit: nn.Module, diffusers_recording: Recording) -> Graph:
-    captured = capture(diffusers_dit, diffusers_recording.signature)
-    return captured, classify_nodes(captured, diffusers_recording.dependence)
+def diffusers_graph(diffusers_analysis: Analysis) -> Classified:
+    return diffusers_analysis.captured, dict(diffusers_analysis.classes)
 
 
 def tiny_sites(path: Forward, **arguments: Any) -> Sites:
-    return find_sites(*joined_graph(path), **arguments)
+    sites = find_sites(*joined_graph(path), **arguments)
+    require_sites(sites)
+    return sites
 
 
 def names(sites: Sites) -> list[str]:
@@ -66,7 +71,7 @@ not final_proj (linear_18): before the first residual branch or after the last
 """
 
 
-def test_sites_and_rejections_of_the_sample_dit(dit_graph: Graph) -> None:
+def test_sites_and_rejections_of_the_sample_dit(dit_graph: Classified) -> None:
     sites = find_sites(*dit_graph)
     lines = [
         f"{s.name}: {s.node}({s.input_node}) {s.in_features} -> {s.out_features}, "
@@ -77,7 +82,7 @@ def test_sites_and_rejections_of_the_sample_dit(dit_graph: Graph) -> None:
     assert "".join(lines) == GOLDEN
 
 
-def test_sites_of_the_diffusers_dit(diffusers_graph: Graph) -> None:
+def test_sites_of_the_diffusers_dit(diffusers_graph: Classified) -> None:
     sites = find_sites(*diffusers_graph)
     layers = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj"]
     expected = [f"transformer_blocks.{n}.{x}" for n in (0, 1) for x in [*layers, "ff.net.2"]]
@@ -91,7 +96,7 @@ def test_sites_of_the_diffusers_dit(diffusers_graph: Graph) -> None:
 def test_weight_and_bias_targets_lead_to_the_layers_own_tensors(
     model: str, request: pytest.FixtureRequest
 ) -> None:
-    graph: Graph = request.getfixturevalue(f"{model}_graph")
+    graph: Classified = request.getfixturevalue(f"{model}_graph")
     module: nn.Module = request.getfixturevalue("dit" if model == "dit" else "diffusers_dit")
     for site in find_sites(*graph).linears:
         layer = module.get_submodule(site.name)
@@ -112,7 +117,9 @@ def test_q_k_and_v_are_siblings(model: str, request: pytest.FixtureRequest) -> N
 # --- include and exclude ----------------------------------------------------------------------
 
 
-def test_include_keeps_what_matches_and_rejects_the_rest_with_the_reason(dit_graph: Graph) -> None:
+def test_include_keeps_what_matches_and_rejects_the_rest_with_the_reason(
+    dit_graph: Classified,
+) -> None:
     sites = find_sites(*dit_graph, include=["*.mlp.*", "blocks.1.attn.proj"])
     assert len(names(sites)) == 5
     assert [branch.name for branch in sites.branches] == [
@@ -122,7 +129,7 @@ def test_include_keeps_what_matches_and_rejects_the_rest_with_the_reason(dit_gra
     assert reasons(sites)["blocks.0.attn.q"] == expected
 
 
-def test_exclude_wins_over_include(dit_graph: Graph) -> None:
+def test_exclude_wins_over_include(dit_graph: Classified) -> None:
     sites = find_sites(*dit_graph, include=["blocks.0.*"], exclude=["*.fc?", "*.q"])
     assert names(sites) == [f"blocks.0.attn.{name}" for name in ("k", "v", "proj")]
     assert reasons(sites)["blocks.0.mlp.fc1"] == "excluded by pattern *.fc?"
@@ -130,14 +137,14 @@ def test_exclude_wins_over_include(dit_graph: Graph) -> None:
     assert sites.groups[0].sites == ("blocks.0.attn.k", "blocks.0.attn.v")
 
 
-def test_patterns_do_not_hide_a_structural_reason(dit_graph: Graph) -> None:
+def test_patterns_do_not_hide_a_structural_reason(dit_graph: Classified) -> None:
     sites = find_sites(*dit_graph, exclude=["patch_embed"])
     assert reasons(sites)["patch_embed"] == OUTSIDE
 
 
-def test_patterns_that_leave_nothing_are_an_error_with_the_reasons(dit_graph: Graph) -> None:
+def test_patterns_that_leave_nothing_are_an_error_with_the_reasons(dit_graph: Classified) -> None:
     with pytest.raises(SiteError) as caught:
-        find_sites(*dit_graph, include=["attention.*"])
+        require_sites(find_sites(*dit_graph, include=["attention.*"]))
     message = str(caught.value)
     assert "sites: model: expected a latent-dependent linear layer inside a residual" in message
     assert "blocks.0.attn.q: matches no include pattern of attention.*" in message
@@ -270,7 +277,7 @@ def test_a_layer_on_packed_tokens_is_token_wise() -> None:
 def test_a_layer_on_one_vector_is_not_token_wise() -> None:
     captured, classes = joined_graph(lambda m, x, _: x + m.a(x), shape=(4,))
     with pytest.raises(SiteError, match=r"a: not token-wise: its input has shape \(4,\)"):
-        find_sites(captured, classes)
+        require_sites(find_sites(captured, classes))
 
 
 @pytest.mark.parametrize(

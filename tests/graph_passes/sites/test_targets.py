@@ -7,66 +7,48 @@ from typing import Any
 
 import pytest
 import torch
-from model import FashionDiT
-from support.models import shake
+from support.analyses import noise_analysis
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calicache.graph_passes import (
     CalibrationTarget,
-    CapturedGraph,
     Granularity,
-    Recording,
     Rejection,
     SiteMode,
     SiteRule,
-    Sites,
-    classify_nodes,
-    find_sites,
-    record,
 )
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.graph.capture import capture
+from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.targets import assign
 
-Found = tuple[CapturedGraph, Sites]
 LINEAR, BRANCH = Granularity
 CALIBRATE, REUSE, FULL = SiteMode
 LAYERS = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 JOINT_LAYERS = ("attn.q+k+v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-def found_in(model: nn.Module, recording: Recording) -> Found:
-    captured = capture(model, recording.signature)
-    return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
-
-
-@pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_recording: Recording) -> Found:
-    return found_in(dit, dit_recording)
-
-
-def targets_of(found: Found, rank: int = 4, **options: Any) -> dict[str, CalibrationTarget]:
-    targets, rejections = assign(*found, rank=rank, **options)
+def targets_of(analysis: Analysis, rank: int = 4, **options: Any) -> dict[str, CalibrationTarget]:
+    targets, rejections = assign(analysis.captured, analysis.sites, rank=rank, **options)
     assert rejections == ()
     assert len({target.name for target in targets}) == len(targets)
     return {target.name: target for target in targets}
 
 
-def ranks_of(found: Found, *rules: SiteRule, **options: Any) -> dict[str, int]:
-    return {name: t.rank for name, t in targets_of(found, rules=rules, **options).items()}
+def ranks_of(analysis: Analysis, *rules: SiteRule, **options: Any) -> dict[str, int]:
+    return {name: t.rank for name, t in targets_of(analysis, rules=rules, **options).items()}
 
 
-def refusal(found: Found, **options: Any) -> str:
+def refusal(analysis: Analysis, **options: Any) -> str:
     with pytest.raises(PlanError) as caught:
-        assign(*found, **options)
+        assign(analysis.captured, analysis.sites, **options)
     return str(caught.value)
 
 
-def test_every_site_is_a_target_by_default(found: Found) -> None:
-    targets = targets_of(found)
+def test_every_site_is_a_target_by_default(dit_analysis: Analysis) -> None:
+    targets = targets_of(dit_analysis)
     assert list(targets) == [f"blocks.{n}.{layer}" for n in (0, 1) for layer in LAYERS]
-    for site in found[1].linears:
+    for site in dit_analysis.sites.linears:
         assert targets[site.name] == CalibrationTarget(
             name=site.name,
             granularity=LINEAR,
@@ -81,16 +63,16 @@ def test_every_site_is_a_target_by_default(found: Found) -> None:
         )
 
 
-def test_macs_are_those_of_two_thin_products(found: Found) -> None:
-    assert targets_of(found)["blocks.0.mlp.fc1"].calibrate_macs == 4 * 49 * 4 * (32 + 128)
-    assert targets_of(found, 0)["blocks.0.mlp.fc1"].calibrate_macs == 0
+def test_macs_are_those_of_two_thin_products(dit_analysis: Analysis) -> None:
+    assert targets_of(dit_analysis)["blocks.0.mlp.fc1"].calibrate_macs == 4 * 49 * 4 * (32 + 128)
+    assert targets_of(dit_analysis, 0)["blocks.0.mlp.fc1"].calibrate_macs == 0
 
 
 # --- sibling groups -----------------------------------------------------------------------------
 
 
-def test_siblings_become_one_target_of_the_same_macs(found: Found) -> None:
-    apart, joint = targets_of(found), targets_of(found, joint=True)
+def test_siblings_become_one_target_of_the_same_macs(dit_analysis: Analysis) -> None:
+    apart, joint = targets_of(dit_analysis), targets_of(dit_analysis, joint=True)
     assert list(joint) == [f"blocks.{n}.{layer}" for n in (0, 1) for layer in JOINT_LAYERS]
     group = joint["blocks.1.attn.q+k+v"]
     members = [apart[f"blocks.1.attn.{name}"] for name in "qkv"]
@@ -105,8 +87,10 @@ def test_siblings_become_one_target_of_the_same_macs(found: Found) -> None:
 
 
 @pytest.mark.parametrize("rank", range(1, 33))
-def test_joint_rank_never_costs_more_and_is_capped_at_full_rank(found: Found, rank: int) -> None:
-    group = targets_of(found, rank, joint=True)["blocks.0.attn.q+k+v"]
+def test_joint_rank_never_costs_more_and_is_capped_at_full_rank(
+    dit_analysis: Analysis, rank: int
+) -> None:
+    group = targets_of(dit_analysis, rank, joint=True)["blocks.0.attn.q+k+v"]
     assert group.rank == min(3 * rank // 2, 32)
     # An odd r leaves half a rank over.
     apart = 3 * 4 * 49 * rank * (32 + 32)
@@ -114,26 +98,26 @@ def test_joint_rank_never_costs_more_and_is_capped_at_full_rank(found: Found, ra
     assert group.rank == 32 or apart - group.calibrate_macs < 4 * 49 * (32 + 96)
 
 
-def test_rank_0_groups_return_their_anchors(found: Found) -> None:
-    group = targets_of(found, 0, joint=True)["blocks.0.attn.q+k+v"]
+def test_rank_0_groups_return_their_anchors(dit_analysis: Analysis) -> None:
+    group = targets_of(dit_analysis, 0, joint=True)["blocks.0.attn.q+k+v"]
     assert (group.rank, len(group.nodes)) == (0, 3)
 
 
-def test_siblings_of_other_ranks_are_apart(found: Found) -> None:
-    ranks = ranks_of(found, SiteRule("blocks.0.attn.k", CALIBRATE, rank=8), joint=True)
+def test_siblings_of_other_ranks_are_apart(dit_analysis: Analysis) -> None:
+    ranks = ranks_of(dit_analysis, SiteRule("blocks.0.attn.k", CALIBRATE, rank=8), joint=True)
     assert ranks["blocks.0.attn.q+v"] == 5  # 4 x 2 x 64 / 96
     assert ranks["blocks.0.attn.k"] == 8
     assert ranks["blocks.1.attn.q+k+v"] == 6
-    ranks = ranks_of(found, SiteRule("*.attn.k", FULL), joint=True)
+    ranks = ranks_of(dit_analysis, SiteRule("*.attn.k", FULL), joint=True)
     assert list(ranks)[:2] == ["blocks.0.attn.q+v", "blocks.0.attn.proj"]
 
 
 # --- rules --------------------------------------------------------------------------------------
 
 
-def test_site_rules_give_rank_reuse_and_full(found: Found) -> None:
+def test_site_rules_give_rank_reuse_and_full(dit_analysis: Analysis) -> None:
     ranks = ranks_of(
-        found,
+        dit_analysis,
         SiteRule("blocks.0.attn.q", CALIBRATE, rank=9),
         SiteRule("*.attn.k", REUSE),
         SiteRule("*.fc?", FULL),
@@ -151,26 +135,26 @@ def test_site_rules_give_rank_reuse_and_full(found: Found) -> None:
     }
 
 
-def test_first_rule_that_fits_counts(found: Found) -> None:
+def test_first_rule_that_fits_counts(dit_analysis: Analysis) -> None:
     rules = SiteRule("*.q", CALIBRATE, rank=2), SiteRule("*.attn.*", CALIBRATE, rank=7)
-    ranks = ranks_of(found, *rules)
+    ranks = ranks_of(dit_analysis, *rules)
     assert [ranks[f"blocks.1.{layer}"] for layer in LAYERS] == [2, 7, 7, 7, 4, 4]
-    assert ranks_of(found, *rules[::-1])["blocks.1.attn.q"] == 7
+    assert ranks_of(dit_analysis, *rules[::-1])["blocks.1.attn.q"] == 7
 
 
-def test_branch_rule_full_leaves_all_of_it_alone(found: Found) -> None:
-    ranks = ranks_of(found, SiteRule("blocks.0.attn", FULL), SiteRule("blocks.1.mlp", FULL))
+def test_branch_rule_full_leaves_all_of_it_alone(dit_analysis: Analysis) -> None:
+    ranks = ranks_of(dit_analysis, SiteRule("blocks.0.attn", FULL), SiteRule("blocks.1.mlp", FULL))
     assert list(ranks) == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"] + [
         f"blocks.1.{layer}" for layer in LAYERS[:4]
     ]
 
 
-def test_branch_rule_reuse_returns_the_anchor_of_the_whole(found: Found) -> None:
-    targets = targets_of(found, rules=[SiteRule("blocks.0.*", REUSE)])
+def test_branch_rule_reuse_returns_the_anchor_of_the_whole(dit_analysis: Analysis) -> None:
+    targets = targets_of(dit_analysis, rules=[SiteRule("blocks.0.*", REUSE)])
     assert list(targets) == ["blocks.0.attn", "blocks.0.mlp"] + [
         f"blocks.1.{layer}" for layer in LAYERS
     ]
-    branch = next(b for b in found[1].branches if b.name == "blocks.0.attn")
+    branch = next(b for b in dit_analysis.sites.branches if b.name == "blocks.0.attn")
     assert targets["blocks.0.attn"] == CalibrationTarget(
         name="blocks.0.attn",
         granularity=BRANCH,
@@ -185,8 +169,8 @@ def test_branch_rule_reuse_returns_the_anchor_of_the_whole(found: Found) -> None
     )
 
 
-def test_branch_rule_calibrates_the_whole_at_its_rank(found: Found) -> None:
-    targets = targets_of(found, rules=[SiteRule("*.mlp", CALIBRATE, 5, BRANCH)], joint=True)
+def test_branch_rule_calibrates_the_whole_at_its_rank(dit_analysis: Analysis) -> None:
+    targets = targets_of(dit_analysis, rules=[SiteRule("*.mlp", CALIBRATE, 5, BRANCH)], joint=True)
     assert list(targets) == [
         f"blocks.{n}.{layer}" for n in (0, 1) for layer in ("attn.q+k+v", "attn.proj", "mlp")
     ]
@@ -195,13 +179,13 @@ def test_branch_rule_calibrates_the_whole_at_its_rank(found: Found) -> None:
     assert whole.calibrate_macs == 4 * 49 * 5 * (32 + 32)
 
 
-def test_granularity_branch_takes_every_branch(found: Found) -> None:
-    targets = targets_of(found, granularity=BRANCH)
-    assert list(targets) == [branch.name for branch in found[1].branches]
+def test_granularity_branch_takes_every_branch(dit_analysis: Analysis) -> None:
+    targets = targets_of(dit_analysis, granularity=BRANCH)
+    assert list(targets) == [branch.name for branch in dit_analysis.sites.branches]
     assert {target.granularity for target in targets.values()} == {BRANCH}
     assert {target.rank for target in targets.values()} == {4}
     back = targets_of(
-        found,
+        dit_analysis,
         granularity=BRANCH,
         rules=[SiteRule("*.attn", CALIBRATE, granularity=LINEAR)],
     )
@@ -212,16 +196,16 @@ def test_granularity_branch_takes_every_branch(found: Found) -> None:
     ]
 
 
-def test_branch_rule_gives_its_rank_to_the_layers_inside(found: Found) -> None:
-    ranks = ranks_of(found, SiteRule("blocks.0.mlp", CALIBRATE, rank=7))
+def test_branch_rule_gives_its_rank_to_the_layers_inside(dit_analysis: Analysis) -> None:
+    ranks = ranks_of(dit_analysis, SiteRule("blocks.0.mlp", CALIBRATE, rank=7))
     assert [ranks[f"blocks.{n}.mlp.fc1"] for n in (0, 1)] == [7, 4]
 
 
-def test_targets_are_in_graph_order(found: Found) -> None:
-    place = {node.name: k for k, node in enumerate(found[0].graph.nodes)}
+def test_targets_are_in_graph_order(dit_analysis: Analysis) -> None:
+    place = {node.name: k for k, node in enumerate(dit_analysis.captured.graph.nodes)}
     rules = [SiteRule("blocks.1.attn", CALIBRATE, 3, BRANCH), SiteRule("blocks.0.attn.q", REUSE)]
     for joint in (False, True):
-        targets = targets_of(found, rules=rules, joint=joint).values()
+        targets = targets_of(dit_analysis, rules=rules, joint=joint).values()
         order = [place[target.nodes[0]] for target in targets]
         assert order == sorted(order)
 
@@ -229,31 +213,31 @@ def test_targets_are_in_graph_order(found: Found) -> None:
 # --- ranks by name ------------------------------------------------------------------------------
 
 
-def test_ranks_are_those_of_the_targets_they_name_and_of_no_others(found: Found) -> None:
+def test_ranks_are_those_of_the_targets_they_name_and_of_no_others(dit_analysis: Analysis) -> None:
     asked = {"blocks.0.attn.k": 11, "blocks.1.mlp.fc2": 0}
-    before, after = targets_of(found), targets_of(found, ranks=asked)
+    before, after = targets_of(dit_analysis), targets_of(dit_analysis, ranks=asked)
     expected = {name: replace(t, rank=asked.get(name, t.rank)) for name, t in before.items()}
     assert after == expected
     assert list(after) == list(before)
-    assert targets_of(found, ranks={}) == before
+    assert targets_of(dit_analysis, ranks={}) == before
 
 
-def test_ranks_come_before_the_plans_and_before_rules(found: Found) -> None:
+def test_ranks_come_before_the_plans_and_before_rules(dit_analysis: Analysis) -> None:
     rules = (
         SiteRule("blocks.0.attn.q", CALIBRATE, rank=9),
         SiteRule("blocks.0.attn.k", REUSE),
         SiteRule("blocks.1.attn", CALIBRATE, 6, BRANCH),
     )
     asked = {"blocks.0.attn.q": 1, "blocks.0.attn.k": 2, "blocks.1.attn": 3, "blocks.1.mlp.fc1": 5}
-    ranks = ranks_of(found, *rules, ranks=asked)
+    ranks = ranks_of(dit_analysis, *rules, ranks=asked)
     assert {name: ranks[name] for name in asked} == asked
     assert (ranks["blocks.0.attn.v"], ranks["blocks.0.mlp.fc1"]) == (4, 4)
 
 
 @pytest.mark.parametrize("rank", [0, 5, 32])
-def test_rank_of_a_group_is_taken_as_it_is(found: Found, rank: int) -> None:
+def test_rank_of_a_group_is_taken_as_it_is(dit_analysis: Analysis, rank: int) -> None:
     name = "blocks.1.attn.q+k+v"
-    targets = targets_of(found, joint=True, ranks={name: rank})
+    targets = targets_of(dit_analysis, joint=True, ranks={name: rank})
     assert targets[name].rank == rank  # and not 1.5 times that, as for its members' rank
     assert targets[name].calibrate_macs == 4 * 49 * rank * (32 + 96)
     assert targets["blocks.0.attn.q+k+v"].rank == 6
@@ -272,11 +256,11 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_rank_of_no_target_is_refused_with_the_name(found: Found, case: str) -> None:
+def test_rank_of_no_target_is_refused_with_the_name(dit_analysis: Analysis, case: str) -> None:
     name, options = UNKNOWN[case]
-    targets, _ = assign(*found, rank=4, **options)
+    targets, _ = assign(dit_analysis.captured, dit_analysis.sites, rank=4, **options)
     some = ", ".join(target.name for target in targets[:4])
-    message = refusal(found, rank=4, ranks={targets[0].name: 1, name: 2}, **options)
+    message = refusal(dit_analysis, rank=4, ranks={targets[0].name: 1, name: 2}, **options)
     start = f"plan: rank of {name}: expected a calibration target, got none of that name among "
     assert message.startswith(start)
     assert all(shown in message for shown in some.split(", "))
@@ -293,9 +277,9 @@ def test_rank_of_no_target_is_refused_with_the_name(found: Found, case: str) -> 
     ],
 )
 def test_rank_too_large_is_refused_with_the_name_of_the_target(
-    found: Found, name: str, rank: int, form: str, options: dict[str, Any]
+    dit_analysis: Analysis, name: str, rank: int, form: str, options: dict[str, Any]
 ) -> None:
-    assert refusal(found, rank=4, ranks={name: rank}, **options) == (
+    assert refusal(dit_analysis, rank=4, ranks={name: rank}, **options) == (
         f"plan: rank of {name}: expected 0 .. 32 for {form}, got {rank}. "
         "Choose a smaller rank, or exclude it."
     )
@@ -304,8 +288,10 @@ def test_rank_too_large_is_refused_with_the_name_of_the_target(
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def test_rule_that_fits_nothing_is_refused(found: Found) -> None:
-    message = refusal(found, rank=4, rules=[SiteRule("*.attn", FULL), SiteRule("*.query", FULL)])
+def test_rule_that_fits_nothing_is_refused(dit_analysis: Analysis) -> None:
+    message = refusal(
+        dit_analysis, rank=4, rules=[SiteRule("*.attn", FULL), SiteRule("*.query", FULL)]
+    )
     assert message.startswith(
         "plan: rule *.query: expected a pattern that fits a site or a residual branch, got none "
         "among blocks.0.attn.q, blocks.0.attn.k, "
@@ -315,43 +301,35 @@ def test_rule_that_fits_nothing_is_refused(found: Found) -> None:
 @pytest.mark.parametrize("granularity", list(Granularity))
 @pytest.mark.parametrize("joint", [False, True])
 def test_rank_of_the_plan_is_at_most_the_smaller_side(
-    found: Found, joint: bool, granularity: Granularity
+    dit_analysis: Analysis, joint: bool, granularity: Granularity
 ) -> None:
     options = {"joint": joint, "granularity": granularity}
-    assert targets_of(found, 500, **options) == targets_of(found, 32, **options)
+    assert targets_of(dit_analysis, 500, **options) == targets_of(dit_analysis, 32, **options)
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_rank_too_large_in_a_rule_is_refused_with_the_name_of_the_layer(
-    found: Found, joint: bool
+    dit_analysis: Analysis, joint: bool
 ) -> None:
     rules = [SiteRule("blocks.1.mlp.fc2", CALIBRATE, rank=40)]
-    assert refusal(found, rank=4, rules=rules, joint=joint) == (
+    assert refusal(dit_analysis, rank=4, rules=rules, joint=joint) == (
         "plan: rank of blocks.1.mlp.fc2: expected 0 .. 32 for 128 -> 32, got 40. "
         "Choose a smaller rank, or exclude it."
     )
 
 
-def test_rank_too_large_for_a_branch_is_refused_with_its_name(found: Found) -> None:
+def test_rank_too_large_for_a_branch_is_refused_with_its_name(dit_analysis: Analysis) -> None:
     rules = [SiteRule("blocks.0.attn", CALIBRATE, 33, BRANCH)]
-    message = refusal(found, rank=4, rules=rules)
+    message = refusal(dit_analysis, rank=4, rules=rules)
     assert message.startswith("plan: rank of blocks.0.attn: expected 0 .. 32 for 32 -> 32, got 33.")
 
 
-def test_negative_rank_is_refused(found: Found) -> None:
-    message = refusal(found, rank=4, rules=[SiteRule("*.fc1", CALIBRATE, rank=-1)])
+def test_negative_rank_is_refused(dit_analysis: Analysis) -> None:
+    message = refusal(dit_analysis, rank=4, rules=[SiteRule("*.fc1", CALIBRATE, rank=-1)])
     assert message.startswith("plan: rank of blocks.0.mlp.fc1: expected 0 .. 32 for 32 -> 128")
 
 
 # --- branches that are not token-wise -----------------------------------------------------------
-
-
-def found_over_noise(model: nn.Module) -> Found:
-    shake(model)
-    with record(model) as recording:
-        for _ in range(2):
-            model(torch.randn(2, 5, 8))
-    return found_in(model, recording)
 
 
 class Turned(nn.Module):
@@ -368,13 +346,13 @@ class Turned(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def turned() -> Found:
-    return found_over_noise(Turned())
+def turned() -> Analysis:
+    return noise_analysis(Turned())
 
 
-def test_branch_that_is_not_token_wise_falls_back_to_its_layers(turned: Found) -> None:
-    first, second = turned[1].branches
-    targets, rejections = assign(*turned, rank=2, granularity=BRANCH)
+def test_branch_that_is_not_token_wise_falls_back_to_its_layers(turned: Analysis) -> None:
+    first, second = turned.sites.branches
+    targets, rejections = assign(turned.captured, turned.sites, rank=2, granularity=BRANCH)
     assert [(t.name, t.granularity) for t in targets] == [("inner", LINEAR), (second.name, BRANCH)]
     assert rejections == (
         Rejection(
@@ -383,9 +361,11 @@ def test_branch_that_is_not_token_wise_falls_back_to_its_layers(turned: Found) -
     )
 
 
-def test_branch_that_is_not_token_wise_can_be_reused(turned: Found) -> None:
-    first = turned[1].branches[0]
-    targets, rejections = assign(*turned, rank=2, rules=[SiteRule(first.name, REUSE)])
+def test_branch_that_is_not_token_wise_can_be_reused(turned: Analysis) -> None:
+    first = turned.sites.branches[0]
+    targets, rejections = assign(
+        turned.captured, turned.sites, rank=2, rules=[SiteRule(first.name, REUSE)]
+    )
     assert rejections == ()
     assert [(t.name, t.granularity, t.rank) for t in targets] == [
         (first.name, BRANCH, 0),
@@ -419,9 +399,9 @@ class TwoEntries(Parallel):
 
 @pytest.mark.parametrize("model", [Parallel(), TwoEntries()], ids=["two exits", "two entries"])
 def test_branch_with_several_exits_or_entries_falls_back_to_its_layers(model: nn.Module) -> None:
-    found = found_over_noise(model)
-    (branch,) = found[1].branches
-    targets, rejections = assign(*found, rank=2, granularity=BRANCH)
+    analysis = noise_analysis(model)
+    (branch,) = analysis.sites.branches
+    targets, rejections = assign(analysis.captured, analysis.sites, rank=2, granularity=BRANCH)
     assert [(t.name, t.granularity) for t in targets] == [("left", LINEAR), ("right", LINEAR)]
     reason = "not one map as a whole: several latent values go in or come out"
     assert rejections == (Rejection(branch.name, branch.exits[0], reason),)
@@ -429,9 +409,11 @@ def test_branch_with_several_exits_or_entries_falls_back_to_its_layers(model: nn
 
 @pytest.mark.parametrize("model", [Parallel(), TwoEntries()], ids=["two exits", "two entries"])
 def test_branch_with_several_exits_or_entries_can_be_reused(model: nn.Module) -> None:
-    found = found_over_noise(model)
-    (branch,) = found[1].branches
-    (target,), rejections = assign(*found, rank=2, rules=[SiteRule(branch.name, REUSE)])
+    analysis = noise_analysis(model)
+    (branch,) = analysis.sites.branches
+    (target,), rejections = assign(
+        analysis.captured, analysis.sites, rank=2, rules=[SiteRule(branch.name, REUSE)]
+    )
     assert rejections == ()
     assert (target.granularity, target.rank, target.sites) == (BRANCH, 0, ("left", "right"))
     assert target.nodes == branch.exits
@@ -455,8 +437,8 @@ class Between(nn.Module):
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_layer_between_branches_is_a_target_at_its_place(joint: bool) -> None:
-    found = found_over_noise(Between())
-    targets = targets_of(found, 3, joint=joint, granularity=BRANCH)
+    analysis = noise_analysis(Between())
+    targets = targets_of(analysis, 3, joint=joint, granularity=BRANCH)
     assert [(t.name, t.granularity) for t in targets.values()] == [
         ("first", BRANCH),
         ("between", LINEAR),
@@ -465,7 +447,7 @@ def test_layer_between_branches_is_a_target_at_its_place(joint: bool) -> None:
 
 
 def test_rules_name_layers_between_branches() -> None:
-    found = found_over_noise(Between())
-    assert ranks_of(found, SiteRule("between", REUSE)) == {"first": 4, "between": 0, "second": 4}
-    assert list(ranks_of(found, SiteRule("between", FULL))) == ["first", "second"]
-    assert ranks_of(found, SiteRule("between", CALIBRATE, rank=7))["between"] == 7
+    analysis = noise_analysis(Between())
+    assert ranks_of(analysis, SiteRule("between", REUSE)) == {"first": 4, "between": 0, "second": 4}
+    assert list(ranks_of(analysis, SiteRule("between", FULL))) == ["first", "second"]
+    assert ranks_of(analysis, SiteRule("between", CALIBRATE, rank=7))["between"] == 7

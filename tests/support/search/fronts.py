@@ -9,7 +9,7 @@ from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoin
 from calicache.graph_passes.settings.schedule import output_table, spread_schedule
 
 
-def front_of(costs: Sequence[float], errors: Sequence[float], taken: int, steps: int = 6) -> Front:
+def front_of(costs: Sequence[float], errors: Sequence[float], choice: int, steps: int = 6) -> Front:
     """Points with more and more REFRESH steps, FORECAST and CALIBRATE in turn between them."""
     points = []
     for place, (cost, error) in enumerate(zip(costs, errors, strict=True)):
@@ -20,4 +20,4 @@ def front_of(costs: Sequence[float], errors: Sequence[float], taken: int, steps:
         table = tuple((*row, 0.0) for row in output_table(schedule, order))
         points.append(FrontPoint(cost, summary, schedule, order, (), {}, table))
     held_out = ErrorSummary.of([0.02, 0.03])
-    return Front("MACs", "budget 0.5", "hidden_states", tuple(points), taken, held_out)
+    return Front("MACs", "budget 0.5", "hidden_states", tuple(points), choice, held_out)

@@ -111,7 +111,7 @@ def assert_same_plan(one: Plan, other: Plan, *, held_out: bool = True) -> None:
     """Equal in every choice, and in every number but for float32 sums in another order."""
     assert one.front is not None
     assert other.front is not None
-    assert one.front.taken == other.front.taken
+    assert one.front.choice == other.front.choice
     assert len(one.front.points) == len(other.front.points)
     for mine, its in zip(one.front.points, other.front.points, strict=True):
         assert (mine.schedule, mine.order, mine.rules, mine.ranks, mine.cost) == (

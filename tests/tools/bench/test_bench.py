@@ -181,6 +181,7 @@ def test_whole_bench_measures_every_row(result: dict) -> None:
     assert 9 < result["cache_values_per_channel"] < 10.5
 
 
+@pytest.mark.slow
 def test_row_that_cannot_run_is_reported_not_raised(tmp_path: Path) -> None:
     settings = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 1, tmp_path)
     rows = [row for row in bench_rows() if row.name == "calicache CALIBRATE, pair"]
@@ -189,6 +190,7 @@ def test_row_that_cannot_run_is_reported_not_raised(tmp_path: Path) -> None:
     assert timing.refused.startswith("ArtifactError")
 
 
+@pytest.mark.slow
 def test_rows_that_memory_does_not_hold_run_in_groups(
     settings: BenchSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

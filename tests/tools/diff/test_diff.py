@@ -228,8 +228,8 @@ def test_output_weights_of_another_order_are_told_apart(home: Path, plan: Plan) 
 
 
 def test_fronts_and_their_costs(home: Path, plan: Plan) -> None:
-    first = replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), taken=1))
-    second = replace(plan, front=front_of((0.3, 0.6), (0.1, 0.02), taken=1))
+    first = replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), choice=1))
+    second = replace(plan, front=front_of((0.3, 0.6), (0.1, 0.02), choice=1))
     difference = between(home, first, second)
     assert difference.settings == (
         Change(
@@ -348,7 +348,7 @@ def test_every_field_of_the_manifest_counts(home: Path, manifest: Manifest) -> N
         "branches": (),
         "rejections": (),
         "sampler": "other",
-        "front": front_of((0.3, 0.5), (0.1, 0.01), taken=1),
+        "front": front_of((0.3, 0.5), (0.1, 0.01), choice=1),
     }
     assert set(others) == set(Manifest.__dataclass_fields__)
     for name, value in others.items():

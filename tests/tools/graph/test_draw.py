@@ -44,10 +44,10 @@ def by_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
 @pytest.mark.parametrize(
     ("name", "block", "mode"),
     [
-        ("graph_block_calibrate.mmd", "blocks.0", "calibrate"),
-        ("graph_block_forecast.mmd", "after", "forecast"),
-        ("graph_model_calibrate.mmd", None, "calibrate"),
-        ("graph_model_refresh.mmd", None, "refresh"),
+        ("graph_block/calibrate.mmd", "blocks.0", "calibrate"),
+        ("graph_block/forecast.mmd", "after", "forecast"),
+        ("graph_model/calibrate.mmd", None, "calibrate"),
+        ("graph_model/refresh.mmd", None, "refresh"),
     ],
 )
 def test_mermaid_is_the_golden_one(name: str, block: str | None, mode: str) -> None:

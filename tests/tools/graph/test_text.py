@@ -14,12 +14,12 @@ from calicache.tools.graph.text import SIGNS, block_text, folded_text
 @pytest.mark.parametrize("mode", MODES)
 def test_text_of_a_block_is_the_golden_one(mode: str) -> None:
     view = view_block(small_graphs(0), "blocks.0", MODES[mode])
-    assert_golden(f"graph_block_{mode}.txt", block_text(view))
+    assert_golden(f"graph_block/{mode}.txt", block_text(view))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_text_of_the_folded_model_is_the_golden_one(mode: str) -> None:
-    assert_golden(f"graph_model_{mode}.txt", folded_text(fold_blocks(small_graphs(0), MODES[mode])))
+    assert_golden(f"graph_model/{mode}.txt", folded_text(fold_blocks(small_graphs(0), MODES[mode])))
 
 
 @pytest.mark.parametrize("order", [0, 2])

@@ -176,7 +176,7 @@ def test_output_weights_that_nobody_asked_for_are_no_warning() -> None:
 
 
 def searched(plan: Plan) -> Plan:
-    return replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), taken=1))
+    return replace(plan, front=front_of((0.3, 0.5), (0.1, 0.01), choice=1))
 
 
 def test_plan_of_a_search_shows_its_front(home: Path, plan: Plan) -> None:
@@ -184,7 +184,7 @@ def test_plan_of_a_search_shows_its_front(home: Path, plan: Plan) -> None:
     text = printed(facts)
     for part in ("Front of the search that made it", "budget 0.5", "held-out error", "< taken"):
         assert part in text
-    assert json.loads(facts_json(facts))["front"]["taken"] == 1
+    assert json.loads(facts_json(facts))["front"]["choice"] == 1
 
 
 def test_held_out_error_above_the_bound_is_warned_of(home: Path, plan: Plan) -> None:
@@ -271,6 +271,7 @@ def test_calls_of_one_layer_are_told_apart() -> None:
     assert work["blocks.1.fc2@1"] == "calibrate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout.PAIR, Layout.SAMPLER])
 def test_other_layouts(layout: Layout) -> None:
     facts = inspect_subject(other_artifact("RCUFRC", layout))

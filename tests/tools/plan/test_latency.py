@@ -133,7 +133,7 @@ def test_plan_counts_in_measured_seconds(
     front = Plan.load(output).front
     assert front is not None
     assert front.unit == table.runtime
-    assert front.points[front.taken].cost <= 0.8
+    assert front.points[front.choice].cost <= 0.8
     assert f"of the full run, in seconds of {table.runtime}" in words(done.stdout)
     assert f"in seconds of {table.runtime}" in words(calicache("plan", "show", output).stdout)
 

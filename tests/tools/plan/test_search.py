@@ -240,7 +240,7 @@ def test_search_saves_a_plan_under_the_budget(given: tuple[str, Path], tmp_path:
     assert done.exit_code == 0, done.output
     plan = Plan.load(output)
     assert plan.front is not None
-    point = plan.front.points[plan.front.taken]
+    point = plan.front.points[plan.front.choice]
     assert point.cost <= 0.6
     assert plan.schedule == point.schedule
     text = words(done.stdout)
@@ -249,7 +249,7 @@ def test_search_saves_a_plan_under_the_budget(given: tuple[str, Path], tmp_path:
         f"cost {point.cost:.3f} of the full run, in MACs",
         f"error {point.error.mean:.3g} ±",
         "held-out error",
-        f"point {plan.front.taken} of 0 .. {len(plan.front.points) - 1} on the front",
+        f"point {plan.front.choice} of 0 .. {len(plan.front.points) - 1} on the front",
         f"Plan written: {output}",
         f"calicache plan show '{output}'",
     ):
@@ -277,7 +277,7 @@ def test_search_under_an_error_shows_a_bar_on_a_terminal(
     front = Plan.load(tmp_path / "plan").front
     assert front is not None
     assert front.request == "max_error 0.05"
-    assert front.points[front.taken].error.bound <= 0.05
+    assert front.points[front.choice].error.bound <= 0.05
     assert "max_error 0.05" in done.stdout
     assert "load the model" in done.stderr
     assert "━" in done.stderr

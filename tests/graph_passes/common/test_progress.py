@@ -1,0 +1,80 @@
+"""How far a piece of work is: never back, never past its total, the total never smaller."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calicache.graph_passes.common.progress import Meter, Progress
+
+works = st.floats(0, 1e6, allow_nan=False)
+
+
+def test_a_listener_is_told_of_every_stage_and_every_piece() -> None:
+    seen: list[Progress] = []
+    meter = Meter(3, seen.append)
+    meter.stage("first")
+    meter.add()
+    meter.stage("second")
+    meter.add(2)
+    assert seen == [
+        Progress(0, 3, "first"),
+        Progress(1, 3, "first"),
+        Progress(1, 3, "second"),
+        Progress(3, 3, "second"),
+    ]
+
+
+def test_nobody_has_to_listen() -> None:
+    meter = Meter(2)
+    meter.stage("alone")
+    meter.add(2)
+    assert (meter.done, meter.total, meter.name) == (2, 2, "alone")
+
+
+def test_more_work_than_was_promised_makes_the_total_grow() -> None:
+    seen: list[Progress] = []
+    meter = Meter(1, seen.append)
+    meter.add(1)
+    meter.add(0.5)
+    assert [(progress.done, progress.total) for progress in seen] == [(1, 1), (1.5, 1.5)]
+
+
+def test_work_that_is_expected_counts_from_what_is_done() -> None:
+    meter = Meter(0)
+    meter.expect(4)
+    assert (meter.done, meter.total) == (0, 4)
+    meter.add(3)
+    meter.expect(4)
+    assert (meter.done, meter.total) == (3, 7)
+    meter.expect(1)  # less than is promised already
+    assert meter.total == 7
+
+
+@settings(deadline=None)
+@given(
+    total=works,
+    pieces=st.lists(st.tuples(st.sampled_from(["add", "expect", "stage"]), works), max_size=30),
+)
+def test_nothing_ever_goes_back(total: float, pieces: list[tuple[str, float]]) -> None:
+    seen: list[Progress] = []
+    meter = Meter(total, seen.append)
+    for kind, work in pieces:
+        if kind == "stage":
+            meter.stage(f"{work}")
+        else:
+            getattr(meter, kind)(work)
+    assert len(seen) == sum(kind != "expect" for kind, _ in pieces)
+    assert all(progress.done <= progress.total for progress in seen)
+    for before, after in pairwise(seen):
+        assert before.done <= after.done
+        assert before.total <= after.total
+
+
+def test_what_was_told_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Progress(1, 2, "stage").done = 3  # type: ignore[misc]
