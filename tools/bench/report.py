@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from calicache.graph_passes.common.files import atomic_path
+from calicache.tools.terminal.options import import_library
 
 Result = Mapping[str, Any]
-NOTES = "performance-notes.md"
+NOTES, TEMPLATE = "performance-notes.md", "performance.md.jinja"
 SHOWN_OPERATORS = 8
 
 
@@ -24,14 +26,20 @@ def write_report(results: Mapping[str, Any], docs: Path) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     with atomic_path(docs / "performance.json") as path:
         path.write_text(json.dumps(results, indent=1) + "\n")
-    parts = [_heading(results)]
-    for result in results["models"]:
-        parts += [_facts(result), _table(result), _targets(result), _operators(result)]
     notes = docs / NOTES
-    if notes.exists():
-        parts.append(notes.read_text().strip())
+    jinja = import_library("jinja2", "jinja2", "fills the page in")
+    environment = jinja.Environment(undefined=jinja.StrictUndefined, keep_trailing_newline=True)
+    template = (files("calicache.tools.bench") / TEMPLATE).read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
+        **results,
+        modes_of=_modes,
+        efficiency=efficiency,
+        targets=targets,
+        operator_columns=_operator_columns,
+        notes=notes.read_text().strip() if notes.exists() else "",
+    )
     with atomic_path(docs / "performance.md") as path:
-        path.write_text("\n\n".join(parts) + "\n")
+        path.write_text(page)
 
 
 def efficiency(row: Mapping[str, Any]) -> float:
@@ -39,67 +47,9 @@ def efficiency(row: Mapping[str, Any]) -> float:
     return float(row["plain_seconds"] / row["run_seconds"] * row["macs_share"])
 
 
-def _heading(results: Mapping[str, Any]) -> str:
-    machine, versions = results["machine"], results["versions"]
-    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"""# Performance
-
-Written by `calicache bench`; do not edit. {machine["threads"]} threads of {machine["processor"]};
-{listed}.
-
-- Every row runs in a process of its own; the rows take turns, the figures are medians. Where memory
-  does not hold all rows at once they run in groups, the plain row in every one.
-- Speedup is against the plain model in ONNX Runtime, of a whole run; MACs the same from counted
-  multiply-accumulates; efficiency is the first over the second.
-- Memory is the resident memory that a row's process adds, loading and running."""
-
-
-def _facts(result: Result) -> str:
-    weights, peak = result["weight_bytes"], result["export_peak_bytes"]
-    seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result["export_seconds"].items())
-    files = ", ".join(f"{name} {_megabytes(size)}" for name, size in result["files"].items())
-    return f"""## {result["model"]}
-
-Interval {result["interval"]}, rank {result["rank"]} (width {result["width"]}), order \
-{result["order"]}, {result["steps"]} steps, {result["repeats"]} runs of every row, \
-{result["provider"]}.
-
-- caches {_megabytes(result["cache_bytes"])}; weights {_megabytes(weights)}; files: {files}
-- `optimize` and the exports: {seconds}; {_megabytes(peak)} of memory on top of the loaded model \
-({peak / weights:.2f} of the weights)"""
-
-
-def _table(result: Result) -> str:
-    modes = list(dict.fromkeys(m for row in result["rows"] for m in row["step_seconds"] or ()))
-    columns = ["row", *(f"{mode} ms" for mode in modes), "run s", "speedup", "MACs"]
-    columns += ["efficiency", "memory"]
-    return _markdown(columns, (_cells(row, modes, len(columns)) for row in result["rows"]))
-
-
-def _cells(row: Mapping[str, Any], modes: Sequence[str], width: int) -> list[str]:
-    if row["refused"]:
-        reason = row["refused"].replace("|", "\\|")
-        return [row["name"], f"does not run: {reason}", *[""] * (width - 2)]
-    steps = row["step_seconds"] or {}
-    return [
-        row["name"],
-        *(f"{1e3 * steps[mode]:.1f}" if mode in steps else "" for mode in modes),
-        f"{row['run_seconds']:.3f}",
-        f"{row['plain_seconds'] / row['run_seconds']:.2f}",
-        f"{1 / row['macs_share']:.2f}",
-        f"{efficiency(row):.2f}",
-        _megabytes(row["peak_bytes"]),
-    ]
-
-
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
-    lines = [columns, ["---", *[align] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _targets(result: Result) -> str:
-    rows = ((aim, measured, "yes" if met else "**no**") for aim, measured, met in targets(result))
-    return _markdown(("target", "measured", "met"), rows, "---")
+def _modes(result: Result) -> list[str]:
+    """Modes that the steps of any row were timed in."""
+    return list(dict.fromkeys(m for row in result["rows"] for m in row["step_seconds"] or ()))
 
 
 def targets(result: Result) -> Iterator[tuple[str, str, bool]]:
@@ -137,40 +87,19 @@ def _share(row: Mapping[str, Any]) -> float:
     return float(row["run_seconds"] / row["plain_seconds"])
 
 
-def _operators(result: Result) -> str:
-    profiles = result["profiles"]
-    intro = "Where the time goes, ms of a step (`run`: of the whole run, outside the steps):"
-    columns = (
-        ("plain", "plain", "REFRESH"),
-        ("REFRESH", "step", "REFRESH"),
-        ("CALIBRATE", "step", "CALIBRATE"),
-        ("CALIBRATE, sampler", "sampler", "CALIBRATE"),
-        ("run, sampler", "sampler", "run"),
-    )
-    times = {
+def _operator_columns(
+    profiles: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Milliseconds by operator in every column of the table, and the operators it shows."""
+    columns = {
         title: {e["operator"]: e["milliseconds"] for e in profiles[name] if e["mode"] == mode}
-        for title, name, mode in columns
+        for title, name, mode in (
+            ("plain", "plain", "REFRESH"),
+            ("REFRESH", "step", "REFRESH"),
+            ("CALIBRATE", "step", "CALIBRATE"),
+            ("CALIBRATE, sampler", "sampler", "CALIBRATE"),
+            ("run, sampler", "sampler", "run"),
+        )
     }
-    operators = dict.fromkeys(
-        name for column in times.values() for name in list(column)[:SHOWN_OPERATORS]
-    )
-    rows = [
-        [name, *(f"{column[name]:.2f}" if name in column else "" for column in times.values())]
-        for name in operators
-    ]
-    sums = ["all", *(f"{sum(column.values()):.1f}" for column in times.values())]
-    table = _markdown(["operator", *times], [*rows, sums])
-    return "\n\n".join([intro, table, _copies(profiles["sampler"])])
-
-
-def _copies(profile: Sequence[Mapping[str, Any]]) -> str:
-    moved = [e for e in profile if e["operator"] in ("Identity", "Concat", "Expand")]
-    size = sum(entry["result_bytes"] for entry in moved)
-    return (
-        f"Copies in the sampler (Identity, Concat, Expand): {_megabytes(size)} in all steps of "
-        "one mode and the run around them."
-    )
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"
+    shown = (name for column in columns.values() for name in list(column)[:SHOWN_OPERATORS])
+    return columns, list(dict.fromkeys(shown))

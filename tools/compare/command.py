@@ -44,7 +44,7 @@ def compare_command(
     Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid compare.png
     """
     recorded = Recording.load(recording)
-    decode = None if decoder is None else load_decoder(decoder)
+    decode = None if decoder is None else _load_decoder(decoder)
     first = next((end for end in recorded.ends if end is not None), None)
     if grid is not None and first is not None:  # before anything is run
         channels = first.shape[1] if first.ndim > 1 else 0
@@ -66,16 +66,7 @@ def compare_command(
         show(describe_comparison(comparison, drawn))
 
 
-def load_decoder(spec: str) -> Decoder:
-    """The decoder that a function in a Python file returns.
-
-    Args:
-        spec: `FILE.py:FUNCTION`; the function takes nothing, as for models, and returns a function
-            from latents (B, ...) to images (B, C, H, W) in -1 .. 1.
-
-    Raises:
-        ModelError: there is no such function, it fails, or returns no function.
-    """
+def _load_decoder(spec: str) -> Decoder:
     decoder: Any = call_in_file(spec)
     if not callable(decoder):
         raise ModelError(

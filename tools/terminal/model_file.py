@@ -138,7 +138,7 @@ def _load_folder(folder: Path) -> nn.Module:
         )
     try:
         model = diffusers.AutoModel.from_pretrained(
-            folder, torch_dtype=_saved_dtype(folder), local_files_only=True
+            str(folder), torch_dtype=_saved_dtype(folder), local_files_only=True
         )
         got = type(model).__name__
     except Exception as error:  # whatever the loader of its class raises

@@ -393,7 +393,7 @@ def test_runs_of_other_lengths_and_broken_values_are_warned_of(home: Path) -> No
 
 def test_a_recording_of_one_step_has_unknown_dependence(home: Path) -> None:
     recording = small_runs(small_model())
-    short = Recording(recording.calls[:1], recording.signatures)
+    short = Recording(recording.calls[:1], recording.signature)
     facts = facts_of_runs(home, short)
     assert [spec.dependence for spec in facts.inputs] == [None, None]
     assert texts(facts)["dependence-unknown"] == (
@@ -474,7 +474,7 @@ def test_what_is_refused_exits_with_1_and_a_message(home: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     words = " ".join(done.stderr.split())
-    assert "got a folder with dit.onnx.d, plan, runs.safetensors and 1 more" in words
+    assert "got a folder with dit.onnx.d, plan, runs.safetensors" in words
     assert "Traceback" not in done.stderr
 
 

@@ -33,7 +33,7 @@ def marks(lines: list[str], mark: str) -> list[tuple[int, int]]:
 
 
 def test_chart_has_every_point_and_falls() -> None:
-    lines = printed(front_chart(front_of(COSTS, ERRORS, taken=2)))
+    lines = printed(front_chart(front_of(COSTS, ERRORS, choice=2)))
     others, taken = marks(lines, "*"), marks(lines, "O")
     assert len(taken) == 1
     places = sorted(others + taken)
@@ -44,14 +44,14 @@ def test_chart_has_every_point_and_falls() -> None:
 
 
 def test_chart_is_logarithmic() -> None:
-    lines = printed(front_chart(front_of((0.2, 0.3, 0.4), (1.0, 0.01, 0.0001), taken=0)))
+    lines = printed(front_chart(front_of((0.2, 0.3, 0.4), (1.0, 0.01, 0.0001), choice=0)))
     rows = [y for _, y in sorted(marks(lines, "*") + marks(lines, "O"))]
     assert abs((rows[1] - rows[0]) - (rows[2] - rows[1])) <= 1
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_chart_is_as_wide_as_the_terminal(width: int) -> None:
-    lines = printed(front_chart(front_of(COSTS, ERRORS, taken=0)), width)
+    lines = printed(front_chart(front_of(COSTS, ERRORS, choice=0)), width)
     assert max(map(len, lines)) == width
 
 
@@ -60,24 +60,24 @@ def test_chart_is_as_wide_as_the_terminal(width: int) -> None:
     [((0.5,), (0.0123,)), ((0.5,), (0.01,)), ((0.31, 0.32), (0.0105, 0.0101)), ((1.0,), (1.0,))],
 )
 def test_chart_of_few_or_close_points(costs: tuple[float, ...], errors: tuple[float, ...]) -> None:
-    lines = printed(front_chart(front_of(costs, errors, taken=0)))
+    lines = printed(front_chart(front_of(costs, errors, choice=0)))
     assert len(marks(lines, "O")) == 1
 
 
 def test_point_without_error_is_left_out_of_the_chart() -> None:
-    front = front_of((0.5, 1.0), (0.01, 0.0), taken=1)
+    front = front_of((0.5, 1.0), (0.01, 0.0), choice=1)
     lines = printed(front_chart(front))
     assert len(marks(lines, "*")) == 1
     assert not marks(lines, "O")
     assert lines[-1].endswith("points without error are left out")
-    only = front_of((1.0,), (0.0,), taken=0)
+    only = front_of((1.0,), (0.0,), choice=0)
     assert printed(front_chart(only)) == ["no point has an error"]
 
 
 def test_chart_is_drawn_anew_every_time() -> None:
-    front = front_of(COSTS, ERRORS, taken=1)
+    front = front_of(COSTS, ERRORS, choice=1)
     first = printed(front_chart(front))
-    printed(front_chart(front_of((0.1, 0.9), (1.0, 1e-6), taken=0)), width=50)
+    printed(front_chart(front_of((0.1, 0.9), (1.0, 1e-6), choice=0)), width=50)
     assert printed(front_chart(front)) == first
 
 
