@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ def write_report(results: Mapping[str, Any], docs: Path) -> None:
         **results,
         modes_of=_modes,
         efficiency=efficiency,
-        targets=targets,
         operator_columns=_operator_columns,
         notes=notes.read_text().strip() if notes.exists() else "",
     )
@@ -50,41 +49,6 @@ def efficiency(row: Mapping[str, Any]) -> float:
 def _modes(result: Result) -> list[str]:
     """Modes that the steps of any row were timed in."""
     return list(dict.fromkeys(m for row in result["rows"] for m in row["step_seconds"] or ()))
-
-
-def targets(result: Result) -> Iterator[tuple[str, str, bool]]:
-    """What was aimed at, what was measured, and whether that is enough."""
-    rows = {row["name"]: row for row in result["rows"] if not row["refused"]}
-    plain = result["rows"][0]
-    step = rows.get("calicache CALIBRATE, step")
-    sampler = rows.get("calicache CALIBRATE, sampler")
-    eager = rows.get("calicache CALIBRATE, PyTorch eager")
-    if step:
-        share = step["step_seconds"]["REFRESH"] / plain["step_seconds"]["REFRESH"]
-        yield "REFRESH at most 1.05 of a plain step", f"{share:.2f}", share <= 1.05
-    if sampler:
-        measured = efficiency(sampler)
-        least = 0.85 if result["width"] < 512 else 0.90
-        yield f"efficiency at least {least:.2f} (sampler)", f"{measured:.2f}", measured >= least
-    if sampler and step:
-        ratio = _share(sampler) / _share(step)
-        yield "sampler no slower than step by step", f"{ratio:.2f}", ratio <= 1.0
-    if sampler and eager:
-        gain = _share(eager) / _share(sampler)
-        yield "twice as fast as the same schedule in eager PyTorch", f"{gain:.2f}", gain >= 2
-    kept = result["cache_values_per_channel"]
-    if result["order"] == 0:
-        yield "cache per token and block at most 10 C", f"{kept:.1f} C", kept <= 10
-    spent = result["export_seconds"]
-    seconds = spent["optimize"] + max(time for name, time in spent.items() if name != "optimize")
-    yield "`optimize` and export in under 60 s", f"{seconds:.0f} s", seconds < 60
-    peak = 1 + result["export_peak_bytes"] / result["weight_bytes"]
-    yield "their memory, model included, under 2 x the weights", f"{peak:.2f}", peak < 2
-
-
-def _share(row: Mapping[str, Any]) -> float:
-    """Time of a run against the plain one beside it."""
-    return float(row["run_seconds"] / row["plain_seconds"])
 
 
 def _operator_columns(
