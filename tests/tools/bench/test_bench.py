@@ -20,7 +20,7 @@ from calicache.graph_passes.common.progress import Meter
 from calicache.tools.bench import prepare as bench_prepare
 from calicache.tools.bench import run as bench
 from calicache.tools.bench.models import MODELS, BenchModel, find_model
-from calicache.tools.bench.report import efficiency, targets, write_report
+from calicache.tools.bench.report import efficiency, write_report
 from calicache.tools.bench.rows import BenchSettings, BenchTask, bench_rows, chosen_rows
 from calicache.tools.bench.run import MEMORY_PER_ROW, Timing, operator_times, run_bench
 from calicache.tools.cli import app
@@ -209,7 +209,7 @@ def test_rows_that_memory_does_not_hold_run_in_groups(
     assert {names[0] for names in groups} == {rows[0].name}
 
 
-def test_report_shows_every_row_and_judges_the_targets(result: dict, tmp_path: Path) -> None:
+def test_report_shows_every_row(result: dict, tmp_path: Path) -> None:
     shown = copy.deepcopy(result)
     shown["rows"].append({**shown["rows"][0], "name": "a peer", "refused": "AttributeError: no"})
     (tmp_path / "performance-notes.md").write_text("## Notes\n\nA note.\n")
@@ -222,23 +222,9 @@ def test_report_shows_every_row_and_judges_the_targets(result: dict, tmp_path: P
     assert json.loads((tmp_path / "performance.json").read_text())["models"][0]["width"] == 32
 
 
-def test_targets_are_met_or_not_by_the_figures(result: dict) -> None:
-    shown = copy.deepcopy(result)
-    plain, step, sampler = shown["rows"]
-    plain["step_seconds"] = {"REFRESH": 1.0}
-    for row in shown["rows"]:
-        row["plain_seconds"] = 6.0
-    step["step_seconds"], step["run_seconds"] = {"REFRESH": 1.04, "CALIBRATE": 0.3}, 3.4
-    sampler["run_seconds"], sampler["macs_share"] = 3.0, 0.5
-    assert efficiency(sampler) == pytest.approx(1.0)
-    met = {wanted: ok for wanted, _, ok in targets(shown)}
-    assert met["REFRESH at most 1.05 of a plain step"]
-    assert met["sampler no slower than step by step"]
-    step["step_seconds"]["REFRESH"], sampler["run_seconds"] = 1.06, 3.6
-    met = {wanted: ok for wanted, _, ok in targets(shown)}
-    assert not met["REFRESH at most 1.05 of a plain step"]
-    assert not met["sampler no slower than step by step"]
-    assert not met["efficiency at least 0.85 (sampler)"]
+def test_efficiency_is_the_speedup_over_that_of_the_macs(result: dict) -> None:
+    row = {**result["rows"][0], "plain_seconds": 6.0, "run_seconds": 3.0, "macs_share": 0.5}
+    assert efficiency(row) == pytest.approx(1.0, rel=1e-14)  # three operations in float64
 
 
 def test_command_refuses_with_the_reason() -> None:
