@@ -179,6 +179,7 @@ def _manifest(
 
 def _sampler_record(compiled: Compiled, sampler: SamplerTables) -> SamplerRecord:
     return SamplerRecord(
+        latent=sampler.latent,
         noise=noise_spec(compiled, sampler),
         inputs=run_specs(compiled, sampler),
         parts=sampler.parts,

@@ -78,6 +78,7 @@ class SamplerRecord:
     """What goes into a whole run.
 
     Attributes:
+        latent: the model's input that holds x.
         noise: (B, ...) float32, the start; the latents that come out are alike.
         inputs: the model's tensors that stay the same over a run, all guidance parts at once.
         parts: of the guided batch; 1 without guidance.
@@ -86,6 +87,7 @@ class SamplerRecord:
         scale: what the noise is multiplied with for the first call of the model.
     """
 
+    latent: str
     noise: TensorSpec
     inputs: tuple[TensorSpec, ...]
     parts: int

@@ -119,9 +119,11 @@ def read_plan(path: Path | str) -> PlanContent:
         if number != FORMAT:
             raise ValueError(f"format {number}, this version reads {FORMAT}")
         written = _PLAN_JSON.validate_json(text)
-        for name in (STATISTICS_FILE, SAMPLER_FILE):
-            digest = written.files.get(name)
-            if digest is not None and sha256_of(folder / name) != digest:
+        names = {STATISTICS_FILE} | ({SAMPLER_FILE} if written.sampler else set())
+        if set(written.files) != names:
+            raise ValueError(f"{PLAN_FILE} lists other files than {', '.join(sorted(names))}")
+        for name, digest in written.files.items():
+            if sha256_of(folder / name) != digest:
                 raise ValueError(f"{name} is not the file the plan was saved with")
         statistics = named_statistics(load_file(folder / STATISTICS_FILE))
         sampler = None

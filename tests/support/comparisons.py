@@ -182,7 +182,6 @@ def comparison_of(
         final=ErrorSummary.of([errors[-1], 1.5 * errors[-1]]),
         full_seconds=None if whole else 0.01 * len(schedule),
         cached_seconds=sum(seconds[mode] for mode in schedule),
-        torch_seconds=None,
         no_steps="no steps are seen" if whole else None,
         measures=measures,
         no_measures=None,

@@ -12,8 +12,8 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.compare.comparison import Comparison, compare
 from calicache.tools.compare.pictures import Decoder, ImageGrid, check_grid, picture_kind, save_grid
 from calicache.tools.compare.view import comparison_json, describe_comparison
-from calicache.tools.terminal.model_file import call_in_file, load_model
-from calicache.tools.terminal.options import CPU, AlsoModel, Json, Provider, Runs, show
+from calicache.tools.terminal.model_file import call_in_file
+from calicache.tools.terminal.options import CPU, Json, Provider, Runs, show
 from calicache.tools.terminal.progress import progress_shown
 
 
@@ -33,13 +33,10 @@ def compare_command(
             "(B, C, H, W) in -1 .. 1."
         ),
     ] = None,
-    model: AlsoModel = None,
     provider: Provider = CPU,
     json: Json = False,
 ) -> None:
     """Run an artifact beside the full model along recorded runs: error and time of every step.
-
-    With --model the torch model is timed too.
 
     Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid compare.png
     """
@@ -54,7 +51,6 @@ def compare_command(
             artifact,
             recorded,
             runs=runs,
-            model=None if model is None else load_model(model),
             decoder=decode,
             provider=provider,
             on_progress=on_progress,

@@ -9,13 +9,11 @@ from statistics import median
 
 import torch
 from pydantic import ConfigDict, computed_field
-from torch import Tensor, nn
+from torch import Tensor
 
 from calicache.export.artifact.manifest import Layout, Manifest
 from calicache.export.session.session import Session
 from calicache.graph_passes.common.environment import Environment, environment
-from calicache.graph_passes.common.errors import CompareError
-from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.choices import StepMode
@@ -36,7 +34,6 @@ from calicache.tools.compare.side_by_side import (
     relative_errors,
     run_steps,
     run_whole,
-    time_model,
     warm_up,
 )
 from calicache.tools.inspect.facts import Mode
@@ -92,7 +89,6 @@ class Comparison:
         full_seconds: of a whole run of the full model in ONNX Runtime, median over the runs. Every
             step is the artifact's own REFRESH, which also writes the caches.
         cached_seconds: of a whole run of the artifact, median over the runs.
-        torch_seconds: of the torch model's calls in a run, where a model was given.
         no_steps: why there are no errors and times of steps; None where there are.
         measures: PSNR and SSIM of the results; None where `no_measures` says why.
         environment: machine and versions.
@@ -113,7 +109,6 @@ class Comparison:
     final: ErrorSummary
     full_seconds: float | None
     cached_seconds: float
-    torch_seconds: float | None
     no_steps: str | None
     measures: ImageMeasures | None
     no_measures: str | None
@@ -134,7 +129,6 @@ def compare(
     recording: Recording,
     *,
     runs: int | None = None,
-    model: nn.Module | None = None,
     decoder: Decoder | None = None,
     provider: str = "CPUExecutionProvider",
     on_progress: OnProgress | None = None,
@@ -149,7 +143,6 @@ def compare(
         path: the artifact, a folder written by `export_onnx`.
         recording: whole runs of the exported model, each ended by `finish`.
         runs: how many of them, from the first; None takes all.
-        model: the torch model that was exported, to be timed along the recorded calls as well.
         decoder: latents (B, ...) to images (B, C, H, W) in -1 .. 1; None takes results of 1 or
             3 channels for images and others for latents.
         provider: of ONNX Runtime.
@@ -163,46 +156,28 @@ def compare(
     session = Session(path, provider=provider)
     manifest = session.manifest
     recorded = matching_runs(manifest, recording, runs)
-    if model is not None:
-        _check_model(model, manifest)
     if not isinstance(picture_kind(recorded[0].end.shape, decoder), NoPictures):
         measure_functions()  # before anything is run
     whole = manifest.layout is Layout.SAMPLER
-    pieces = (1 if whole else 2 * len(manifest.schedule)) + (model is not None)
+    pieces = 1 if whole else 2 * len(manifest.schedule)
     meter = Meter(pieces * len(recorded), on_progress)
     meter.stage("run full and optimised")
     # The first call of everything takes longer than all others.
     if not whole:
         warm_up(session, recorded[0])
-    if model is not None:
-        time_model(model, recorded[0].calls[:1], recording.signature)
-    beside, torch_seconds = [], []
-    for run in recorded:
-        beside.append(
-            (run_whole if whole else run_steps)(session, run, recording.dependence, meter)
-        )
-        if model is not None:
-            torch_seconds.append(time_model(model, run.calls, recording.signature))
-            meter.add()
-    return _summary(manifest, provider, beside, torch_seconds, decoder)
-
-
-def _check_model(model: nn.Module, manifest: Manifest) -> None:
-    weights_hash = hash_weights(model)
-    if weights_hash != manifest.weights_hash:
-        raise CompareError(
-            "model",
-            expected=f"the weights that were exported, {manifest.weights_hash[:16]}",
-            got=weights_hash[:16],
-            fix="Give the model that the artifact was made from.",
-        )
+    beside = [
+        run_whole(session, run, meter)
+        if whole
+        else run_steps(session, run, recording.dependence, meter)
+        for run in recorded
+    ]
+    return _summary(manifest, provider, beside, decoder)
 
 
 def _summary(
     manifest: Manifest,
     provider: str,
     beside: Sequence[SideBySide],
-    torch_seconds: Sequence[float],
     decoder: Decoder | None,
 ) -> Comparison:
     full, cached = (torch.cat([getattr(b, name) for b in beside]) for name in ("full", "cached"))
@@ -220,7 +195,6 @@ def _summary(
         final=ErrorSummary.of(relative_errors(cached, full)),
         full_seconds=median(totals) if totals else None,
         cached_seconds=median(sum(run.cached_seconds) for run in beside),
-        torch_seconds=median(torch_seconds) if torch_seconds else None,
         no_steps=WHOLE_RUN if manifest.layout is Layout.SAMPLER else None,
         measures=None if isinstance(pictures, NoPictures) else measure_pictures(pictures),
         no_measures=pictures.reason if isinstance(pictures, NoPictures) else None,

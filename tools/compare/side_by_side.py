@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calicache.export.artifact.manifest import Manifest
 from calicache.export.session.session import Session
 from calicache.graph_passes.common.errors import CompareError
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.sampler.update import (
     SamplerSteps,
@@ -149,18 +148,16 @@ def warm_up(session: Session, run: RecordedRun) -> None:
         _call(session, schedule.index(mode), run.calls[0])
 
 
-def run_whole(session: Session, run: RecordedRun, dependence: Classes, meter: Meter) -> SideBySide:
+def run_whole(session: Session, run: RecordedRun, meter: Meter) -> SideBySide:
     """A whole run in the layout `sampler`, from the recorded noise.
 
     Args:
         session: of the artifact.
         run: of the artifact's form.
-        dependence: class of every tensor argument.
         meter: counts the run.
 
     Raises:
-        CompareError: no input, or several, can hold the latent, or the recorded result is no
-            latent of the sampler's.
+        CompareError: the recorded result is no latent of the sampler's.
     """
     record = session.manifest.sampler
     assert record is not None
@@ -173,59 +170,14 @@ def run_whole(session: Session, run: RecordedRun, dependence: Classes, meter: Me
             got=str(tuple(run.end.shape)),
             fix="Call recording.finish with the latents, before they are decoded.",
         )
-    latent, first = _sampler_latent(session.manifest, dependence), run.whole[0]
+    first = run.whole[0]
     inputs: dict[str, Any] = {spec.name: first[spec.name] for spec in record.inputs}
-    noise = (first[latent][:rows].float() / record.scale).numpy()
+    noise = (first[record.latent][:rows].float() / record.scale).numpy()
     begun = time.perf_counter()
     cached = torch.from_numpy(session.sample(noise, **inputs))
     spent = time.perf_counter() - begun
     meter.add()
     return SideBySide(end, cached, None, None, (spent,))
-
-
-def _sampler_latent(manifest: Manifest, dependence: Classes) -> str:
-    """The model's input that holds x in the layout `sampler`."""
-    record = manifest.sampler
-    assert record is not None
-    shape = (record.parts * record.noise.shape[0], *record.noise.shape[1:])
-    candidates = [
-        spec.name
-        for spec in manifest.inputs
-        if spec.shape == shape and dependence[spec.name] is Dependence.LATENT
-    ]
-    if len(candidates) != 1:
-        raise CompareError(
-            "latent",
-            expected=f"one input of the shape {shape} that changes as the latent does",
-            got=", ".join(candidates) or "none in the recording",
-            fix="Compare an artifact with a recording of its own model and sampler.",
-        )
-    return candidates[0]
-
-
-def time_model(model: nn.Module, steps: Sequence[Run], signature: CallSignature) -> float:
-    """Seconds of the torch model over recorded steps.
-
-    Args:
-        model: the one that was recorded, on any device.
-        steps: recorded calls of it, one or several a step.
-        signature: of one call.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    seconds = 0.0
-    for calls in steps:
-        arguments = [
-            signature.unflatten([call[spec.name].to(device) for spec in signature.tensors])
-            for call in calls
-        ]
-        begun = time.perf_counter()
-        with torch.no_grad():
-            for named in arguments:
-                model(**named)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds += time.perf_counter() - begun
-    return seconds
 
 
 def relative_errors(value: Tensor, exact: Tensor) -> tuple[float, ...]:

@@ -120,7 +120,6 @@ def _total_table(comparison: Comparison) -> Table:
     runs = {
         "full, ONNX Runtime": full,
         "optimised, ONNX Runtime": comparison.cached_seconds,
-        "full, torch": comparison.torch_seconds,
     }
     rows = (
         (name, _milliseconds(seconds), _share(seconds, full))

@@ -145,6 +145,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{SAMPLER_FILE} is not the file the plan was saved with",
     ),
     "other tables": (swap, f"{SAMPLER_FILE} is not the file the plan was saved with"),
+    "no digest": (
+        lambda at: edit(at, lambda w: w["files"].pop(SAMPLER_FILE)),
+        f"{PLAN_FILE} lists other files than {SAMPLER_FILE}, {STATISTICS_FILE}",
+    ),
     "half the numbers": (lambda at: edit(at, lambda w: w["sampler"].pop("updates")), "updates"),
     "no numbers in a row": (
         lambda at: edit(at, lambda w: w["sampler"].update(updates=[["much"]])),

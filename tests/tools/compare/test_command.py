@@ -139,13 +139,6 @@ def test_decoder_makes_the_grid_of_latents(given: Given, tmp_path: Path) -> None
     assert path.is_file()
 
 
-def test_model_is_timed_too(given: Given) -> None:
-    arguments = ("compare", given.tokens, "--recording", given.token_runs)
-    done = calicache(*arguments, "--model", f"{given.model}:build")
-    assert done.exit_code == 0, done.output
-    assert "full, torch" in done.stdout
-
-
 def refusal(*arguments: str | Path) -> str:
     done = calicache("compare", *arguments)
     assert done.exit_code == 1, done.output

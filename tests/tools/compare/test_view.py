@@ -67,13 +67,6 @@ def test_layout_without_steps_says_why() -> None:
     assert "Error of the latent" not in shown
 
 
-def test_torch_model_has_a_row_where_it_was_timed() -> None:
-    comparison = comparison_of(ERRORS, SCHEDULE)
-    assert "full, torch" not in text(describe_comparison(comparison))
-    timed = replace(comparison, torch_seconds=0.09)
-    assert "full, torch 90 1.500" in text(describe_comparison(timed))
-
-
 def test_missing_measures_say_why() -> None:
     small = text(describe_comparison(comparison_of(ERRORS, SCHEDULE, ssim=None)))
     assert "SSIM none: its window of 11 pixels does not fit into them" in small
@@ -155,7 +148,6 @@ def test_data_has_every_field_but_the_results() -> None:
         "schedule",
         "speedup",
         "steps",
-        "torch_seconds",
     ]
     assert data["schedule"] == ["REFRESH", "CALIBRATE", "REUSE", "REFRESH", "FORECAST", "CALIBRATE"]
     assert data["steps"][2]["mode"] == "REUSE"

@@ -285,7 +285,7 @@ def test_other_layouts(layout: Layout) -> None:
 
 def test_guidance_calls_and_built_in_values_are_shown(home: Path, manifest: Manifest) -> None:
     noise = TensorSpec("noise", (1, 5, 4), "float32")
-    record = SamplerRecord(noise, (), parts=2, conditional=0, guidance=1.5, scale=1.0)
+    record = SamplerRecord("x", noise, (), parts=2, conditional=0, guidance=1.5, scale=1.0)
     facts = facts_of_artifact(
         home, manifest, sampler=record, calls_per_step=2, fixed={"mask": ("1234",)}
     )
