@@ -25,9 +25,9 @@ def tensor_bytes(value: Tensor) -> memoryview:
 
 def digest(value: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values."""
-    found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)};".encode())
-    found.update(tensor_bytes(value))
-    return found.hexdigest()
+    sha = hashlib.sha256(f"{value.dtype} {tuple(value.shape)};".encode())
+    sha.update(tensor_bytes(value))
+    return sha.hexdigest()
 
 
 def hash_weights(model: nn.Module) -> str:

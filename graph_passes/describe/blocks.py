@@ -129,13 +129,13 @@ def find_block(graphs: ModelGraphs, text: str) -> str:
     Raises:
         SubjectError: there is none, or several lists have one.
     """
-    found = [text] if text in graphs.parts else []
-    if not found:
-        found = [block for block in graphs.blocks if block.rpartition(".")[2] == text]
-    if len(found) != 1:
-        got = f"{text!r}, which is {' or '.join(found)}" if found else repr(text)
+    matches = [text] if text in graphs.parts else []
+    if not matches:
+        matches = [block for block in graphs.blocks if block.rpartition(".")[2] == text]
+    if len(matches) != 1:
+        got = f"{text!r}, which is {' or '.join(matches)}" if matches else repr(text)
         raise SubjectError("block", expected=_known(graphs), got=got, fix="Choose one of these.")
-    return found[0]
+    return matches[0]
 
 
 def _known(graphs: ModelGraphs) -> str:
@@ -291,14 +291,16 @@ def _leaves(
     merged: _Merged, names: set[str], plain: GraphView, graph: GraphView
 ) -> tuple[Leaving, ...]:
     """Values of a block by the part that reads them, in graph order."""
-    found: dict[tuple[str, str], set[Mark]] = {}
+    marks_by_value: dict[tuple[str, str], set[Mark]] = {}
     for edge in merged.edges:
         if edge.source in names and edge.target not in names:
             part = merged.nodes[edge.target].block
-            found.setdefault((edge.source, part), set()).add(edge.mark)
+            marks_by_value.setdefault((edge.source, part), set()).add(edge.mark)
     for name in dict.fromkeys((*graph.outputs, *plain.outputs)):
         if name in names:
             mark = Mark.PLAIN if name in plain.outputs else Mark.INSERTED
             mark = mark if name in graph.outputs else Mark.REMOVED
-            found.setdefault((name, OUTPUT), set()).add(mark)
-    return tuple(Leaving(*key, _together(frozenset(marks))) for key, marks in found.items())
+            marks_by_value.setdefault((name, OUTPUT), set()).add(mark)
+    return tuple(
+        Leaving(*key, _together(frozenset(marks))) for key, marks in marks_by_value.items()
+    )

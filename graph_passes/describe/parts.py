@@ -78,8 +78,8 @@ def find_parts(
     parts = dict(known or {})
     for node in nodes:
         if node.name not in parts:
-            found = _block_of(node, lists) or _source_part(node, parts)
-            parts |= {node.name: found} if found else {}
+            part = _block_of(node, lists) or _source_part(node, parts)
+            parts |= {node.name: part} if part else {}
     leads, comes = _to_blocks(nodes, parts), _from_blocks(nodes, parts)
     for node in nodes:
         if node.name not in parts:
@@ -99,20 +99,20 @@ def target_part(target: str, part: str, lists: Sequence[str]) -> str:
     The two differ where a block reads its input as it comes from the block before. The target's
     name does not tell which call of the block it is in, the part does.
     """
-    found = _element(target.partition("@")[0], lists)
-    return part if found in (None, part.partition("@")[0]) else found
+    element = _element(target.partition("@")[0], lists)
+    return part if element in (None, part.partition("@")[0]) else element
 
 
 def _block_of(node: fx.Node, lists: Sequence[str]) -> str | None:
     """The block whose module or weight a node is, or whose target it calibrates."""
-    found = _element(str(node.target), lists) if node.op == "get_attr" else None
+    element = _element(str(node.target), lists) if node.op == "get_attr" else None
     for key, (module, _) in (node.meta.get("nn_module_stack") or {}).items():
-        if found is None:
-            found = _element(str(module), lists)
+        if element is None:
+            element = _element(str(module), lists)
             _, at, call = str(key).rpartition("@")
-            found = f"{found}@{call}" if at and found == module else found
+            element = f"{element}@{call}" if at and element == module else element
     target = node.meta.get("calibrates")
-    return target_part(target, found or "", lists) or None if target else found
+    return target_part(target, element or "", lists) or None if target else element
 
 
 def _element(path: str, lists: Sequence[str]) -> str | None:
@@ -135,21 +135,23 @@ def _source_part(node: fx.Node, parts: Mapping[str, str]) -> str | None:
 
 def _to_blocks(nodes: Sequence[fx.Node], parts: Mapping[str, str]) -> set[fx.Node]:
     """Nodes that a block, or what is before one, is computed from."""
-    found: set[fx.Node] = set()
+    ancestors: set[fx.Node] = set()
     for node in reversed(nodes):
-        if any(user in found or parts.get(user.name, AFTER) != AFTER for user in node.users):
-            found.add(node)
-    return found
+        if any(user in ancestors or parts.get(user.name, AFTER) != AFTER for user in node.users):
+            ancestors.add(node)
+    return ancestors
 
 
 def _from_blocks(nodes: Sequence[fx.Node], parts: Mapping[str, str]) -> set[fx.Node]:
     """Nodes that are computed from a block."""
-    found: set[fx.Node] = set()
+    descendants: set[fx.Node] = set()
     for node in nodes:
         sources = node.all_input_nodes
-        if any(s in found or parts.get(s.name, BEFORE) not in (BEFORE, AFTER) for s in sources):
-            found.add(node)
-    return found
+        if any(
+            s in descendants or parts.get(s.name, BEFORE) not in (BEFORE, AFTER) for s in sources
+        ):
+            descendants.add(node)
+    return descendants
 
 
 def dotted_place(node: fx.Node) -> str:

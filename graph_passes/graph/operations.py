@@ -30,14 +30,14 @@ VIEWS = {
 
 def before_views(node: fx.Node) -> fx.Node:
     """The tensor that a value is a view of: one table for it serves all its views."""
-    found = node
+    tensor = node
     while node.target in VIEWS:
         first = node.args[0]
         assert isinstance(first, fx.Node)
         node = first
         if isinstance(node.meta["val"], Tensor):  # a split gives a list, which no table holds
-            found = node
-    return found
+            tensor = node
+    return tensor
 
 
 ATTENTION = aten.scaled_dot_product_attention.default

@@ -28,7 +28,7 @@ def find_run_values(
         views, and that products have gone into.
     """
     costly: set[str] = set()
-    found: dict[str, None] = {}
+    frontier: dict[str, None] = {}
     for node in captured.graph.nodes:
         if node.op == "output":
             continue
@@ -37,5 +37,5 @@ def find_run_values(
             if macs.get(node.name) or any(source.name in costly for source in sources):
                 costly.add(node.name)
         elif classes[node.name] in (Dependence.STEP, Dependence.LATENT):
-            found |= {before_views(s).name: None for s in sources if s.name in costly}
-    return tuple(node.name for node in captured.graph.nodes if node.name in found)
+            frontier |= {before_views(s).name: None for s in sources if s.name in costly}
+    return tuple(node.name for node in captured.graph.nodes if node.name in frontier)

@@ -127,10 +127,10 @@ class _Reads(TorchFunctionMode):
         return func(*args, **options)
 
     def _true_places(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        found = self.answer(
+        places = self.answer(
             tensor, lambda t: [place.tolist() for place in t.nonzero(as_tuple=True)]
         )
-        return tuple(torch.tensor(place, dtype=torch.int64).to(tensor.device) for place in found)
+        return tuple(torch.tensor(place, dtype=torch.int64).to(tensor.device) for place in places)
 
     def _places(self, index: Any) -> tuple[Any, ...]:
         """An index with plain places: where masks are true, what the ends of slices are."""

@@ -82,14 +82,14 @@ class Insertion:
         graph: the variant's graph.
         history: how many refreshes of every value are kept, order + 1.
         attributes: tensors that the new `get_attr` nodes name.
-        made: the new nodes, caches left out.
+        new_nodes: in the order in which they were written, caches left out.
         cache_slots: what is read of the caches, by name of the placeholder.
     """
 
     def __init__(self, graph: fx.Graph, history: int = 1) -> None:
         self.graph, self.history = graph, history
         self.attributes: dict[str, Tensor] = {}
-        self.made: list[fx.Node] = []
+        self.new_nodes: list[fx.Node] = []
         self.cache_slots: dict[str, CacheSlot] = {}
         self._placeholders: dict[str, fx.Node] = {}
         self._rows: dict[str, fx.Node] = {}
@@ -220,7 +220,7 @@ class Insertion:
         node.meta = {"val": value, "nn_module_stack": source.meta.get("nn_module_stack")}
         if site:
             node.meta["calibrates"] = site
-        self.made.append(node)
+        self.new_nodes.append(node)
         return node
 
 

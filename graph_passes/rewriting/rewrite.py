@@ -243,7 +243,7 @@ def _variant(
         ),
         reads=tuple(reads),
         slots={name: insert.cache_slots[name] for name in reads if name in insert.cache_slots},
-        inserted=tuple(node.name for node in insert.made if node.name in live),
+        inserted=tuple(node.name for node in insert.new_nodes if node.name in live),
     )
 
 

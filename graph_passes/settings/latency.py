@@ -125,14 +125,14 @@ class LatencyTable:
         if choice is BranchChoice.FULL:
             return 0.0
         full = self.full_refresh if refresh else self.full_step
-        found = sorted(
+        points = sorted(
             (row.macs, (row.refresh if refresh else row.step) - full)
             for row in self.rows
             if row.group == group and row.choice is choice
         )
-        if not found:
+        if not points:
             return None
-        (low, first), (high, last) = found[0], found[-1]
+        (low, first), (high, last) = points[0], points[-1]
         if high == low:
             return first
         return first + (last - first) * (macs - low) / (high - low)

@@ -89,7 +89,7 @@ def find_branches(
             accepted.append(join)
     all_joins = frozenset(join.node.name for join in accepted)
     branches: list[ResidualBranch] = []
-    taken: Counter[str] = Counter()
+    uses: Counter[str] = Counter()
     for group in _overlapping(accepted):
         branch = _branch(group, all_joins, graph, classes)
         linears = _linears(branch.nodes, by_name)
@@ -99,8 +99,8 @@ def find_branches(
             rejections.append(Rejection(label, group[0].node.name, reason))
             continue
         label = _label(linears)
-        taken[label] += 1
-        name = label if taken[label] == 1 else f"{label}@{taken[label] - 1}"
+        uses[label] += 1
+        name = label if uses[label] == 1 else f"{label}@{uses[label] - 1}"
         branches.append(replace(branch, name=name))
     return branches, rejections
 
@@ -108,7 +108,7 @@ def find_branches(
 def _find_joins(
     graph: fx.Graph, classes: Mapping[str, Dependence], flow: nx.DiGraph
 ) -> list[_Join]:
-    found: dict[fx.Node, _Join] = {}
+    joins: dict[fx.Node, _Join] = {}
     for node in graph.nodes:
         if node.target is not ADD or classes[node.name] is not Dependence.LATENT:
             continue
@@ -118,13 +118,13 @@ def _find_joins(
                 continue
             if classes[last.name] is not Dependence.LATENT or not _same_shape(skip, last):
                 continue
-            root = _skip_root(skip, last, flow, found)
+            root = _skip_root(skip, last, flow, joins)
             if root is not None:
                 between = nx.descendants(flow, root) & nx.ancestors(flow, last) | {last}
                 latent = (n.name for n in between if classes[n.name] is Dependence.LATENT)
-                found[node] = _Join(node, root, last, frozenset(latent))
+                joins[node] = _Join(node, root, last, frozenset(latent))
                 break
-    return list(found.values())
+    return list(joins.values())
 
 
 def _skip_root(

@@ -69,8 +69,8 @@ def profile(
         entry[0] += share * event["dur"] / 1e3  # microseconds
         entry[1] += share
         entry[2] += share * int(event["args"].get("output_size") or 0)
-    found = [OperatorTime(mode, name, *values) for (mode, name), values in totals.items()]
-    return sorted(found, key=lambda entry: (entry.mode, -entry.milliseconds))
+    times = [OperatorTime(mode, name, *values) for (mode, name), values in totals.items()]
+    return sorted(times, key=lambda entry: (entry.mode, -entry.milliseconds))
 
 
 def _mode(node: str) -> str:

@@ -136,14 +136,14 @@ def _cautions(plan: Plan) -> Iterator[Caution]:
         )
     if front is None:
         return
-    taken = front.points[front.choice]
-    if not math.isfinite(taken.error.mean):
+    chosen = front.points[front.choice]
+    if not math.isfinite(chosen.error.mean):
         yield Caution("diverged", "The point that the plan has taken diverged in the search.")
-    elif front.held_out is not None and front.held_out.mean > taken.error.bound:
+    elif front.held_out is not None and front.held_out.mean > chosen.error.bound:
         yield Caution(
             "held-out-error",
             f"The held-out error {front.held_out.mean:.3g} is above the bound "
-            f"{taken.error.bound:.3g} of the point: new samples may be further off.",
+            f"{chosen.error.bound:.3g} of the point: new samples may be further off.",
         )
 
 

@@ -215,7 +215,7 @@ def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
 
 def front_chart(front: Front) -> Chart:
     """Error against cost of a search's points, the taken one larger."""
-    points, taken = front.points, front.points[front.choice]
+    points, chosen = front.points, front.points[front.choice]
     dots = _trace(
         "scatter",
         "points",
@@ -229,7 +229,7 @@ def front_chart(front: Front) -> Chart:
             "array": [max(0.0, point.error.worst - point.error.mean) for point in points],
             "arrayminus": [0.0 for _ in points],
         },
-        marker={"size": [16 if point is taken else 9 for point in points]},
+        marker={"size": [16 if point is chosen else 9 for point in points]},
         text=[f"point {k}: {point.label}" for k, point in enumerate(points)],
     )
     return _chart([dots], _layout(f"cost, share of the full run ({front.unit})", "error", log=True))

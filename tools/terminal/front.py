@@ -98,7 +98,7 @@ def front_table(front: Front) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for place, point in enumerate(front.points):
-        error, taken = point.error, place == front.choice
+        error, chosen = point.error, place == front.choice
         table.add_row(
             str(place),
             f"{point.cost:.3f}",
@@ -106,8 +106,8 @@ def front_table(front: Front) -> Table:
             f"{error.bound:.3g}",
             str(point.order),
             *(str(point.schedule.count(mode) or "-") for mode in StepMode),
-            "< taken" if taken else "",
-            style="bold" if taken else None,
+            "< taken" if chosen else "",
+            style="bold" if chosen else None,
         )
     return table
 

@@ -232,7 +232,7 @@ def test_caches_come_after_the_arguments_in_the_order_they_are_made() -> None:
     # Rows for a linear layer, any other value as it is.
     assert [tuple(n.meta["val"].shape) for n in (first, second)] == [(10, 4), (2, 5, 8)]
     assert first.meta["val"].dtype == torch.float64
-    assert insert.made == []
+    assert insert.new_nodes == []
 
 
 def test_linear_over_rows_computes_the_same() -> None:
