@@ -128,15 +128,15 @@ def test_folder_holds_model_weights_graphs_and_manifest_and_no_pickle(artifact) 
 
 
 def test_manifest_repeats_the_plan(fast, manifest) -> None:
-    settings = fast.plan.settings
-    assert (manifest.format, manifest.layout) == (5, "step")
-    assert manifest.schedule == settings.schedule
+    recipe, binding = fast.plan.recipe, fast.plan.binding
+    assert (manifest.format, manifest.layout) == (6, "step")
+    assert manifest.schedule == recipe.schedule
     assert all(isinstance(mode, StepMode) for mode in manifest.schedule)
     assert (manifest.rank, manifest.order) == (4, 2)
-    assert (manifest.weighting, manifest.correction) == (settings.weighting, settings.correction)
+    assert (manifest.weighting, manifest.correction) == (recipe.weighting, recipe.correction)
     assert manifest.correction == "fitted to the recorded runs"
-    assert manifest.weights_hash == settings.weights_hash
-    assert manifest.inputs == settings.signature.tensors
+    assert manifest.weights_hash == binding.weights_hash
+    assert manifest.inputs == binding.signature.tensors
     assert manifest.outputs == ("output",)
 
 
@@ -327,7 +327,7 @@ def test_other_format_is_refused_with_both_numbers(without: tuple[str, ...], dam
             del content[name]
 
     edit_manifest(damaged, change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 5"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 6"):
         load_artifact(damaged)
 
 

@@ -115,10 +115,10 @@ def measured(
 @pytest.fixture(scope="module")
 def cases(model: nn.Module, recording: Recording) -> Callable[..., list[Case]]:
     plan = Plan.from_trajectory(model, recording, rank=0, correct=False)
-    captured, sites, _ = analyse(model, plan.settings)
+    analysis = analyse(model, plan.binding)
 
     def make(ranks: tuple[int, ...] | None = None, *, keeps: bool = True) -> list[Case]:
-        return list(latency_cases(captured, sites, ranks, keeps=keeps))
+        return list(latency_cases(analysis.captured, analysis.sites, ranks, keeps=keeps))
 
     return make
 
@@ -268,7 +268,7 @@ def test_schedule_fills_what_is_kept_and_ends_cheap(
 
 @pytest.mark.slow
 def test_run_too_short_for_the_order_is_refused(model: nn.Module, recording: Recording) -> None:
-    short = replace(recording, calls=recording.calls[:3])
+    short = Recording(recording.calls[:3], recording.signature)
     with pytest.raises(BenchError, match="4 steps or more, got 3"):
         measure_latency(model, short)
 

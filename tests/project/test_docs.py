@@ -143,7 +143,7 @@ def test_javascript_names_what_the_model_takes(run_page: Callable[[str], Path]) 
 def test_browser_snippet_names_the_files(run_page: Callable[[str], Path]) -> None:
     folder = run_page("docs/deploy.md") / "dit.onnx.d"
     fetched = re.findall(r'"([\w.]+\.(?:onnx|bin))"', browser_block())
-    assert set(fetched) == {path.name for path in folder.iterdir() if path.suffix != ".json"}
+    assert set(fetched) == {path.name for path in folder.iterdir() if ".json" not in path.suffixes}
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     outside = {
         entry.value

@@ -63,7 +63,9 @@ def fast() -> tuple[OptimizedModel, dict[str, Tensor]]:
 def hoisted(fast: tuple[OptimizedModel, dict[str, Tensor]]) -> tuple[StepValues, dict]:
     model, tables = fast
     dependence = model.plan.binding.dependence
-    before, variants = hoist_steps(model.captured, dependence, model.variant_set.variants, tables)
+    before, variants = hoist_steps(
+        model.compiled.captured, dependence, model.compiled.variant_set.variants, tables
+    )
     assert before is not None
     return before, dict(variants)
 
@@ -75,7 +77,7 @@ def linears(variant: Variant) -> int:
 def test_variants_lose_embedder_and_modulation(fast, hoisted) -> None:
     model, (_, variants) = fast[0], hoisted
     for mode in (R, C):
-        assert linears(variants[mode]) == linears(model.variant_set.variants[mode]) - 2
+        assert linears(variants[mode]) == linears(model.compiled.variant_set.variants[mode]) - 2
     names = [node.name for node in variants[R].module.graph.nodes if node.op == "placeholder"]
     assert [name for name in names if name.startswith("step_")] == list(variants[R].reads[-2:])
 
@@ -98,7 +100,7 @@ def test_values_of_all_steps_are_those_of_each(fast, hoisted) -> None:
             values = dict(zip(before.values, (stack[step] for stack in stacks), strict=True))
             reads = variants[R].reads
             got = variants[R].module(*inputs, *(values[name] for name in reads if name in values))
-            expected = model.captured.module(*inputs)
+            expected = model.compiled.captured.module(*inputs)
             # The same float32 products; one GEMM over all steps may sum in another order.
             assert relative(got[0], expected[0]) < 1e-6
 
@@ -112,7 +114,7 @@ def test_given_variants_are_not_changed(fast, hoisted) -> None:
     model, _ = fast
     assert not any(
         name.startswith("step_")
-        for variant in model.variant_set.variants.values()
+        for variant in model.compiled.variant_set.variants.values()
         for name in variant.reads
     )
 
@@ -121,7 +123,7 @@ def test_second_time_there_is_nothing_to_hoist(fast, hoisted) -> None:
     model, tables = fast
     _, variants = hoisted
     dependence = model.plan.binding.dependence
-    again, same = hoist_steps(model.captured, dependence, variants, tables)
+    again, same = hoist_steps(model.compiled.captured, dependence, variants, tables)
     assert again is not None  # the plain graph still has the values
     assert {mode: linears(v) for mode, v in same.items()} == {
         mode: linears(v) for mode, v in variants.items()
@@ -132,13 +134,17 @@ def test_second_time_there_is_nothing_to_hoist(fast, hoisted) -> None:
 def test_tables_larger_than_the_weights_are_not_made() -> None:
     # 5 steps of 64 samples of 4 x 32 numbers, against 33 x 32 + 32 x 96 weights.
     model, tables = compiled(batch=64)
-    variants = model.variant_set.variants
-    before, same = hoist_steps(model.captured, model.plan.binding.dependence, variants, tables)
+    variants = model.compiled.variant_set.variants
+    before, same = hoist_steps(
+        model.compiled.captured, model.plan.binding.dependence, variants, tables
+    )
     assert before is None
     assert same is variants
 
 
 def test_no_step_inputs_mean_no_values(fast) -> None:
     model, _ = fast
-    variants = model.variant_set.variants
-    assert hoist_steps(model.captured, model.plan.binding.dependence, variants, {})[0] is None
+    variants = model.compiled.variant_set.variants
+    assert (
+        hoist_steps(model.compiled.captured, model.plan.binding.dependence, variants, {})[0] is None
+    )

@@ -205,7 +205,7 @@ def test_every_kept_refresh_is_an_input_newest_first(forecast_fast, forecast_mod
 def test_outputs_are_the_models_own_then_the_next_caches(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    caches = request.getfixturevalue(f"{name}_fast").variant_set.caches
+    caches = request.getfixturevalue(f"{name}_fast").compiled.variant_set.caches
     model = request.getfixturevalue(f"{name}_model")
     nexts = [f"{cache.name}_next" for cache in caches]
     assert [value.name for value in model.graph.output] == ["output", *nexts]
@@ -215,7 +215,7 @@ def test_outputs_are_the_models_own_then_the_next_caches(
 def test_cache_inputs_have_an_open_first_size_and_fixed_others(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    slots = request.getfixturevalue(f"{name}_fast").variant_set.slots()
+    slots = request.getfixturevalue(f"{name}_fast").compiled.variant_set.slots()
     model = request.getfixturevalue(f"{name}_model")
     values = {value.name: value.type.tensor_type for value in model.graph.input}
     for slot, (cache, _) in slots.items():
@@ -256,9 +256,9 @@ def test_weights_of_every_step_are_tables_in_the_graph_with_the_plans_values(
         *(f"output_weight_{k}" for k in range(5)),
     ]
     look_ups = {node.output[0]: node for node in forecast_model.graph.node}
-    settings = forecast_fast.plan.settings
-    anchors = zip(*anchor_table(settings.schedule, settings.order), strict=True)
-    outputs = zip(*settings.output_weights, strict=True)
+    recipe = forecast_fast.plan.recipe
+    anchors = zip(*anchor_table(recipe.schedule, recipe.order), strict=True)
+    outputs = zip(*recipe.output_weights, strict=True)
     expected = {f"anchor_weight_{k}": column for k, column in enumerate(anchors)}
     expected |= {f"output_weight_{k}": column for k, column in enumerate(outputs)}
     for name, column in expected.items():

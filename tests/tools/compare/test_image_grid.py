@@ -127,6 +127,7 @@ def test_other_names_and_places_are_refused(tmp_path: Path) -> None:
 def test_missing_library_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    for name in ("PIL", *(name for name in sys.modules if name.startswith("PIL."))):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(LibraryError, match=r"pillow: .* pip install 'calicache\[report\]'"):
         check_grid(tmp_path / "g.png", PictureKind.IMAGES, 1)

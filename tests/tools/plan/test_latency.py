@@ -147,7 +147,7 @@ def test_a_table_can_be_measured_again(measured: tuple[Result, Path]) -> None:
 
 def test_other_files_and_folders_are_not_replaced(given: tuple[str, Path], tmp_path: Path) -> None:
     before = given[1].read_bytes()
-    for output, got in ((given[1], "got '"), (tmp_path, "got a folder")):
+    for output, got in ((given[1], "a latency table to replace, got"), (tmp_path, "got a folder")):
         done = calicache("latency", *given, "-o", output)
         assert done.exit_code == 1
         assert got in words(done.stderr)
