@@ -32,7 +32,7 @@ lint: $(INSTALLED) ## Check style, types and the layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	cd .typecheck && $(abspath $(BIN))/lint-imports --no-cache --no-logo ../pyproject.toml
+	cd .typecheck && "$(abspath $(BIN))/lint-imports" --no-cache --no-logo ../pyproject.toml
 
 format: $(INSTALLED) ## Mend style
 	$(BIN)/ruff check --fix .
