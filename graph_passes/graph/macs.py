@@ -38,7 +38,20 @@ PRODUCTS = frozenset(
 
 def graph_macs(graph: fx.Graph) -> int:
     """Multiply-accumulates of one run of a graph."""
-    return sum(node_macs(node) for node in graph.nodes)
+    return sum(count_macs(graph).values())
+
+
+def count_macs(graph: fx.Graph) -> dict[str, int]:
+    """Multiply-accumulates of every product of a graph, by the node's name.
+
+    Blocks are alike, so products of one operation and one set of shapes are counted once.
+    """
+    products = [node for node in graph.nodes if _is_product(node)]
+    by_form: dict[str, int] = {}
+    for node in products:
+        if _form(node) not in by_form:
+            by_form[_form(node)] = node_macs(node)
+    return {node.name: by_form[_form(node)] for node in products}
 
 
 def node_macs(node: fx.Node) -> int:
@@ -46,7 +59,7 @@ def node_macs(node: fx.Node) -> int:
 
     torch's own flop counter does the counting, on shapes alone.
     """
-    if getattr(node.target, "overloadpacket", None) not in PRODUCTS:
+    if not _is_product(node):
         return 0
     arguments, options = fx.node.map_arg((node.args, dict(node.kwargs)), _on_meta)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -57,3 +70,17 @@ def node_macs(node: fx.Node) -> int:
 def _on_meta(node: fx.Node) -> Any:
     value = node.meta["val"]
     return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+
+def _is_product(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in PRODUCTS
+
+
+def _form(node: fx.Node) -> str:
+    """An operation and the shapes that it is given."""
+    return f"{node.target} {fx.node.map_arg((node.args, dict(node.kwargs)), _shape_text)}"
+
+
+def _shape_text(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return str(value.shape) if isinstance(value, Tensor) else node.name

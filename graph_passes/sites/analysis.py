@@ -11,7 +11,7 @@ from calicache.graph_passes.common.errors import CaptureError
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.checks import verify_captured
 from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.graph.macs import node_macs
+from calicache.graph_passes.graph.macs import count_macs
 from calicache.graph_passes.graph.pointwise import pointwise_to_linear
 from calicache.graph_passes.graph.run_values import find_run_values
 from calicache.graph_passes.recording.binding import Binding
@@ -74,7 +74,7 @@ def analyse(
     captured = verify_captured(pointwise_to_linear(captured))
     _check_fixed_inputs(captured, binding)
     classes = classify_nodes(captured, binding.dependence)
-    macs = {node.name: node_macs(node) for node in captured.graph.nodes}
+    macs = count_macs(captured.graph)
     return Analysis(
         binding=binding,
         include=tuple(include),
@@ -83,7 +83,7 @@ def analyse(
         classes=classes,
         sites=find_sites(captured, classes, include, exclude),
         run_values=find_run_values(captured, classes, macs),
-        macs={name: count for name, count in macs.items() if count},
+        macs=macs,
     )
 
 
