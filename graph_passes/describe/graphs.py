@@ -21,7 +21,7 @@ from calicache.graph_passes.describe.parts import (
     target_part,
 )
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.macs import node_macs
+from calicache.graph_passes.graph.macs import count_macs
 from calicache.graph_passes.graph.surgery import graph_outputs, module_path
 from calicache.graph_passes.rewriting.variants import Variant, VariantSet
 from calicache.graph_passes.settings.choices import StepMode
@@ -148,15 +148,15 @@ def view_graphs(captured: CapturedGraph, variant_set: VariantSet) -> ModelGraphs
     """
     calls = [node for node in captured.graph.nodes if node.op == "call_function"]
     lists = find_block_lists(module_path(node).split("@")[0] for node in calls)
-    parts, counted = find_parts(captured.graph, lists), dict[str, int]()
+    parts, macs = find_parts(captured.graph, lists), count_macs(captured.graph)
     nodes = tuple(
-        _node_view(node, parts[node.name], _macs(node, counted))
+        _node_view(node, parts[node.name], macs.get(node.name, 0))
         for node in captured.graph.nodes
         if node.op != "output"
     )
     plain = GraphView(PLAIN, nodes, _names(graph_outputs(captured.graph)))
     modes = {
-        mode: _view_variant(variant, plain, variant_set, lists, counted)
+        mode: _view_variant(variant, plain, variant_set, lists)
         for mode, variant in sorted(variant_set.variants.items())
     }
     ran = dict.fromkeys((*(parts[node.name] for node in calls), *parts.values()))
@@ -169,19 +169,19 @@ def _view_variant(
     plain: GraphView,
     variant_set: VariantSet,
     lists: Sequence[str],
-    counted: dict[str, int],
 ) -> GraphView:
     graph, known = variant.module.graph, {node.name: node for node in plain.nodes}
     marks = _marks(variant, known, variant_set.slots())
     places = _cache_places(graph, known, variant_set, lists)
     given = {name: node.block for name, node in known.items()}
     parts = find_parts(graph, lists, given | {name: part for name, (part, _) in places.items()})
+    counts = count_macs(graph)
     views: dict[str, NodeView] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue
         name, old = node.name, known.get(node.name)
-        macs = _macs(node, counted) if old is None else old.macs
+        macs = counts.get(name, 0) if old is None else old.macs
         view = _node_view(node, parts[name], macs, marks[name])
         if name in places:
             view = replace(view, module=places[name][1])
@@ -248,21 +248,6 @@ def _node_view(node: fx.Node, part: str, macs: int, mark: Mark = Mark.PLAIN) -> 
         mark=mark,
         macs=macs,
     )
-
-
-def _macs(node: fx.Node, counted: dict[str, int]) -> int:
-    """Multiply-accumulates of a node; blocks are alike, so each kind of product counts once."""
-
-    def form(source: fx.Node) -> str:
-        value = source.meta.get("val")
-        return str(value.shape) if isinstance(value, Tensor) else source.name
-
-    if node.op != "call_function":
-        return 0
-    kind = f"{node.target} {fx.node.map_arg((node.args, dict(node.kwargs)), form)}"
-    if kind not in counted:
-        counted[kind] = node_macs(node)
-    return counted[kind]
 
 
 def _short_op(node: fx.Node) -> str:

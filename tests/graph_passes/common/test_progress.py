@@ -14,6 +14,21 @@ from calicache.graph_passes.common.progress import Meter, Progress
 works = st.floats(0, 1e6, allow_nan=False)
 
 
+def test_meter_tells_more_and_more_and_never_more_than_the_total() -> None:
+    seen: list[Progress] = []
+    meter = Meter(2.0, seen.append)
+    meter.stage("one")
+    meter.add()
+    meter.stage("two")
+    meter.add(2.5)
+    assert seen == [
+        Progress(0.0, 2.0, "one"),
+        Progress(1.0, 2.0, "one"),
+        Progress(1.0, 2.0, "two"),
+        Progress(3.5, 3.5, "two"),
+    ]
+
+
 def test_a_listener_is_told_of_every_stage_and_every_piece() -> None:
     seen: list[Progress] = []
     meter = Meter(3, seen.append)

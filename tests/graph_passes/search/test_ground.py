@@ -26,7 +26,7 @@ from support.search.searches import (
 )
 
 from calicache.graph_passes import Plan, Recording, StepMode, record
-from calicache.graph_passes.common.progress import Meter, Progress
+from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.search.ground import LEAST_RUNS, LEAST_STEPS, share_out
 from calicache.graph_passes.settings.latency import LatencyTable
 
@@ -38,21 +38,6 @@ def test_runs_are_shared_out_once_each_in_thirds(runs: int) -> None:
     assert [place for part in parts for place in part] == list(range(runs))
     assert len(parts[1]) == len(parts[2]) == runs // 3
     assert len(parts[1]) <= len(parts[0]) <= len(parts[1]) + 2
-
-
-def test_meter_tells_more_and_more_and_never_more_than_the_total() -> None:
-    seen: list[Progress] = []
-    meter = Meter(2.0, seen.append)
-    meter.stage("one")
-    meter.add()
-    meter.stage("two")
-    meter.add(2.5)
-    assert seen == [
-        Progress(0.0, 2.0, "one"),
-        Progress(1.0, 2.0, "one"),
-        Progress(1.0, 2.0, "two"),
-        Progress(3.5, 3.5, "two"),
-    ]
 
 
 @pytest.mark.parametrize(
