@@ -20,7 +20,7 @@ class HoistInvariants(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Hoist; `modified` tells whether anything moved."""
+        """Hoist; `modified` tells whether anything moved or was merged."""
         moved = False
         for node in list(model.graph):
             if node.op_type != "Loop":
@@ -32,9 +32,8 @@ class HoistInvariants(ir.passes.InPlacePass):
                 owner.remove(inner)
                 model.graph.insert_before(node, inner)
                 moved = True
-        if moved:
-            CommonSubexpressionEliminationPass()(model)
-        return ir.passes.PassResult(model, modified=moved)
+        merged = CommonSubexpressionEliminationPass()(model)
+        return ir.passes.PassResult(model, modified=moved or merged.modified)
 
 
 def _movable(graph: ir.Graph, varying: set[int]) -> Iterator[ir.Node]:

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from onnx_ir import convenience, tensor_adapters
+from onnx_ir import convenience
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import fx
 
+from calicache.export.translation.join import initializer
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
@@ -96,12 +96,7 @@ class InitializerPool:
                 name, number = f"{hint}.{number}", number + 1
             self._names[key] = name
         if key not in self.values:
-            self.values[key] = ir.Value(
-                name=self._names[key],
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(tensor.shape.numpy()),
-                const_value=tensor,
-            )
+            self.values[key] = initializer(self._names[key], tensor)
         return self.values[key]
 
 
@@ -233,11 +228,3 @@ def describe(node: ir.Node, name: str, dtype: ir.DataType | None, shape: ir.Shap
     value = node.outputs[0]
     value.name, value.shape = name, shape
     value.type = None if dtype is None else ir.TensorType(dtype)
-
-
-def argument(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Value:
-    """An input of a graph; a complex one is taken as pairs of real values."""
-    if dtype.is_complex:
-        shape, dtype = (*shape, 2), dtype.to_real()
-    onnx_type = ir.TensorType(tensor_adapters.from_torch_dtype(dtype))
-    return ir.Value(name=name, type=onnx_type, shape=ir.Shape(shape))

@@ -10,7 +10,6 @@ import torch
 from calicache.export.artifact.names import STEP_INPUT, next_name
 from calicache.export.layouts.onnx_graph import (
     InitializerPool,
-    argument,
     check_names,
     inline,
     output_names,
@@ -18,7 +17,8 @@ from calicache.export.layouts.onnx_graph import (
     pack,
     weight_nodes,
 )
-from calicache.export.layouts.translate import export_variant
+from calicache.export.translation.join import argument
+from calicache.export.translation.translate import translate
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.settings.choices import StepMode
 
@@ -36,12 +36,14 @@ def pair_models(compiled: Compiled) -> dict[StepMode, ir.Model]:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
     """
     names: dict[bytes, str] = {}
-    return {
-        mode: _mode_model(compiled, mode, names) for mode in sorted(compiled.variant_set.variants)
-    }
+    variants = sorted(compiled.variant_set.variants.items())
+    models = translate({mode: variant.module for mode, variant in variants})
+    return {mode: _mode_model(compiled, mode, model, names) for mode, model in models.items()}
 
 
-def _mode_model(compiled: Compiled, mode: StepMode, names: dict[bytes, str]) -> ir.Model:
+def _mode_model(
+    compiled: Compiled, mode: StepMode, model: ir.Model, names: dict[bytes, str]
+) -> ir.Model:
     variant_set, signature = compiled.variant_set, compiled.analysis.binding.signature
     variant, slots = variant_set.variants[mode], variant_set.slots()
     arguments = [argument(spec.name, spec.shape, spec.torch_dtype) for spec in signature.tensors]
@@ -61,7 +63,6 @@ def _mode_model(compiled: Compiled, mode: StepMode, names: dict[bytes, str]) -> 
     tables = [name for name in variant_set.tables if name in variant.reads]
     looked_up = weight_nodes(variant_set, step, pool, tables)
     values = {**kept, **dict(zip(tables, (n.outputs[0] for n in looked_up), strict=True))}
-    model = export_variant(variant)
     reads = [values[name] for name in variant.reads]
     nodes, outputs = inline(model, mode.name.lower(), [*arguments, *reads], pool)
     outputs = own_outputs(outputs, nodes, mode.name.lower())

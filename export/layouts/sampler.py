@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 import torch
+from torch import fx
 
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, NOISE_INPUT
 from calicache.export.layouts.hoist_runs import HoistInvariants
@@ -14,7 +15,6 @@ from calicache.export.layouts.hoist_steps import StepValues, hoist_steps
 from calicache.export.layouts.onnx_graph import (
     LOOK_UP_NAMES,
     InitializerPool,
-    argument,
     check_names,
     inline,
     pack,
@@ -22,11 +22,14 @@ from calicache.export.layouts.onnx_graph import (
 from calicache.export.layouts.sampler_arithmetic import SamplerArithmetic
 from calicache.export.layouts.segments import Run, loop_over_segments
 from calicache.export.layouts.step_inputs import StepInputs, step_table
-from calicache.export.layouts.translate import export_graph, export_variant
+from calicache.export.translation.join import argument
+from calicache.export.translation.translate import translate
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.settings.choices import StepMode
+
+ALL_STEPS = "all_steps"
 
 
 def noise_spec(compiled: Compiled, sampler: SamplerTables) -> TensorSpec:
@@ -70,9 +73,15 @@ def sampler_model(compiled: Compiled, sampler: SamplerTables) -> ir.Model:
     arguments = _arguments(compiled, sampler)
     reserved = {*added, *arguments, *LOOK_UP_NAMES, *variant_set.tables}
     pool = InitializerPool(reserved)
-    models = {mode: export_variant(variants[mode]) for mode in sorted(variants)}
+    modules: dict[StepMode | str, fx.GraphModule] = {
+        mode: variant.module for mode, variant in sorted(variants.items())
+    }
+    if step_values is not None:
+        modules[ALL_STEPS] = step_values.module
+    translated = translate(modules)
+    models = {mode: translated[mode] for mode in sorted(variants)}
     arithmetic = SamplerArithmetic(sampler, pool, arguments.get(GUIDANCE_INPUT))
-    ahead, stacks = _all_steps(step_values, sampler, pool, arguments)
+    ahead, stacks = _all_steps(step_values, translated.get(ALL_STEPS), sampler, pool, arguments)
     inputs = StepInputs(
         binding.signature.tensors, variant_set, sampler, pool, arguments, arithmetic, stacks
     )
@@ -96,17 +105,17 @@ def _arguments(compiled: Compiled, sampler: SamplerTables) -> dict[str, ir.Value
 
 def _all_steps(
     step_values: StepValues | None,
+    model: ir.Model | None,
     sampler: SamplerTables,
     pool: InitializerPool,
     arguments: Mapping[str, ir.Value],
 ) -> tuple[list[ir.Node], dict[str, ir.Value]]:
     """Nodes in front of the run, and the values of all steps by the name that variants read."""
-    if step_values is None:
+    if step_values is None or model is None:
         return [], {}
     inputs = [
         step_table(name, sampler, pool) if name in sampler.inputs else arguments[name]
         for name in step_values.inputs
     ]
-    model = export_graph(step_values.module, "values of all steps")
-    nodes, results = inline(model, "all_steps", inputs, pool)
+    nodes, results = inline(model, ALL_STEPS, inputs, pool)
     return nodes, dict(zip(step_values.values, results, strict=True))

@@ -13,7 +13,6 @@ from calicache.export.artifact.names import STEP_INPUT, next_name
 from calicache.export.layouts.onnx_graph import (
     LOOK_UP_NAMES,
     InitializerPool,
-    argument,
     check_names,
     choose_by_mode,
     describe,
@@ -24,7 +23,8 @@ from calicache.export.layouts.onnx_graph import (
     take_nodes,
     weight_nodes,
 )
-from calicache.export.layouts.translate import export_variant
+from calicache.export.translation.join import argument
+from calicache.export.translation.translate import translate
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.variants import CacheSpec
 from calicache.graph_passes.settings.choices import StepMode
@@ -60,8 +60,10 @@ def step_model(compiled: Compiled) -> ir.Model:
         **dict(zip(variant_set.tables, (n.outputs[0] for n in weights), strict=True)),
     }
     branches: dict[StepMode, ir.Graph] = {}
-    for mode in sorted(variant_set.variants):
-        model = export_variant(variant_set.variants[mode])
+    models = translate(
+        {mode: variant.module for mode, variant in sorted(variant_set.variants.items())}
+    )
+    for mode, model in models.items():
         reads = [values[name] for name in variant_set.variants[mode].reads]
         branches[mode] = _branch(model, mode, [*arguments, *reads], pool, variant_set.caches)
     body = choose_by_mode(branches, step, compiled.recipe.schedule, pool)

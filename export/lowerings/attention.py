@@ -30,7 +30,7 @@ def fuse_attention(module: fx.GraphModule) -> fx.GraphModule:
         module: placeholders and nodes describe their values; it is not changed. The result is
             for torch.onnx.export alone: torch cannot run the operator.
     """
-    return rewrite_nodes(module, _fuse)
+    return rewrite_nodes(module, _fuse, lambda node: node.target is ATTENTION)
 
 
 def _fuse(node: fx.Node, new: NewNodes) -> fx.Node | None:

@@ -79,10 +79,8 @@ def lower_complex(module: fx.GraphModule) -> fx.GraphModule:
     Args:
         module: nodes describe their values; it is not changed.
     """
-    if not any(_is_complex(node) for node in module.graph.nodes):
-        return module
     try:
-        return rewrite_nodes(module, _InPairs())
+        return rewrite_nodes(module, _InPairs(), _is_complex)
     except _UnknownOperationError:
         return module
 

@@ -19,7 +19,7 @@ def lower_einsum(module: fx.GraphModule) -> fx.GraphModule:
     Args:
         module: nodes describe their values; it is not changed.
     """
-    return rewrite_nodes(module, _permute)
+    return rewrite_nodes(module, _permute, lambda node: node.target is aten.einsum.default)
 
 
 def _permute(node: fx.Node, new: NewNodes) -> fx.Node | None:

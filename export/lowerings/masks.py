@@ -23,7 +23,7 @@ def guard_empty_rows(module: fx.GraphModule) -> fx.GraphModule:
     Args:
         module: nodes describe their values; it is not changed.
     """
-    return rewrite_nodes(module, _GuardRows())
+    return rewrite_nodes(module, _GuardRows(), lambda node: _truth_mask(node) is not None)
 
 
 @dataclass(frozen=True, slots=True)

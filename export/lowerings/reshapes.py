@@ -13,10 +13,12 @@ STRIDED = (aten.view.default, aten._unsafe_view.default)
 
 def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:
     """A copy in which values may be written with other strides than torch gave them."""
-    return rewrite_nodes(module, _reshape)
+    return rewrite_nodes(module, _reshape, _is_strided)
 
 
 def _reshape(node: fx.Node, new: NewNodes) -> fx.Node | None:
-    if node.target not in STRIDED:
-        return None
-    return new.call(aten.reshape.default, *node.args)
+    return new.call(aten.reshape.default, *node.args) if _is_strided(node) else None
+
+
+def _is_strided(node: fx.Node) -> bool:
+    return node.target in STRIDED

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
 from calicache.graph_passes.graph.surgery import copy_graph, finish, read_attribute
 
@@ -53,13 +55,19 @@ class NewNodes:
 Rule = Callable[[fx.Node, NewNodes], fx.Node | None]
 
 
-def rewrite_nodes(module: fx.GraphModule, rule: Rule) -> fx.GraphModule:
+def rewrite_nodes(
+    module: fx.GraphModule, rule: Rule, concerns: Callable[[fx.Node], bool] | None = None
+) -> fx.GraphModule:
     """A copy in which every node is what a rule makes of it, without what is dead then.
 
     Args:
         module: nodes describe their values; it is not changed.
         rule: asked once for every node, in the graph's order.
+        concerns: whether the rule may have to do with a node; where it has with none, the module
+            itself is the result. None copies at any rate.
     """
+    if concerns and not any(concerns(node) for node in module.graph.nodes):
+        return module
     graph, _ = copy_graph(module.graph)
     tensors: dict[str, Tensor] = {}
     for node in list(graph.nodes):
@@ -68,9 +76,29 @@ def rewrite_nodes(module: fx.GraphModule, rule: Rule) -> fx.GraphModule:
         if successor is not None and successor is not node:
             node.replace_all_uses_with(successor)
     finish(graph)
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            node.meta["val"] = _value(node, module, tensors)
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     attributes = {
         target: tensors[target] if target in tensors else read_attribute(module, target)
         for target in targets
     }
     return fx.GraphModule(attributes, graph, class_name=type(module).__name__)
+
+
+def _value(node: fx.Node, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> Any:
+    """The form of a node's value, from the forms of its arguments."""
+
+    def on_meta(source: fx.Node) -> Any:
+        if source.op != "get_attr":
+            value = source.meta["val"]
+        elif str(source.target) in tensors:
+            value = tensors[str(source.target)]
+        else:
+            value = read_attribute(module, str(source.target))
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), value)
+
+    arguments, options = fx.node.map_arg((node.args, dict(node.kwargs)), on_meta)
+    with torch.no_grad():
+        return node.target(*arguments, **options)  # type: ignore[operator]

@@ -21,7 +21,7 @@ def scale_small_terms(module: fx.GraphModule) -> fx.GraphModule:
     Args:
         module: nodes describe their values; it is not changed.
     """
-    return rewrite_nodes(module, _at_another_scale)
+    return rewrite_nodes(module, _at_another_scale, _adds_a_tiny_number)
 
 
 def _at_another_scale(node: fx.Node, new: NewNodes) -> fx.Node | None:

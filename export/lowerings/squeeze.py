@@ -9,15 +9,16 @@ from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
 from calicache.graph_passes.graph.surgery import shape_of
 
 aten = torch.ops.aten
+SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
 
 
 def drop_empty_squeezes(module: fx.GraphModule) -> fx.GraphModule:
     """A copy in which every squeeze takes a dimension of size 1 away."""
-    return rewrite_nodes(module, _squeeze_ones)
+    return rewrite_nodes(module, _squeeze_ones, lambda node: node.target in SQUEEZES)
 
 
 def _squeeze_ones(node: fx.Node, new: NewNodes) -> fx.Node | None:
-    if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
+    if node.target not in SQUEEZES:
         return None
     source, named = node.args[:2]
     assert isinstance(source, fx.Node)

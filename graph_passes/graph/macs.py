@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from calicache.graph_passes.graph.surgery import shape_of
+
 aten = torch.ops.aten
+
+
+def graph_macs(graph: fx.Graph) -> int:
+    """Multiply-accumulates of one run of a graph."""
+    return sum(count_macs(graph).values())
+
+
+def count_macs(graph: fx.Graph) -> dict[str, int]:
+    """Multiply-accumulates of every product of a graph, by the node's name."""
+    return {node.name: node_macs(node) for node in graph.nodes if _is_product(node)}
+
+
+def node_macs(node: fx.Node) -> int:
+    """Multiply-accumulates of one node; 0 for everything that is not a product."""
+    if not _is_product(node):
+        return 0
+    formula = FORMULAS.get(node.target)
+    return formula(node) if formula else _counted(node)
+
+
+def _dense(node: fx.Node, place: int) -> int:
+    """Every number of the result sums over the last dimension of the operand at a place."""
+    return math.prod(shape_of(node)) * shape_of(node.args[place])[-1]  # type: ignore[arg-type]
+
+
+def _attention(node: fx.Node) -> int:
+    """Scores, N M d a head, and what they mix, N M dv."""
+    query, key = (node.args[place] for place in (0, 1))
+    *rows, width = shape_of(node)
+    return math.prod(rows) * shape_of(key)[-2] * (shape_of(query)[-1] + width)  # type: ignore[arg-type]
+
+
+def _convolution(node: fx.Node) -> int:
+    """Every number of the result sums over a window of the weight, (out, in / groups, *window)."""
+    return math.prod(shape_of(node)) * math.prod(shape_of(node.args[1])[1:])  # type: ignore[arg-type]
+
+
+FORMULAS: Mapping[Any, Callable[[fx.Node], int]] = {
+    **dict.fromkeys(
+        (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default),
+        lambda node: _dense(node, 0),
+    ),
+    **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), lambda node: _dense(node, 1)),
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _convolution),
+    aten.scaled_dot_product_attention.default: _attention,
+}
 
 
 PRODUCTS = frozenset(
@@ -36,31 +86,8 @@ PRODUCTS = frozenset(
 )
 
 
-def graph_macs(graph: fx.Graph) -> int:
-    """Multiply-accumulates of one run of a graph."""
-    return sum(count_macs(graph).values())
-
-
-def count_macs(graph: fx.Graph) -> dict[str, int]:
-    """Multiply-accumulates of every product of a graph, by the node's name.
-
-    Blocks are alike, so products of one operation and one set of shapes are counted once.
-    """
-    products = [node for node in graph.nodes if _is_product(node)]
-    by_form: dict[str, int] = {}
-    for node in products:
-        if _form(node) not in by_form:
-            by_form[_form(node)] = node_macs(node)
-    return {node.name: by_form[_form(node)] for node in products}
-
-
-def node_macs(node: fx.Node) -> int:
-    """Multiply-accumulates of one node; 0 for everything that is not a product.
-
-    torch's own flop counter does the counting, on shapes alone.
-    """
-    if not _is_product(node):
-        return 0
+def _counted(node: fx.Node) -> int:
+    """The count of torch's own counter, where no formula is written here."""
     arguments, options = fx.node.map_arg((node.args, dict(node.kwargs)), _on_meta)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         node.target(*arguments, **options)  # type: ignore[operator]
@@ -74,13 +101,3 @@ def _on_meta(node: fx.Node) -> Any:
 
 def _is_product(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) in PRODUCTS
-
-
-def _form(node: fx.Node) -> str:
-    """An operation and the shapes that it is given."""
-    return f"{node.target} {fx.node.map_arg((node.args, dict(node.kwargs)), _shape_text)}"
-
-
-def _shape_text(node: fx.Node) -> str:
-    value = node.meta.get("val")
-    return str(value.shape) if isinstance(value, Tensor) else node.name

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, fx, nn
 
-from calicache.export.layouts.translate import export_graph
+from calicache.export.translation.translate import translate
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.surgery import finish
@@ -59,7 +59,7 @@ def as_pairs(value: Tensor) -> Tensor:
 
 def run_onnx(module: fx.GraphModule, *inputs: Tensor) -> list[Tensor]:
     """Results of the exported graph on ONNX Runtime's CPU provider."""
-    model = export_graph(module, "toy")
+    model = translate({"toy": module})["toy"]
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     names = [value.name for value in session.get_inputs()]
     feed = dict(zip(names, (as_pairs(value).numpy() for value in inputs), strict=True))

@@ -409,8 +409,7 @@ def test_several_outputs_keep_their_order_and_values(schedule: Sequence[StepMode
         assert relative(torch.from_numpy(got[f"output_{place}"]), value) < 1e-5
 
 
-def test_op_without_onnx_form_is_named_with_its_variant() -> None:
+def test_op_without_onnx_form_is_named() -> None:
     with pytest.raises(ExportError, match=r"calicache_test.twice") as caught:
         step_model(compiled(CustomOp(), (R, C)).compiled)
-    assert "variant REFRESH" in str(caught.value)
     assert caught.value.__cause__ is not None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from calicache.export.layouts.translate import export_graph
 from calicache.export.lowerings.attention import fuse_attention
+from calicache.export.translation.translate import translate
 from calicache.graph_passes.graph.operations import ATTENTION
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ def targets(module: fx.GraphModule) -> list[Any]:
 
 
 def run(module: fx.GraphModule, inputs: list[Tensor]) -> np.ndarray:
-    model = export_graph(module, "attention")
+    model = translate({"attention": module})["attention"]
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     names = [value.name for value in session.get_inputs()]
     feed = dict(zip(names, (tensor.numpy() for tensor in inputs), strict=True))
@@ -163,6 +163,6 @@ def test_grouped_queries_are_left_to_torch() -> None:
 
 
 def test_transposes_are_gone_from_the_exported_graph() -> None:
-    model = export_graph(trace(Attend(), draw()), "attention")
+    model = translate({"attention": trace(Attend(), draw())})["attention"]
     assert [node.op_type for node in model.graph if node.op_type == "Transpose"] == []
     assert sum(node.op_type == "MultiHeadAttention" for node in model.graph) == 1

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 from support.toys import op_types, run_onnx, trace
 from torch import Tensor
 
-from calicache.export.layouts.translate import export_graph
-from calicache.export.lowerings.where import lower_boolean_where
+from calicache.export.translation.translate import translate
+from calicache.export.translation.where import lower_boolean_where
 
 LOGIC = ["And", "Not", "And", "Or"]
 OPSET = 18  # torch's own choice
@@ -117,7 +117,7 @@ def joined(tokens: Tensor, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]
 def test_masks_of_a_model_run_in_onnx_runtime() -> None:
     inputs = torch.randn(2, 5), torch.rand(2, 5) > 0.5, torch.rand(5) > 0.5
     module = trace(joined, *inputs)
-    assert list(op_types(export_graph(module, "toy"))).count("Where") == 1
+    assert list(op_types(translate({"toy": module})["toy"])).count("Where") == 1
     for result, expected in zip(run_onnx(module, *inputs), joined(*inputs), strict=True):
         assert torch.equal(result, expected)  # truth values, and numbers that are passed on
 

@@ -1,0 +1,1 @@
+"""Graphs in forms that torch.onnx takes and ONNX Runtime runs well: one rewrite a file."""
