@@ -21,8 +21,13 @@ from calicache.export.artifact.manifest import (
     model_file,
     write_manifest,
 )
+from calicache.export.artifact.weights import (
+    WeightFile,
+    place_outside,
+    plan_weight_file,
+)
 from calicache.export.layouts.onnx_graph import output_names
-from calicache.export.layouts.pair import pair_models, shared_weights
+from calicache.export.layouts.pair import pair_models
 from calicache.export.layouts.sampler import noise_spec, run_specs, sampler_model
 from calicache.export.layouts.step import step_model
 from calicache.graph_passes.api.runtime import OptimizedModel
@@ -62,22 +67,35 @@ def export_onnx(
     layout = _layout(layout)
     tables = _sampler(optimized, layout, sampler)
     compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
+    models = _models(compiled, layout, tables)
+    weights = plan_weight_file(models.values())
     with atomic_path(Path(path)) as folder:
         folder.mkdir()
-        if layout is Layout.PAIR:
-            _save_pair(pair_models(compiled), folder)
-        else:
-            model = step_model(compiled) if tables is None else sampler_model(compiled, tables)
-            ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE)
+        weights.write(folder / WEIGHTS_FILE)
+        place_outside(models.values(), weights, folder / WEIGHTS_FILE)
+        for name, model in models.items():
+            ir.save(model, folder / name)
         write_graphs(view_graphs(compiled.captured, compiled.variant_set), folder)
         names = sorted(file.name for file in folder.iterdir())
-        files = tuple(
-            FileRecord(name, (folder / name).stat().st_size, sha256_of(folder / name))
-            for name in names
-        )
+        files = tuple(_file_record(folder / name, weights) for name in names)
         manifest = _manifest(compiled, layout, files, tables, optimized.plan.front)
         write_manifest(manifest, folder)
     return manifest
+
+
+def _models(
+    compiled: Compiled, layout: Layout, tables: SamplerTables | None
+) -> dict[str, ir.Model]:
+    """The models of a layout by the names of their files."""
+    if layout is Layout.PAIR:
+        models = pair_models(compiled)
+        return {model_file(layout, mode): model for mode, model in models.items()}
+    return {MODEL_FILE: step_model(compiled) if tables is None else sampler_model(compiled, tables)}
+
+
+def _file_record(path: Path, weights: WeightFile) -> FileRecord:
+    known = path.name == WEIGHTS_FILE
+    return FileRecord(path.name, path.stat().st_size, weights.sha256 if known else sha256_of(path))
 
 
 def _layout(layout: Layout | str) -> Layout:
@@ -119,18 +137,6 @@ def _sampler(
             fix="Read the sampler with this optimised model and its recording.",
         )
     return tables
-
-
-def _save_pair(models: dict[StepMode, ir.Model], folder: Path) -> None:
-    """Write every model, and what they share once."""
-    weights = shared_weights(models)
-    tensors = list(weights.values())
-    written = ir.external_data.convert_tensors_to_external(tensors, folder, WEIGHTS_FILE)
-    outside = dict(zip(weights, written, strict=True))
-    for mode, model in models.items():
-        for name, value in model.graph.initializers.items():
-            value.const_value = outside.get(name, value.const_value)
-        ir.save(model, folder / model_file(Layout.PAIR, mode))
 
 
 def _manifest(

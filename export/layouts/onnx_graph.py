@@ -5,7 +5,6 @@ Weights become initializers of the outermost graph; those of equal content are s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from onnx_ir import convenience
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import fx
 
+from calicache.export.artifact.weights import fingerprint, same_content
 from calicache.export.translation.join import initializer
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.graph.capture import CapturedGraph
@@ -72,32 +72,46 @@ def weight_nodes(
     return look_ups
 
 
+class ContentNames:
+    """Names of tensors by their content; pools of several models may share them."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, list[tuple[ir.TensorProtocol, str]]] = {}
+        self._used: set[str] = set()
+
+    def name(self, tensor: ir.TensorProtocol, hint: str, reserved: Collection[str]) -> str:
+        """The name of an equal tensor; else a new one, the hint where that is free."""
+        alike = self._known.setdefault(fingerprint(tensor), [])
+        for other, name in alike:
+            if tensor is other or same_content(tensor, other):
+                return name
+        name, number = hint, 0
+        while name in reserved or name in self._used:
+            name, number = f"{hint}.{number}", number + 1
+        self._used.add(name)
+        alike.append((tensor, name))
+        return name
+
+
 class InitializerPool:
     """Outer initializers, one per content, so that variants share their weights.
 
     Args:
         reserved: names that no initializer may get.
-        names: by content, shared by the pools of several models.
+        names: shared by the pools of several models.
     """
 
-    def __init__(self, reserved: set[str], names: dict[bytes, str] | None = None) -> None:
-        self.values: dict[bytes, ir.Value] = {}
+    def __init__(self, reserved: set[str], names: ContentNames | None = None) -> None:
+        self.values: dict[str, ir.Value] = {}
         self._reserved = reserved
-        self._names: dict[bytes, str] = {} if names is None else names
+        self._names = names or ContentNames()
 
     def shared(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
         """The initializer that holds these values, made at the first request."""
-        digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape};".encode())
-        digest.update(tensor.tobytes())
-        key = digest.digest()
-        if key not in self._names:
-            name, number, used = hint, 0, {*self._reserved, *self._names.values()}
-            while name in used:
-                name, number = f"{hint}.{number}", number + 1
-            self._names[key] = name
-        if key not in self.values:
-            self.values[key] = initializer(self._names[key], tensor)
-        return self.values[key]
+        name = self._names.name(tensor, hint, self._reserved)
+        if name not in self.values:
+            self.values[name] = initializer(name, tensor)
+        return self.values[name]
 
 
 def pack(

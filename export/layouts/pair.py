@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import onnx_ir as ir
 import torch
 
 from calicache.export.artifact.names import STEP_INPUT, next_name
 from calicache.export.layouts.onnx_graph import (
+    ContentNames,
     InitializerPool,
     check_names,
     inline,
@@ -22,8 +21,6 @@ from calicache.export.translation.translate import translate
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.settings.choices import StepMode
 
-SMALL = 256  # bytes
-
 
 def pair_models(compiled: Compiled) -> dict[StepMode, ir.Model]:
     """One model for every mode of the schedule.
@@ -35,14 +32,14 @@ def pair_models(compiled: Compiled) -> dict[StepMode, ir.Model]:
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
     """
-    names: dict[bytes, str] = {}
+    names = ContentNames()
     variants = sorted(compiled.variant_set.variants.items())
     models = translate({mode: variant.module for mode, variant in variants})
     return {mode: _mode_model(compiled, mode, model, names) for mode, model in models.items()}
 
 
 def _mode_model(
-    compiled: Compiled, mode: StepMode, model: ir.Model, names: dict[bytes, str]
+    compiled: Compiled, mode: StepMode, model: ir.Model, names: ContentNames
 ) -> ir.Model:
     variant_set, signature = compiled.variant_set, compiled.analysis.binding.signature
     variant, slots = variant_set.variants[mode], variant_set.slots()
@@ -70,16 +67,3 @@ def _mode_model(
         value.name = name
     inputs = [*arguments, *([step] if tables else []), *kept.values()]
     return pack(mode.name.lower(), inputs, outputs, [*looked_up, *nodes], pool, model)
-
-
-def shared_weights(models: Mapping[StepMode, ir.Model]) -> dict[str, ir.TensorProtocol]:
-    """The initializers of all models by name, each once; small ones stay in their models.
-
-    Shapes are inferred from small initializers, and no runtime reads those from another file.
-    """
-    return {
-        name: value.const_value
-        for model in models.values()
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None and value.const_value.nbytes > SMALL
-    }

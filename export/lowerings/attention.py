@@ -14,23 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 from calicache.graph_passes.graph.operations import ATTENTION
 
 aten = torch.ops.aten
-
-
-def fuse_attention(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with every attention that the operator can take handed to it.
-
-    Left alone are grouped queries, dropout, other than four dimensions, masks that broadcast
-    over queries or keys, and causal attention between sequences of two lengths.
-
-    Args:
-        module: placeholders and nodes describe their values; it is not changed. The result is
-            for torch.onnx.export alone: torch cannot run the operator.
-    """
-    return rewrite_nodes(module, _fuse, lambda node: node.target is ATTENTION)
 
 
 def _fuse(node: fx.Node, new: NewNodes) -> fx.Node | None:
@@ -105,3 +92,11 @@ def _bias(mask: fx.Node, dtype: torch.dtype, new: NewNodes) -> fx.Node:
     outside = new.call(aten.logical_not.default, mask, value=form)
     bias = new.call(aten.zeros_like.default, mask, options={"dtype": dtype}, value=zeros)
     return new.call(aten.masked_fill.Scalar, bias, outside, -math.inf, value=zeros)
+
+
+# A copy with every attention that the operator can take handed to it.
+#
+# Left alone are grouped queries, dropout, other than four dimensions, masks that broadcast
+# over queries or keys, and causal attention between sequences of two lengths. The result is for
+# torch.onnx alone: torch cannot run the operator.
+fuse_attention = Lowering(lambda: _fuse, lambda node: node.target is ATTENTION)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
-from calicache.graph_passes.graph.surgery import read_attribute
+from calicache.export.lowerings.rewriting import Lowering, NewNodes, NotLoweredError
 
 aten = torch.ops.aten
 DIMENSIONS = ("dim", "dim0", "dim1", "start_dim", "end_dim")
@@ -73,22 +72,6 @@ SAME = frozenset(
 )
 
 
-def lower_complex(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy without complex values; the module itself where none is or an operation is not known.
-
-    Args:
-        module: nodes describe their values; it is not changed.
-    """
-    try:
-        return rewrite_nodes(module, _InPairs(), _is_complex)
-    except _UnknownOperationError:
-        return module
-
-
-class _UnknownOperationError(Exception):
-    """No rule says what an operation on complex values is on pairs."""
-
-
 @dataclass(frozen=True, slots=True)
 class _InPairs:
     """The rule; `pairs` holds what stands for every complex value, which is dead afterwards."""
@@ -105,7 +88,7 @@ class _InPairs:
 
     def _over_pairs(self, node: fx.Node, new: NewNodes) -> fx.Node:
         if node.op == "get_attr":
-            table = read_attribute(new.module, str(node.target))
+            table = new.tensors.read(node.target)
             assert isinstance(table, Tensor)
             parts = torch.view_as_real(table.detach().resolve_conj()).contiguous()
             return new.tensor(f"{node.target}_pairs", parts, value=_real_form(node))
@@ -113,7 +96,7 @@ class _InPairs:
             node.meta["val"] = _real_form(node)
             return node
         if node.op != "call_function" or not self._is_known(node):
-            raise _UnknownOperationError
+            raise NotLoweredError
         arguments = [self.pairs.get(n, n) if isinstance(n, fx.Node) else n for n in node.args]
         if node.target in SAME:
             assert isinstance(arguments[0], fx.Node)
@@ -128,7 +111,7 @@ class _InPairs:
         if node.target is aten.mul.Tensor and not all(n in self.pairs for n in node.args):
             return self._scaled(node)
         if node.target not in PRODUCTS:
-            raise _UnknownOperationError
+            raise NotLoweredError
         return PRODUCTS[node.target](*arguments)
 
     def _is_known(self, node: fx.Node) -> bool:
@@ -256,3 +239,7 @@ def _is_complex(node: fx.Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return any(isinstance(v, Tensor) and v.is_complex() for v in values)
+
+
+# A copy without complex values; the module itself where none is or an operation is not known.
+lower_complex = Lowering(_InPairs, _is_complex)

@@ -9,20 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 from calicache.graph_passes.graph.dependence import is_random
 from calicache.graph_passes.graph.operations import VIEWS
-from calicache.graph_passes.graph.surgery import read_attribute
 
 LARGEST = 1 << 20  # elements; a larger one could be a second copy of a weight
-
-
-def fold_constants(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which tensors made from weights and numbers alone are weights themselves.
-
-    Views stay where they are, so that no weight is stored twice; so do large values.
-    """
-    return rewrite_nodes(module, _Fold())
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +24,13 @@ class _Fold:
 
     def __call__(self, node: fx.Node, new: NewNodes) -> fx.Node | None:
         if node.op == "get_attr":
-            self.values[node] = read_attribute(new.module, str(node.target))
+            self.values[node] = new.tensors.read(node.target)
         elif self._is_constant(node):
             value = self._value(node)
             self.values[node] = value
             if isinstance(value, Tensor) and value.numel() <= LARGEST and not _is_view(node):
                 folded = new.tensor(f"folded.{node.name}", value.detach().clone())
-                self.values[folded] = new.tensors[str(folded.target)]
+                self.values[folded] = new.tensors.read(folded.target)
                 return folded
         return None
 
@@ -58,3 +49,15 @@ def _is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return node.all_input_nodes[0].target in VIEWS
     return node.target in VIEWS
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether a node might be the first of a constant's: it reads weights or nothing."""
+    weights = all(source.op == "get_attr" for source in node.all_input_nodes)
+    return node.op == "call_function" and weights
+
+
+# A copy in which tensors made from weights and numbers alone are weights themselves.
+#
+# Views stay where they are, so that no weight is stored twice; so do large values.
+fold_constants = Lowering(_Fold, _is_computed)

@@ -8,18 +8,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 
 aten = torch.ops.aten
-
-
-def lower_einsum(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with every `abc->cab` of one operand as a permute; others are left alone.
-
-    Args:
-        module: nodes describe their values; it is not changed.
-    """
-    return rewrite_nodes(module, _permute, lambda node: node.target is aten.einsum.default)
 
 
 def _permute(node: fx.Node, new: NewNodes) -> fx.Node | None:
@@ -38,3 +29,7 @@ def _order(node: fx.Node) -> list[int] | None:
     if not (arrow and letters and sorted(before) == sorted(after)):
         return None
     return [before.index(letter) for letter in after]
+
+
+# A copy with every `abc->cab` of one operand as a permute; others are left alone.
+lower_einsum = Lowering(lambda: _permute, lambda node: _order(node) is not None)

@@ -11,19 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 from calicache.graph_passes.graph.operations import ATTENTION
 
 aten = torch.ops.aten
-
-
-def guard_empty_rows(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which no row of a truth-valued attention mask is empty.
-
-    Args:
-        module: nodes describe their values; it is not changed.
-    """
-    return rewrite_nodes(module, _GuardRows(), lambda node: _truth_mask(node) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +59,7 @@ def _guard(mask: fx.Node, new: NewNodes) -> _Guard:
     some = new.call(aten.any.dim, mask, -1, True, value=row)
     empty = new.call(aten.logical_not.default, some, value=row)
     return _Guard(new.call(aten.logical_or.default, mask, empty, value=value), empty)
+
+
+# A copy in which no row of a truth-valued attention mask is empty.
+guard_empty_rows = Lowering(_GuardRows, lambda node: _truth_mask(node) is not None)

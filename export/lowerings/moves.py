@@ -8,19 +8,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 from calicache.graph_passes.graph.surgery import shape_of
 
 aten = torch.ops.aten
-
-
-def cancel_moves(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which no transpose undoes another, and no reshape follows a reshape.
-
-    Args:
-        module: views are reshapes and nodes describe their values; it is not changed.
-    """
-    return rewrite_nodes(module, _cancel, _is_move)
 
 
 def _is_move(node: fx.Node) -> bool:
@@ -45,3 +36,7 @@ def _cancel(node: fx.Node, new: NewNodes) -> fx.Node | None:
 def _dims(transpose: fx.Node) -> set[int]:
     rank = len(shape_of(transpose))
     return {int(dim) % rank for dim in transpose.args[1:]}  # type: ignore[arg-type]
+
+
+# A copy in which no transpose undoes another, and no reshape follows a reshape.
+cancel_moves = Lowering(lambda: _cancel, _is_move)

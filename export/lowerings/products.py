@@ -10,22 +10,13 @@ import math
 import torch
 from torch import fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import shape_of
 
 aten = torch.ops.aten
 WEIGHT_PLACES = {aten.mm.default: 1, aten.addmm.default: 2}
 TURNS = (aten.t.default, aten.transpose.int)
-
-
-def products_to_linears(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which x @ W.T and b + x @ W.T are linear layers, and these take rows alone.
-
-    Args:
-        module: nodes describe their values; it is not changed.
-    """
-    return rewrite_nodes(module, _to_linear, _is_product)
 
 
 def _is_product(node: fx.Node) -> bool:
@@ -66,3 +57,7 @@ def _over_rows(node: fx.Node, new: NewNodes) -> fx.Node | None:
         LINEAR, flat, *weights, options=dict(node.kwargs), value=value.reshape(rows, -1)
     )
     return new.call(aten.reshape.default, result, list(shape_of(node)))
+
+
+# A copy in which x @ W.T and b + x @ W.T are linear layers, and these take rows alone.
+products_to_linears = Lowering(lambda: _to_linear, _is_product)

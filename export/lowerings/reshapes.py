@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 
 aten = torch.ops.aten
 STRIDED = (aten.view.default, aten._unsafe_view.default)
-
-
-def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which values may be written with other strides than torch gave them."""
-    return rewrite_nodes(module, _reshape, _is_strided)
 
 
 def _reshape(node: fx.Node, new: NewNodes) -> fx.Node | None:
@@ -22,3 +17,7 @@ def _reshape(node: fx.Node, new: NewNodes) -> fx.Node | None:
 
 def _is_strided(node: fx.Node) -> bool:
     return node.target in STRIDED
+
+
+# A copy in which values may be written with other strides than torch gave them.
+views_to_reshapes = Lowering(lambda: _reshape, _is_strided)

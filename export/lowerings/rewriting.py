@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from calicache.graph_passes.graph.surgery import copy_graph, finish, read_attribute
+from calicache.graph_passes.graph.surgery import (
+    copy_graph,
+    drop_dead_code,
+    finish,
+    read_attribute,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """The tensors and inner graphs of a graph on its way.
+
+    Attributes:
+        module: holds those that were there from the start.
+        fresh: those of new `get_attr` nodes, by target.
+    """
+
+    module: fx.GraphModule
+    fresh: dict[str, Tensor] = field(default_factory=dict)
+
+    def read(self, target: object) -> Tensor | fx.GraphModule:
+        """What the `get_attr` nodes of a target stand for."""
+        name = str(target)
+        return self.fresh[name] if name in self.fresh else read_attribute(self.module, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +42,11 @@ class NewNodes:
 
     Attributes:
         place: that node.
-        module: the graph's tensors and inner graphs, as they were.
-        tensors: of new `get_attr` nodes, by target.
+        tensors: of the graph.
     """
 
     place: fx.Node
-    module: fx.GraphModule
-    tensors: dict[str, Tensor]
+    tensors: Tensors
 
     def call(self, target: Any, *arguments: Any, value: Any = None, options: Any = None) -> fx.Node:
         """A new operation.
@@ -40,7 +61,7 @@ class NewNodes:
 
     def tensor(self, target: str, tensor: Tensor, value: Any = None) -> fx.Node:
         """A new weight, under a dotted name that is not in use; `value` as in `call`."""
-        self.tensors[target] = tensor
+        self.tensors.fresh[target] = tensor
         return self._described(self.place.graph.get_attr(target), value)
 
     def _described(self, node: fx.Node, value: Any) -> fx.Node:
@@ -55,48 +76,71 @@ class NewNodes:
 Rule = Callable[[fx.Node, NewNodes], fx.Node | None]
 
 
-def rewrite_nodes(
-    module: fx.GraphModule, rule: Rule, concerns: Callable[[fx.Node], bool] | None = None
-) -> fx.GraphModule:
-    """A copy in which every node is what a rule makes of it, without what is dead then.
+class NotLoweredError(Exception):
+    """Raised by a rule that cannot go through with it; the graph is left as it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """One rewrite of a graph; called, it gives a rewritten copy of a module.
+
+    Attributes:
+        rule: makes the rule for one graph, asked once for every node in the graph's order. What
+            it remembers is of that graph.
+        concerns: whether the rule may have to do with a node.
+    """
+
+    rule: Callable[[], Rule]
+    concerns: Callable[[fx.Node], bool]
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        """The module after this lowering alone; see `lower_graph`."""
+        return lower_graph(module, self)
+
+    def rewrite(self, graph: fx.Graph, tensors: Tensors) -> None:
+        """Put what the rule says in the place of every node, and drop what is dead then."""
+        rule = self.rule()
+        for node in list(graph.nodes):
+            with graph.inserting_before(node):
+                successor = rule(node, NewNodes(node, tensors))
+            if successor is not None and successor is not node:
+                node.replace_all_uses_with(successor)
+        drop_dead_code(graph)
+        for node in graph.nodes:
+            if node.op == "call_function" and "val" not in node.meta:
+                node.meta["val"] = _value(node, tensors)
+
+
+def lower_graph(module: fx.GraphModule, *lowerings: Lowering) -> fx.GraphModule:
+    """A copy after some lowerings, each of which sees what those before it made.
 
     Args:
-        module: nodes describe their values; it is not changed.
-        rule: asked once for every node, in the graph's order.
-        concerns: whether the rule may have to do with a node; where it has with none, the module
-            itself is the result. None copies at any rate.
+        module: nodes describe their values; it is not changed, and is itself the result where no
+            lowering has to do with a node.
+        lowerings: in order.
     """
-    if concerns and not any(concerns(node) for node in module.graph.nodes):
+    graph, tensors = module.graph, Tensors(module)
+    for lowering in lowerings:
+        if any(lowering.concerns(node) for node in graph.nodes):
+            if graph is module.graph:
+                graph, _ = copy_graph(graph)
+            try:
+                lowering.rewrite(graph, tensors)
+            except NotLoweredError:
+                return lower_graph(module, *(other for other in lowerings if other is not lowering))
+    if graph is module.graph:
         return module
-    graph, _ = copy_graph(module.graph)
-    tensors: dict[str, Tensor] = {}
-    for node in list(graph.nodes):
-        with graph.inserting_before(node):
-            successor = rule(node, NewNodes(node, module, tensors))
-        if successor is not None and successor is not node:
-            node.replace_all_uses_with(successor)
     finish(graph)
-    for node in graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            node.meta["val"] = _value(node, module, tensors)
-    targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    attributes = {
-        target: tensors[target] if target in tensors else read_attribute(module, target)
-        for target in targets
-    }
+    targets = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr")
+    attributes = {target: tensors.read(target) for target in targets}
     return fx.GraphModule(attributes, graph, class_name=type(module).__name__)
 
 
-def _value(node: fx.Node, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> Any:
+def _value(node: fx.Node, tensors: Tensors) -> Any:
     """The form of a node's value, from the forms of its arguments."""
 
     def on_meta(source: fx.Node) -> Any:
-        if source.op != "get_attr":
-            value = source.meta["val"]
-        elif str(source.target) in tensors:
-            value = tensors[str(source.target)]
-        else:
-            value = read_attribute(module, str(source.target))
+        value = tensors.read(source.target) if source.op == "get_attr" else source.meta["val"]
         return tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), value)
 
     arguments, options = fx.node.map_arg((node.args, dict(node.kwargs)), on_meta)

@@ -9,19 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 
 aten = torch.ops.aten
 TAKEN_FOR_ZERO, SCALE = 1e-7, 2.0**40
-
-
-def scale_small_terms(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which x + tiny is (x 2^40 + tiny 2^40) 2^-40.
-
-    Args:
-        module: nodes describe their values; it is not changed.
-    """
-    return rewrite_nodes(module, _at_another_scale, _adds_a_tiny_number)
 
 
 def _at_another_scale(node: fx.Node, new: NewNodes) -> fx.Node | None:
@@ -39,3 +30,7 @@ def _adds_a_tiny_number(node: fx.Node) -> bool:
     plain = node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs
     term = node.args[1] if plain else None
     return wide and isinstance(term, float) and 0 < abs(term) < TAKEN_FOR_ZERO
+
+
+# A copy in which x + tiny is (x 2^40 + tiny 2^40) 2^-40.
+scale_small_terms = Lowering(lambda: _at_another_scale, _adds_a_tiny_number)

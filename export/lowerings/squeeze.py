@@ -5,16 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes
 from calicache.graph_passes.graph.surgery import shape_of
 
 aten = torch.ops.aten
 SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
-
-
-def drop_empty_squeezes(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which every squeeze takes a dimension of size 1 away."""
-    return rewrite_nodes(module, _squeeze_ones, lambda node: node.target in SQUEEZES)
 
 
 def _squeeze_ones(node: fx.Node, new: NewNodes) -> fx.Node | None:
@@ -28,3 +23,7 @@ def _squeeze_ones(node: fx.Node, new: NewNodes) -> fx.Node | None:
     if len(ones) == len(dims):
         return None
     return new.call(aten.squeeze.dims, source, ones) if ones else source
+
+
+# A copy in which every squeeze takes a dimension of size 1 away.
+drop_empty_squeezes = Lowering(lambda: _squeeze_ones, lambda node: node.target in SQUEEZES)

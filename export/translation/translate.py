@@ -18,6 +18,7 @@ from calicache.export.lowerings.masks import guard_empty_rows
 from calicache.export.lowerings.moves import cancel_moves
 from calicache.export.lowerings.products import products_to_linears
 from calicache.export.lowerings.reshapes import views_to_reshapes
+from calicache.export.lowerings.rewriting import lower_graph
 from calicache.export.lowerings.small_terms import scale_small_terms
 from calicache.export.lowerings.squeeze import drop_empty_squeezes
 from calicache.export.translation.forms import forms_of
@@ -53,7 +54,7 @@ def translate(modules: Mapping[Name, fx.GraphModule]) -> dict[Name, ir.Model]:
     Raises:
         ExportError: an operation has no ONNX form; with the exporter's reason.
     """
-    lowered = {name: _lowered(module) for name, module in modules.items()}
+    lowered = {name: lower_graph(module, *LOWERINGS) for name, module in modules.items()}
     opset = BFLOAT16_OPSET if any(_holds_bfloat16(module) for module in lowered.values()) else None
     dialect = Dialect(opset, device_of(next(iter(modules.values()))))
     forms = {name: forms_of(module) for name, module in lowered.items()}
@@ -61,13 +62,6 @@ def translate(modules: Mapping[Name, fx.GraphModule]) -> dict[Name, ir.Model]:
     return {
         name: join_templates(module, forms[name], templates) for name, module in lowered.items()
     }
-
-
-def _lowered(module: fx.GraphModule) -> fx.GraphModule:
-    """In forms that the exporter takes and ONNX Runtime runs well."""
-    for lower in LOWERINGS:
-        module = lower(module)
-    return module
 
 
 def _holds_bfloat16(module: fx.GraphModule) -> bool:

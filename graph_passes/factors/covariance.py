@@ -25,7 +25,8 @@ from calicache.graph_passes.factors.decompose import (
 )
 from calicache.graph_passes.factors.statistics import SecondMoments
 
-RIDGE = 1e-5
+RIDGE = 1e-5  # of the regression
+TINY_RIDGE = 1e-12  # of a singular W, above the rounding of W^T W
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class OutputDirections:
     Attributes:
         exact: float64 W (out, in), the full-rank map.
         dtype: of the factors.
-        vectors: float64, the best direction last: of W C W^T (out, out), or of (W L)^T W L (in, in)
-            with C = L L^T, where W is tall.
-        tall: float64 W L (out, in), where W is tall.
+        vectors: float64, the best direction last: of W C W^T (out, out), or of R C R^T (in, in)
+            with W = Q R, where W is tall.
+        triangle: float64 R (in, in), where W is tall.
         spectrum: float64 (k,), energy of every direction, largest first.
         readable: whether A x can be read off the output: not where W is a regression.
     """
@@ -45,7 +46,7 @@ class OutputDirections:
     exact: Tensor
     dtype: torch.dtype
     vectors: Tensor
-    tall: Tensor | None
+    triangle: Tensor | None
     spectrum: Tensor
     readable: bool
 
@@ -53,9 +54,10 @@ class OutputDirections:
         """The factors of rank r, `up` with the rows of all siblings; see `Decomposition`."""
         check_rank(rank, self.exact.shape)
         up = best_columns(self.vectors, rank)
-        if self.tall is not None:
+        if self.triangle is not None:
+            up = self.exact @ torch.linalg.solve_triangular(self.triangle, up, upper=True)
             # Directions that carry no energy are left to the QR's completion.
-            up, _ = torch.linalg.qr(self.tall @ up)
+            up, _ = torch.linalg.qr(up)
         own = up.to(self.dtype).contiguous()
         return CalibrationFactors(
             (up.T @ self.exact).to(self.dtype).contiguous(),
@@ -67,7 +69,7 @@ class OutputDirections:
 
     def nbytes(self) -> int:
         """Memory that it holds."""
-        held = (self.exact, self.vectors, self.tall)
+        held = (self.exact, self.vectors, self.triangle)
         return sum(value.nbytes for value in held if value is not None)
 
 
@@ -114,26 +116,31 @@ def decompose_branch(moments: SecondMoments, dtype: torch.dtype) -> OutputDirect
 def _directions(
     exact: Tensor, second: Tensor, dtype: torch.dtype, *, readable: bool
 ) -> OutputDirections:
-    """From W (out, in) and C (in, in), by the smaller of the two Gram matrices."""
+    """From W (out, in) and C (in, in), in the smaller of the two dimensions."""
     out_features, in_features = exact.shape
     if out_features <= in_features:
         values, vectors = _eigen(exact @ second @ exact.T)
         return OutputDirections(exact, dtype, vectors, None, descending(values), readable)
-    # W is tall: with C = L L^T and M = W L, the top eigenvectors of M M^T are M V / s from
-    # M^T M = V s^2 V^T.
-    tall = exact @ _square_root(second)  # (out, in)
-    values, vectors = _eigen(tall.T @ tall)
-    return OutputDirections(exact, dtype, vectors, tall, descending(values), readable)
+    # W is tall: with W = Q R, W C W^T = Q (R C R^T) Q^T, whose eigenvectors are Q V. R is the
+    # Cholesky factor of W^T W, which costs a third of a QR; Q = W R^-1 is never made.
+    triangle = _triangle(exact)
+    values, vectors = _eigen(triangle @ second @ triangle.T)
+    return OutputDirections(exact, dtype, vectors, triangle, descending(values), readable)
 
 
-def _square_root(second: Tensor) -> Tensor:
-    """L with L L^T = C: by Cholesky, or by eigenvalues where C is singular."""
-    lower: Tensor
-    lower, failed = torch.linalg.cholesky_ex((second + second.T) / 2)
-    if not int(failed):
-        return lower
-    values, basis = _eigen(second)
-    return basis * values.clamp(min=0.0).sqrt()
+def _triangle(exact: Tensor) -> Tensor:
+    """R (in, in), upper triangular, with R^T R = W^T W but for a ridge where W is singular."""
+    gram = exact.T @ exact
+    tiny = torch.finfo(gram.dtype).tiny
+    size = gram.diagonal().mean().clamp(min=tiny)
+    for ridge in (0.0, TINY_RIDGE):
+        triangle: Tensor
+        triangle, failed = torch.linalg.cholesky_ex(
+            gram + ridge * size * torch.eye(len(gram)).to(gram), upper=True
+        )
+        if not int(failed):
+            break
+    return triangle
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -32,11 +34,13 @@ class Decompositions:
         held: by name of the calibration target, with the statistics that it was made from.
         nbytes: memory that they hold.
         count: decompositions that were made.
+        lock: for the threads of `make_factors`.
     """
 
     held: dict[str, tuple[Statistics | None, Decomposition]] = field(default_factory=dict)
     nbytes: int = 0
     count: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
     def of(
         self, captured: CapturedGraph, target: CalibrationTarget, statistics: Statistics | None
@@ -56,14 +60,18 @@ class Decompositions:
             return known
         with _naming(target):
             fresh = _decompose(captured, target, statistics)
-        self.count += 1
-        if known is not None:
-            self.nbytes -= known.nbytes()
-            del self.held[target.name]
-        if self.nbytes + fresh.nbytes() <= MOST_BYTES:
-            self.held[target.name] = (statistics, fresh)
-            self.nbytes += fresh.nbytes()
+        with self.lock:
+            self._hold(target.name, statistics, fresh)
         return fresh
+
+    def _hold(self, name: str, statistics: Statistics | None, fresh: Decomposition) -> None:
+        self.count += 1
+        if name in self.held:
+            _, stale = self.held.pop(name)
+            self.nbytes -= stale.nbytes()
+        if self.nbytes + fresh.nbytes() <= MOST_BYTES:
+            self.held[name] = (statistics, fresh)
+            self.nbytes += fresh.nbytes()
 
 
 def make_factors(
@@ -86,15 +94,36 @@ def make_factors(
         DecomposeError: weight or statistics are not finite, or a rank is too large; with the
             target's name.
     """
+    ranked = [target for target in targets if target.rank]
+
+    def factors_of(target: CalibrationTarget) -> CalibrationFactors:
+        return _factors(captured, target, statistics.get(target.name), decompositions)
+
+    if meter and len(ranked) < len(targets):
+        meter.add(len(targets) - len(ranked))
     factors: dict[str, CalibrationFactors] = {}
-    for target in targets:
-        if target.rank:
-            factors[target.name] = _factors(
-                captured, target, statistics.get(target.name), decompositions
-            )
-        if meter:
-            meter.add()
+    with single_threads() as workers:
+        for target, result in zip(ranked, workers.map(factors_of, ranked), strict=True):
+            factors[target.name] = result
+            if meter:
+                meter.add()
     return factors
+
+
+@contextmanager
+def single_threads() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as torch has threads, in which an operation takes one.
+
+    An eigendecomposition gains little from a second thread, and next to a busy process its threads
+    spin: two of 1,152 columns side by side take as long as one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _factors(

@@ -15,10 +15,15 @@ def device_of(module: nn.Module) -> torch.device:
 
 def finish(graph: fx.Graph) -> fx.Graph:
     """Drop dead code and check the graph: the last line of every pass."""
-    # fx takes attention for impure, as it may have dropout; here all nodes are pure functions.
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    drop_dead_code(graph)
     graph.lint()
     return graph
+
+
+def drop_dead_code(graph: fx.Graph) -> None:
+    """Take out what no output needs; placeholders stay."""
+    # fx takes attention for impure, as it may have dropout; here all nodes are pure functions.
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 
 def copy_graph(source: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:

@@ -6,7 +6,7 @@ import torch
 from support.toys import targets, trace, written
 from torch import Tensor, fx, nn
 
-from calicache.export.lowerings.rewriting import NewNodes, rewrite_nodes
+from calicache.export.lowerings.rewriting import Lowering, NewNodes, Rule
 
 aten = torch.ops.aten
 
@@ -22,13 +22,17 @@ class Scaled(nn.Module):
         return (x * self.scale + self.shift).exp()
 
 
+def every_node(rule: Rule) -> Lowering:
+    return Lowering(lambda: rule, lambda _: True)
+
+
 def without_sums(node: fx.Node, _: NewNodes) -> fx.Node | None:
     return node.all_input_nodes[0] if node.target is aten.add.Tensor else None
 
 
 def test_a_rule_that_says_nothing_leaves_the_graph_as_it_is() -> None:
     module = trace(Scaled(), torch.randn(2, 3))
-    copy = rewrite_nodes(module, lambda *_: None)
+    copy = every_node(lambda *_: None)(module)
     assert written(copy) == written(module)
     assert copy.graph is not module.graph
 
@@ -37,7 +41,7 @@ def test_what_took_a_nodes_place_is_used_and_what_is_dead_is_gone() -> None:
     x, model = torch.randn(2, 3), Scaled()
     module = trace(model, x)
     before = written(module)
-    lowered = rewrite_nodes(module, without_sums)
+    lowered = every_node(without_sums)(module)
     assert written(module) == before
     assert targets(lowered) == [aten.mul.Tensor, aten.exp.default]
     weights = [node.target for node in lowered.graph.nodes if node.op == "get_attr"]
@@ -58,7 +62,7 @@ def test_later_nodes_see_what_earlier_ones_have_become() -> None:
         return new.call(aten.mul.Tensor, node.args[0], 2.0)
 
     x = torch.randn(2, 3)
-    lowered = rewrite_nodes(trace(lambda x: x.sin().cos(), x), doubled)
+    lowered = every_node(doubled)(trace(lambda x: x.sin().cos(), x))
     assert sources == ["x", aten.mul.Tensor]
     assert torch.equal(lowered(x)[0], x * 4)  # powers of two: exact
 
@@ -75,7 +79,7 @@ def test_new_nodes_say_what_the_one_in_their_place_said_but_for_their_value() ->
 
     module = trace(lambda x: x.sin() + 1, torch.randn(2, 1))
     (sine,) = [node for node in module.graph.nodes if node.target is aten.sin.default]
-    lowered = rewrite_nodes(module, first_half)
+    lowered = every_node(first_half)(module)
     new = {node.target: node for node in lowered.graph.nodes}
     assert new[aten.sin.default].meta["val"] is sine.meta["val"]
     assert new[aten.mul.Tensor].meta["val"] is new["tables.ones"].meta["val"] is half
