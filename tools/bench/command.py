@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from calicache.graph_passes.common.environment import environment
+from calicache.tools.bench.compile_time import measure_compile
 from calicache.tools.bench.models import MODELS
 from calicache.tools.bench.report import write_report
 from calicache.tools.bench.rows import BenchSettings
@@ -33,6 +34,9 @@ def bench(
     row: Annotated[
         list[str] | None, typer.Option(help="Measure this row alone; may be given several times.")
     ] = None,
+    compile_only: Annotated[
+        bool, typer.Option("--compile", help="Measure what compiling takes, and nothing else.")
+    ] = False,
     provider: Provider = CPU,
     work: Annotated[Path, typer.Option(help="For plans and artifacts.")] = OUT / "bench",
     docs: Annotated[Path, typer.Option(help="For performance.md and performance.json.")] = OUT,
@@ -40,6 +44,8 @@ def bench(
     """Run a model with and without calicache, side by side, and write the figures.
 
     Example: calicache bench dit-s --repeats 3
+
+    What is in performance.json already and not measured now stays there.
     """
     results = []
     with progress_shown() as on_progress:
@@ -55,6 +61,10 @@ def bench(
                 rows=tuple(row or ()),
                 provider=provider,
             )
-            results.append(run_bench(settings, on_progress))
-    write_report({**environment(), "models": results}, docs)
+            measure = measure_compile if compile_only else run_bench
+            results.append(measure(settings, on_progress))
+    compiled = {**environment(), "results": results}
+    write_report(
+        {"compile": compiled} if compile_only else {**environment(), "models": results}, docs
+    )
     typer.echo(f"Written: {docs / 'performance.md'}")

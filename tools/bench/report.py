@@ -8,7 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.files import atomic_path
+from calicache.tools.bench.compile_time import STAGES
 from calicache.tools.terminal.options import import_library
 
 Result = Mapping[str, Any]
@@ -20,21 +22,27 @@ def write_report(results: Mapping[str, Any], docs: Path) -> None:
     """Write performance.json and performance.md; `performance-notes.md` is added at the end.
 
     Args:
-        results: `machine`, `versions` and `models`, one result of `run_bench` each.
+        results: `machine`, `versions` and `models`, one result of `run_bench` each; or `compile`,
+            which holds machine, versions and results of `measure_compile`. What is not given
+            stays as it was.
         docs: the folder.
     """
     docs.mkdir(parents=True, exist_ok=True)
-    with atomic_path(docs / "performance.json") as path:
+    file = docs / "performance.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    results = {**environment(), "models": [], "compile": None, **known, **results}
+    with atomic_path(file) as path:
         path.write_text(json.dumps(results, indent=1) + "\n")
     notes = docs / NOTES
     jinja = import_library("jinja2", "jinja2", "fills the page in")
-    environment = jinja.Environment(undefined=jinja.StrictUndefined, keep_trailing_newline=True)
+    templates = jinja.Environment(undefined=jinja.StrictUndefined, keep_trailing_newline=True)
     template = (files("calicache.tools.bench") / TEMPLATE).read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
+    page = templates.from_string(template).render(
         **results,
         modes_of=_modes,
         efficiency=efficiency,
         operator_columns=_operator_columns,
+        stages=STAGES,
         notes=notes.read_text().strip() if notes.exists() else "",
     )
     with atomic_path(docs / "performance.md") as path:

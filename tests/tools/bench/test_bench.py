@@ -19,6 +19,7 @@ from calicache.graph_passes.common.errors import BenchError
 from calicache.graph_passes.common.progress import Meter
 from calicache.tools.bench import prepare as bench_prepare
 from calicache.tools.bench import run as bench
+from calicache.tools.bench.compile_time import STAGES
 from calicache.tools.bench.models import MODELS, BenchModel, find_model
 from calicache.tools.bench.report import efficiency, write_report
 from calicache.tools.bench.rows import BenchSettings, BenchTask, bench_rows, chosen_rows
@@ -220,6 +221,20 @@ def test_report_shows_every_row(result: dict, tmp_path: Path) -> None:
     assert "MultiHeadAttention" in text
     assert text.rstrip().endswith("A note.")
     assert json.loads((tmp_path / "performance.json").read_text())["models"][0]["width"] == 32
+
+
+@pytest.mark.slow
+def test_compile_alone_is_measured_and_joins_the_report(tmp_path: Path, result: dict) -> None:
+    write_report({**environment(), "models": [result]}, tmp_path)
+    options = ["--compile", "--repeats", "1", "--steps", str(STEPS), "--docs", str(tmp_path)]
+    outcome = CliRunner().invoke(app, ["bench", TINY, *options, "--work", str(tmp_path / "work")])
+    assert outcome.exit_code == 0, outcome.output
+    report = json.loads((tmp_path / "performance.json").read_text())
+    assert report["models"][0]["model"] == "tiny"
+    (compiled,) = report["compile"]["results"]
+    assert set(compiled["cpu_seconds"]) == set(STAGES)
+    assert all(seconds > 0 for seconds in compiled["cpu_seconds"].values())
+    assert "## What compiling takes" in (tmp_path / "performance.md").read_text()
 
 
 def test_efficiency_is_the_speedup_over_that_of_the_macs(result: dict) -> None:
