@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest, load_artifact
+from calicache.export.artifact.folder import load_artifact
+from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.errors import SubjectError, reason_of
