@@ -131,6 +131,8 @@ def read_plan(path: Path | str) -> PlanContent:
     folder = standing(Path(path))
     written = _DOCUMENT.read(folder / PLAN_FILE, path)
     try:
+        if written.front and not 0 <= written.front.choice < len(written.front.points):
+            raise ValueError("a front whose choice is none of its points")
         _ = [spec.torch_dtype for spec in written.binding.signature.tensors]
         names = {STATISTICS_FILE} | ({SAMPLER_FILE} if written.sampler else set())
         if set(written.files) != names:

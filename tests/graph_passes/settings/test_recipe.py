@@ -199,6 +199,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "rank that is no number": (change_point(ranks={"blocks.0.mlp": "many"}), "ranks"),
     "half an error": (change_point(error={"mean": 0.1}), "deviation"),
     "no latent": (lambda written: written["front"].pop("latent"), "latent"),
+    "a choice of nothing": (lambda written: written["front"].update(choice=99), "choice is none"),
     "no points": (lambda written: written["front"].pop("points"), "points"),
     "ranks that are no numbers": (lambda w: w["recipe"].update(ranks={"a": 0.5}), "ranks"),
     "ranks without names": (lambda w: w["recipe"].update(ranks=[8]), "ranks"),
