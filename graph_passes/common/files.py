@@ -87,8 +87,8 @@ def atomic_path(path: Path, target: Target = PLAIN_FILE) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        settle(path)
         target.check(path)
+        settle(path)
         with scratch_folder(path) as scratch:
             yield scratch / path.name
             target.check(path)

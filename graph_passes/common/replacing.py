@@ -20,8 +20,10 @@ _TRIES = 100
 
 def standing(path: Path) -> Path:
     """Where the newest whole one of `path` lies: there, or where a killed save put it aside."""
+    if os.path.lexists(path):
+        return path
     aside = _aside(path)
-    return aside if not os.path.lexists(path) and aside.is_dir() else path
+    return aside if aside.is_dir() else path
 
 
 def settle(path: Path) -> None:

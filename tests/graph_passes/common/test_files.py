@@ -157,6 +157,19 @@ def test_what_comes_while_the_new_one_is_made_is_not_replaced(tmp_path: Path) ->
     assert (target.read_text(), names(tmp_path)) == ("dear", ["a"])
 
 
+@pytest.mark.parametrize("path", ["/", "../inner", "."])
+def test_folders_around_are_not_replaced(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "letter").write_text("dear")
+    monkeypatch.chdir(inner)
+    with pytest.raises(PlanError, match="nothing else is replaced, got a folder with"):
+        write_half(Path(path), make_folder)
+    assert (inner / "letter").read_text() == "dear"
+
+
 def test_a_link_to_a_folder_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
     make_folder(tmp_path / "first", "old")
     (tmp_path / "newest").symlink_to("first")

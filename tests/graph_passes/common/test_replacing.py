@@ -123,6 +123,7 @@ def test_what_a_kill_between_two_renames_put_aside_is_found_and_settled(tmp_path
     target = tmp_path / "a"
     make(tmp_path / ".a.aside", "old")
     assert read(target) == "old"
+    assert standing(Path(".")) == Path(".")
     settle(target)
     assert (read(target), names(tmp_path)) == ("old", ["a"])
     make(tmp_path / ".a.aside", "older")  # killed while it was removed
