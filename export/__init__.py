@@ -3,7 +3,8 @@
 if __name__ == "export":
     raise ImportError("import calicache.export: the bare name makes a second copy of every class")
 
-from calicache.export.artifact.manifest import Layout, Manifest, load_artifact, read_manifest
+from calicache.export.artifact.folder import load_artifact, read_manifest
+from calicache.export.artifact.manifest import Layout, Manifest
 from calicache.export.export import export_onnx
 from calicache.export.latency import measure_latency
 from calicache.export.samplers import read_sampler

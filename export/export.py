@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from calicache.export.artifact.folder import ARTIFACT
 from calicache.export.artifact.graph_file import write_graphs
 from calicache.export.artifact.manifest import (
     FORMAT,
@@ -51,7 +52,7 @@ def export_onnx(
     layout: Layout | str = Layout.STEP,
     sampler: SamplerTables | None = None,
 ) -> Manifest:
-    """Write an optimised model as an artifact folder; an existing one is replaced.
+    """Write an optimised model as an artifact folder; an existing artifact is replaced.
 
     Args:
         optimized: from `optimize`.
@@ -61,15 +62,15 @@ def export_onnx(
             All calls of a step are one batch there.
 
     Raises:
-        ExportError: an unknown layout, no sampler where one is needed, or one where none is, or
-            torch.onnx refuses an op.
+        ExportError: an unknown layout, no sampler where one is needed, or one where none is,
+            torch.onnx refuses an op, or something else is in the place of the folder.
     """
     layout = _layout(layout)
     tables = _sampler(optimized, layout, sampler)
     compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
-    models = _models(compiled, layout, tables)
-    weights = plan_weight_file(models.values())
-    with atomic_path(Path(path)) as folder:
+    with atomic_path(Path(path), ARTIFACT) as folder:
+        models = _models(compiled, layout, tables)
+        weights = plan_weight_file(models.values())
         folder.mkdir()
         weights.write(folder / WEIGHTS_FILE)
         place_outside(models.values(), weights, folder / WEIGHTS_FILE)

@@ -1,23 +1,23 @@
-"""The manifest of an artifact: what the folder holds, read without trust."""
+"""The manifest of an artifact: what the folder holds."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from calicache.graph_passes.common.bounds import Calls, Count, Digest, FileName, Number
+from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import ArtifactError
-from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.schedule import Table
 
-FORMAT = 6
+FORMAT = 7
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
@@ -37,9 +37,9 @@ class Layout(StrEnum):
 class FileRecord:
     """Size in bytes and SHA-256 of one file of the artifact."""
 
-    name: str
-    size: int
-    sha256: str
+    name: FileName
+    size: Count
+    sha256: Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,16 @@ class TargetRecord:
     name: str
     granularity: Granularity
     sites: tuple[str, ...]
-    in_features: int
-    out_features: tuple[int, ...]
-    rank: int
-    energy: float | None
-    kept: dict[int, float]
-    full_macs: int
-    calibrate_macs: int
-    full_bytes: int
-    factor_bytes: int
-    cache_bytes: int
+    in_features: Count
+    out_features: tuple[Count, ...]
+    rank: Count
+    energy: Number | None
+    kept: dict[int, Number]
+    full_macs: Count
+    calibrate_macs: Count
+    full_bytes: Count
+    factor_bytes: Count
+    cache_bytes: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ModeRecord:
     """What one step in a mode costs, and which kept values it reads."""
 
     mode: StepMode
-    macs: int
+    macs: Count
     reads: tuple[str, ...]
 
 
@@ -90,10 +90,10 @@ class SamplerRecord:
     latent: str
     noise: TensorSpec
     inputs: tuple[TensorSpec, ...]
-    parts: int
+    parts: Calls
     conditional: int | None
-    guidance: float | None
-    scale: float
+    guidance: Number | None
+    scale: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,20 +125,20 @@ class Manifest:
     layout: Layout
     files: tuple[FileRecord, ...]
     schedule: tuple[StepMode, ...]
-    rank: int
-    order: int
+    rank: Count
+    order: Count
     weighting: Weighting
     output_weights: Table | None
     correction: str
     weights_hash: str
     inputs: tuple[TensorSpec, ...]
-    calls_per_step: int
-    fixed: dict[str, tuple[str, ...]]
+    calls_per_step: Calls
+    fixed: dict[str, tuple[Digest, ...]]
     outputs: tuple[str, ...]
     caches: tuple[TensorSpec, ...]
-    history: int
-    cache_bytes: int
-    plain_macs: int
+    history: Count
+    cache_bytes: Count
+    plain_macs: Count
     modes: tuple[ModeRecord, ...]
     targets: tuple[TargetRecord, ...]
     branches: tuple[str, ...]
@@ -157,77 +157,21 @@ class Manifest:
         return used / (len(self.schedule) * self.plain_macs)
 
 
-_MANIFEST = TypeAdapter(Manifest)
+MANIFEST = DocumentKind(
+    "artifact",
+    FORMAT,
+    TypeAdapter(Manifest),
+    ArtifactError,
+    "a manifest written by export_onnx",
+    "Export the model again.",
+)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write the manifest into an artifact's folder."""
-    (folder / MANIFEST_FILE).write_bytes(_MANIFEST.dump_json(manifest, indent=2) + b"\n")
+    (folder / MANIFEST_FILE).write_text(MANIFEST.dumps(manifest))
 
 
 def model_file(layout: Layout, mode: StepMode) -> str:
     """Name of the file with the model that runs a mode."""
     return f"{mode.name.lower()}.onnx" if layout is Layout.PAIR else MODEL_FILE
-
-
-def read_manifest(path: Path | str) -> Manifest:
-    """Read the manifest of an artifact's folder alone, without looking at the other files.
-
-    Raises:
-        ArtifactError: there is none, or it is damaged or of another version.
-    """
-    file = Path(path) / MANIFEST_FILE
-    try:
-        text = file.read_bytes()
-        number = json.loads(text)["format"]  # first: another format has other fields
-        if number != FORMAT:
-            raise ValueError(f"format {number}, this version reads {FORMAT}")
-        manifest = _MANIFEST.validate_json(text)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(
-            str(file),
-            expected="a manifest written by export_onnx",
-            got=f"{type(error).__name__}: {error}",
-            fix="Export the model again.",
-        ) from error
-    return manifest
-
-
-def load_artifact(path: Path | str) -> Manifest:
-    """Read the manifest of an artifact's folder and check every file against it.
-
-    Raises:
-        ArtifactError: a file is missing, cut short, changed, or outside the folder.
-    """
-    manifest = read_manifest(path)
-    folder = Path(path)
-    for mode in set(manifest.schedule):
-        name = model_file(manifest.layout, mode)
-        if name not in {record.name for record in manifest.files}:
-            raise _damaged(folder / MANIFEST_FILE, f"an entry for {name}", "none")
-    for record in manifest.files:
-        check_file(folder, record)
-    return manifest
-
-
-def check_file(folder: Path, record: FileRecord) -> None:
-    """Check one file of an artifact against its record.
-
-    Raises:
-        ArtifactError: it is missing, cut short, changed, or outside the folder.
-    """
-    path = folder / record.name
-    if PurePosixPath(record.name).name != record.name:
-        raise _damaged(path, "a file name inside the folder", record.name)
-    if not path.is_file():
-        raise _damaged(path, f"a file of {record.size} bytes", "no file")
-    if path.stat().st_size != record.size:
-        raise _damaged(path, f"{record.size} bytes", f"{path.stat().st_size} bytes")
-    if sha256_of(path) != record.sha256:
-        raise _damaged(path, f"SHA-256 {record.sha256[:12]}", "another content")
-
-
-def _damaged(path: Path, expected: str, got: str) -> ArtifactError:
-    return ArtifactError(
-        str(path), expected=expected, got=got, fix="Copy the whole folder again, or export again."
-    )

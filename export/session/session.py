@@ -10,11 +10,13 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from calicache.export.artifact.manifest import Layout, load_artifact, model_file
+from calicache.export.artifact.folder import load_artifact
+from calicache.export.artifact.manifest import Layout, model_file
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, STEP_INPUT, next_name
 from calicache.export.session.inputs import InputBuffers, checked_inputs, in_pairs, wrong_input
 from calicache.export.session.kept_refreshes import KeptRefreshes, no_refreshes
 from calicache.graph_passes.common.errors import ExportError, RunError
+from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.recording.reads import check_fixed
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
@@ -65,7 +67,8 @@ class Session:
         if cuda_graphs:
             _check_cuda_graphs(layout, provider)
         settings = {"enable_cuda_graph": "1"} if cuda_graphs else {}
-        files = {mode: Path(path) / model_file(layout, mode) for mode in modes}
+        folder = standing(Path(path))
+        files = {mode: folder / model_file(layout, mode) for mode in modes}
         sessions = {
             file: _open(file, layout, (provider, settings), options)
             for file in sorted({*files.values()})

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from calicache.graph_passes.common.bounds import Calls, Digest, Number
+from calicache.graph_passes.common.documents import DAMAGES, DocumentKind
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.common.files import Target, atomic_path, check_regular, foreign_folder
 from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.factors.statistics import Statistics, named_statistics, named_tensors
 from calicache.graph_passes.recording.binding import Binding
-from calicache.graph_passes.sampler.tables import SamplerTables
+from calicache.graph_passes.sampler.tables import ROW, SamplerTables
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.recipe import Recipe
 
-FORMAT = 6
 NOT_ASKED = "planned with correct=False: the recorded calls were not run"
 PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE = (
     "plan.json",
@@ -47,12 +47,12 @@ class _SamplerNumbers:
     """What `plan.json` holds of a sampler; its inputs are tensors of a file of their own."""
 
     latent: str
-    parts: int
+    parts: Calls
     conditional: int | None
-    guidance: float | None
-    mix: tuple[tuple[float, ...], ...]
-    scales: tuple[float, ...]
-    updates: tuple[tuple[float, ...], ...]
+    guidance: Number | None
+    mix: tuple[tuple[Number, ...], ...]
+    scales: tuple[Number, ...]
+    updates: tuple[tuple[Number, ...], ...]
 
     @staticmethod
     def of(sampler: SamplerTables) -> _SamplerNumbers:
@@ -71,8 +71,7 @@ class _SamplerNumbers:
 class _PlanJson:
     """What `plan.json` holds."""
 
-    format: int
-    files: dict[str, str]
+    files: dict[str, Digest]
     binding: Binding
     recipe: Recipe
     sampler: _SamplerNumbers | None
@@ -80,20 +79,39 @@ class _PlanJson:
     front: Front | None = None
 
 
-_PLAN_JSON = TypeAdapter(_PlanJson)
+_DOCUMENT = DocumentKind(
+    "plan",
+    7,
+    TypeAdapter(_PlanJson),
+    PlanError,
+    "a folder written by Plan.save",
+    "Make the plan again from the recording.",
+)
+
+
+def _own_files(folder: Path) -> set[str]:
+    """Names of the files of a plan; none where the folder is not one, of whatever format."""
+    content = _DOCUMENT.head(folder / PLAN_FILE)
+    return {PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE} if content else set()
+
+
+_TARGET = Target("a plan", PlanError, lambda path: foreign_folder(path, _own_files))
 
 
 def write_plan(content: PlanContent, path: Path | str) -> None:
-    """Write the files of a plan into a new or replaced folder."""
+    """Write the files of a plan into a new folder, or in the place of another plan.
+
+    Raises:
+        PlanError: something else is there, or it cannot be written.
+    """
     tensors = {STATISTICS_FILE: named_tensors(content.statistics)}
     if content.sampler is not None:
         tensors[SAMPLER_FILE] = dict(content.sampler.inputs)
-    with atomic_path(Path(path)) as folder:
+    with atomic_path(Path(path), _TARGET) as folder:
         folder.mkdir()
         for name, values in tensors.items():
             save_file({key: v.contiguous() for key, v in values.items()}, folder / name)
         written = _PlanJson(
-            FORMAT,
             {name: sha256_of(folder / name) for name in tensors},
             content.binding,
             content.recipe,
@@ -101,9 +119,7 @@ def write_plan(content: PlanContent, path: Path | str) -> None:
             content.no_sampler,
             content.front,
         )
-        (folder / PLAN_FILE).write_text(
-            json.dumps(_PLAN_JSON.dump_python(written, mode="json"), indent=2) + "\n"
-        )
+        (folder / PLAN_FILE).write_text(_DOCUMENT.dumps(written))
 
 
 def read_plan(path: Path | str) -> PlanContent:
@@ -112,30 +128,40 @@ def read_plan(path: Path | str) -> PlanContent:
     Raises:
         PlanError: a file is missing, damaged, of another version, or not a plan.
     """
-    folder = Path(path)
+    folder = standing(Path(path))
+    written = _DOCUMENT.read(folder / PLAN_FILE, path)
     try:
-        text = (folder / PLAN_FILE).read_bytes()
-        number = json.loads(text)["format"]  # first: another format has other fields
-        if number != FORMAT:
-            raise ValueError(f"format {number}, this version reads {FORMAT}")
-        written = _PLAN_JSON.validate_json(text)
+        if written.front and not 0 <= written.front.choice < len(written.front.points):
+            raise ValueError("a front whose choice is none of its points")
+        _ = [spec.torch_dtype for spec in written.binding.signature.tensors]
         names = {STATISTICS_FILE} | ({SAMPLER_FILE} if written.sampler else set())
         if set(written.files) != names:
             raise ValueError(f"{PLAN_FILE} lists other files than {', '.join(sorted(names))}")
         for name, digest in written.files.items():
+            check_regular(folder / name)
             if sha256_of(folder / name) != digest:
                 raise ValueError(f"{name} is not the file the plan was saved with")
         statistics = named_statistics(load_file(folder / STATISTICS_FILE))
         sampler = None
         if written.sampler is not None:
             sampler = written.sampler.with_inputs(load_file(folder / SAMPLER_FILE))
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, PlanError) as error:
-        raise PlanError(
-            str(path),
-            expected="a folder written by Plan.save",
-            got=f"{type(error).__name__}: {error}",
-            fix="Make the plan again from the recording.",
-        ) from error
+            _check_sampler(sampler, written.binding)
+    except (*DAMAGES, TypeError) as error:
+        raise _DOCUMENT.refused(path, error) from error
     return PlanContent(
         written.binding, written.recipe, statistics, sampler, written.no_sampler, written.front
     )
+
+
+def _check_sampler(sampler: SamplerTables, binding: Binding) -> None:
+    """Refuse tables whose sizes do not belong together, or that name no tensor of the calls."""
+    steps = len(sampler.updates)
+    widths = {len(row) for row in sampler.updates} | {ROW}
+    counts = {steps, len(sampler.mix), len(sampler.scales)}
+    counts |= {len(table) for table in sampler.inputs.values()}
+    parts = {len(row) for row in sampler.mix} | {sampler.parts}
+    names = {spec.name for spec in binding.signature.tensors}
+    conditional = sampler.conditional in (None, *range(sampler.parts))
+    fits = len(widths) == len(counts) == len(parts) == 1 and steps > 0 and conditional
+    if not fits or not {sampler.latent, *sampler.inputs} <= names:
+        raise ValueError("tables of the sampler that do not belong together")

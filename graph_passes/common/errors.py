@@ -34,6 +34,12 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
+class FileError(CalicacheError):
+    """A file cannot be written."""
+
+    stage = "file"
+
+
 class RecordError(CalicacheError):
     """A call of the model cannot be recorded, or a recording cannot be read."""
 

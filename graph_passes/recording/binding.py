@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from calicache.graph_passes.common.bounds import Digest
+from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import digest, hash_weights
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.reads import DIFFERENT, NOTHING, find_reads
+from calicache.graph_passes.recording.reads import DIFFERENT, NOTHING, find_reads, read_answers
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.step_calls import batch_signature, batch_size
@@ -27,6 +29,9 @@ class Binding:
         reads: what the model reads off its tensors in every call, from `find_reads`.
         run_values: where it reads anything, digests of the recorded values of every argument that
             stays the same over a run: the graph is made for what some of them decide.
+
+    Raises:
+        PlanError: it names a tensor that the calls do not have.
     """
 
     signature: CallSignature
@@ -34,7 +39,20 @@ class Binding:
     timestep: Timestep | None
     weights_hash: str
     reads: str = NOTHING
-    run_values: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    run_values: dict[str, tuple[Digest, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        read_answers(self.reads)
+        names = {spec.name for spec in self.signature.tensors}
+        others = [set(self.dependence) ^ names, set(self.run_values) - names]
+        others.append({self.timestep.name} - names if self.timestep else set())
+        for odd in filter(None, others):
+            raise PlanError(
+                "binding",
+                expected=f"the tensors of the call: {', '.join(sorted(names))}",
+                got=min(odd),
+                fix="Make the plan again from the recording.",
+            )
 
     @property
     def calls(self) -> int:

@@ -15,15 +15,17 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from pydantic_core import from_json
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from calicache.graph_passes.common.errors import CaptureError, RunError
+from calicache.graph_passes.common.errors import CaptureError, RunError, reason_of
 from calicache.graph_passes.common.hashing import digest
 from calicache.graph_passes.recording.recording import Recording
 
 NOTHING, DIFFERENT = "[]", "null"
+MAX_REPEATS = 2**24  # rows that one repeat_interleave may make
 Answer = Any  # numbers, booleans and lists of them
 _SCALARS: Mapping[Callable[..., Any], Callable[[Any], Any]] = {
     Tensor.item: lambda value: value,
@@ -67,8 +69,25 @@ def answering(answers: str) -> Iterator[list[Tensor]]:
         yield seen
         return
     # A fake tensor's own tolist would go round the mode.
-    with patch.object(FakeTensor, "tolist", Tensor.tolist), _Answers(json.loads(answers), seen):
+    with patch.object(FakeTensor, "tolist", Tensor.tolist), _Answers(read_answers(answers), seen):
         yield seen
+
+
+def read_answers(answers: str) -> list[Answer]:
+    """The answers of a record, in order; none where they differ from call to call.
+
+    Raises:
+        CaptureError: it is no record of answers.
+    """
+    try:
+        found = from_json(answers)
+    except ValueError as error:
+        raise _no_answers(reason_of(error)) from error
+    if found is None:
+        return []
+    if not isinstance(found, list) or not _is_answer(found):
+        raise _no_answers(f"{answers:.40}")
+    return found
 
 
 def check_fixed(fixed: Mapping[str, Sequence[str]], values: Mapping[str, Tensor]) -> None:
@@ -166,6 +185,8 @@ class _Reads(TorchFunctionMode):
         if source is not None:
             source = source.flatten() if dim is None else source
             counts = counts * source.shape[dim or 0] if len(counts) == 1 else counts
+        if sum(counts) > MAX_REPEATS:
+            raise _no_answers(f"{sum(counts)} repeats")
         places = torch.tensor([p for p, count in enumerate(counts) for _ in range(count)])
         places = places.to(repeats.device, torch.int64)
         return places if source is None else source.index_select(dim or 0, places)
@@ -204,6 +225,20 @@ def _answers(model: nn.Module, recording: Recording, call: Mapping[str, Tensor])
     with torch.no_grad(), _Recorder() as recorder:
         model(**arguments)
     return json.dumps(recorder.answers)
+
+
+def _is_answer(value: Any) -> bool:
+    inside = value if isinstance(value, list) else ()
+    return isinstance(value, bool | int | float | list) and all(map(_is_answer, inside))
+
+
+def _no_answers(got: str) -> CaptureError:
+    return CaptureError(
+        "reads",
+        expected="a list of numbers and lists of them",
+        got=got,
+        fix="Make the plan again from the recording.",
+    )
 
 
 def _decides(index: Any) -> bool:

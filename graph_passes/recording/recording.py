@@ -5,21 +5,28 @@ A run is one denoising from noise to result; a new run is seen where the timeste
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated
 
-import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError
 from torch import Tensor
 
+from calicache.graph_passes.common.bounds import Digest
+from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import RecordError
-from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.common.files import Target, atomic_path
+from calicache.graph_passes.common.tensor_files import (
+    digests,
+    owner_of,
+    read_tensors,
+    write_tensors,
+)
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
 from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.step_calls import batch_signature, batch_size, merge_calls
@@ -158,7 +165,12 @@ class Recording:
         return Recording(calls, self._signature, results)
 
     def save(self, path: Path | str) -> None:
-        """Write one safetensors file; a value shared by several calls is stored once."""
+        """Write one safetensors file; a value shared by several calls is stored once.
+
+        Raises:
+            RecordError: nothing was recorded, something else than a recording is there, or the
+                file cannot be written.
+        """
         keys: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         table: list[dict[str, str]] = []
@@ -166,19 +178,14 @@ class Recording:
             for value in call.values():
                 if id(value) not in keys:
                     keys[id(value)] = f"value.{len(keys)}"
-                    tensors[keys[id(value)]] = value.contiguous()
+                    tensors[keys[id(value)]] = value
             table.append({name: keys[id(value)] for name, value in call.items()})
-        metadata = {
-            "calicache": "recording",
-            "signature": json.dumps(
-                TypeAdapter(CallSignature).dump_python(self.signature, mode="json")
-            ),
-            "calls": json.dumps(table),
-            "results": json.dumps(list(self.results)),
-        }
-        tensors |= {f"result.{n}": value.contiguous() for n, value in self.results.items()}
-        with atomic_path(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata)
+        tensors |= {f"result.{n}": value for n, value in self.results.items()}
+        content = _RecordingJson(
+            self.signature, tuple(table), tuple(self.results), digests(tensors)
+        )
+        with atomic_path(Path(path), _TARGET) as temporary:
+            write_tensors(_RECORDING, content, tensors, temporary)
 
     @staticmethod
     def load(path: Path | str) -> Recording:
@@ -187,33 +194,60 @@ class Recording:
         Raises:
             RecordError: the file is missing, damaged, or something else.
         """
+        content, values = read_tensors(_RECORDING, Path(path))
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("calicache") != "recording":
-                    raise ValueError("not a recording")
-                signature = TypeAdapter(CallSignature).validate_json(metadata["signature"])
-                table = TypeAdapter(list[dict[str, str]]).validate_json(metadata["calls"])
-                values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                calls = [{name: values[key] for name, key in row.items()} for row in table]
-                counts = TypeAdapter(list[int]).validate_json(metadata["results"])
-                results = {count: values[f"result.{count}"] for count in counts}
-                signature.unflatten([torch.empty(0)] * len(signature.tensors))
-                if not calls:
-                    raise ValueError("no calls")
-        except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
-            raise RecordError(
-                str(path),
-                expected="a recording written by Recording.save",
-                got=f"{type(error).__name__}: {error}",
-                fix="Record again.",
-            ) from error
+            calls = [{name: values[key] for name, key in row.items()} for row in content.calls]
+            results = {count: values[f"result.{count}"] for count in content.results}
+            _ = [spec.torch_dtype for spec in content.signature.tensors]
+        except (KeyError, RecordError) as error:
+            raise _RECORDING.refused(path, error) from error
         for call in calls:
-            _check_loaded(call, signature, path)
-        return Recording(calls, signature, results)
+            _check_loaded(call, content.signature, path)
+        return Recording(calls, content.signature, results)
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordingJson:
+    """What the head of a recording's file holds.
+
+    Attributes:
+        signature: the form that all calls share.
+        calls: name of the tensor of every argument, call by call.
+        results: see `Recording`.
+        tensors: digests of all tensors.
+    """
+
+    signature: CallSignature
+    calls: Annotated[tuple[dict[str, str], ...], Field(min_length=1)]
+    results: tuple[Annotated[int, Field(ge=1)], ...]
+    tensors: dict[str, Digest]
+
+
+_RECORDING = DocumentKind(
+    "recording",
+    2,
+    TypeAdapter(_RecordingJson),
+    RecordError,
+    "a recording written by Recording.save",
+    "Record again.",
+)
+
+
+def _foreign(path: Path) -> str | None:
+    try:
+        owner = owner_of(path)
+    except (OSError, SafetensorError):
+        return "something else"
+    return None if owner == _RECORDING.name else "a file of something else"
+
+
+_TARGET = Target("a recording", RecordError, _foreign)
 
 
 def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> None:
+    odd = set(call) - {spec.name for spec in signature.tensors}
+    if odd:
+        raise _RECORDING.refused(path, f"a call with another argument: {min(odd)}")
     for spec in signature.tensors:
         tensor = call.get(spec.name)
         if tensor is None or tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from calicache.graph_passes.common.bounds import Shape
 from calicache.graph_passes.common.errors import CalicacheError, RecordError, RunError
+from calicache.graph_passes.recording.call_tree import CallTree, flatten, leaf_names, unflatten
 
 Constant = None | bool | int | float | str
 
@@ -27,7 +28,7 @@ class TensorSpec:
     """One tensor argument, such as `hidden_states: float32 (4, 1, 28, 28)`."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str
 
     @property
@@ -60,20 +61,32 @@ class CallSignature:
         tensors: the tensor arguments, in the order of the model's own signature.
         constants: the other arguments, in the same order.
         order: names of all arguments as the flattened call has them.
-        tree: the nesting of the arguments, as torch's pytree writes it in JSON.
+        tree: the nesting of the arguments.
+
+    Raises:
+        RecordError: the names do not belong to one another.
     """
 
     tensors: tuple[TensorSpec, ...]
     constants: tuple[ConstantSpec, ...]
     order: tuple[str, ...]
-    tree: str
+    tree: CallTree
+
+    def __post_init__(self) -> None:
+        named = [spec.name for spec in self.tensors] + [spec.name for spec in self.constants]
+        if sorted(named) != sorted(self.order) or [*leaf_names(self.tree)] != [*self.order]:
+            raise RecordError(
+                "signature",
+                expected="the same arguments by name, in order and in the nesting",
+                got=f"{len(named)} names, {len(self.order)} in order",
+                fix="Record again.",
+            )
 
     def unflatten(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """Keyword arguments for the model from tensors in the order of `self.tensors`."""
         values: dict[str, Any] = {spec.name: spec.value for spec in self.constants}
         values |= dict(zip((spec.name for spec in self.tensors), tensors, strict=True))
-        tree = pytree.treespec_loads(self.tree)
-        arguments: dict[str, Any] = pytree.tree_unflatten([values[n] for n in self.order], tree)
+        arguments: dict[str, Any] = unflatten(self.tree, iter([values[n] for n in self.order]))
         return arguments
 
     def match(self, call: FlatCall) -> list[Tensor]:
@@ -133,24 +146,15 @@ class FlatCall:
     tensors: Mapping[str, Tensor]
     constants: Mapping[str, Constant]
     order: tuple[str, ...]
-    tree: pytree.TreeSpec
+    tree: CallTree
 
     def signature(self) -> CallSignature:
         """The form of this call."""
-        try:
-            tree = pytree.treespec_dumps(self.tree)
-        except NotImplementedError as error:
-            raise RecordError(
-                "arguments",
-                expected="plain tuples, lists and dicts",
-                got=str(error),
-                fix="Pass a plain container instead.",
-            ) from error
         return CallSignature(
             tensors=tuple(describe(name, value) for name, value in self.tensors.items()),
             constants=tuple(ConstantSpec(name, value) for name, value in self.constants.items()),
             order=self.order,
-            tree=tree,
+            tree=self.tree,
         )
 
 
@@ -184,16 +188,8 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
             )
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Constant] = {}
-    leaves, tree = pytree.tree_flatten_with_path(arguments)
-    names = [_dotted(path) for path, _ in leaves]
-    for name, (_, value) in zip(names, leaves, strict=True):
-        if name in tensors or name in constants:
-            raise RecordError(
-                name,
-                expected="one argument of that name",
-                got="two, by way of a key with a dot in it",
-                fix="Rename the key.",
-            )
+    tree, leaves = flatten(arguments)
+    for name, value in leaves.items():
         if isinstance(value, Tensor):
             tensors[name] = value
         elif value is None or isinstance(value, bool | int | float | str):
@@ -201,18 +197,12 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         else:
             raise RecordError(
                 name,
-                expected="a tensor, a number, a string or None",
+                expected="a tensor, a number, a string, None, or a plain dict, list or tuple",
                 got=type(value).__name__,
                 fix="Pass plain values, or set the object on the model before recording.",
             )
-    return FlatCall(tensors, constants, tuple(names), tree)
-
-
-def _dotted(path: Sequence[Any]) -> str:
-    keys = (
-        getattr(part, "key", getattr(part, "idx", getattr(part, "name", part))) for part in path
-    )
-    return ".".join(str(key) for key in keys)
+    assert tree is not None  # of a dict
+    return FlatCall(tensors, constants, tuple(leaves), tree)
 
 
 def _mismatch(where: str, expected: str, got: str) -> CalicacheError:

@@ -8,6 +8,8 @@ from itertools import groupby, pairwise
 
 from torch import Tensor
 
+from calicache.graph_passes.common.bounds import Calls
+
 Call = Mapping[str, Tensor]
 Run = Sequence[Call]
 
@@ -26,7 +28,7 @@ class Timestep:
     name: str
     descends: bool
     repeats: bool = field(default=False, compare=False)
-    calls: int = 1
+    calls: Calls = 1
 
     def turns_back(self, before: float, now: float) -> bool:
         """Whether a new run starts between two values."""

@@ -1,4 +1,8 @@
-"""What a long search has done already, in a folder: an interrupted one goes on from there."""
+"""What a long search has done already, in a folder: an interrupted one goes on from there.
+
+Every file names its search and its entry, and holds a sum of its content: a file of another
+search, of another entry, or one that was changed is refused.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,14 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calicache.graph_passes.common.errors import PlanError, reason_of
-from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.common.bounds import Digest
+from calicache.graph_passes.common.documents import DocumentKind
+from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.files import Target, atomic_path
+from calicache.graph_passes.common.replacing import settle
+from calicache.graph_passes.common.tensor_files import digests, read_tensors, write_tensors
 
 KEY_FILE = "search.json"
 
@@ -40,15 +46,53 @@ class _Head:
     """What marks a folder as a journal.
 
     Attributes:
-        calicache: what wrote it: `search`.
-        key: digest of what the results depend on.
+        search: digest of what the results depend on.
     """
 
-    calicache: str
-    key: str
+    search: Digest
 
 
-_HEAD = TypeAdapter(_Head)
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a file of numbers holds.
+
+    Attributes:
+        search: the same digest as in the head.
+        entry: name of the result.
+        value: JSON that the schema of the entry's kind reads.
+    """
+
+    search: Digest
+    entry: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorEntry:
+    """What a file of tensors holds beside them.
+
+    Attributes:
+        search, entry: as in `_Entry`.
+        tensors: digests.
+    """
+
+    search: Digest
+    entry: str
+    tensors: dict[str, Digest]
+
+
+_EXPECTED = "what an interrupted search of the same kind has kept"
+_FIX = "Name another folder, or delete this one."
+
+
+def _kind(name: str, schema: TypeAdapter[Value]) -> DocumentKind[Value]:
+    return DocumentKind(name, 2, schema, PlanError, _EXPECTED, _FIX)
+
+
+_HEAD = _kind("search", TypeAdapter(_Head))
+_ENTRY = _kind("search result", TypeAdapter(_Entry))
+_TENSORS = _kind("search tensors", TypeAdapter(_TensorEntry))
+_NEW = Target("nothing", PlanError, lambda _: "something")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +101,11 @@ class Journal:
 
     Attributes:
         folder: made where it is missing.
+        search: digest of what the results depend on.
     """
 
     folder: Path | None
+    search: str = ""
 
     @staticmethod
     def open(path: Path | str | None, key: str) -> Journal:
@@ -75,16 +121,18 @@ class Journal:
         if path is None:
             return Journal(None)
         folder = Path(path)
-        own = _Head("search", hashlib.sha256(key.encode()).hexdigest())
+        own = _Head(hashlib.sha256(key.encode()).hexdigest())
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not any(folder.iterdir()):
-                _write(folder / KEY_FILE, _HEAD, own)
+            settle(folder / KEY_FILE)
+            new = not any(folder.iterdir())
         except OSError as error:
-            raise _not_this_search(folder, error) from error
-        if _read(folder / KEY_FILE, _HEAD, folder) != own:
-            raise _not_this_search(folder, "a search of another model, recording or request")
-        return Journal(folder)
+            raise _HEAD.refused(folder, error) from error
+        if new:
+            _write(folder / KEY_FILE, _HEAD.dumps(own))
+        if _HEAD.read(folder / KEY_FILE, folder) != own:
+            raise _HEAD.refused(folder, "a search of another model, recording or request")
+        return Journal(folder, own.search)
 
     def result(self, kind: EntryKind[Value], key: str, compute: Callable[[], Value]) -> Value:
         """One result: read, or computed and kept.
@@ -99,11 +147,18 @@ class Journal:
         """
         if self.folder is None:
             return compute()
-        path = self.folder / f"{'-'.join(filter(None, (kind.name, key)))}.json"
+        name = "-".join(filter(None, (kind.name, key)))
+        path = self.folder / f"{name}.json"
         if path.exists():
-            return _read(path, kind.schema, path)
+            entry = _ENTRY.read(path)
+            self._check(path, entry, name)
+            try:
+                return kind.schema.validate_json(entry.value, strict=True)
+            except ValueError as error:
+                raise _ENTRY.refused(path, error) from error
         value = compute()
-        _write(path, kind.schema, value)
+        content = json.dumps(kind.schema.dump_python(value, mode="json"))  # inf stays inf
+        _write(path, _ENTRY.dumps(_Entry(self.search, name, content)))
         return value
 
     def tensors(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -116,33 +171,23 @@ class Journal:
             return dict(compute())
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            try:
-                return dict(load_file(path))
-            except (OSError, SafetensorError) as error:
-                raise _not_this_search(path, error) from error
+            entry, tensors = read_tensors(_TENSORS, path)
+            self._check(path, entry, name)
+            return tensors
         value = {key: tensor.contiguous().cpu() for key, tensor in compute().items()}
-        with atomic_path(path) as temporary:
-            save_file(value, temporary)
+        with atomic_path(path, _NEW) as temporary:
+            write_tensors(
+                _TENSORS, _TensorEntry(self.search, name, digests(value)), value, temporary
+            )
         return value
 
-
-def _read(path: Path, schema: TypeAdapter[Value], where: Path) -> Value:
-    try:
-        return schema.validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _not_this_search(where, error) from error
-
-
-def _write(path: Path, schema: TypeAdapter[Value], value: Value) -> None:
-    content = json.dumps(schema.dump_python(value, mode="json"))  # inf and nan stay what they are
-    with atomic_path(path) as temporary:
-        temporary.write_text(content + "\n")
+    def _check(self, path: Path, entry: _Entry | _TensorEntry, name: str) -> None:
+        if entry.search != self.search:
+            raise _ENTRY.refused(path, "a result of another search")
+        if entry.entry != name:
+            raise _ENTRY.refused(path, f"the result {entry.entry} under another name")
 
 
-def _not_this_search(path: Path, got: str | Exception) -> PlanError:
-    return PlanError(
-        str(path),
-        expected="what an interrupted search of the same kind has kept",
-        got=got if isinstance(got, str) else reason_of(got),
-        fix="Name another folder, or delete this one.",
-    )
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path, _NEW) as temporary:
+        temporary.write_text(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,10 +11,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from calicache.graph_passes.common.bounds import Count
+from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.common.files import Target, atomic_path
 
-FORMAT = 1
 EVERY = "*"  # the group of the row in which no branch is treated
 
 
@@ -47,7 +47,7 @@ class LatencyRow:
 
     group: str
     choice: BranchChoice
-    macs: int
+    macs: Count
     refresh: float
     step: float
 
@@ -138,10 +138,13 @@ class LatencyTable:
         return first + (last - first) * (macs - low) / (high - low)
 
     def save(self, path: Path | str) -> None:
-        """Write it as JSON."""
-        content = {"format": FORMAT, "table": _TABLE.dump_python(self, mode="json")}
-        with atomic_path(Path(path)) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        """Write it as JSON.
+
+        Raises:
+            PlanError: something else than a latency table is there, or it cannot be written.
+        """
+        with atomic_path(Path(path), _TARGET) as temporary:
+            temporary.write_text(_DOCUMENT.dumps(self))
 
     @staticmethod
     def load(path: Path | str) -> LatencyTable:
@@ -150,21 +153,24 @@ class LatencyTable:
         Raises:
             PlanError: the file is missing, damaged, of another version, or something else.
         """
-        try:
-            content = json.loads(Path(path).read_bytes())
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
-            return _TABLE.validate_python(content["table"])
-        except (OSError, ValueError, KeyError, TypeError, PlanError) as error:
-            raise PlanError(
-                str(path),
-                expected="a latency table written by LatencyTable.save",
-                got=f"{type(error).__name__}: {error}",
-                fix="Measure it again.",
-            ) from error
+        return _DOCUMENT.read(Path(path))
 
 
-_TABLE = TypeAdapter(LatencyTable)
+_DOCUMENT = DocumentKind(
+    "latency table",
+    2,
+    TypeAdapter(LatencyTable),
+    PlanError,
+    "a latency table written by LatencyTable.save",
+    "Measure it again.",
+)
+
+
+def _foreign(path: Path) -> str | None:
+    return None if _DOCUMENT.head(path) else "something else"
+
+
+_TARGET = Target("a latency table", PlanError, _foreign)
 
 
 def group_of(branch: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from calicache.graph_passes.common.bounds import MAX_STEPS, MAX_WEIGHT, Count
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import Granularity, SiteRule, StepMode, Weighting
 from calicache.graph_passes.settings.schedule import Table, anchor_table, output_table
@@ -40,7 +40,7 @@ class Recipe:
     rules: tuple[SiteRule, ...] = ()
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, Count] = field(default_factory=dict)
     output_weights: Table | None = None
     latent: str | None = None
     correction: str = "not asked for"
@@ -66,11 +66,19 @@ class Recipe:
 
 
 def _check_schedule(schedule: Sequence[StepMode]) -> None:
+    wrong = [mode for mode in schedule if not isinstance(mode, StepMode)]
+    if wrong or len(schedule) > MAX_STEPS:
+        raise PlanError(
+            "schedule",
+            expected=f"{MAX_STEPS} step modes at the most",
+            got=repr(wrong[0]) if wrong else str(len(schedule)),
+            fix="Give members of StepMode.",
+        )
     if not schedule or schedule[0] is not StepMode.REFRESH:
         raise PlanError(
             "schedule",
             expected="a first step that is REFRESH",
-            got=StepMode(schedule[0]).name if schedule else "no steps",
+            got=schedule[0].name if schedule else "no steps",
             fix="Start with StepMode.REFRESH: the caches are empty before it.",
         )
 
@@ -88,10 +96,13 @@ def _check_output_weights(recipe: Recipe) -> None:
         return
     width = recipe.order + 3
     fits = len(table) == len(recipe.schedule) and all(len(row) == width for row in table)
-    if not fits or not all(math.isfinite(value) for row in table for value in row):
+    large = [value for row in table for value in row if not abs(value) <= MAX_WEIGHT]  # or NaN
+    if large or not fits:
         raise PlanError(
             "output_weights",
-            expected=f"{len(recipe.schedule)} rows of {width} finite numbers",
-            got=f"{len(table)} rows of {sorted({len(row) for row in table})}",
+            expected=f"{len(recipe.schedule)} rows of {width} numbers up to {MAX_WEIGHT:g}",
+            got=f"{large[0]:g} in a row"
+            if large
+            else f"{len(table)} rows of {sorted({len(row) for row in table})}",
             fix="Make the plan again from the recording.",
         )

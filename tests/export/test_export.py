@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
+from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import ArtifactError, ExportError
 from calicache.graph_passes.common.hashing import sha256_of
 
@@ -116,6 +117,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
+    content["sha256"] = sum_of(content)
     path.write_text(json.dumps(content))
 
 
@@ -129,7 +131,7 @@ def test_folder_holds_model_weights_graphs_and_manifest_and_no_pickle(artifact) 
 
 def test_manifest_repeats_the_plan(fast, manifest) -> None:
     recipe, binding = fast.plan.recipe, fast.plan.binding
-    assert (manifest.format, manifest.layout) == (6, "step")
+    assert (manifest.format, manifest.layout) == (7, "step")
     assert manifest.schedule == recipe.schedule
     assert all(isinstance(mode, StepMode) for mode in manifest.schedule)
     assert (manifest.rank, manifest.order) == (4, 2)
@@ -247,12 +249,28 @@ def test_folder_can_be_moved_to_a_path_with_spaces(artifact, dit_recording, tmp_
 def test_second_export_replaces_the_folder_with_the_same_bytes(tiny, tmp_path) -> None:
     folder = tmp_path / "my models" / "a b.d"  # the parent does not exist either
     first = export_onnx(tiny, str(folder))
-    (folder / "stale").write_text("not from this export")
     (folder / "model.onnx").write_text("damaged")
     assert export_onnx(tiny, folder) == first
     assert load_artifact(folder) == first
-    assert "stale" not in names(folder)
     assert names(folder.parent) == ["a b.d"]
+
+
+@pytest.mark.parametrize("there", ["a folder with photo.jpg", "a file", "an artifact with a note"])
+def test_an_export_replaces_nothing_but_an_artifact(there: str, tiny, damaged, tmp_path) -> None:
+    target = damaged if there == "an artifact with a note" else tmp_path / "mine"
+    if there == "a file":
+        target.write_text("dear")
+    else:
+        target.mkdir(exist_ok=True)
+        (target / "photo.jpg").write_text("dear")
+    with pytest.raises(ExportError) as caught:
+        export_onnx(tiny, target)
+    got = "a file" if there == "a file" else "a folder with photo.jpg"
+    assert str(caught.value) == (
+        f"export: {target}: expected nothing, or an artifact: nothing else is replaced, got {got}. "
+        "Choose another path, or delete what is there yourself."
+    )
+    assert (target if there == "a file" else target / "photo.jpg").read_text() == "dear"
 
 
 def test_refused_op_leaves_the_old_folder_and_no_temporaries(damaged, manifest) -> None:
@@ -266,7 +284,7 @@ def test_full_disk_leaves_the_old_folder_and_no_temporaries(tiny, damaged, manif
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # weights.bin fits
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(ExportError, match=r"File too large\. .*before is unchanged"):
             export_onnx(tiny, damaged)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -327,7 +345,7 @@ def test_other_format_is_refused_with_both_numbers(without: tuple[str, ...], dam
             del content[name]
 
     edit_manifest(damaged, change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 6"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 7"):
         load_artifact(damaged)
 
 
@@ -336,7 +354,7 @@ def test_file_outside_the_folder_is_refused_even_if_it_exists(name: str, damaged
     (damaged.parent / "x").write_bytes(b"")
     record = {"name": name, "size": 0, "sha256": sha256_of(damaged.parent / "x")}
     edit_manifest(damaged, lambda content: content["files"].append(record))
-    with pytest.raises(ArtifactError, match=re.escape(name)):
+    with pytest.raises(ArtifactError, match=r"files\.3\.name: String should match pattern"):
         load_artifact(damaged)
 
 
@@ -344,6 +362,131 @@ def test_manifest_that_leaves_the_model_out_is_refused(damaged) -> None:
     edit_manifest(damaged, lambda content: content.update(files=[]))
     with pytest.raises(ArtifactError, match=r"model\.onnx"):
         Session(damaged)
+
+
+# Every one with a right sum: what someone could write on purpose, or another tool by mistake.
+CRAFTED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "weights not listed": (
+        lambda c: c.update(files=[f for f in c["files"] if f["name"] != "weights.bin"]),
+        "model.onnx refers to weights.bin, which is not listed",
+    ),
+    "a file twice": (lambda c: c["files"].append(c["files"][0]), "files that do not belong"),
+    "a cache by another name": (
+        lambda c: c["caches"][0].update(name="cache_other"),
+        "reads that do not belong to the rest",
+    ),
+    "a cache of another size": (
+        lambda c: c["caches"][0]["shape"].__setitem__(1, 5),
+        "model.onnx takes ",
+    ),
+    "a cache of another dtype": (
+        lambda c: c["caches"][0].update(dtype="float16"),
+        "not as float16",
+    ),
+    "a dtype that is none": (lambda c: c["inputs"][0].update(dtype="os"), "a torch dtype name"),
+    "an input by another name": (
+        lambda c: c["inputs"][0].update(name="x"),
+        "model.onnx takes hidden_states, which the manifest does not have",
+    ),
+    "an input of another shape": (
+        lambda c: c["inputs"][0].update(shape=[1, 1, 28, 28]),
+        "model.onnx takes hidden_states as float32 (4, 1, 28, 28), not as float32 (1, 1, 28, 28)",
+    ),
+    "another output": (lambda c: c.update(outputs=["x"]), "model.onnx gives other outputs"),
+    "an unknown mode": (lambda c: c["schedule"].append(9), "schedule.6: Input should be 0, 1, 2"),
+    "a first step that is not REFRESH": (lambda c: c["schedule"].insert(0, 1), "schedule that do"),
+    "no steps": (lambda c: c.update(schedule=[]), "schedule that do not belong"),
+    "a mode that has no record": (lambda c: c["modes"].pop(), "modes that do not belong"),
+    "a mode twice": (lambda c: c["modes"].append(c["modes"][0]), "modes that do not belong"),
+    "a history without end": (lambda c: c.update(history=10**9), "history that do not belong"),
+    "a shorter history": (lambda c: c.update(history=1), "reads that do not belong"),
+    "calls without end": (
+        lambda c: c.update(calls_per_step=10**9),
+        "calls_per_step: Input should be less than or equal to 64",
+    ),
+    "a negative history": (lambda c: c.update(history=-1), "history: Input should be greater"),
+    "weights that overflow": (
+        lambda c: c["output_weights"][0].__setitem__(0, 1e308),
+        "output_weights that do not belong",
+    ),
+    "weights of another step": (lambda c: c["output_weights"].pop(), "output_weights that do"),
+    "no work at all": (lambda c: c.update(plain_macs=0), "plain_macs that do not belong"),
+    "a sampler": (lambda c: c.update(layout="sampler"), "sampler that do not belong"),
+    "another layout": (lambda c: c.update(layout="pair"), "the manifest has no entry for"),
+    "fixed values of nothing": (
+        lambda c: c.update(fixed={"x": ["0" * 64]}),
+        "fixed that do not belong",
+    ),
+    "a number as text": (lambda c: c.update(rank="4"), "rank: Input should be a valid integer"),
+    "an endless size": (
+        lambda c: c["caches"][0].update(shape=[2**60]),
+        "caches.0.shape.0: Input should be less than or equal",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_a_manifest_that_contradicts_itself_or_the_model_is_refused(case: str, damaged) -> None:
+    change, reason = CRAFTED[case]
+    edit_manifest(damaged, change)
+    with pytest.raises(ArtifactError) as caught:
+        Session(damaged)
+    assert reason in str(caught.value)
+    assert str(damaged) in caught.value.where
+
+
+@pytest.mark.parametrize("place", range(60))
+def test_a_flipped_bit_of_the_manifest_is_refused_or_makes_no_difference(
+    place: int, damaged, manifest
+) -> None:
+    path = damaged / "manifest.json"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) * place // 60] ^= 2
+    path.write_bytes(raw)
+    try:
+        assert read_manifest(damaged) == manifest
+    except ArtifactError as error:
+        assert "manifest.json" in error.where  # noqa: PT017
+
+
+def test_a_manifest_that_is_no_file_or_very_large_is_refused_at_once(damaged) -> None:
+    path = damaged / "manifest.json"
+    with path.open("r+b") as file:
+        file.truncate(2**32)  # no room on the disk is taken
+    with pytest.raises(ArtifactError, match=r"4294967296 bytes, more than the 16777216 of any"):
+        read_manifest(damaged)
+    path.write_text("[" * 10**6)
+    with pytest.raises(ArtifactError, match="recursion limit exceeded"):
+        read_manifest(damaged)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match=r"manifest\.json is no regular file"):
+        read_manifest(damaged)
+
+
+def link(folder: Path, blobs: Path, files: Sequence[str]) -> None:
+    """Put files of a folder elsewhere, under their digests, and links in their place."""
+    blobs.mkdir()
+    for name in files:
+        blob = blobs / sha256_of(folder / name)
+        (folder / name).rename(blob)
+        (folder / name).symlink_to(blob)
+
+
+def test_a_folder_as_huggingface_hub_lays_it_out_works(artifact, damaged, dit_recording) -> None:
+    expected = Session(artifact).step(0, **dit_recording.calls[0])
+    link(damaged, damaged.parent / "blobs", FILES)
+    assert np.array_equal(Session(damaged).step(0, **dit_recording.calls[0]), expected)
+
+
+def test_weights_that_alone_are_a_link_are_told_what_to_do(damaged) -> None:
+    link(damaged, damaged.parent / "blobs", ["weights.bin"])
+    with pytest.raises(ArtifactError) as caught:
+        Session(damaged)
+    assert (
+        "weights.bin is a link to a folder that model.onnx is not in, and ONNX Runtime follows "
+        "none: copy what it leads to (cp -L), or link both to one folder, as huggingface_hub does"
+    ) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["nothing here", "empty", "a file"])

@@ -363,8 +363,11 @@ def test_seconds_that_cannot_be_are_refused(table: LatencyTable, value: float) -
     "damage",
     [
         lambda text: text[:-20],
-        lambda text: text.replace('"format": 1', '"format": 2'),
-        lambda text: text.replace('"format": 1', '"forms": 1'),
+        lambda text: text.replace('"format": 2', '"format": 1'),
+        lambda text: text.replace('"kind"', '"kinds"'),
+        lambda text: text.replace('"order"', '"older"'),
+        lambda text: text.replace('"macs": 0', '"macs": -1'),
+        lambda _: "[" * 100_000,
         lambda text: text.replace('"reuse"', '"skip"'),
         lambda text: text.replace('"plain": 1.0', '"plain": "fast"'),
         lambda text: text.replace('"plain": 1.0', '"plain": -1.0'),

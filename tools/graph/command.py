@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter
 
+from calicache.export.artifact.folder import read_manifest
 from calicache.export.artifact.graph_file import read_graphs
-from calicache.export.artifact.manifest import read_manifest
 from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest, load_artifact
+from calicache.export.artifact.folder import load_artifact
+from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.errors import SubjectError, reason_of
+from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.recording.recording import Recording
 
 KINDS = (
@@ -47,7 +49,7 @@ def read_subject(path: Path | str) -> Subject:
     """
     place = Path(path)
     try:
-        if place.is_dir():
+        if standing(place).is_dir():
             return _read_folder(place)
         if place.is_file():
             return _read_file(place)
@@ -57,7 +59,7 @@ def read_subject(path: Path | str) -> Subject:
 
 
 def _read_folder(folder: Path) -> Plan | Manifest:
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in standing(folder).iterdir())
     if PLAN_FILE in names and MANIFEST_FILE in names:
         raise _none_of_them(folder, f"a folder with both {PLAN_FILE} and {MANIFEST_FILE}")
     if MANIFEST_FILE in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from calicache.export.artifact import graph_file
 from calicache.export.artifact.graph_file import read_graphs, write_graphs
 from calicache.export.artifact.manifest import GRAPHS_FILE, FileRecord
 from calicache.graph_passes import view_graphs
+from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import ArtifactError
 from calicache.graph_passes.common.hashing import sha256_of
 
@@ -64,11 +66,20 @@ def test_what_holds_no_graphs_is_refused(content: bytes, folder: Path, unchecked
         read_graphs(folder)
 
 
+def test_graphs_that_grow_without_end_are_refused(
+    folder: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_file, "_UNPACKED", 10_000)
+    (folder / GRAPHS_FILE).write_bytes(gzip.compress(bytes(10**8), mtime=0))
+    with pytest.raises(ArtifactError, match="cut short, or larger than any graphs"):
+        read_graphs(folder)
+
+
 def test_an_artifact_that_does_not_list_its_graphs_is_refused(folder: Path) -> None:
-    manifest = folder / "manifest.json"
-    name = f'"{GRAPHS_FILE}"'
-    assert name in manifest.read_text()
-    manifest.write_text(manifest.read_text().replace(name, '"other.gz"'))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = [file for file in manifest["files"] if file["name"] != GRAPHS_FILE]
+    manifest["sha256"] = sum_of(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="the manifest does not list them"):
         read_graphs(folder)
 

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -35,6 +37,7 @@ from calicache.graph_passes import (
     uniform_schedule,
 )
 from calicache.graph_passes.api.plan_file import PLAN_FILE, STATISTICS_FILE
+from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights, sha256_of
 from calicache.graph_passes.common.progress import Progress
@@ -45,6 +48,7 @@ from calicache.graph_passes.factors.statistics import (
     check_statistics,
 )
 from calicache.graph_passes.graph.capture import capture
+from calicache.graph_passes.recording.call_tree import CallTree, Container
 from calicache.graph_passes.recording.signature import ConstantSpec
 from calicache.graph_passes.recording.timestep import Timestep
 from calicache.graph_passes.settings.schedule import Table, output_table
@@ -214,7 +218,10 @@ def test_any_settings_survive_json(
 @pytest.mark.parametrize("value", [None, True, 1, 1.0, "1", math.inf, -math.inf])
 def test_constant_arguments_survive_json(dit_plan: Plan, tmp_path: Path, value: object) -> None:
     constants = (ConstantSpec("scale", value),)
-    signature = replace(dit_plan.binding.signature, constants=constants)
+    form = dit_plan.binding.signature
+    tree = CallTree(Container.DICT, (*form.order, "scale"), (*form.tree.children, None))
+    order = (*form.order, "scale")
+    signature = replace(form, constants=constants, order=order, tree=tree)
     binding = dit_plan.binding.with_signature(signature)
     Plan(binding, dit_plan.recipe, {}).save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan").binding.signature.constants[0].value
@@ -243,6 +250,7 @@ def edit(folder: Path, **changes: object) -> None:
     for key, value in changes.items():
         places = [written, written["binding"], written["recipe"]]
         next(place for place in places if key in place)[key] = value
+    written["sha256"] = sum_of(written)
     (folder / PLAN_FILE).write_text(json.dumps(written))
 
 
@@ -260,22 +268,66 @@ def rehash(folder: Path) -> None:
     edit(folder, files={STATISTICS_FILE: sha256_of(folder / STATISTICS_FILE)})
 
 
+def change_text(folder: Path, old: str, new: str) -> None:
+    text = (folder / PLAN_FILE).read_text()
+    assert old in text
+    (folder / PLAN_FILE).write_text(text.replace(old, new, 1))
+
+
+def enlarge(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(2**32)  # no room on the disk is taken
+
+
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link_to_zeros(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 GOOD_ROWS = ((1.0, 0.0, 0.0),) * STEPS  # at order 0: own, kept, latent
 Q = "blocks.0.attn.q.output"
 DAMAGES = {
     "no settings": (lambda at: (at / PLAN_FILE).unlink(), "No such file"),
     "no statistics": (lambda at: (at / STATISTICS_FILE).unlink(), "No such file"),
-    "half the json": (lambda at: truncate(at, PLAN_FILE), "JSON"),
+    "half the json": (lambda at: truncate(at, PLAN_FILE), "EOF while parsing"),
     "not text": (lambda at: (at / PLAN_FILE).write_bytes(b"\x80"), "Error: "),
-    "not a plan": (lambda at: (at / PLAN_FILE).write_text("{}"), "format"),
+    "not a plan": (lambda at: (at / PLAN_FILE).write_text("{}"), "marked as calicache plan"),
+    "one number changed": (lambda at: change_text(at, '"rank": 4', '"rank": 5'), "SHA-256"),
+    "nested without end": (lambda at: (at / PLAN_FILE).write_text("[" * 10**6), "recursion limit"),
+    "very large": (lambda at: enlarge(at / PLAN_FILE), "more than the 16777216 of any such file"),
+    "very many values": (
+        lambda at: (at / PLAN_FILE).write_text("[" + "1," * 10**6 + "1]"),
+        "more than the 250000 values",
+    ),
+    "a pipe": (lambda at: make_pipe(at / PLAN_FILE), "plan.json is no regular file"),
+    "a pipe of statistics": (lambda at: make_pipe(at / STATISTICS_FILE), "is no regular file"),
+    "without end": (lambda at: link_to_zeros(at / PLAN_FILE), "plan.json is no regular file"),
+    "an input that is not there": (lambda at: edit(at, dependence={"x": 1}), "binding: expected"),
+    "other reads": (lambda at: edit(at, reads="[[]"), "reads: expected a list of numbers"),
+    "reads of texts": (lambda at: edit(at, reads='["a"]'), "reads: expected a list of numbers"),
+    "weights that overflow": (
+        lambda at: edit(at, output_weights=[[1e308, 0.0, 0.0]] * STEPS, latent="hidden_states"),
+        "1e+308 in a row",
+    ),
+    "calls without end": (
+        lambda at: edit(at, timestep={"name": "timestep", "descends": True, "calls": 10**9}),
+        "binding.timestep.calls: Input should be less than or equal to 64",
+    ),
+    "a number as text": (lambda at: edit(at, rank="4"), "recipe.rank: Input should be a valid"),
+    "steps without end": (lambda at: edit(at, schedule=[0] * 100_000), "2000 step modes"),
     "truncated": (truncate, "is not the file the plan was saved with"),
     "truncated, hash mended": (lambda at: [truncate(at), rehash(at)], "SafetensorError"),
     "swapped": (lambda at: add_to_statistics(at, 1.0), "is not the file the plan was saved with"),
     "half a site": (lambda at: [add_to_statistics(at, 0.0, drop=Q), rehash(at)], "output"),
-    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 6"),
-    "later format": (lambda at: edit(at, format=7, recipe={}), "format 7, this version reads 6"),
-    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 6"),
-    "the last format": (lambda at: edit(at, format=5), "format 5, this version reads 6"),
+    "other format": (lambda at: edit(at, format=99), "format 99, this version reads 7"),
+    "later format": (lambda at: edit(at, format=8, recipe={}), "format 8, this version reads 7"),
+    "the first format": (lambda at: edit(at, format=1), "format 1, this version reads 7"),
+    "the last format": (lambda at: edit(at, format=6), "format 6, this version reads 7"),
     "unknown order": (lambda at: edit(at, order=3), "order"),
     "unknown granularity": (lambda at: edit(at, granularity="head"), "granularity"),
     "bad output weights": (lambda at: edit(at, output_weights=[[1.0]], latent="x"), "6 rows of 3"),
@@ -300,6 +352,31 @@ def test_damaged_plan_is_refused_with_its_path_and_reason(
         Plan.load(tmp_path / "plan")
     assert reason in str(caught.value)
     assert str(caught.value).endswith("Make the plan again from the recording.")
+
+
+def test_saving_replaces_a_plan_and_nothing_else(dit_plan: Plan, tmp_path: Path) -> None:
+    dit_plan.save(tmp_path / "plan")
+    dit_plan.with_rank(2).save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").recipe.rank == 2
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"...")
+    (tmp_path / "letter").write_text("dear")
+    shutil.copytree(tmp_path / "plan", tmp_path / "mixed")
+    (tmp_path / "mixed" / "notes.txt").write_text("dear")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, got in (("photos", "a folder with a.jpg"), ("letter", "a file")):
+        with refuses(
+            f"plan: {tmp_path / name}: expected nothing, or a plan: nothing else is replaced, "
+            f"got {got}. Choose another path, or delete what is there yourself."
+        ):
+            dit_plan.save(tmp_path / name)
+    with pytest.raises(PlanError, match=r"got a folder with notes\.txt"):
+        dit_plan.save(tmp_path / "mixed")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "empty").mkdir()
+    dit_plan.save(tmp_path / "empty")
+    assert_equal(Plan.load(tmp_path / "empty"), dit_plan)
 
 
 @pytest.mark.parametrize(
@@ -554,7 +631,7 @@ def test_unknown_granularity_lists_the_valid_ones(
 def test_output_weights_of_another_form_are_refused(dit_plan: Plan, rows: Table) -> None:
     good = replace(dit_plan.recipe, output_weights=GOOD_ROWS, latent="hidden_states")
     assert good.outputs == GOOD_ROWS
-    with pytest.raises(PlanError, match=r"output_weights: expected 6 rows of 3 finite numbers"):
+    with pytest.raises(PlanError, match=r"output_weights: expected 6 rows of 3 numbers up to 1e"):
         replace(good, output_weights=rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -22,6 +23,7 @@ from calicache.graph_passes.api.plan_file import (
     SAMPLER_FILE,
     STATISTICS_FILE,
 )
+from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.sampler.tables import SamplerTables
 
@@ -130,6 +132,7 @@ def test_a_schedule_of_another_length_has_no_sampler(plan: Plan) -> None:
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     written = json.loads((folder / PLAN_FILE).read_text())
     change(written)
+    written["sha256"] = sum_of(written)
     (folder / PLAN_FILE).write_text(json.dumps(written))
 
 
@@ -153,6 +156,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no numbers in a row": (
         lambda at: edit(at, lambda w: w["sampler"].update(updates=[["much"]])),
         "updates",
+    ),
+    "tables of other lengths": (
+        lambda at: edit(at, lambda w: w["sampler"].update(scales=[1.0])),
+        "tables of the sampler that do not belong together",
+    ),
+    "another latent": (
+        lambda at: edit(at, lambda w: w["sampler"].update(latent="x")),
+        "tables of the sampler that do not belong together",
+    ),
+    "numbers that are none": (
+        lambda at: edit(at, lambda w: w["sampler"]["scales"].append(math.nan)),
+        "sampler.scales.6: Input should be a finite number",
     ),
     "no reason": (lambda at: edit(at, lambda w: w.pop("no_sampler")), "no_sampler"),
 }

@@ -111,8 +111,8 @@ def test_a_model_without_weights_is_not_run() -> None:
 
 def test_another_signature_changes_nothing_else() -> None:
     binding = bound(Plain(), SHORT)
-    other = binding.signature.tensors[0]
-    signature = replace(binding.signature, tensors=(replace(other, shape=(4, 3)),))
+    first, *rest = binding.signature.tensors
+    signature = replace(binding.signature, tensors=(replace(first, shape=(4, 3)), *rest))
     changed = binding.with_signature(signature)
     assert changed.signature is signature
     assert replace(changed, signature=binding.signature) == binding

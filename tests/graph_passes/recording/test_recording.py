@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from support.models import STEPS, sample_dit
 from torch import Tensor, nn
 
+from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import RecordError
 from calicache.graph_passes.recording.recorder import Recorder, record
 from calicache.graph_passes.recording.recording import Recording
@@ -284,12 +287,23 @@ def test_nothing_is_written_where_nothing_was_recorded(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def saved(path: Path, **metadata: str) -> Path:
-    """A good file, with some of its metadata replaced."""
+def saved(path: Path) -> Path:
     recorded({"x": X, "timestep": torch.zeros(2), "labels": X.long()}).save(path)
+    return path
+
+
+def parts(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        save_file(values, path, file.metadata() | metadata)
+        return values, file.metadata()
+
+
+def edit(path: Path, **changes: Any) -> Path:
+    """Change what the head says, and mend its sum: what someone could write on purpose."""
+    values, metadata = parts(path)
+    content = json.loads(metadata["content"]) | changes
+    content["sha256"] = sum_of(content)
+    save_file(values, path, metadata | {"content": json.dumps(content)})
     return path
 
 
@@ -303,29 +317,93 @@ def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     assert "Record again." in caught.value.fix
 
 
-def form(dtype: str, tree: str) -> str:
+ROW = {"x": "value.0", "timestep": "value.1", "labels": "value.2"}
+
+
+def form(dtype: str, tree: Any) -> dict[str, Any]:
     tensors = [{"name": "x", "shape": [2, 3], "dtype": dtype}]
-    return json.dumps({"tensors": tensors, "constants": [], "order": ["x"], "tree": tree})
+    return {"tensors": tensors, "constants": [], "order": ["x"], "tree": tree}
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {"calicache": "plan"},
-        {"calls": "nonsense"},
-        {"calls": '[{"x": "value.9", "timestep": "value.1", "labels": "value.2"}]'},
-        {"calls": '[{"x": "value.1", "timestep": "value.1", "labels": "value.2"}]'},
-        {"calls": '[{"x": "value.2", "timestep": "value.1", "labels": "value.2"}]'},
-        {"calls": "[{}]"},
-        {"calls": "[]"},
-        {"signature": "{}"},
-        {"signature": form("float99", "")},
-        {"signature": form("float32", "no tree")},
-    ],
-)
-def test_damaged_file_is_refused(tmp_path: Path, metadata: dict[str, str]) -> None:
-    path = saved(tmp_path / "a", **metadata)
-    with pytest.raises(RecordError, match=r"(?s)^record: .*: expected .*, got .*ecord .*again"):
+TREE = {"kind": "dict", "keys": ["x"], "children": [None]}
+EDITS: dict[str, tuple[dict[str, Any], str]] = {
+    "no table": ({"calls": "nonsense"}, "calls: Input should be a valid"),
+    "a value that is not there": ({"calls": [ROW | {"x": "value.9"}]}, "KeyError: 'value.9'"),
+    "another shape": ({"calls": [ROW | {"x": "value.1"}]}, "torch.float32 (2,)"),
+    "another dtype": ({"calls": [ROW | {"x": "value.2"}]}, "torch.int64 (2, 3)"),
+    "no arguments": ({"calls": [{}]}, "got nothing"),
+    "too many arguments": ({"calls": [ROW | {"y": "value.1"}]}, "another argument: y"),
+    "no calls": ({"calls": []}, "calls: Tuple should have at least 1 item"),
+    "no signature": ({"signature": {}}, "signature.tensors: Field required"),
+    "an unknown dtype": (
+        {"signature": form("float99", TREE), "calls": [{"x": "value.0"}]},
+        "got float99",
+    ),
+    "no tree": ({"signature": form("float32", "no tree")}, "signature.tree"),
+    "a tree of nothing": (
+        {"signature": form("float32", {"kind": "list", "keys": [], "children": []})},
+        "the same arguments by name",
+    ),
+    "a dimension without end": (
+        {"signature": form("float32", TREE) | {"tensors": [{"name": "x", "shape": [2**60]}]}},
+        "signature.tensors.0.shape.0: Input should be less than or equal",
+    ),
+    "results of nothing": ({"results": ["nonsense"]}, "results.0"),
+    "a result that is not there": ({"results": [1]}, "KeyError: 'result.1'"),
+    "the format before": ({"format": 1}, "format 1, this version reads 2"),
+    "of a plan": ({"kind": "calicache plan"}, "no JSON that is marked as calicache recording"),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_crafted_file_is_refused_with_its_path_and_reason(tmp_path: Path, case: str) -> None:
+    changes, reason = EDITS[case]
+    path = edit(saved(tmp_path / "a"), **changes)
+    with pytest.raises(RecordError, match=r"(?s)^record: .*: expected .*, got .*ecord again") as e:
+        Recording.load(path)
+    assert reason in str(e.value)
+    assert str(path) in e.value.where
+
+
+def test_a_tree_that_names_a_module_imports_nothing(tmp_path: Path) -> None:
+    node = {"type": "collections.defaultdict", "context": '["wave", []]', "children_spec": []}
+    path = edit(saved(tmp_path / "a"), signature=form("float32", json.dumps([1, node])))
+    sys.modules.pop("wave", None)
+    with pytest.raises(RecordError, match=r"signature\.tree"):
+        Recording.load(path)
+    assert "wave" not in sys.modules
+
+
+def test_every_flipped_bit_is_refused_or_makes_no_difference(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a")
+    whole, before = path.read_bytes(), Recording.load(path)
+    refused = 0
+    for place in range(0, len(whole), max(1, len(whole) // 300)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            loaded = Recording.load(path)
+        except RecordError:
+            refused += 1
+            continue
+        assert loaded.signature == before.signature
+        assert all(
+            torch.equal(value, call[name])
+            for got, call in zip(loaded.calls, before.calls, strict=True)
+            for name, value in got.items()
+        )
+    assert refused > 250  # all but spaces of the JSON
+
+
+def test_a_dropped_tensor_or_call_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a")
+    values, metadata = parts(path)
+    save_file({k: v for k, v in values.items() if k != "value.1"}, path, metadata)
+    with pytest.raises(RecordError, match=r"other tensors than it was saved with: value\.1"):
+        Recording.load(path)
+    content = json.loads(metadata["content"])
+    content["calls"] = content["calls"] * 2
+    save_file(values, path, metadata | {"content": json.dumps(content)})
+    with pytest.raises(RecordError, match="its SHA-256 is another"):
         Recording.load(path)
 
 
@@ -335,6 +413,29 @@ def test_missing_file_folder_and_foreign_files_are_refused(tmp_path: Path) -> No
     for path in (tmp_path / "none", tmp_path, tmp_path / "text", tmp_path / "weights"):
         with pytest.raises(RecordError, match="expected a recording written by Recording"):
             Recording.load(path)
+
+
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(RecordError, match="is no regular file"):
+            Recording.load(path)
+
+
+def test_saving_replaces_a_recording_and_nothing_else(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a")
+    recorded({"x": X + 1}).save(path)
+    assert torch.equal(Recording.load(path).calls[0]["x"], X + 1)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"...")
+    (tmp_path / "letter").write_text("dear")
+    save_file({"a": X}, tmp_path / "weights")
+    for name in ("photos", "letter", "weights"):
+        with pytest.raises(RecordError, match="expected nothing, or a recording: nothing else is"):
+            saved(tmp_path / name)
+    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"..."
+    assert (tmp_path / "letter").read_text() == "dear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "letter", "photos", "weights"]
 
 
 # --- results ---------------------------------------------------------------------------------
@@ -422,10 +523,3 @@ def test_finish_without_a_run_since_the_last_is_refused(case: str) -> None:
     ):
         recording.finish(torch.zeros(2, 3))
     assert recording.results == before
-
-
-@pytest.mark.parametrize("metadata", [{"results": "nonsense"}, {"results": "[1]"}])
-def test_file_with_damaged_results_is_refused(tmp_path: Path, metadata: dict[str, str]) -> None:
-    path = saved(tmp_path / "a", **metadata)  # it holds one call and no result
-    with pytest.raises(RecordError, match="expected a recording written by Recording"):
-        Recording.load(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,13 +97,61 @@ def test_results_are_read_back_as_what_they_were(tmp_path: Path) -> None:
     assert all(isinstance(mode, StepMode) for mode in again)
 
 
-@pytest.mark.parametrize("content", [b"[1.0]", b'{"9": [1.0]}', b'{"1": ["x"]}', b'{"1": null}'])
-def test_results_of_another_form_are_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("value", [[1.0], {"9": [1.0]}, {"1": ["x"]}, {"1": None}])
+def test_results_of_another_form_are_refused(tmp_path: Path, value: Any) -> None:
     journal, path = Journal.open(tmp_path, "key"), tmp_path / "errors-reuse.json"
-    path.write_bytes(content)
+    journal.result(EntryKind("errors", TypeAdapter(Any)), "reuse", lambda: value)
+    content = path.read_bytes()
     got = refusal(lambda: journal.result(ERRORS, "reuse", no_work), path)
     assert got.startswith("ValidationError: ")
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tensors"])
+def test_a_result_under_another_name_or_of_another_search_is_refused(
+    tmp_path: Path, kind: str
+) -> None:
+    one, other = Journal.open(tmp_path / "one", "a"), Journal.open(tmp_path / "other", "b")
+    suffix = "safetensors" if kind == "tensors" else "json"
+    value: Any = {"x": torch.ones(2)} if kind == "tensors" else {"x": 1}
+    for journal in (one, other):
+        kept(journal, kind, lambda: value)
+    path = tmp_path / "other" / f"fit.{suffix}"
+    shutil.copy(tmp_path / "one" / path.name, path)
+    assert refusal(lambda: kept(other, kind, no_work), path) == "a result of another search. "
+    path = path.rename(path.with_name(f"fit-b.{suffix}"))
+    shutil.copy(tmp_path / "one" / f"fit.{suffix}", tmp_path / "one" / path.name)
+    act = {
+        "tensors": lambda: one.tensors("fit-b", no_work),
+        "numbers": lambda: one.result(FIT, "b", no_work),
+    }[kind]
+    got = refusal(act, tmp_path / "one" / path.name)
+    assert got == "the result fit under another name. "
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tensors"])
+def test_a_flipped_bit_is_refused_or_makes_no_difference(tmp_path: Path, kind: str) -> None:
+    journal = Journal.open(tmp_path, "key")
+    value: Any = {"x": torch.ones(20)} if kind == "tensors" else {"x": [1.5, 2.5]}
+    kept(journal, kind, lambda: value)
+    path = tmp_path / ("fit.safetensors" if kind == "tensors" else "fit.json")
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            again = kept(journal, kind, no_work)
+        except PlanError:
+            refused += 1
+            continue
+        assert equal(again, value) if kind == "tensors" else again == value
+    assert refused > len(whole) // 4  # all but spaces
+
+
+def test_a_kill_while_the_folder_was_begun_is_gone_on_from(tmp_path: Path) -> None:
+    (tmp_path / f".{KEY_FILE}.abcd1234.calicache").mkdir()
+    (tmp_path / f".{KEY_FILE}.abcd1234.calicache" / KEY_FILE).write_text("{")
+    Journal.open(tmp_path, "key")
+    assert names(tmp_path) == [KEY_FILE]
 
 
 def test_tensors_are_made_once_and_read_back(tmp_path: Path) -> None:
@@ -210,7 +259,7 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
 def test_key_is_not_written_out(tmp_path: Path) -> None:
     # It may be as long as the recording is.
     Journal.open(tmp_path, "x" * 100_000)
-    assert (tmp_path / KEY_FILE).stat().st_size < 200
+    assert (tmp_path / KEY_FILE).stat().st_size < 300
     assert Journal.open(tmp_path, "x" * 100_000).folder == tmp_path
     refusal(lambda: Journal.open(tmp_path, "x" * 99_999), tmp_path)
 
@@ -270,6 +319,7 @@ def test_files_are_plain_json_and_safetensors(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, "key")
     journal.result(FIT, "", lambda: {"weights": [[1.0, 0.0]]})
     journal.tensors("moments", lambda: {"x": torch.ones(2)})
-    assert json.loads((tmp_path / "fit.json").read_text()) == {"weights": [[1.0, 0.0]]}
+    value = json.loads((tmp_path / "fit.json").read_text())["value"]
+    assert json.loads(value) == {"weights": [[1.0, 0.0]]}
     assert torch.equal(load_file(tmp_path / "moments.safetensors")["x"], torch.ones(2))
     assert stat.S_ISREG((tmp_path / "fit.json").stat().st_mode)

@@ -28,6 +28,7 @@ from calicache.graph_passes import (
     optimize,
 )
 from calicache.graph_passes.api.plan_file import PLAN_FILE
+from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import member
 from calicache.graph_passes.settings.schedule import output_table
@@ -93,6 +94,7 @@ def test_plans_without_a_search_name_no_ranks(dit_plan: Plan, tmp_path: Path) ->
     path = tmp_path / "plan" / PLAN_FILE
     written = json.loads(path.read_text())
     assert written["recipe"].pop("ranks") == {}
+    written["sha256"] = sum_of(written)
     path.write_text(json.dumps(written))  # as one that was written before there were any
     assert Plan.load(tmp_path / "plan").recipe == dit_plan.recipe
 
@@ -197,6 +199,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "rank that is no number": (change_point(ranks={"blocks.0.mlp": "many"}), "ranks"),
     "half an error": (change_point(error={"mean": 0.1}), "deviation"),
     "no latent": (lambda written: written["front"].pop("latent"), "latent"),
+    "a choice of nothing": (lambda written: written["front"].update(choice=99), "choice is none"),
     "no points": (lambda written: written["front"].pop("points"), "points"),
     "ranks that are no numbers": (lambda w: w["recipe"].update(ranks={"a": 0.5}), "ranks"),
     "ranks without names": (lambda w: w["recipe"].update(ranks=[8]), "ranks"),
@@ -210,6 +213,7 @@ def test_damaged_front_or_ranks_are_refused(searched: Plan, tmp_path: Path, dama
     path = tmp_path / "plan" / PLAN_FILE
     written = json.loads(path.read_text())
     spoil(written)
+    written["sha256"] = sum_of(written)
     path.write_text(json.dumps(written))
     start = f"plan: {tmp_path / 'plan'}: expected a folder written by Plan.save, got "
     with pytest.raises(PlanError, match=f"^{re.escape(start)}") as caught:

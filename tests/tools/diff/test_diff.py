@@ -24,6 +24,7 @@ from calicache.graph_passes import Granularity, Plan, SiteMode, SiteRule, StepMo
 from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.binding import Binding
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.tools.cli import app
 from calicache.tools.diff.command import diff_subjects
@@ -107,7 +108,7 @@ def test_a_plan_saved_twice_is_equal(home: Path, plan: Plan, tmp_path: Path) -> 
             ),
         ),
         ({"timestep": None}, Change("timestep", ("timestep falls, 1 calls a step",), ())),
-        ({"run_values": {"mask": ("12",)}}, Change("run values", (), ("mask: 12",))),
+        ({"run_values": {"x": ("12",)}}, Change("run values", (), ("x: 12",))),
         ({"reads": "[1]"}, Change("reads", ("[]",), ("[1]",))),
     ],
 )
@@ -123,6 +124,7 @@ def test_a_changed_setting_is_the_only_difference(
 
 def test_every_setting_counts(home: Path, plan: Plan) -> None:
     """No field of the settings is left out: each one, changed, makes another plan."""
+    form = plan.binding.signature
     others: dict[str, object] = {
         "schedule": tuple(schedule_of("RCCCCC")),
         "rank": 5,
@@ -132,14 +134,14 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
         "rules": (),
         "include": (),
         "exclude": ("x",),
-        "signature": replace(plan.binding.signature, order=("x",)),
-        "dependence": {},
+        "signature": replace(form, tensors=tuple(reversed(form.tensors))),
+        "dependence": dict.fromkeys(plan.binding.dependence, Dependence.LATENT),
         "timestep": None,
         "weights_hash": "0",
         "output_weights": None,
         "latent": None,
         "correction": "why",
-        "reads": "",
+        "reads": "[2]",
         "run_values": {"x": ()},
         "ranks": {"blocks.2.fc1": 1},
     }

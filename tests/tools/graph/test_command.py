@@ -34,6 +34,7 @@ from calicache.graph_passes import (
     view_block,
     view_graphs,
 )
+from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import ArtifactError, CalicacheError
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.tools.graph.command import GraphFormat, first_cheap_mode, view_text
@@ -170,6 +171,7 @@ def test_session_does_not_look_into_the_graphs(artifact: Path, tmp_path: Path) -
     for file in manifest["files"]:
         if file["name"] == "graphs.json.gz":
             file |= {"size": 8, "sha256": sha256_of(folder / "graphs.json.gz")}
+    manifest["sha256"] = sum_of(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert Session(folder).manifest.schedule == load_artifact(artifact).schedule
     with pytest.raises(ArtifactError, match=r"graphs\.json\.gz: expected graphs written by"):
