@@ -65,7 +65,7 @@ def collect_statistics(task: PlanningTask, recipe: Recipe) -> Mapping[str, Stati
         recipe.weighting,
         recipe.schedule,
         recipe.order,
-        lambda *_: task.meter.add(),
+        task.meter,
     )
 
 
@@ -86,25 +86,15 @@ def fit_to_sampler(
     try:
         whole, form = task.recording.by_step(), task.binding.by_step()
         analysis = task.workspace.analysis(task.model, form, recipe.include, recipe.exclude)
-        task.meter.stage("run the recorded calls")
+        task.meter.stage("run the recorded calls", calls)
         recorded = recover_sampler(
-            analysis.captured,
-            whole,
-            form.dependence,
-            len(recipe.schedule),
-            lambda *_: task.meter.add(calls),
+            analysis.captured, whole, form.dependence, len(recipe.schedule), task.meter
         )
     except NoSampler as unknown:
         return replace(recipe, correction=f"not fitted: {unknown.reason}"), None, unknown.reason
     compiled = compile_recipe(analysis, recipe, statistics, task.workspace.decompositions)
-    task.meter.stage("fit output weights")
-    fit = replay(
-        compiled.variant_set,
-        recorded,
-        recipe.schedule,
-        recipe.order,
-        on_step=lambda *_: task.meter.add(calls * len(recorded.runs)),
-    )
+    task.meter.stage("fit output weights", calls)
+    fit = replay(compiled.variant_set, recorded, recipe.schedule, recipe.order, meter=task.meter)
     fitted = replace(
         recipe, output_weights=fit.weights, latent=recorded.steps.latent, correction=FITTED
     )

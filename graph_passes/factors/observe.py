@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.common.errors import ObserveError
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.factors.streams import Channels, KeptValues, Moments, stream_of
 from calicache.graph_passes.graph.capture import CapturedGraph
@@ -24,7 +25,7 @@ def observe(
     weighting: Weighting,
     schedule: Sequence[StepMode],
     order: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, Statistics]:
     """Run the recorded calls through the graph and collect statistics, by target name.
 
@@ -41,7 +42,7 @@ def observe(
         weighting: what the statistics are for.
         schedule: mode of every step.
         order: of the anchors.
-        on_step: called as on_step(done, total), for a progress bar.
+        meter: counts the steps of every run.
 
     Raises:
         ObserveError: a value is NaN or Inf, or no run has the increments that are needed.
@@ -60,7 +61,6 @@ def observe(
         if target.name in streams
         for node in (target.input_node, *target.nodes)
     }
-    total = sum(min(len(run), len(schedule)) for run in recording.runs)
     done = 0
     for run in recording.runs:
         kept.start()
@@ -73,8 +73,8 @@ def observe(
                 with torch.no_grad():
                     tap.run(*(value.to(captured.device) for value in call.values()))
             done += 1
-            if on_step:
-                on_step(done, total)
+            if meter:
+                meter.add()
     return {name: streams.pop(name).result() for name in list(streams)}
 
 

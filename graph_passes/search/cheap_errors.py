@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler
@@ -19,7 +20,7 @@ def cheap_errors(
     recorded: RecordedSampler,
     schedule: Sequence[StepMode],
     modes: Collection[StepMode],
-    on_step: Callable[[], None] | None = None,
+    meter: Meter | None = None,
 ) -> dict[StepMode, Scales]:
     """Run cheap modes along the recorded latents, with anchors of all orders in turn.
 
@@ -29,7 +30,7 @@ def cheap_errors(
         schedule: which steps REFRESH; all others are tried in every mode, but for FORECAST ones,
             which are not run.
         modes: to try; FORECAST has no output of its own.
-        on_step: called after every step of every run.
+        meter: counts the steps of every run.
 
     Returns:
         By mode: |e_mode - e| over the product of the lags, by number of kept refreshes and step
@@ -53,8 +54,8 @@ def cheap_errors(
                     off = float(off_output.double().square().sum())
                     by_step = squares[mode][order]
                     by_step[step] = by_step.get(step, 0.0) + off / recorded.steps.parts
-            if on_step:
-                on_step()
+            if meter:
+                meter.add()
     return {mode: _scales(orders, schedule) for mode, orders in squares.items()}
 
 

@@ -101,7 +101,7 @@ def prepare_ground(
         parts = [whole.take_runs(places) for places in share_out(len(whole.runs))]
         meter.stage("run the recorded calls")
         recorded = recover_sampler(
-            analysis.captured, parts[0], binding.dependence, whole.steps, lambda *_: meter.add()
+            analysis.captured, parts[0], binding.dependence, whole.steps, meter
         )
     except NoSampler as unknown:
         raise _no_sampler(unknown) from unknown

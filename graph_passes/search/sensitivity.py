@@ -7,12 +7,13 @@ to the branch's exits, since from there on the branch's own answer counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
 from calicache.graph_passes.recording.timestep import Run
@@ -28,7 +29,7 @@ def sensitivities(
     targets: Sequence[CalibrationTarget],
     run: Run,
     steps: Sequence[int],
-    on_step: Callable[[], None] | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, float]:
     """|change of the output|^2 over |change of the target|^2, by name of target and branch.
 
@@ -38,7 +39,7 @@ def sensitivities(
         targets: linear ones; whole branches are measured in any case.
         run: a recorded run.
         steps: where to measure, each 2 or later.
-        on_step: called after every measured step.
+        meter: counts the measured steps.
     """
     branch_of = {site.name: site.branch for site in sites.linears}
     exits = {branch.name: branch.exits for branch in sites.branches}
@@ -57,8 +58,8 @@ def sensitivities(
         for name, followed, own in graph.fork(tensors, probes, earlier, watched | ends):
             before = changes.get(name, (0.0, 0.0))
             changes[name] = (before[0] + followed, before[1] + own)
-        if on_step:
-            on_step()
+        if meter:
+            meter.add()
     gains = {name: followed / own if own else 0.0 for name, (followed, own) in changes.items()}
     result = {name: gains[f"branch {name}"] for name in exits}
     for target in targets:  # through the branch, where there is one

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -21,6 +20,7 @@ from calicache.graph_passes import (
     record,
 )
 from calicache.graph_passes.common.errors import ObserveError
+from calicache.graph_passes.common.progress import Meter, Progress
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import ChannelStatistics, SecondMoments, Statistics
 from calicache.graph_passes.settings.choices import Weighting
@@ -49,11 +49,11 @@ def seen_by(
     recording: Recording,
     weighting: Weighting,
     schedule: tuple[StepMode, ...] = PAPER,
-    on_step: Callable[[int, int], None] | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of every linear layer on its own, against stale anchors."""
     targets = targets_of(analysis, 1)
-    return observe(analysis.captured, targets, recording, weighting, schedule, 0, on_step)
+    return observe(analysis.captured, targets, recording, weighting, schedule, 0, meter)
 
 
 def part(recording: Recording, *indices: int) -> Recording:
@@ -163,15 +163,9 @@ def test_increments_never_cross_from_one_run_to_the_next(
 def test_weighting_none_runs_nothing(dit_analysis: Analysis, dit_recording: Recording) -> None:
     bad = torch.full((4, 1, 28, 28), math.nan)
     poisoned = replaced(dit_recording, 0, "hidden_states", bad)
-    seen: list[tuple[int, int]] = []
-    statistics = seen_by(
-        dit_analysis,
-        poisoned,
-        Weighting.NONE,
-        on_step=lambda done, total: seen.append((done, total)),
-    )
-    assert statistics == {}
-    assert seen == []
+    meter = Meter(STEPS)
+    assert seen_by(dit_analysis, poisoned, Weighting.NONE, meter=meter) == {}
+    assert meter.done == 0
 
 
 @pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
@@ -182,9 +176,9 @@ def test_every_step_of_every_run_is_reported(
     weighting: Weighting,
 ) -> None:
     both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signature)
-    seen: list[tuple[int, int]] = []
-    seen_by(dit_analysis, both, weighting, on_step=lambda done, total: seen.append((done, total)))
-    assert seen == [(k, 2 * STEPS) for k in range(1, 2 * STEPS + 1)]
+    seen: list[Progress] = []
+    seen_by(dit_analysis, both, weighting, meter=Meter(2 * STEPS, seen.append))
+    assert [progress.done for progress in seen] == list(range(1, 2 * STEPS + 1))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -469,19 +463,13 @@ def test_runs_without_a_calibrate_step_have_no_moments(
     )
 
 
-def test_steps_beyond_the_schedule_are_not_run_and_not_promised(
+def test_steps_beyond_the_schedule_are_not_run(
     dit_analysis: Analysis, dit_recording: Recording, second_run: Recording
 ) -> None:
     both = Recording([*dit_recording.calls, *second_run.calls], dit_recording.signature)
-    seen: list[tuple[int, int]] = []
-    got = seen_by(
-        dit_analysis,
-        both,
-        Weighting.COVARIANCE,
-        modes("RCC"),
-        lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(k, 6) for k in range(1, 7)]
+    meter = Meter(0)
+    got = seen_by(dit_analysis, both, Weighting.COVARIANCE, modes("RCC"), meter)
+    assert meter.done == 6
     runs = [part(dit_recording, 0, 1, 2), part(second_run, 0, 1, 2)]
     targets = targets_of(dit_analysis, 1)
     expected = expected_moments(dit_analysis.captured, targets[0], runs, modes("RCC"), 0)

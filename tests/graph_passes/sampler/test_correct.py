@@ -25,6 +25,7 @@ from calicache.graph_passes import (
     uniform_schedule,
 )
 from calicache.graph_passes.common.errors import NoSampler
+from calicache.graph_passes.common.progress import Meter, Progress
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.sampler.correct import fit_step, mix
 from calicache.graph_passes.sampler.least_squares import RIDGE
@@ -170,14 +171,14 @@ def test_runs_that_refresh_always_keep_their_own_outputs(dit, dit_recording: Rec
 
 
 def fit(
-    model: nn.Module, recording: Recording, schedule: Sequence[StepMode], on_step=None
+    model: nn.Module, recording: Recording, schedule: Sequence[StepMode], meter: Meter | None = None
 ) -> Table:
     plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=4, correct=False)
     fast = optimize(model, plan)
     captured = capture(model, recording.signature)
     classes = recording.dependence
-    recorded = recover_sampler(captured, recording, classes, len(schedule), on_step)
-    return replay(fast.compiled.variant_set, recorded, schedule, 2, on_step=on_step).weights
+    recorded = recover_sampler(captured, recording, classes, len(schedule), meter)
+    return replay(fast.compiled.variant_set, recorded, schedule, 2, meter=meter).weights
 
 
 @pytest.mark.parametrize("steps", [1, STEPS - 1, STEPS + 1])
@@ -229,10 +230,10 @@ def test_sampler_that_adds_noise_leaves_a_plan_that_runs_and_says_why(dit) -> No
 def test_progress_counts_every_recorded_and_every_fitted_step(
     dit, dit_recording: Recording
 ) -> None:
-    seen: list[tuple[int, int]] = []
-    fit(dit, dit_recording, modes("RFFRFF"), lambda done, total: seen.append((done, total)))
-    once = [(k + 1, STEPS) for k in range(STEPS)]
-    assert seen == once + once  # the plain model along the recording, then the sweep
+    seen: list[Progress] = []
+    fit(dit, dit_recording, modes("RFFRFF"), Meter(2 * STEPS, seen.append))
+    # The plain model along the recording, then the sweep.
+    assert [progress.done for progress in seen] == list(range(1, 2 * STEPS + 1))
 
 
 def test_fit_leaves_model_and_recording_as_they_were(dit, dit_recording: Recording) -> None:

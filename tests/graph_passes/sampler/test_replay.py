@@ -36,6 +36,7 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
+from calicache.graph_passes.common.progress import Meter, Progress
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import VariantSet
@@ -303,16 +304,17 @@ def test_answers_are_there_where_a_refresh_was_off(letters: str, steps: tuple[in
     assert tuple(replay(bent_variants(recorded), recorded, modes(letters), 1).answers) == steps
 
 
-def test_progress_counts_the_steps() -> None:
-    recorded, seen = bent((1, 0))[0], list[tuple[int, int]]()
+def test_progress_counts_the_steps_of_every_run() -> None:
+    recorded, seen = bent((1, 0))[0], list[Progress]()
+    runs = len(recorded.runs)
     replay(
         bent_variants(recorded),
         recorded,
         modes("RFRFRFRF"),
         1,
-        on_step=lambda done, total: seen.append((done, total)),
+        meter=Meter(LONG * runs, seen.append),
     )
-    assert seen == [(k + 1, LONG) for k in range(LONG)]
+    assert [progress.done for progress in seen] == [(k + 1) * runs for k in range(LONG)]
 
 
 # --- all modes ----------------------------------------------------------------------------------

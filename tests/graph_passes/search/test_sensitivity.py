@@ -24,6 +24,7 @@ from calicache.graph_passes import (
     find_sites,
     record,
 )
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.search.sensitivity import BACK, sensitivities
 from calicache.graph_passes.sites.targets import assign
@@ -152,9 +153,9 @@ def test_gains_of_a_linear_model_are_those_of_its_matrices(
 
 def test_every_measured_step_is_counted(chain: tuple[Chain, Found]) -> None:
     captured, sites, recording = chain[1]
-    seen: list[int] = []
-    sensitivities(captured, sites, (), recording.runs[0], (2, 3, 4), lambda: seen.append(1))
-    assert len(seen) == 3
+    meter = Meter(0)
+    sensitivities(captured, sites, (), recording.runs[0], (2, 3, 4), meter)
+    assert meter.done == 3
 
 
 def test_branches_are_measured_without_any_target(chain: tuple[Chain, Found]) -> None:
