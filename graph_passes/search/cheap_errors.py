@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
@@ -39,7 +40,7 @@ def cheap_errors(
     """
     history = variant_set.history
     views = [variant_set.scheduled(anchor_table(schedule, order)) for order in range(history)]
-    squares: dict[StepMode, list[dict[int, float]]] = {m: [{} for _ in views] for m in modes}
+    squares = {mode: [defaultdict[int, float](float) for _ in views] for mode in modes}
     for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
         kept: Kept = ()
         for step, call in enumerate(run):
@@ -50,10 +51,8 @@ def cheap_errors(
                 order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
                 for mode in modes:
                     own, _ = run_step(views[order], mode, kept, step, tensors, history)
-                    off_output = latent_channels(own, latent) - outputs[step]
-                    off = float(off_output.double().square().sum())
-                    by_step = squares[mode][order]
-                    by_step[step] = by_step.get(step, 0.0) + off / recorded.steps.parts
+                    off = (latent_channels(own, latent) - outputs[step]).double()
+                    squares[mode][order][step] += float(off.square().sum()) / recorded.steps.parts
             if meter:
                 meter.add()
     return {mode: _scales(orders, schedule) for mode, orders in squares.items()}
