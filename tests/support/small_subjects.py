@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from support.artifacts import exported, made_once
+from support.artifacts import exported, shared_artifact
 from support.models import shake
 from torch import Tensor, nn
 
@@ -87,7 +87,7 @@ def small_plan(
 
 def small_folder() -> Path:
     """`plan`, `dit.onnx.d` and `runs.safetensors`, made once in a test run."""
-    return made_once("a path with spaces", _fill_small_folder)
+    return shared_artifact("a path with spaces", _fill_small_folder)
 
 
 def _fill_small_folder(folder: Path) -> None:

@@ -129,12 +129,12 @@ def test_statistics_are_float32_shares_on_the_cpu(
 ) -> None:
     statistics = seen_by(dit_analysis, dit_recording, weighting)
     for site in dit_analysis.sites.linears:
-        found = statistics[site.name]
-        assert (found.input.shape, found.output.shape) == (
+        shares = statistics[site.name]
+        assert (shares.input.shape, shares.output.shape) == (
             (site.in_features,),
             (site.out_features,),
         )
-        for values in (found.input, found.output):
+        for values in (shares.input, shares.output):
             assert values.dtype == torch.float32
             assert values.device.type == "cpu"
             assert 0.0 <= float(values.min()) < float(values.max()) <= 1.0
@@ -390,8 +390,8 @@ def test_moments_are_of_the_smaller_side(dit_analysis: Analysis, dit_recording: 
     targets = targets_of(dit_analysis, 2, joint=True)
     got = observe(dit_analysis.captured, targets, dit_recording, Weighting.COVARIANCE, PAPER)
     shapes = {
-        name.removeprefix("blocks.1."): {n: tuple(v.shape) for n, v in found.tensors().items()}
-        for name, found in got.items()
+        name.removeprefix("blocks.1."): {n: tuple(v.shape) for n, v in moments.tensors().items()}
+        for name, moments in got.items()
         if name.startswith("blocks.1.")
     }
     assert shapes == {
@@ -436,7 +436,8 @@ def test_whole_branches_always_need_moments(
 ) -> None:
     targets = targets_of(dit_analysis, 2, granularity=Granularity.BRANCH)
     got = observe(dit_analysis.captured, targets, dit_recording, weighting, PAPER)
-    assert [list(found.tensors()) for found in got.values()] == [["input", "cross", "energy"]] * 4
+    names = [tuple(moments.tensors()) for moments in got.values()]
+    assert names == [("input", "cross", "energy")] * 4
 
 
 @pytest.mark.parametrize("weighting", list(Weighting))
@@ -518,9 +519,10 @@ def test_large_values_are_no_bad_ones() -> None:
     stream = 1e38 * (1 + x.abs().clamp(max=1.0))
     assert stream.isfinite().all()
     assert stream.sum().isinf()
-    found = seen_by(analysis_of(model, recording), recording, Weighting.ACTIVATION, modes("RC"))
+    analysis = analysis_of(model, recording)
+    by_name = seen_by(analysis, recording, Weighting.ACTIVATION, modes("RC"))
     for name in ("first", "second"):
-        statistics = found[name]
+        statistics = by_name[name]
         assert isinstance(statistics, ChannelStatistics)
         assert statistics.input.isfinite().all()
         assert float(statistics.input.max()) > 0

@@ -88,7 +88,7 @@ class Case:
     def play(self) -> list[Tensor]:
         """The outputs of all steps of SCHEDULE."""
         kept: tuple[dict[str, Tensor], ...] = ()
-        made: list[Tensor] = []
+        outputs: list[Tensor] = []
         for step, (mode, x) in enumerate(zip(SCHEDULE, self.inputs, strict=True)):
             variant = self.variant_set.variants[mode]
             values = self.variant_set.read(variant.reads, kept, step, x.device)
@@ -97,8 +97,8 @@ class Case:
                 names = [cache.name for cache in self.variant_set.caches]
                 fresh = dict(zip(names, results[1:], strict=True))
                 kept = (fresh, *kept)[: self.variant_set.history]
-            made.append(results[0])
-        return made
+            outputs.append(results[0])
+        return outputs
 
     def low(self, target: str) -> Tensor:
         """B A of a target (out, in)."""

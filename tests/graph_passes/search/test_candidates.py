@@ -232,9 +232,11 @@ def table(rows: dict[BranchChoice, tuple[float, float]], forecast: float) -> Lat
     """Seconds by hand: (REFRESH, CALIBRATE step) where both branches are so treated."""
     model, recording = flicker()
     own = Plan.from_trajectory(model, recording, weighting="none", correct=False)
-    made = [LatencyRow(EVERY, BranchChoice.FULL, 0, REFRESH, FULL)]
-    made += [LatencyRow(GROUP, choice, 0, *seconds) for choice, seconds in rows.items()]
-    return LatencyTable(own.binding.weights_hash, "by hand", 2, PLAIN, forecast, tuple(made))
+    latency_rows = [LatencyRow(EVERY, BranchChoice.FULL, 0, REFRESH, FULL)]
+    latency_rows += [LatencyRow(GROUP, choice, 0, *seconds) for choice, seconds in rows.items()]
+    return LatencyTable(
+        own.binding.weights_hash, "by hand", 2, PLAIN, forecast, tuple(latency_rows)
+    )
 
 
 def by_hand(point: FrontPoint, latency: LatencyTable) -> float:

@@ -163,8 +163,8 @@ def test_calibration_of_full_rank_adds_nothing(
     blocks: Blocks, ended: Recording, recorded: RecordedSampler
 ) -> None:
     full = variants_of(blocks, ended, rank=16)
-    found = cheap_errors(full, recorded, modes(EVEN), [C, U])
-    for exact, stale in zip(found[C], found[U], strict=True):
+    scales = cheap_errors(full, recorded, modes(EVEN), [C, U])
+    for exact, stale in zip(scales[C], scales[U], strict=True):
         # Anchors' weights are float32, their sum 1e-7 off 1, and so the biases.
         assert max(exact) < 1e-5 * max(stale)
 

@@ -149,7 +149,7 @@ def learn(model: nn.Module, recording: Recording) -> Known:
     )
     moments = {name: m for name, m in observed.items() if isinstance(m, SecondMoments)}
     factors = factors_of(captured, [*targets.values()], moments)
-    spectra = {name: made.spectrum for name, made in factors.items() if made.spectrum is not None}
+    spectra = {name: f.spectrum for name, f in factors.items() if f.spectrum is not None}
     layers = [t for t in targets.values() if t.granularity is Granularity.LINEAR]
     steps = sorted({max(BACK, round(share * (recording.steps - 1))) for share in PROBES})
     gains = sensitivities(captured, sites, layers, recording.runs[0], steps)
@@ -233,9 +233,9 @@ def text_known() -> Known:
 
 @pytest.fixture(params=["dit", "text"])
 def known(request: pytest.FixtureRequest) -> Known:
-    found = request.getfixturevalue(f"{request.param}_known")
-    assert isinstance(found, Known)
-    return found
+    value = request.getfixturevalue(f"{request.param}_known")
+    assert isinstance(value, Known)
+    return value
 
 
 # --- costs in MACs ------------------------------------------------------------------------------
@@ -258,14 +258,14 @@ def test_branches_have_all_choices_and_sites_outside_have_two(text_known: Known)
     assert [c.target.name for c in options["between"][1].curves] == ["between"]
 
 
-def unforeseen_macs(known: Known, targets: Sequence[CalibrationTarget], made: fx.Graph) -> int:
+def unforeseen_macs(known: Known, targets: Sequence[CalibrationTarget], graph: fx.Graph) -> int:
     """Of what the targets do not replace and yet nothing needs any more in a CALIBRATE step.
 
     Projections of the text, which are kept over a run; modulations of branches that are not
     computed; and whatever comes before a layer of the stream that returns its anchor, other
     calibration branches included.
     """
-    left = {node.name for node in made.nodes}
+    left = {node.name for node in graph.nodes}
     inside = {branch.name: branch.nodes for branch in known.sites.branches}
     whole = {t.name for t in targets if t.granularity is Granularity.BRANCH}
     replaced = {node for name in whole for node in inside[name]}
@@ -275,7 +275,7 @@ def unforeseen_macs(known: Known, targets: Sequence[CalibrationTarget], made: fx
         for node in known.captured.graph.nodes
         if node.op != "output" and node.name not in left | replaced
     )
-    read = {str(node.target) for node in made.nodes if node.op == "get_attr"}
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     dead = [t for t in targets if t.rank and f"calibration.{t.name}.down_factor" not in read]
     return gone + sum(target.calibrate_macs for target in dead)
 
@@ -284,9 +284,9 @@ def unforeseen_macs(known: Known, targets: Sequence[CalibrationTarget], made: fx
 def test_cost_is_what_the_optimised_step_is_counted_to_take(known: Known, level: float) -> None:
     allocation = allocate(known.options(), level)
     targets = known.planned(allocation)
-    made = known.variant_set(targets, C).variants[C].module.graph
-    unforeseen = unforeseen_macs(known, targets, made)
-    expected = (graph_macs(made) + unforeseen) / known.plain
+    graph = known.variant_set(targets, C).variants[C].module.graph
+    unforeseen = unforeseen_macs(known, targets, graph)
+    expected = (graph_macs(graph) + unforeseen) / known.plain
     assert math.isclose(allocation.cost, expected, **EXACT)
     texts = 0 if isinstance(known.model, FashionDiT) else TEXT_MACS
     assert unforeseen >= texts
@@ -312,17 +312,17 @@ def test_cost_of_every_choice_is_what_the_graph_saves(known: Known, choice: Bran
     start = graph_macs(bare) + unforeseen_macs(known, (), bare)
     assert start == known.plain
     for name in [name for name in options if not name.startswith("blocks.1")]:
-        there = [option for option in options[name] if option.choice is choice]
-        if not there:
+        matches = [option for option in options[name] if option.choice is choice]
+        if not matches:
             continue
         # All other branches in full; this one at rank 8 of every target.
         others = {n: [o[0]] for n, o in options.items() if n != name}
-        wanted = replace(there[0], curves=tuple(map(_only_rank_8, there[0].curves)))
+        wanted = replace(matches[0], curves=tuple(map(_only_rank_8, matches[0].curves)))
         allocation = allocate({**others, name: [wanted]}, 1e9)
         targets = known.planned(allocation)
         assert {t.rank for t in targets} == ({0} if choice is REUSE else {8})
-        made = known.variant_set(targets, C).variants[C].module.graph
-        total = graph_macs(made) + unforeseen_macs(known, targets, made)
+        graph = known.variant_set(targets, C).variants[C].module.graph
+        total = graph_macs(graph) + unforeseen_macs(known, targets, graph)
         assert math.isclose(allocation.cost, total / known.plain, **EXACT), name
 
 
@@ -384,11 +384,11 @@ def test_curves_of_whole_branches_end_at_what_no_map_explains(known: Known) -> N
     assert len(whole) == len(known.sites.branches)
     for target in whole:
         curve, moments = known.survey.curve(target), known.survey.moments[target.name]
-        made = factors_of(known.captured, [target], {target.name: moments})[target.name]
+        factors = factors_of(known.captured, [target], {target.name: moments})[target.name]
         assert moments.input is not None
         assert moments.energy is not None
         # The share that the map of full rank does not keep, from the map itself.
-        image = (made.up @ made.down).double()
+        image = (factors.up @ factors.down).double()
         explained = float((image @ moments.input.double() @ image.T).trace())
         unexplained = float(moments.energy) - explained
         assert 0 < unexplained < float(moments.energy)
@@ -421,13 +421,15 @@ ROWS = (
 
 def test_only_measured_choices_appear(dit_known: Known) -> None:
     options = dit_known.options(table_of(*ROWS))
-    assert {name: [o.choice for o in there] for name, there in options.items()} == {
+    assert {name: [o.choice for o in choices] for name, choices in options.items()} == {
         "blocks.0.attn": [FULL, LINEAR, REUSE],
         "blocks.0.mlp": [FULL, BRANCH, REUSE],
         "blocks.1.attn": [FULL, LINEAR, REUSE],
         "blocks.1.mlp": [FULL, BRANCH, REUSE],
     }
-    assert {o.choice for there in dit_known.options(table_of()).values() for o in there} == {FULL}
+    assert {o.choice for choices in dit_known.options(table_of()).values() for o in choices} == {
+        FULL
+    }
 
 
 def test_sites_outside_of_branches_are_left_alone_where_seconds_count(text_known: Known) -> None:
@@ -442,8 +444,8 @@ def test_seconds_add_up_to_the_measured_line(dit_known: Known, places: tuple[int
     for group, choice in [("attn", LINEAR), ("mlp", BRANCH), ("attn", REUSE), ("mlp", REUSE)]:
         cost, macs = 0.0, 0
         for number, place in enumerate(places):
-            there = options[f"blocks.{number}.{group}"]
-            (option,) = [o for o in there if o.choice is choice]
+            choices = options[f"blocks.{number}.{group}"]
+            (option,) = [o for o in choices if o.choice is choice]
             own = place if choice is not REUSE else 0
             own_macs = sum(replace(c.target, rank=8 * own).calibrate_macs for c in option.curves)
             cost, macs = cost + option.cost + option.per_mac * own_macs, macs + own_macs
@@ -629,16 +631,16 @@ def calibrate_error(
     run: Sequence[tuple[list[Tensor], Tensor]],
 ) -> tuple[int, float]:
     """MACs of a CALIBRATE step, and |e^ - e|^2 / |e|^2 over all of them along a run."""
-    made = known.variant_set(targets, C)
+    variant_set = known.variant_set(targets, C)
     kept: Kept = ()
     off = size = 0.0
     for step, (call, exact) in enumerate(run):
         mode = known.schedule[step]
-        result, kept = run_step(made, mode, kept, step, call, made.history)
+        result, kept = run_step(variant_set, mode, kept, step, call, variant_set.history)
         if mode is not R:
             off += float((result - exact).square().sum())
             size += float(exact.square().sum())
-    return graph_macs(made.variants[C].module.graph), off / size
+    return graph_macs(variant_set.variants[C].module.graph), off / size
 
 
 # Over four pairs of runs: 0.42 to 0.52 of the uniform rank's error at 16, 0.62 to 0.71 at 96.
@@ -663,11 +665,11 @@ def test_water_filled_ranks_beat_the_uniform_rank_at_equal_macs(
 def test_dearer_allocations_have_smaller_measured_errors(
     trained: Known, other_run: list[tuple[list[Tensor], Tensor]]
 ) -> None:
-    found = []
+    pairs = []
     for level in (0.1, 0.45, 0.9):
         allocation = allocate(trained.options(), level)
         _, error = calibrate_error(trained, trained.planned(allocation), other_run)
-        found.append((allocation.error, error))
-    modelled, measured = zip(*found, strict=True)
+        pairs.append((allocation.error, error))
+    modelled, measured = zip(*pairs, strict=True)
     assert list(modelled) == sorted(modelled, reverse=True)
     assert list(measured) == sorted(measured, reverse=True), measured

@@ -161,8 +161,8 @@ def test_steps_that_differ_are_named(home: Path, plan: Plan) -> None:
     other = changed(plan, schedule=tuple(schedule_of("RCCURFC")), output_weights=None, latent=None)
     difference = between(home, plan, other)
     assert difference.schedule.steps == (StepChange(2, R, C), StepChange(6, None, C))
-    found = json.loads(difference_json(difference))["schedule"]["steps"]
-    assert found[1] == {"step": 6, "a": None, "b": "CALIBRATE"}
+    steps = json.loads(difference_json(difference))["schedule"]["steps"]
+    assert steps[1] == {"step": 6, "a": None, "b": "CALIBRATE"}
     lines = printed(difference).splitlines()
     place = lines.index("Schedule: 2 of 7 steps differ")
     assert lines[place + 1 : place + 4] == [
@@ -381,11 +381,11 @@ def test_other_pairs_are_refused(home: Path, a: str, b: str, got: str) -> None:
 
 def test_json_has_stable_keys_and_says_whether_they_are_equal(home: Path, plan: Plan) -> None:
     difference = between(home, plan, plan.with_schedule(schedule_of("RCCRCC")))
-    found = json.loads(difference_json(difference))
+    data = json.loads(difference_json(difference))
     keys = "kind a b belonging schedule settings targets layers costs structure equal"
-    assert " ".join(found) == keys
-    assert found["equal"] is False
-    assert found["schedule"]["steps"][0] == {"step": 2, "a": "REFRESH", "b": "CALIBRATE"}
+    assert " ".join(data) == keys
+    assert data["equal"] is False
+    assert data["schedule"]["steps"][0] == {"step": 2, "a": "REFRESH", "b": "CALIBRATE"}
     assert json.loads(difference_json(between(home, plan, plan)))["equal"] is True
 
 

@@ -315,9 +315,9 @@ def test_low_energy_is_warned_of_where_it_counts(home: Path, manifest: Manifest)
 
 def test_costs_that_save_nothing_are_warned_of(home: Path, manifest: Manifest) -> None:
     dear = tuple(replace(t, calibrate_macs=t.full_macs) for t in manifest.targets)
-    found = [c.text for c in facts_of_artifact(home, manifest, targets=dear).warnings]
+    texts = [c.text for c in facts_of_artifact(home, manifest, targets=dear).warnings]
     names = "blocks.0, blocks.1.fc2, blocks.2.fc1, blocks.2.fc2"
-    assert f"A calibration branch costs as much as the layers: {names}." in found
+    assert f"A calibration branch costs as much as the layers: {names}." in texts
     cheap = facts_of_artifact(home, manifest, plain_macs=1000)
     assert cheap.run_share > 1
     assert (
@@ -401,8 +401,8 @@ def test_a_recording_of_one_step_has_unknown_dependence(home: Path) -> None:
         "least 2 steps, got 1 step. Record a whole sampler run."
     )
     assert codes(facts)[-1] == "no-timestep"
-    found = json.loads(facts_json(facts))
-    assert [spec["dependence"] for spec in found["inputs"]] == [None, None]
+    data = json.loads(facts_json(facts))
+    assert [spec["dependence"] for spec in data["inputs"]] == [None, None]
     assert re.search(r"^ x +float32 +\(2, 5, 4\) +unknown$", printed(facts), re.MULTILINE)
 
 
@@ -418,10 +418,10 @@ KEYS = {
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_json_keys_stay_as_they_are(home: Path, kind: str) -> None:
-    found = json.loads(facts_json(inspect_subject(home / NAMES[kind])))
-    assert list(found) == KEYS[kind].split()
-    assert found["kind"] == kind
-    assert found["path"] == str(home / NAMES[kind])
+    data = json.loads(facts_json(inspect_subject(home / NAMES[kind])))
+    assert list(data) == KEYS[kind].split()
+    assert data["kind"] == kind
+    assert data["path"] == str(home / NAMES[kind])
 
 
 def test_json_names_modes_classes_and_work(home: Path) -> None:
