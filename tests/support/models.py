@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from diffusion import GuidedDDIM
 from torch import Tensor, nn
 
+from calicache.graph_passes import StepMode
+
 STEPS = 6
+LETTERS = dict(zip("RCUF", StepMode, strict=True))
+
+
+def modes(letters: str) -> tuple[StepMode, ...]:
+    """A schedule in letters: REFRESH, CALIBRATE, REUSE (U), FORECAST."""
+    return tuple(LETTERS[letter] for letter in letters)
 
 
 class Branch(nn.Module):

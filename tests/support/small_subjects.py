@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from support.artifacts import exported, shared_artifact
-from support.models import shake
+from support.models import modes, shake
 from torch import Tensor, nn
 
 from calicache.export import Layout, export_onnx, read_sampler
-from calicache.graph_passes import Plan, Recording, SiteMode, SiteRule, StepMode, optimize, record
+from calicache.graph_passes import Plan, Recording, SiteMode, SiteRule, optimize, record
 
-LETTERS = dict(zip("RCUF", StepMode, strict=True))
 STEPS = 6
 RULES = (
     SiteRule("blocks.0", SiteMode.REUSE),
@@ -68,10 +67,6 @@ def small_runs(model: nn.Module, runs: int = 1, *, finish: bool = True) -> Recor
     return recording
 
 
-def schedule_of(letters: str) -> list[StepMode]:
-    return [LETTERS[letter] for letter in letters]
-
-
 def small_plan(
     model: nn.Module,
     recording: Recording,
@@ -81,7 +76,7 @@ def small_plan(
 ) -> Plan:
     """All modes, one branch that is reused, one layer in full, one rank of its own."""
     return Plan.from_trajectory(
-        model, recording, schedule=schedule_of(letters), rank=rank, order=1, rules=rules
+        model, recording, schedule=modes(letters), rank=rank, order=1, rules=rules
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT
 from support.analyses import analysis_of, targets_of
-from support.models import STEPS, diffusers_calls, relative, sample_dit
+from support.models import STEPS, diffusers_calls, modes, relative, sample_dit
 from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
@@ -29,16 +29,10 @@ from calicache.graph_passes.sites.analysis import Analysis
 Values = dict[str, Tensor]
 MEASURED = (Weighting.ACTIVATION, Weighting.INCREMENT)
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
-LETTERS = dict(zip("RCUF", StepMode, strict=True))
 NAN_MESSAGE = (
     "observe: node {node}, recorded step {step}: expected finite activations, got NaN or Inf. "
     "Check the model's weights and dtype, and the recorded inputs."
 )
-
-
-def modes(text: str) -> tuple[StepMode, ...]:
-    """`RCU` as modes: REFRESH, CALIBRATE, REUSE (F is FORECAST)."""
-    return tuple(LETTERS[letter] for letter in text)
 
 
 PAPER = modes("RCCRCC")

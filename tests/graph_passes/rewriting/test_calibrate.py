@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model import FashionDiT
 from support.analyses import analysis_of, targets_of
 from support.factors import factors_of
-from support.models import relative, shake
+from support.models import modes, relative, shake
 from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
@@ -44,10 +44,6 @@ aten = torch.ops.aten
 
 # float32 sums of a few terms in another order; anchors of order 2 add up values 6 times as large.
 RTOL, ATOL = 1e-4, 2e-5
-
-
-def modes(letters: str) -> tuple[StepMode, ...]:
-    return tuple(StepMode("RCUF".index(letter)) for letter in letters)
 
 
 # Refreshes at 0, 2, 3, 7: uneven, and fewer than three of them before the steps 1 to 3.

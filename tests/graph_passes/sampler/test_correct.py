@@ -12,7 +12,7 @@ from diffusion import GuidedDDIM
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
-from support.models import STEPS, relative, sample_dit
+from support.models import STEPS, modes, relative, sample_dit
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
@@ -35,12 +35,7 @@ from calicache.graph_passes.sampler.update import SamplerSteps
 from calicache.graph_passes.settings.schedule import Table, output_table
 
 R, C, U, FORECAST = StepMode
-LETTERS = dict(zip("RCUF", StepMode, strict=True))
 LONG, GUIDANCE, NULL_CLASS = 35, 1.5, 10
-
-
-def modes(letters: str) -> tuple[StepMode, ...]:
-    return tuple(LETTERS[letter] for letter in letters)
 
 
 def fitted(model: nn.Module, recording: Recording, letters: str, order: int = 2) -> Plan:

@@ -12,12 +12,11 @@ import torch
 from diffusion import GuidedDDIM
 from model import FashionDiT
 from support.factors import factors_of
-from support.models import STEPS, relative, sample_dit
+from support.models import STEPS, modes, relative, sample_dit
 from support.search.toy_runs import (
     SHAPES,
     Blocks,
     Shape,
-    modes,
     plain_variants,
     recorded_run,
     recording_of,

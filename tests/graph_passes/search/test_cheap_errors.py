@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.factors import factors_of
-from support.search.toy_runs import Blocks, modes, recorded_run, sampler_of, tokens
+from support.models import modes
+from support.search.toy_runs import Blocks, recorded_run, sampler_of, tokens
 from torch import nn
 
 from calicache.graph_passes import (

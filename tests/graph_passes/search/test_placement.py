@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.search.toy_runs import modes, random_scales, toy_span
+from support.models import modes
+from support.search.toy_runs import random_scales, toy_span
 
 from calicache.graph_passes import StepMode, spread_schedule
 from calicache.graph_passes.sampler.replay import Answer

@@ -12,13 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import sample_dit
+from support.models import modes, sample_dit
 from support.search.toy_runs import (
     SHAPES,
     STEPS,
     Affine,
     Shape,
-    modes,
     plain_variants,
     random_scales,
     recording_of,
