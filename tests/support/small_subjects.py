@@ -1,19 +1,22 @@
-"""A plan, artifacts and a recording of a model small enough to make them often."""
+"""A plan, artifacts and a recording of a model small enough to make them often; what is said."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from support.artifacts import exported, shared_artifact
 from support.models import modes, shake
 from torch import Tensor, nn
 
 from calicache.export import Layout, export_onnx, read_sampler
 from calicache.graph_passes import Plan, Recording, SiteMode, SiteRule, optimize, record
+from calicache.tools.inspect.command import Facts, describe_facts
 
 STEPS = 6
 RULES = (
@@ -103,3 +106,20 @@ def other_artifact(letters: str = "RCCRCC", layout: Layout = Layout.STEP) -> Pat
     fast = optimize(model, small_plan(model, recording, letters, rules=(), rank=2))
     sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
     return exported(fast, layout, sampler)
+
+
+def printed(facts: Facts, width: int = 80) -> str:
+    """Facts as a terminal of that width shows them."""
+    file = io.StringIO()
+    Console(file=file, width=width, highlight=False).print(describe_facts(facts))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def codes(facts: Facts) -> list[str]:
+    """Of the warnings, in order."""
+    return [caution.code for caution in facts.warnings]
+
+
+def texts(facts: Facts) -> dict[str, str]:
+    """Of the warnings, by code."""
+    return {caution.code: caution.text for caution in facts.warnings}
