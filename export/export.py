@@ -165,10 +165,7 @@ def _manifest(
         calls_per_step=binding.calls,
         fixed=analysis.fixed,
         outputs=output_names(compiled.captured),
-        caches=tuple(
-            TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
-            for cache in variant_set.caches
-        ),
+        caches=_cache_specs(variant_set),
         history=variant_set.history,
         cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
@@ -181,6 +178,13 @@ def _manifest(
         rejections=compiled.rejections,
         sampler=None if sampler is None else _sampler_record(compiled, sampler),
         front=front,
+    )
+
+
+def _cache_specs(variant_set: VariantSet) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
+        for cache in variant_set.caches
     )
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from calicache.graph_passes.api.plan_file import NOT_ASKED, PlanContent, read_plan, write_plan
 from calicache.graph_passes.api.planner import (
-    PlanningTask,
     collect_statistics,
     fit_to_sampler,
     planned_calls,
@@ -22,7 +21,7 @@ from calicache.graph_passes.describe.html import plan_html
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.rewriting.workspace import Workspace
+from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import (

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from torch import nn
-
-from calicache.graph_passes.common.errors import NoSampler, PlanError
-from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import Statistics
-from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import assign_targets, compile_recipe
-from calicache.graph_passes.rewriting.workspace import Workspace
+from calicache.graph_passes.rewriting.workspace import PlanningTask
 from calicache.graph_passes.sampler.recover import recover_sampler
 from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.settings.recipe import FITTED, Recipe
+
+LOAD = "Load the weights, or plan for costs alone: weighting='none', correct=False."
 
 
 def planned_calls(recording: Recording, *, correct: bool) -> float:
@@ -28,32 +26,14 @@ def planned_calls(recording: Recording, *, correct: bool) -> float:
     return float(passes * len(recording.calls))
 
 
-@dataclass(frozen=True, slots=True)
-class PlanningTask:
-    """What is planned for.
-
-    Attributes:
-        model: in eval mode.
-        recording: of its calls.
-        binding: of both.
-        workspace: for what is made of the model on the way.
-        meter: counts calls of the model.
-    """
-
-    model: nn.Module
-    recording: Recording
-    binding: Binding
-    workspace: Workspace
-    meter: Meter
-
-
 def collect_statistics(task: PlanningTask, recipe: Recipe) -> Mapping[str, Statistics]:
     """What the factors of a recipe are made from, seen along the recorded runs.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
-    _check_weights_are_loaded(task.model, needed=recipe.weighting is not Weighting.NONE)
+    if recipe.weighting is not Weighting.NONE:
+        task.check_weights(LOAD)
     task.meter.stage("capture the model")
     analysis = task.workspace.analysis(task.model, task.binding, recipe.include, recipe.exclude)
     assignment = assign_targets(analysis, recipe)
@@ -65,7 +45,7 @@ def collect_statistics(task: PlanningTask, recipe: Recipe) -> Mapping[str, Stati
         recipe.weighting,
         recipe.schedule,
         recipe.order,
-        lambda *_: task.meter.add(),
+        task.meter,
     )
 
 
@@ -81,30 +61,20 @@ def fit_to_sampler(
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
-    _check_weights_are_loaded(task.model, needed=True)
+    task.check_weights(LOAD)
     calls = task.binding.calls
     try:
         whole, form = task.recording.by_step(), task.binding.by_step()
         analysis = task.workspace.analysis(task.model, form, recipe.include, recipe.exclude)
-        task.meter.stage("run the recorded calls")
+        task.meter.stage("run the recorded calls", calls)
         recorded = recover_sampler(
-            analysis.captured,
-            whole,
-            form.dependence,
-            len(recipe.schedule),
-            lambda *_: task.meter.add(calls),
+            analysis.captured, whole, form.dependence, len(recipe.schedule), task.meter
         )
     except NoSampler as unknown:
         return replace(recipe, correction=f"not fitted: {unknown.reason}"), None, unknown.reason
     compiled = compile_recipe(analysis, recipe, statistics, task.workspace.decompositions)
-    task.meter.stage("fit output weights")
-    fit = replay(
-        compiled.variant_set,
-        recorded,
-        recipe.schedule,
-        recipe.order,
-        on_step=lambda *_: task.meter.add(calls * len(recorded.runs)),
-    )
+    task.meter.stage("fit output weights", calls)
+    fit = replay(compiled.variant_set, recorded, recipe.schedule, recipe.order, meter=task.meter)
     fitted = replace(
         recipe, output_weights=fit.weights, latent=recorded.steps.latent, correction=FITTED
     )
@@ -112,18 +82,3 @@ def fit_to_sampler(
         return fitted, recover_tables(recorded, form.dependence), ""
     except NoSampler as unknown:
         return fitted, None, unknown.reason
-
-
-def _check_weights_are_loaded(model: nn.Module, *, needed: bool) -> None:
-    """Refuse a model on the meta device where the recorded calls have to be run.
-
-    Raises:
-        PlanError: there are no weights.
-    """
-    if needed and any(parameter.is_meta for parameter in model.parameters()):
-        raise PlanError(
-            "model",
-            expected="weights, to run the recorded calls with",
-            got="a model on the meta device",
-            fix="Load the weights, or plan for costs alone: weighting='none', correct=False.",
-        )

@@ -34,20 +34,25 @@ class Meter:
 
     def __init__(self, total: float, on_progress: OnProgress | None = None) -> None:
         self.total, self.on_progress = total, on_progress
-        self.done, self.name = 0.0, ""
+        self.done, self.name, self.piece = 0.0, "", 1.0
 
-    def stage(self, name: str) -> None:
-        """Begin a stage."""
-        self.name = name
+    def stage(self, name: str, piece: float = 1.0) -> None:
+        """Begin a stage.
+
+        Args:
+            name: what is done in it.
+            piece: work of one of its pieces, which the function that does it does not know.
+        """
+        self.name, self.piece = name, piece
         self.add(0.0)
 
     def expect(self, work: float) -> None:
         """So much work is still to come, at least."""
         self.total = max(self.total, self.done + work)
 
-    def add(self, work: float = 1.0) -> None:
-        """Count work; the total grows with it rather than be passed."""
-        self.done += work
+    def add(self, pieces: float = 1.0) -> None:
+        """Count pieces of the stage; the total grows with them rather than be passed."""
+        self.done += pieces * self.piece
         self.total = max(self.total, self.done)
         if self.on_progress:
             self.on_progress(Progress(self.done, self.total, self.name))

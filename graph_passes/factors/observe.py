@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.common.errors import ObserveError
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.factors.streams import Channels, KeptValues, Moments, stream_of
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.settings.choices import StepMode, Weighting
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
@@ -24,7 +26,7 @@ def observe(
     weighting: Weighting,
     schedule: Sequence[StepMode],
     order: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, Statistics]:
     """Run the recorded calls through the graph and collect statistics, by target name.
 
@@ -41,41 +43,57 @@ def observe(
         weighting: what the statistics are for.
         schedule: mode of every step.
         order: of the anchors.
-        on_step: called as on_step(done, total), for a progress bar.
+        meter: counts the steps of every run.
 
     Raises:
         ObserveError: a value is NaN or Inf, or no run has the increments that are needed.
     """
     kept = KeptValues(schedule, order)
-    streams = {
-        target.name: stream_of(target, weighting, kept)
-        for target in targets
-        if target.rank and (weighting is not Weighting.NONE or not target.weights)
-    }
-    if not streams:
-        return {}
-    watched = {
-        node
-        for target in targets
-        if target.name in streams
-        for node in (target.input_node, *target.nodes)
-    }
-    total = sum(min(len(run), len(schedule)) for run in recording.runs)
-    done = 0
-    for run in recording.runs:
+    seen = [target for target in targets if _needs_statistics(target, weighting)]
+    streams = {target.name: stream_of(target, weighting, kept) for target in seen}
+    watched = {node for target in seen for node in (target.input_node, *target.nodes)}
+    runs = [run[: len(schedule)] for run in recording.runs] if streams else []
+    earlier = 0
+    for run in runs:
         kept.start()
-        for stream in streams.values():
-            stream.start()
-        for step, call in enumerate(run[: len(schedule)]):
-            listeners = [stream for stream in streams.values() if stream.looks_at(step)]
-            if listeners:
-                tap = _Tap(captured.module, watched, listeners, step, done)
-                with torch.no_grad():
-                    tap.run(*(value.to(captured.device) for value in call.values()))
-            done += 1
-            if on_step:
-                on_step(done, total)
+        _feed_run(captured, list(streams.values()), watched, run, earlier, meter)
+        earlier += len(run)
     return {name: streams.pop(name).result() for name in list(streams)}
+
+
+def _needs_statistics(target: CalibrationTarget, weighting: Weighting) -> bool:
+    is_branch = not target.weights
+    return bool(target.rank) and (is_branch or weighting is not Weighting.NONE)
+
+
+def _feed_run(
+    captured: CapturedGraph,
+    streams: Sequence[Channels | Moments],
+    watched: Collection[str],
+    run: Run,
+    earlier: int,
+    meter: Meter | None,
+) -> None:
+    """Run the recorded calls of a run, as far as streams look at them.
+
+    Args:
+        captured: the graph.
+        streams: for the values of its nodes.
+        watched: nodes whose values have to be finite, with those that the streams look at.
+        run: as long as the schedule at the most.
+        earlier: recorded steps of the runs before, for errors.
+        meter: counts the steps.
+    """
+    for stream in streams:
+        stream.start()
+    for step, call in enumerate(run):
+        listeners = [stream for stream in streams if stream.looks_at(step)]
+        if listeners:
+            tap = _Tap(captured.module, watched, listeners, step, earlier + step)
+            with torch.no_grad():
+                tap.run(*(value.to(captured.device) for value in call.values()))
+        if meter:
+            meter.add()
 
 
 class _Tap(fx.Interpreter):

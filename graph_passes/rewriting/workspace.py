@@ -7,13 +7,17 @@ It is no part of a plan's value: copies and files begin with an empty one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.factors import Decompositions
 from calicache.graph_passes.recording.binding import Binding
+from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.sites.analysis import Analysis, analyse
 
 Place = frozenset[tuple[torch.device, torch.dtype]]
@@ -56,6 +60,42 @@ class Workspace:
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
         return Workspace, ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningTask:
+    """What is planned for.
+
+    Attributes:
+        model: in eval mode.
+        recording: of its calls.
+        binding: of both.
+        workspace: for what is made of the model on the way.
+        meter: counts calls of the model.
+    """
+
+    model: nn.Module
+    recording: Recording
+    binding: Binding
+    workspace: Workspace
+    meter: Meter
+
+    def check_weights(self, fix: str) -> None:
+        """Refuse a model on the meta device, where the recorded calls have to be run.
+
+        Args:
+            fix: what to do about it.
+
+        Raises:
+            PlanError: there are no weights.
+        """
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise PlanError(
+                "model",
+                expected="weights, to run the recorded calls with",
+                got="a model on the meta device",
+                fix=fix,
+            )
 
 
 def _place(model: nn.Module) -> Place:

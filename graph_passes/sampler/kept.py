@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 
 Kept = tuple[dict[str, Tensor], ...]  # cache values by cache name, the newest refresh first
+Runner = Callable[[fx.GraphModule, Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(slots=True)
@@ -77,6 +78,12 @@ def keep_refresh(
     return (fresh, *older)
 
 
+def call_graph(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a graph returns."""
+    results: Sequence[Tensor] = module(*tensors)
+    return results
+
+
 def run_step(
     variant_set: VariantSet,
     mode: StepMode,
@@ -84,23 +91,23 @@ def run_step(
     step: int,
     tensors: Sequence[Tensor],
     history: int,
+    run: Runner = call_graph,
 ) -> tuple[Tensor, Kept]:
     """Run one variant: its first output, and the kept refreshes after it.
 
     Args:
         variant_set: the variants, with the anchor weights to use.
-        mode: any but FORECAST.
+        mode: that has a variant.
         kept: the refreshes before.
         step: index in the run.
         tensors: of the recorded call.
         history: how many refreshes are kept at the most.
+        run: runs the variant's graph.
     """
     variant = variant_set.variants[mode]
     values = variant_set.read(variant.reads, kept, step, tensors[0].device)
     with torch.no_grad():
-        results = variant.module(*tensors, *values)
+        results = run(variant.module, [*tensors, *values])
     if mode is StepMode.REFRESH:
         kept = keep_refresh(variant_set, results, kept, history, tensors)
-    first = results[0]
-    assert isinstance(first, Tensor)
-    return first, kept
+    return results[0], kept

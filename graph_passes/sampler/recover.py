@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.common.errors import NoSampler
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
 from calicache.graph_passes.recording.input_classes import Dependence
@@ -44,7 +45,7 @@ def recover_sampler(
     recording: Recording,
     dependence: Mapping[str, Dependence],
     length: int,
-    on_step: Callable[[int, int], None] | None = None,
+    meter: Meter | None = None,
 ) -> RecordedSampler:
     """Run the plain model along the recorded runs of one length and find the sampler's update.
 
@@ -53,7 +54,7 @@ def recover_sampler(
         recording: the recorded runs.
         dependence: class of every tensor argument.
         length: of the runs to use, in steps.
-        on_step: called as on_step(done, total), for a progress bar.
+        meter: counts the steps of every run.
 
     Raises:
         NoSampler: it cannot be told from the recording.
@@ -71,8 +72,8 @@ def recover_sampler(
         outputs.append([])
         for call in run:
             outputs[-1].append(latent_channels(run_plain(captured, call), call[latent]))
-            if on_step:
-                on_step(sum(len(done) for done in outputs), len(runs) * length)
+            if meter:
+                meter.add()
     steps = find_sampler_steps(latent, runs, outputs, ends)
     return RecordedSampler(tuple(runs), tuple(map(tuple, outputs)), tuple(ends), steps)
 

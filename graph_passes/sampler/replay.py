@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.correct import fit_step, mix
@@ -55,7 +56,7 @@ def replay(
     schedule: Sequence[StepMode],
     order: int,
     weights: Table | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    meter: Meter | None = None,
 ) -> Replay:
     """Run the cached sampler from the recorded noise, all runs step by step.
 
@@ -67,7 +68,7 @@ def replay(
         order: of the anchors; order + 1 refreshes are used.
         weights: as in `Replay`; None fits them on the way, so that every next latent comes as
             near as it can to the recorded one.
-        on_step: called as on_step(done, total), for a progress bar.
+        meter: counts the steps of every run.
     """
     plain = tuple((*row, 0.0) for row in output_table(schedule, order))
     anchors = anchor_table(schedule, order)
@@ -84,8 +85,8 @@ def replay(
             answer = _answer(runs, step, recorded.steps.latent)
             answers |= {} if answer is None else {step: answer}
         rows.append(sweep.advance(runs, features, step, fits=weights is None))
-        if on_step:
-            on_step(step + 1, len(schedule))
+        if meter:
+            meter.add(len(runs))
     errors = [error for run in runs for error in _errors(run, recorded.steps)]
     return Replay(tuple(rows), tuple(errors), answers)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler
@@ -19,7 +21,7 @@ def cheap_errors(
     recorded: RecordedSampler,
     schedule: Sequence[StepMode],
     modes: Collection[StepMode],
-    on_step: Callable[[], None] | None = None,
+    meter: Meter | None = None,
 ) -> dict[StepMode, Scales]:
     """Run cheap modes along the recorded latents, with anchors of all orders in turn.
 
@@ -29,7 +31,7 @@ def cheap_errors(
         schedule: which steps REFRESH; all others are tried in every mode, but for FORECAST ones,
             which are not run.
         modes: to try; FORECAST has no output of its own.
-        on_step: called after every step of every run.
+        meter: counts the steps of every run.
 
     Returns:
         By mode: |e_mode - e| over the product of the lags, by number of kept refreshes and step
@@ -38,7 +40,7 @@ def cheap_errors(
     """
     history = variant_set.history
     views = [variant_set.scheduled(anchor_table(schedule, order)) for order in range(history)]
-    squares: dict[StepMode, list[dict[int, float]]] = {m: [{} for _ in views] for m in modes}
+    squares = {mode: [defaultdict[int, float](float) for _ in views] for mode in modes}
     for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
         kept: Kept = ()
         for step, call in enumerate(run):
@@ -49,12 +51,10 @@ def cheap_errors(
                 order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
                 for mode in modes:
                     own, _ = run_step(views[order], mode, kept, step, tensors, history)
-                    off_output = latent_channels(own, latent) - outputs[step]
-                    off = float(off_output.double().square().sum())
-                    by_step = squares[mode][order]
-                    by_step[step] = by_step.get(step, 0.0) + off / recorded.steps.parts
-            if on_step:
-                on_step()
+                    off = (latent_channels(own, latent) - outputs[step]).double()
+                    squares[mode][order][step] += float(off.square().sum()) / recorded.steps.parts
+            if meter:
+                meter.add()
     return {mode: _scales(orders, schedule) for mode, orders in squares.items()}
 
 

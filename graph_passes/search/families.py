@@ -44,6 +44,7 @@ LEVELS = (0.15, 0.3, 0.45, 0.6)  # shares of a full step that a CALIBRATE step m
 USUAL_LEVEL = 0.3  # the first of them without a budget
 OBSERVED_INTERVAL = 3
 PROBES = (0.3, 0.7)  # places of the run where sensitivities are measured
+CHEAP_WORK, OBSERVE_WORK = 0.5, 0.9  # of an average step of a probe, in calls of the model
 
 ERRORS = EntryKind("errors", TypeAdapter(dict[StepMode, Scales]))
 SENSITIVITIES = EntryKind("sensitivities", TypeAdapter(dict[str, float]))
@@ -127,7 +128,7 @@ def find_families(
     highest, reuse = (max(orders),), frozenset({StepMode.REUSE})
     families = [build_family(ground, FamilySpec("forecast", frozenset(), highest), latency)]
     if ground.analysis.sites.branches:
-        ground.meter.stage("measure REUSE steps")
+        ground.meter.stage("measure REUSE steps", CHEAP_WORK)
         families.append(build_family(ground, FamilySpec("reuse", reuse, orders), latency))
     survey = survey_targets(ground)
     if survey is None:
@@ -135,7 +136,7 @@ def find_families(
     base = families[-1]
     modes = base.spec.modes | {StepMode.CALIBRATE}
     for level, allocation in _allocations(ground, survey, latency, budget, effort):
-        ground.meter.stage(f"measure CALIBRATE steps at {level:g}")
+        ground.meter.stage(f"measure CALIBRATE steps at {level:g}", CHEAP_WORK)
         spec = FamilySpec(f"calibrate-{level:g}", modes, highest, allocation)
         families.append(build_family(ground, spec, latency, survey.moments, base.scales))
     return families, survey
@@ -162,11 +163,16 @@ def build_family(
     modes = [mode for mode in spec.modes if mode not in earlier]
     measured: dict[StepMode, Scales] = {}
     if modes:
-        schedule, count = probe_schedule(ground.steps), partial(ground.meter.add, 0.5)
         measured = ground.journal.result(
             ERRORS,
             spec.name,
-            lambda: cheap_errors(compiled.variant_set, ground.recorded, schedule, modes, count),
+            lambda: cheap_errors(
+                compiled.variant_set,
+                ground.recorded,
+                probe_schedule(ground.steps),
+                modes,
+                ground.meter,
+            ),
         )
     if latency is None:
         shares = macs_shares(compiled)
@@ -195,11 +201,12 @@ def survey_targets(ground: Ground) -> TargetSurvey | None:
     targets = _possible_targets(analysis)
     if not targets:
         return None
-    ground.meter.stage("measure sensitivities")
+    # Two plain runs, and one from every branch on, which is half of one on average.
+    ground.meter.stage("measure sensitivities", 2 + len(analysis.sites.branches) / 2)
     layers = [target for target in targets if target.granularity is Granularity.LINEAR]
     gains = ground.journal.result(SENSITIVITIES, "", partial(_sensitivities, ground, layers))
     # After the probes: the moments of a large model take half as much memory as its weights.
-    ground.meter.stage("observe increments")
+    ground.meter.stage("observe increments", OBSERVE_WORK)
     moments = _moments(ground, targets)
     spectra: dict[str, Tensor] = {}
     for target in targets:  # one at a time: decompositions are as large as the weights
@@ -252,8 +259,8 @@ def _possible_targets(analysis: Analysis) -> tuple[CalibrationTarget, ...]:
 def _sensitivities(ground: Ground, layers: Sequence[CalibrationTarget]) -> dict[str, float]:
     captured, sites = ground.analysis.captured, ground.analysis.sites
     steps = sorted({max(BACK, round(share * (ground.steps - 1))) for share in PROBES})
-    count = partial(ground.meter.add, 2 + len(sites.branches) / 2)
-    return sensitivities(captured, sites, layers, ground.recorded.runs[0], steps, count)
+    run, meter = ground.recorded.runs[0], ground.meter
+    return sensitivities(captured, sites, layers, run, steps, meter)
 
 
 def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, SecondMoments]:
@@ -265,7 +272,7 @@ def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, 
             Weighting.COVARIANCE,
             probe_schedule(ground.steps),
             MAX_ORDER,
-            lambda *_: ground.meter.add(0.9),
+            ground.meter,
         )
         return named_tensors(statistics)
 

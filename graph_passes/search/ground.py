@@ -6,7 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from calicache.graph_passes.common.errors import NoSampler, PlanError
 from calicache.graph_passes.common.hashing import tensor_bytes
@@ -17,7 +17,7 @@ from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
-from calicache.graph_passes.rewriting.workspace import Workspace
+from calicache.graph_passes.rewriting.workspace import PlanningTask
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler, run_plain
 from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
 from calicache.graph_passes.search.journal import Journal
@@ -70,38 +70,29 @@ class Ground:
 
 
 def prepare_ground(
-    model: nn.Module,
-    recording: Recording,
-    binding: Binding,
-    patterns: tuple[tuple[str, ...], tuple[str, ...]],
-    workspace: Workspace,
-    journal: Journal,
-    meter: Meter,
+    task: PlanningTask, patterns: tuple[tuple[str, ...], tuple[str, ...]], journal: Journal
 ) -> Ground:
     """Share out the recorded runs, capture the model, recover the sampler.
 
     Args:
-        model: with its weights.
-        recording: three runs or more.
-        binding: of both.
+        task: of a model with its weights and three runs or more.
         patterns: shell patterns over site names, to include and to exclude.
-        workspace: for the analysis of the model.
         journal: results of an interrupted search.
-        meter: counts calls of the model.
 
     Raises:
         CalicacheError: too few runs or steps, runs of several kinds, or a sampler whose update
             cannot be told from the recording; whatever other stage refuses names itself.
     """
-    _check_weights(model)
+    task.check_weights("Load the weights.")
+    binding, meter = task.binding, task.meter
     meter.stage("capture the model")
     try:
-        whole = recording.by_step()
-        analysis = workspace.analysis(model, binding.by_step(), *patterns)
+        whole = task.recording.by_step()
+        analysis = task.workspace.analysis(task.model, binding.by_step(), *patterns)
         parts = [whole.take_runs(places) for places in share_out(len(whole.runs))]
         meter.stage("run the recorded calls")
         recorded = recover_sampler(
-            analysis.captured, parts[0], binding.dependence, whole.steps, lambda *_: meter.add()
+            analysis.captured, parts[0], binding.dependence, whole.steps, meter
         )
     except NoSampler as unknown:
         raise _no_sampler(unknown) from unknown
@@ -109,7 +100,7 @@ def prepare_ground(
     return Ground(
         binding=binding,
         analysis=analysis,
-        decompositions=workspace.decompositions,
+        decompositions=task.workspace.decompositions,
         recording=parts[0],
         recorded=recorded,
         span=Span.of(recorded),
@@ -118,16 +109,6 @@ def prepare_ground(
         journal=journal,
         meter=meter,
     )
-
-
-def _check_weights(model: nn.Module) -> None:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PlanError(
-            "model",
-            expected="weights, to run the recorded calls with",
-            got="a model on the meta device",
-            fix="Load the weights.",
-        )
 
 
 def check_runs(recording: Recording, binding: Binding) -> None:

@@ -18,7 +18,7 @@ from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.rewriting.workspace import Workspace
+from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.search.allocate import MULTIPLE
 from calicache.graph_passes.search.candidates import (
@@ -91,8 +91,8 @@ def search_plan(
     searched, _, _ = share_out(len(recording.runs) // recording.calls_per_step)
     calls = RUNS * len(searched) * recording.steps
     meter = Meter(calls * request.effort, on_progress)
-    patterns = (request.include, request.exclude)
-    ground = prepare_ground(model, recording, binding, patterns, workspace, journal, meter)
+    task = PlanningTask(model, recording, binding, workspace, meter)
+    ground = prepare_ground(task, (request.include, request.exclude), journal)
     families, survey = find_families(ground, request.latency, request.budget, request.effort)
     least = min(family.least_share(ground.steps) for family in families)
     check_least(request, least)

@@ -7,12 +7,13 @@ to the branch's exits, since from there on the branch's own answer counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
 from calicache.graph_passes.recording.timestep import Run
@@ -20,6 +21,7 @@ from calicache.graph_passes.sites.sites import Sites
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
 BACK = 2  # steps between a value and the one it is set back to
+Probe = tuple[Sequence[str], Collection[str]]  # nodes set back, nodes that they are followed to
 
 
 def sensitivities(
@@ -28,7 +30,7 @@ def sensitivities(
     targets: Sequence[CalibrationTarget],
     run: Run,
     steps: Sequence[int],
-    on_step: Callable[[], None] | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, float]:
     """|change of the output|^2 over |change of the target|^2, by name of target and branch.
 
@@ -38,33 +40,46 @@ def sensitivities(
         targets: linear ones; whole branches are measured in any case.
         run: a recorded run.
         steps: where to measure, each 2 or later.
-        on_step: called after every measured step.
+        meter: counts the measured steps.
     """
     branch_of = {site.name: site.branch for site in sites.linears}
     exits = {branch.name: branch.exits for branch in sites.branches}
-    graph = _Forks(captured)
-    changes: dict[str, tuple[float, float]] = {}  # of what is followed, of the value itself
     ends = {str(node) for node in graph_outputs(captured.graph)}
     # A branch that is one layer has the name of its target: they are kept apart.
-    probes = {f"branch {name}": (nodes, ends) for name, nodes in exits.items()}
+    probes: dict[str, Probe] = {f"branch {name}": (nodes, ends) for name, nodes in exits.items()}
     for target in targets:
         branch = branch_of[target.sites[0]]
-        probes[target.name] = (target.nodes, set(exits[branch]) if branch in exits else ends)
-    watched = {node for nodes, _ in probes.values() for node in nodes}
-    for step in steps:
-        earlier = graph.run(_tensors(captured, run[step - BACK]), watched)
-        tensors = _tensors(captured, run[step])
-        for name, followed, own in graph.fork(tensors, probes, earlier, watched | ends):
-            before = changes.get(name, (0.0, 0.0))
-            changes[name] = (before[0] + followed, before[1] + own)
-        if on_step:
-            on_step()
-    gains = {name: followed / own if own else 0.0 for name, (followed, own) in changes.items()}
+        followed = ends if branch is None else exits.get(branch, ends)
+        probes[target.name] = (target.nodes, followed)
+    gains = _gains(captured, probes, ends, run, steps, meter)
     result = {name: gains[f"branch {name}"] for name in exits}
     for target in targets:  # through the branch, where there is one
         through = gains.get(f"branch {branch_of[target.sites[0]]}", 1.0)
         result[target.name] = gains[target.name] * through
     return result
+
+
+def _gains(
+    captured: CapturedGraph,
+    probes: Mapping[str, Probe],
+    ends: Collection[str],
+    run: Run,
+    steps: Sequence[int],
+    meter: Meter | None,
+) -> dict[str, float]:
+    """|change of what is followed|^2 over |change of the probe|^2, by name of the probe."""
+    graph = _Forks(captured)
+    changes: dict[str, tuple[float, float]] = {}  # of what is followed, of the value itself
+    watched = {node for nodes, _ in probes.values() for node in nodes}
+    for step in steps:
+        earlier = graph.run(_tensors(captured, run[step - BACK]), watched)
+        tensors = _tensors(captured, run[step])
+        for name, followed, own in graph.fork(tensors, probes, earlier, {*watched, *ends}):
+            before = changes.get(name, (0.0, 0.0))
+            changes[name] = (before[0] + followed, before[1] + own)
+        if meter:
+            meter.add()
+    return {name: followed / own if own else 0.0 for name, (followed, own) in changes.items()}
 
 
 class _Forks:
@@ -86,7 +101,7 @@ class _Forks:
     def fork(
         self,
         tensors: Sequence[Tensor],
-        probes: Mapping[str, tuple[Sequence[str], Collection[str]]],
+        probes: Mapping[str, Probe],
         earlier: Mapping[str, Tensor],
         watched: Collection[str],
     ) -> list[tuple[str, float, float]]:

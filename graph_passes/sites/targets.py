@@ -122,18 +122,18 @@ def assign(
     whole, rejections = _whole_targets(captured, sites, by_branch)
     closed = {target.name for target in whole}  # branches whose layers have no treatment
     closed |= {name for name, treatment in by_branch.items() if treatment.mode is SiteMode.FULL}
-    by_site: dict[str, Treatment] = {}
-    for site in sites.linears:
-        if site.branch not in closed:
-            outer = default if site.branch is None else by_branch[site.branch]
-            by_site[site.name] = outer.under(_rule_for(rules, site.name))
-    layers = _layer_targets(sites, by_site, joint=joint)
-    place = {node.name: number for number, node in enumerate(captured.graph.nodes)}
-    in_order = sorted([*whole, *layers], key=lambda target: place[target.nodes[0]])
-    targets = _with_ranks(in_order, ranks)
-    for target in targets:
-        _check_rank(target)
+    open_sites = [site for site in sites.linears if site.branch not in closed]
+    by_site = _site_treatments(open_sites, by_branch, default, rules)
+    layers = _layer_targets(open_sites, by_site, joint=joint)
+    targets = _with_ranks(_in_graph_order([*whole, *layers], captured), ranks)
     return tuple(targets), tuple(rejections)
+
+
+def _in_graph_order(
+    targets: Sequence[CalibrationTarget], captured: CapturedGraph
+) -> list[CalibrationTarget]:
+    place = {node.name: number for number, node in enumerate(captured.graph.nodes)}
+    return sorted(targets, key=lambda target: place[target.nodes[0]])
 
 
 def _whole_targets(
@@ -155,14 +155,28 @@ def _whole_targets(
     return targets, rejections
 
 
+def _site_treatments(
+    sites: Sequence[LinearSite],
+    by_branch: Mapping[str, Treatment],
+    default: Treatment,
+    rules: Sequence[SiteRule],
+) -> dict[str, Treatment]:
+    """What is done with layers, by name: as with their branch, where no rule says otherwise."""
+    treatments: dict[str, Treatment] = {}
+    for site in sites:
+        outer = default if site.branch is None else by_branch[site.branch]
+        treatments[site.name] = outer.under(_rule_for(rules, site.name))
+    return treatments
+
+
 def _layer_targets(
-    sites: Sites, treatments: Mapping[str, Treatment], *, joint: bool
+    sites: Sequence[LinearSite], treatments: Mapping[str, Treatment], *, joint: bool
 ) -> list[CalibrationTarget]:
     """Targets of single layers, or of sibling layers of one branch and one rank."""
     groups: dict[tuple[str | None, str, int], list[LinearSite]] = {}
-    for site in sites.linears:
-        treatment = treatments.get(site.name)
-        if treatment is None or treatment.mode is SiteMode.FULL:
+    for site in sites:
+        treatment = treatments[site.name]
+        if treatment.mode is SiteMode.FULL:
             continue
         rank = treatment.rank_at(site.in_features, site.out_features)
         # Before the ranks of siblings are merged: the error names the layer.
@@ -229,6 +243,7 @@ def _branch_target(
 def _with_ranks(
     targets: Sequence[CalibrationTarget], ranks: Mapping[str, int]
 ) -> list[CalibrationTarget]:
+    """The same targets, some with other ranks; all ranks are checked."""
     names = [target.name for target in targets]
     for name in ranks:
         if name not in names:
@@ -238,7 +253,10 @@ def _with_ranks(
                 got=f"none of that name among {', '.join(names[:4])} and others",
                 fix="Take the names from `optimize(model, plan).compiled.targets`.",
             )
-    return [replace(target, rank=ranks.get(target.name, target.rank)) for target in targets]
+    ranked = [replace(target, rank=ranks.get(target.name, target.rank)) for target in targets]
+    for target in ranked:
+        _check_bounds(target.name, target.in_features, sum(target.out_features), target.rank)
+    return ranked
 
 
 def _joint_name(names: Sequence[str]) -> str:
@@ -263,10 +281,6 @@ def _check_rules(rules: Sequence[SiteRule], sites: Sites) -> None:
                 got=f"none among {', '.join(names[:4])} and others",
                 fix="Mend the pattern, or drop the rule.",
             )
-
-
-def _check_rank(target: CalibrationTarget) -> None:
-    _check_bounds(target.name, target.in_features, sum(target.out_features), target.rank)
 
 
 def _check_bounds(name: str, in_features: int, out_features: int, rank: int) -> None:

@@ -37,7 +37,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Fetched(HTMLParser):
     """What a page makes the browser fetch; where it only links to is left out."""
 
-    TAKEN_BY: ClassVar = {
+    ATTRIBUTES: ClassVar = {
         "script": "src",
         "img": "src",
         "iframe": "src",

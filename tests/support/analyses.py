@@ -6,13 +6,19 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from support.models import shake
-from torch import nn
+from support.models import modes, shake
+from torch import Tensor, nn
 
-from calicache.graph_passes import Recording, record
+from calicache.graph_passes import Recording, StepMode, record
+from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.factors.observe import observe
+from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import bind
+from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.sites.analysis import Analysis, analyse
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
+
+PAPER = modes("RCCRCC")  # as the paper's own, with an interval of 3
 
 
 def analysis_of(model: nn.Module, recording: Recording, exclude: Collection[str] = ()) -> Analysis:
@@ -31,3 +37,27 @@ def noise_analysis(model: nn.Module) -> Analysis:
 def targets_of(analysis: Analysis, rank: int, **options: Any) -> tuple[CalibrationTarget, ...]:
     """Calibration targets in graph order, whatever was refused beside them."""
     return tuple(assign(analysis.captured, analysis.sites, rank=rank, **options)[0])
+
+
+def seen_by(
+    analysis: Analysis,
+    recording: Recording,
+    weighting: Weighting,
+    schedule: tuple[StepMode, ...] = PAPER,
+    meter: Meter | None = None,
+) -> dict[str, Statistics]:
+    """Statistics of every linear layer on its own, against stale anchors."""
+    targets = targets_of(analysis, 1)
+    return observe(analysis.captured, targets, recording, weighting, schedule, 0, meter)
+
+
+def part(recording: Recording, *indices: int) -> Recording:
+    """A recording of some of the calls."""
+    return Recording([recording.calls[k] for k in indices], recording.signature)
+
+
+def replaced(recording: Recording, step: int, name: str, value: Tensor) -> Recording:
+    """The recording with another value of an argument in one call."""
+    calls = list(recording.calls)
+    calls[step] = {**calls[step], name: value}
+    return Recording(calls, recording.signature)

@@ -19,7 +19,7 @@ from calicache.graph_passes.sampler.tables import SamplerTables
 RUN_FOLDER = "CALICACHE_TEST_RUN"  # in the environment: of all processes of a test run
 
 
-def made_once(name: str, make: Callable[[Path], object]) -> Path:
+def shared_artifact(name: str, make: Callable[[Path], object]) -> Path:
     """What `make` writes to a path, made by the first process of a test run that asks for it.
 
     Nobody may change it.
@@ -41,7 +41,9 @@ def exported(
     for variant in fast.compiled.variant_set.variants.values():
         content.update(f"{variant.module.graph} {hash_weights(variant.module)}".encode())
     name = f"{layout} {content.hexdigest()[:16]}.onnx.d"
-    return made_once(name, lambda path: export_onnx(fast, path, layout=layout, sampler=sampler))
+    return shared_artifact(
+        name, lambda path: export_onnx(fast, path, layout=layout, sampler=sampler)
+    )
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -1,12 +1,37 @@
-"""Random weights, and what real samplers feed to small models."""
+"""Small models: random weights, and what real samplers feed them."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusion import GuidedDDIM
-from torch import nn
+from torch import Tensor, nn
+
+from calicache.graph_passes import StepMode
 
 STEPS = 6
+LETTERS = dict(zip("RCUF", StepMode, strict=True))
+
+
+def modes(letters: str) -> tuple[StepMode, ...]:
+    """A schedule in letters: REFRESH, CALIBRATE, REUSE (U), FORECAST."""
+    return tuple(LETTERS[letter] for letter in letters)
+
+
+class Branch(nn.Module):
+    """x + f(x) of tokens (B, N, 8), which are embedded first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return x + self.branch(self.norm(x))
 
 
 def shake(model: nn.Module, scale: float = 0.05) -> nn.Module:

@@ -1,21 +1,23 @@
-"""A plan, artifacts and a recording of a model small enough to make them often."""
+"""A plan, artifacts and a recording of a model small enough to make them often; what is said."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from support.artifacts import exported, made_once
-from support.models import shake
+from rich.console import Console
+from support.artifacts import exported, shared_artifact
+from support.models import modes, shake
 from torch import Tensor, nn
 
 from calicache.export import Layout, export_onnx, read_sampler
-from calicache.graph_passes import Plan, Recording, SiteMode, SiteRule, StepMode, optimize, record
+from calicache.graph_passes import Plan, Recording, SiteMode, SiteRule, optimize, record
+from calicache.tools.inspect.command import Facts, describe_facts
 
-LETTERS = dict(zip("RCUF", StepMode, strict=True))
 STEPS = 6
 RULES = (
     SiteRule("blocks.0", SiteMode.REUSE),
@@ -68,10 +70,6 @@ def small_runs(model: nn.Module, runs: int = 1, *, finish: bool = True) -> Recor
     return recording
 
 
-def schedule_of(letters: str) -> list[StepMode]:
-    return [LETTERS[letter] for letter in letters]
-
-
 def small_plan(
     model: nn.Module,
     recording: Recording,
@@ -81,13 +79,13 @@ def small_plan(
 ) -> Plan:
     """All modes, one branch that is reused, one layer in full, one rank of its own."""
     return Plan.from_trajectory(
-        model, recording, schedule=schedule_of(letters), rank=rank, order=1, rules=rules
+        model, recording, schedule=modes(letters), rank=rank, order=1, rules=rules
     )
 
 
 def small_folder() -> Path:
     """`plan`, `dit.onnx.d` and `runs.safetensors`, made once in a test run."""
-    return made_once("a path with spaces", _fill_small_folder)
+    return shared_artifact("a path with spaces", _fill_small_folder)
 
 
 def _fill_small_folder(folder: Path) -> None:
@@ -108,3 +106,20 @@ def other_artifact(letters: str = "RCCRCC", layout: Layout = Layout.STEP) -> Pat
     fast = optimize(model, small_plan(model, recording, letters, rules=(), rank=2))
     sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
     return exported(fast, layout, sampler)
+
+
+def printed(facts: Facts, width: int = 80) -> str:
+    """Facts as a terminal of that width shows them."""
+    file = io.StringIO()
+    Console(file=file, width=width, highlight=False).print(describe_facts(facts))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def codes(facts: Facts) -> list[str]:
+    """Of the warnings, in order."""
+    return [caution.code for caution in facts.warnings]
+
+
+def texts(facts: Facts) -> dict[str, str]:
+    """Of the warnings, by code."""
+    return {caution.code: caution.text for caution in facts.warnings}

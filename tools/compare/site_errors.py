@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ from torch import Tensor, fx
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.timestep import Call
 from calicache.graph_passes.rewriting.compile import Compiled
-from calicache.graph_passes.sampler.kept import Kept, keep_refresh
+from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.update import latent_channels
 from calicache.graph_passes.settings.choices import StepMode
@@ -103,7 +103,7 @@ def _run_cached(
     meter: Meter,
 ) -> None:
     """One run of the cached sampler, every step compared with the recorded call."""
-    sampler, end = recorded.steps, recorded.ends[number]
+    sampler, end, variant_set = recorded.steps, recorded.ends[number], compiled.variant_set
     x: Tensor | None = None
     before: Sequence[Tensor] = ()
     kept: Kept = ()
@@ -111,8 +111,11 @@ def _run_cached(
         exact_x = call[sampler.latent]
         x = exact_x if x is None else x.to(exact_x.dtype)
         sums.add(LATENTS, step, x, exact_x)
-        _, exact = _tapped(compiled.captured.module, joins, list(call.values()))
-        output, values, kept = _run_step(compiled, step, {**call, sampler.latent: x}, kept, joins)
+        values, exact = dict[str, Tensor](), dict[str, Tensor]()
+        _run_tapped(joins, exact, compiled.captured.module, list(call.values()))
+        mode, tensors = compiled.recipe.schedule[step], list({**call, sampler.latent: x}.values())
+        run = partial(_run_tapped, joins, values)
+        output, kept = run_step(variant_set, mode, kept, step, tensors, variant_set.history, run)
         for node, value in values.items():
             sums.add(joins[node], step, value, exact[node])
         own = latent_channels(output, x)
@@ -125,23 +128,12 @@ def _run_cached(
         sums.add(_RESULT, 0, x.chunk(sampler.parts)[0], end)
 
 
-def _run_step(
-    compiled: Compiled, step: int, call: Call, kept: Kept, joins: Collection[str]
-) -> tuple[Tensor, dict[str, Tensor], Kept]:
-    """The output of a step, the values of its joins, and the kept refreshes after it."""
-    variant_set, mode = compiled.variant_set, compiled.recipe.schedule[step]
-    variant, tensors = variant_set.variants[mode], list(call.values())
-    read = variant_set.read(variant.reads, kept, step, tensors[0].device)
-    results, values = _tapped(variant.module, joins, [*tensors, *read])
-    if mode is StepMode.REFRESH:
-        kept = keep_refresh(variant_set, results, kept, variant_set.history, tensors)
-    return results[0], values, kept
-
-
 class _Tap(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, names: Collection[str]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, names: Collection[str], values: dict[str, Tensor]
+    ) -> None:
         super().__init__(module)
-        self.names, self.values = names, dict[str, Tensor]()
+        self.names, self.values = names, values
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -150,14 +142,16 @@ class _Tap(fx.Interpreter):
         return value
 
 
-def _tapped(
-    module: fx.GraphModule, names: Collection[str], tensors: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-    """What a graph returns, and the values of some of its nodes."""
-    tap = _Tap(module, names)
+def _run_tapped(
+    names: Collection[str],
+    values: dict[str, Tensor],
+    module: fx.GraphModule,
+    tensors: Sequence[Tensor],
+) -> Sequence[Tensor]:
+    """What a graph returns; the values of some of its nodes are put into a dict."""
     with torch.no_grad():
-        results: Sequence[Tensor] = tap.run(*tensors)
-    return results, tap.values
+        results: Sequence[Tensor] = _Tap(module, names, values).run(*tensors)
+    return results
 
 
 def _joins(compiled: Compiled) -> dict[str, str]:

@@ -14,7 +14,7 @@ from calicache.graph_passes.settings.front import CONFIDENCE, ErrorSummary, Fron
 from calicache.tools.terminal.error_chart import ErrorChart
 from calicache.tools.terminal.text import fact_grid, schedule_strip, title
 
-_POINT, _TAKEN = "*", "O"
+_POINT, _CHOICE = "*", "O"
 _PERCENT = f"{100 * CONFIDENCE:g} %"
 _LETTERS = next(schedule_strip(tuple(StepMode))).plain.split()[1]
 _CHART_HEIGHT = 18
@@ -128,6 +128,6 @@ def front_chart(front: Front) -> ErrorChart:
     left = math.floor(round(10 * min(costs), 6))
     right = math.ceil(round(10 * max(costs), 6))
     tenths = [place / 10 for place in range(left, max(right, left + 1) + 1)]
-    series = [(_POINT, points), (_TAKEN, [points[front.choice]])]
-    legend = f"{_TAKEN} taken, {_POINT} the others"
+    series = [(_POINT, points), (_CHOICE, [points[front.choice]])]
+    legend = f"{_CHOICE} taken, {_POINT} the others"
     return ErrorChart(series, tenths, _CHART_HEIGHT, legend, "point")

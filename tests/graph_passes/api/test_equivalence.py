@@ -220,8 +220,8 @@ class Oracle(nn.Module):
             x_ref, y_ref = self.anchor(("x", name)), self.anchor(("y", name))
             if self.factors is None:
                 return y_ref
-            made = self.factors[name]
-            return y_ref + (args[0] - x_ref) @ made.down.T @ made.up.T
+            factors = self.factors[name]
+            return y_ref + (args[0] - x_ref) @ factors.down.T @ factors.up.T
 
         return hook
 

@@ -128,7 +128,7 @@ def weighting(request: pytest.FixtureRequest) -> Weighting:
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, two_runs: Recording) -> tuple[CapturedGraph, Sites]:
+def graph_and_sites(dit: FashionDiT, two_runs: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(dit, two_runs.signature)
     return captured, find_sites(captured, classify_nodes(captured, two_runs.dependence))
 
@@ -137,11 +137,11 @@ def found(dit: FashionDiT, two_runs: Recording) -> tuple[CapturedGraph, Sites]:
 def pairs(
     dit: FashionDiT,
     two_runs: Recording,
-    found: tuple[CapturedGraph, Sites],
+    graph_and_sites: tuple[CapturedGraph, Sites],
     replay: Replay,
     weighting: Weighting,
 ) -> dict[tuple[str, int], Pair]:
-    captured, sites = found
+    captured, sites = graph_and_sites
     targets = {rank: assign(captured, sites, rank=rank)[0] for rank in RANKS}
     schedule = uniform_schedule(STEPS, 3)
     statistics = observe(captured, targets[1], two_runs, weighting, schedule)
@@ -156,8 +156,8 @@ def pairs(
     return result
 
 
-def test_all_layers_are_sites(found: tuple[CapturedGraph, Sites]) -> None:
-    assert [site.name for site in found[1].linears] == LAYERS
+def test_all_layers_are_sites(graph_and_sites: tuple[CapturedGraph, Sites]) -> None:
+    assert [site.name for site in graph_and_sites[1].linears] == LAYERS
 
 
 @pytest.mark.parametrize("rank", RANKS)

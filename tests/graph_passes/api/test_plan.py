@@ -75,15 +75,15 @@ def assert_equal(one: Plan, other: Plan) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(dit: FashionDiT, dit_recording: Recording) -> tuple[CapturedGraph, Sites]:
+def graph_and_sites(dit: FashionDiT, dit_recording: Recording) -> tuple[CapturedGraph, Sites]:
     captured = capture(dit, dit_recording.signature)
     classes = classify_nodes(captured, dit_recording.dependence)
     return captured, find_sites(captured, classes)
 
 
 @pytest.fixture(scope="module")
-def targets(found: tuple[CapturedGraph, Sites]) -> tuple[CalibrationTarget, ...]:
-    return assign(*found, rank=4)[0]
+def targets(graph_and_sites: tuple[CapturedGraph, Sites]) -> tuple[CalibrationTarget, ...]:
+    return assign(*graph_and_sites, rank=4)[0]
 
 
 def check(plan: Plan, targets: Sequence[CalibrationTarget]) -> None:
@@ -95,7 +95,7 @@ def test_plan_holds_what_the_recording_showed(
     dit: FashionDiT,
     dit_recording: Recording,
     dit_plan: Plan,
-    found: tuple[CapturedGraph, Sites],
+    graph_and_sites: tuple[CapturedGraph, Sites],
     targets: tuple[CalibrationTarget, ...],
 ) -> None:
     kept, bound = dit_plan.recipe, dit_plan.binding
@@ -114,8 +114,10 @@ def test_plan_holds_what_the_recording_showed(
     assert (kept.order, kept.granularity, kept.rules) == (0, Granularity.LINEAR, ())
     assert (kept.output_weights, kept.latent) == (None, None)
     assert kept.correction == "not asked for"
-    assert list(dit_plan.statistics) == [site.name for site in found[1].linears]
-    expected = observe(found[0], targets, dit_recording, Weighting.INCREMENT, kept.schedule)
+    assert list(dit_plan.statistics) == [site.name for site in graph_and_sites[1].linears]
+    expected = observe(
+        graph_and_sites[0], targets, dit_recording, Weighting.INCREMENT, kept.schedule
+    )
     assert_equal(dit_plan, Plan(bound, kept, expected))
 
 
@@ -137,10 +139,8 @@ def test_options_reach_the_plan(dit: FashionDiT, dit_recording: Recording) -> No
     assert (plan.recipe.rank, plan.recipe.weighting) == (8, Weighting.ACTIVATION)
     assert (plan.recipe.include, plan.recipe.exclude) == (("blocks.1.*",), ("*.fc?",))
     assert list(plan.statistics) == [f"blocks.1.attn.{name}" for name in ("q", "k", "proj")]
-    assert seen == [
-        Progress(0, STEPS, "capture the model"),
-        *(Progress(k, STEPS, "observe increments") for k in range(STEPS + 1)),
-    ]
+    assert [progress.done for progress in seen] == [0, *range(STEPS + 1)]  # two stages begin
+    assert {progress.total for progress in seen} == {STEPS}
 
 
 def test_schedule_may_be_written_in_names_and_letters(
@@ -401,7 +401,7 @@ def test_rank_must_not_be_negative(dit_plan: Plan) -> None:
 
 
 def test_rank_above_a_layer_in_a_rule_names_the_layer(
-    dit: FashionDiT, dit_recording: Recording, found: tuple[CapturedGraph, Sites]
+    dit: FashionDiT, dit_recording: Recording, graph_and_sites: tuple[CapturedGraph, Sites]
 ) -> None:
     message = (
         "plan: rank of blocks.0.attn.q: expected 0 .. 32 for 32 -> 32, got 33. "
@@ -410,7 +410,7 @@ def test_rank_above_a_layer_in_a_rule_names_the_layer(
     rules = [SiteRule("*.q", SiteMode.CALIBRATE, rank=33)]
     for joint in (False, True):
         with refuses(message):
-            assign(*found, rank=32, rules=rules, joint=joint)
+            assign(*graph_and_sites, rank=32, rules=rules, joint=joint)
     with refuses(message):
         Plan.from_trajectory(dit, dit_recording, rank=32, rules=rules)
 
@@ -680,9 +680,9 @@ def test_rule_that_fits_nothing_is_refused(dit: FashionDiT, dit_recording: Recor
 
 
 def test_second_moments_of_another_width_are_refused(
-    ruled_plan: Plan, found: tuple[CapturedGraph, Sites]
+    ruled_plan: Plan, graph_and_sites: tuple[CapturedGraph, Sites]
 ) -> None:
-    targets, _ = assign(*found, rank=4, rules=RULES, joint=True)
+    targets, _ = assign(*graph_and_sites, rank=4, rules=RULES, joint=True)
     check(ruled_plan, targets)  # fits
     bad = {**ruled_plan.statistics, "blocks.0.mlp": SecondMoments(input=torch.eye(32))}
     with pytest.raises(PlanError, match=r"statistics of blocks\.0\.mlp: .*'cross': \(32, 32\)"):

@@ -42,7 +42,7 @@ def draw(seed: int) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16], ids=["half", "bfloat"])
-def made(
+def exports(
     request: pytest.FixtureRequest,
     diffusers_dit: DiTTransformer2DModel,
     tmp_path_factory: pytest.TempPathFactory,
@@ -61,8 +61,8 @@ def made(
 
 
 @pytest.mark.parametrize("layout", list(Layout))
-def test_weights_and_caches_have_the_models_dtype(made, layout: Layout) -> None:
-    dtype, fast, folder = made
+def test_weights_and_caches_have_the_models_dtype(exports, layout: Layout) -> None:
+    dtype, fast, folder = exports
     wanted = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}
     for mode in {*SCHEDULE}:
         path = folder / layout / model_file(layout, mode)
@@ -73,8 +73,8 @@ def test_weights_and_caches_have_the_models_dtype(made, layout: Layout) -> None:
     assert {cache.dtype for cache in fast.compiled.variant_set.caches} == {dtype}
 
 
-def test_sampler_takes_and_returns_float32(made) -> None:
-    *_, folder = made
+def test_sampler_takes_and_returns_float32(exports) -> None:
+    *_, folder = exports
     model = onnx.load(folder / "sampler" / "model.onnx", load_external_data=False)
     types = {
         v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)
@@ -88,10 +88,10 @@ def eager(fast: OptimizedModel, dtype: torch.dtype) -> Tensor:
     return sample(fast, draw(2), dtype)
 
 
-@pytest.mark.parametrize("made", [torch.float16], indirect=True)
+@pytest.mark.parametrize("exports", [torch.float16], indirect=True)
 @pytest.mark.parametrize("layout", list(Layout))
-def test_half_precision_agrees_with_eager(made, layout: Layout) -> None:
-    dtype, fast, folder = made
+def test_half_precision_agrees_with_eager(exports, layout: Layout) -> None:
+    dtype, fast, folder = exports
     session = Session(folder / layout)
     if layout is Layout.SAMPLER:
         got = torch.from_numpy(session.sample(draw(2), class_labels=LABELS))
@@ -107,10 +107,10 @@ def test_half_precision_agrees_with_eager(made, layout: Layout) -> None:
     assert relative(got, eager(fast, dtype)) < 2e-3
 
 
-@pytest.mark.parametrize("made", [torch.bfloat16], indirect=True)
+@pytest.mark.parametrize("exports", [torch.bfloat16], indirect=True)
 @pytest.mark.parametrize("layout", list(Layout))
-def test_bfloat16_is_refused_by_the_cpu_with_a_way_out(made, layout: Layout) -> None:
-    *_, folder = made
+def test_bfloat16_is_refused_by_the_cpu_with_a_way_out(exports, layout: Layout) -> None:
+    *_, folder = exports
     with pytest.raises(ExportError, match="CPUExecutionProvider") as caught:
         Session(folder / layout)
     assert "another dtype" in caught.value.fix

@@ -25,14 +25,14 @@ Calls = list[dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def made(dit: FashionDiT, dit_plan: Plan) -> OptimizedModel:
+def optimized(dit: FashionDiT, dit_plan: Plan) -> OptimizedModel:
     return optimize(dit, dit_plan.with_schedule(SCHEDULE))
 
 
 @pytest.fixture
-def fast(made: OptimizedModel) -> OptimizedModel:
-    made.reset()
-    return made
+def fast(optimized: OptimizedModel) -> OptimizedModel:
+    optimized.reset()
+    return optimized
 
 
 @pytest.fixture

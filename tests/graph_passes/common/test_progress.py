@@ -44,6 +44,16 @@ def test_a_listener_is_told_of_every_stage_and_every_piece() -> None:
     ]
 
 
+def test_a_piece_is_worth_what_its_stage_says() -> None:
+    seen: list[Progress] = []
+    meter = Meter(4, seen.append)
+    meter.stage("halves", 0.5)
+    meter.add(3)
+    meter.stage("wholes")
+    meter.add()
+    assert [progress.done for progress in seen] == [0, 1.5, 1.5, 2.5]
+
+
 def test_nobody_has_to_listen() -> None:
     meter = Meter(2)
     meter.stage("alone")

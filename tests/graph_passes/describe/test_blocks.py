@@ -16,7 +16,6 @@ from support.small_graphs import (
     compiled,
     named,
     small_graphs,
-    small_model,
 )
 
 from calicache.graph_passes import (
@@ -32,16 +31,6 @@ from calicache.graph_passes.describe.blocks import CACHES, BlockView, EdgeView
 from calicache.graph_passes.describe.graphs import Mark, NodeView
 
 MODES = (None, *StepMode)
-
-
-@pytest.fixture(scope="module", params=[0, 2], ids=["order 0", "order 2"])
-def optimized(request: pytest.FixtureRequest) -> OptimizedModel:
-    return small_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def graphs(optimized: OptimizedModel) -> ModelGraphs:
-    return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

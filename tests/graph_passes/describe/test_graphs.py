@@ -33,16 +33,6 @@ from calicache.graph_passes.describe.parts import find_block_lists
 from calicache.graph_passes.rewriting.insertion import slot_name
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["order 0", "order 2"])
-def optimized(request: pytest.FixtureRequest) -> OptimizedModel:
-    return small_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def graphs(optimized: OptimizedModel) -> ModelGraphs:
-    return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
-
-
 def test_every_mode_has_the_nodes_of_its_graph_in_order(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
@@ -96,9 +86,9 @@ def test_refresh_alone_writes_every_cache_by_the_node_that_makes_it(
     assert [write.cache for write in writes] == [
         c.name for c in optimized.compiled.variant_set.caches
     ]
-    made = named(graphs.modes[REFRESH].nodes)
+    nodes = named(graphs.modes[REFRESH].nodes)
     for write, cache in zip(writes, optimized.compiled.variant_set.caches, strict=True):
-        assert made[write.node].shape == cache.shape
+        assert nodes[write.node].shape == cache.shape
     assert not any(graphs.modes[mode].writes for mode in (CALIBRATE, REUSE, FORECAST))
     assert graphs.plain.outputs == ("_unsafe_view_1",)
 

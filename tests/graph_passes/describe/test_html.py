@@ -46,14 +46,14 @@ def test_every_mode_has_a_letter_of_its_own() -> None:
 
 
 def test_plan_shows_schedule_settings_and_statistics(plan: Plan) -> None:
-    found = facts(plan._repr_html_())
-    assert found["schedule"] == "RCRURF"
-    assert found["steps"] == "6: 3 REFRESH (R), 1 CALIBRATE (C), 1 REUSE (U), 1 FORECAST (F)"
-    assert found["settings"].startswith("rank 4, order 1, weighting covariance")
-    assert found["statistics"] == "of 3 targets"
-    assert found["output weights"] == "fitted to the recorded runs"
-    assert found["weights"] == plan.binding.weights_hash[:16]
-    assert "cost" not in found
+    entries = facts(plan._repr_html_())
+    assert entries["schedule"] == "RCRURF"
+    assert entries["steps"] == "6: 3 REFRESH (R), 1 CALIBRATE (C), 1 REUSE (U), 1 FORECAST (F)"
+    assert entries["settings"].startswith("rank 4, order 1, weighting covariance")
+    assert entries["statistics"] == "of 3 targets"
+    assert entries["output weights"] == "fitted to the recorded runs"
+    assert entries["weights"] == plan.binding.weights_hash[:16]
+    assert "cost" not in entries
 
 
 def test_plan_of_a_search_shows_cost_and_front(plan: Plan) -> None:
@@ -75,15 +75,15 @@ def test_text_of_the_user_is_escaped(plan: Plan) -> None:
 
 def test_optimised_model_shows_sites_cost_and_caches(fast: OptimizedModel) -> None:
     html = fast._repr_html_()
-    found = facts(html)
+    entries = facts(html)
     assert html.startswith("<div><b>Small optimised by calicache</b>")
-    assert found["schedule"] == "RCRURF"
+    assert entries["schedule"] == "RCRURF"
     share = fast.compiled.cost.run_share(fast.plan.schedule)
-    assert found["cost"] == f"{share:.3f} of the full run, in MACs"
-    assert found["sites"] == "6 in 3 residual branches, 2 left alone"
-    assert found["calibration branches"].startswith("3; rank 4")
+    assert entries["cost"] == f"{share:.3f} of the full run, in MACs"
+    assert entries["sites"] == "6 in 3 residual branches, 2 left alone"
+    assert entries["calibration branches"].startswith("3; rank 4")
     size = f"{fast.compiled.cost.cache_bytes:,} bytes"
-    assert found["caches"] == f"8 values, 2 refreshes of each at most, {size}"
+    assert entries["caches"] == f"8 values, 2 refreshes of each at most, {size}"
     totals = {row[0]: row[1:] for row in rows(html) if len(row) == 4}
     assert totals["CALIBRATE"] == [
         "1",

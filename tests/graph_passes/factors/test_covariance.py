@@ -364,11 +364,11 @@ def test_branch_map_is_the_reduced_rank_regression(
 def test_branch_up_is_orthonormal_and_energy_grows(width: int, out: int, seed: int) -> None:
     moments = branch_moments(*branch_increments(width, out, seed))
     ranks = range(min(width, out) + 1)
-    made = [branch_factors(rank, moments, torch.float32) for rank in ranks]
-    energies = [factors.energy for factors in made]
+    by_rank = [branch_factors(rank, moments, torch.float32) for rank in ranks]
+    energies = [factors.energy for factors in by_rank]
     assert energies == sorted(energies)
     assert 0.0 <= energies[0] <= energies[-1] == 1.0
-    for rank, factors in zip(ranks, made, strict=True):
+    for rank, factors in zip(ranks, by_rank, strict=True):
         assert (factors.up.shape, factors.down.shape) == ((out, rank), (rank, width))
         up = factors.up.double()
         # Entries of `up` are below 1 and rounded to float32; a column has at most 12 of them.

@@ -106,9 +106,9 @@ def test_down_is_what_read_makes_of_the_weight(
 def test_energy_grows_with_rank_from_0_to_1(
     shape: tuple[int, int], seed: int, true_rank: int, smallest: float
 ) -> None:
-    made = draw(seed)
-    weight = torch.randn(shape[0], true_rank, generator=made) @ torch.randn(
-        true_rank, shape[1], generator=made
+    generator = draw(seed)
+    weight = torch.randn(shape[0], true_rank, generator=generator) @ torch.randn(
+        true_rank, shape[1], generator=generator
     )
     statistics = random_statistics(shape, seed, smallest)
     energies = [decompose(weight, r, statistics).energy for r in range(min(shape) + 1)]
@@ -165,15 +165,15 @@ def test_no_map_of_the_same_rank_has_a_smaller_weighted_error(
     shape: tuple[int, int], seed: int, smallest: float, noise: float, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(0, min(shape)))
-    made = draw(seed)
-    weight = torch.randn(shape, generator=made)
+    generator = draw(seed)
+    weight = torch.randn(shape, generator=generator)
     statistics = random_statistics(shape, seed, smallest)
     factors = decompose(weight, rank, statistics)
     best = weighted_error(weight, product(factors), statistics)
     # Rounding of the factors to float32, against the size of what is approximated.
     slack = 1e-6 * weighted_error(weight, torch.zeros(shape), statistics)
-    near_up = factors.up + noise * torch.randn(factors.up.shape, generator=made)
-    near_down = factors.down + noise * torch.randn(factors.down.shape, generator=made)
+    near_up = factors.up + noise * torch.randn(factors.up.shape, generator=generator)
+    near_down = factors.down + noise * torch.randn(factors.down.shape, generator=generator)
     random_map = near_up @ torch.linalg.pinv(near_up) @ weight  # best map into a random space
     for other in (near_up @ near_down, random_map):
         assert best <= weighted_error(weight, other, statistics) + slack

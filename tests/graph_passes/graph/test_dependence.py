@@ -126,8 +126,8 @@ def test_class_of_a_named_layer(
     model: str, path: str, expected: Dependence, request: pytest.FixtureRequest
 ) -> None:
     captured, classes = request.getfixturevalue(f"{model}_classes")
-    found = {classes[node.name] for node in captured.graph.nodes if module_path(node) == path}
-    assert found == {expected}
+    kinds = {classes[node.name] for node in captured.graph.nodes if module_path(node) == path}
+    assert kinds == {expected}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_what_only_takes_the_form_of_the_latent_does_not_change_with_it() -> Non
     text, t = torch.randn(2, 3), torch.ones(2, 3)
     calls = ({"x": torch.randn(2, 3), "timestep": t, "text": text} for _ in range(2))
     over_noise = changed(*(Watch(captured, call) for call in calls))
-    assert over_noise == {name for name, found in classes.items() if found is LATENT} - {"output"}
+    assert over_noise == {name for name, kind in classes.items() if kind is LATENT} - {"output"}
 
 
 class Formed(nn.Module):
@@ -353,8 +353,8 @@ def test_every_layout_agrees_where_the_latent_lends_its_form(
     model, recording, sample = formed_run
     plan = Plan.from_trajectory(model, recording, rank=8, correct=False)
     fast = optimize(model, plan)
-    found = read_sampler(fast, recording) if layout == "sampler" else None
-    export_onnx(fast, tmp_path / "out", layout=layout, sampler=found)
+    sampler = read_sampler(fast, recording) if layout == "sampler" else None
+    export_onnx(fast, tmp_path / "out", layout=layout, sampler=sampler)
     session = Session(tmp_path / "out")
     if layout == "sampler":
         draw = torch.Generator().manual_seed(3)

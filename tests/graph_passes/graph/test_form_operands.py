@@ -21,7 +21,7 @@ from calicache.graph_passes.recording.reads import find_reads
 aten = torch.ops.aten
 Function = Callable[..., Any]
 FLOAT, DOUBLE, CPU = torch.float32, torch.float64, torch.device("cpu")
-MADE = {"dtype": DOUBLE, "device": CPU}  # as the operand has it
+DOUBLES = {"dtype": DOUBLE, "device": CPU}  # as the operand has it
 
 
 def trace(function: Function, *inputs: Tensor) -> fx.GraphModule:
@@ -55,21 +55,21 @@ def inputs() -> tuple[Tensor, Tensor]:
 # Function of (value, operand): (what stands there, with which arguments beside the value).
 FORMS: dict[str, tuple[Function, Any, tuple[Any, ...], dict[str, Any]]] = {
     "type_as": (lambda x, y: x.type_as(y), aten.to.dtype, (DOUBLE,), {}),
-    "zeros_like": (lambda _, y: torch.zeros_like(y), aten.zeros.default, ([3, 4],), MADE),
-    "ones_like": (lambda _, y: torch.ones_like(y), aten.ones.default, ([3, 4],), MADE),
-    "full_like": (lambda _, y: torch.full_like(y, 7), aten.full.default, ([3, 4], 7), MADE),
-    "new_zeros": (lambda _, y: y.new_zeros(2, 5), aten.zeros.default, ([2, 5],), MADE),
-    "new_ones": (lambda _, y: y.new_ones(2), aten.ones.default, ([2],), MADE),
-    "new_full": (lambda _, y: y.new_full((2,), 0.5), aten.full.default, ([2], 0.5), MADE),
+    "zeros_like": (lambda _, y: torch.zeros_like(y), aten.zeros.default, ([3, 4],), DOUBLES),
+    "ones_like": (lambda _, y: torch.ones_like(y), aten.ones.default, ([3, 4],), DOUBLES),
+    "full_like": (lambda _, y: torch.full_like(y, 7), aten.full.default, ([3, 4], 7), DOUBLES),
+    "new_zeros": (lambda _, y: y.new_zeros(2, 5), aten.zeros.default, ([2, 5],), DOUBLES),
+    "new_ones": (lambda _, y: y.new_ones(2), aten.ones.default, ([2],), DOUBLES),
+    "new_full": (lambda _, y: y.new_full((2,), 0.5), aten.full.default, ([2], 0.5), DOUBLES),
     "dtype given": (
         lambda _, y: torch.ones_like(y, dtype=torch.int64),
-        *(aten.ones.default, ([3, 4],), {**MADE, "dtype": torch.int64}),
+        *(aten.ones.default, ([3, 4],), {**DOUBLES, "dtype": torch.int64}),
     ),
     "truth values": (
         lambda _, y: torch.full_like(y, True, dtype=torch.bool),
-        *(aten.full.default, ([3, 4], True), {**MADE, "dtype": torch.bool}),
+        *(aten.full.default, ([3, 4], True), {**DOUBLES, "dtype": torch.bool}),
     ),
-    "no dimensions": (lambda _, y: y.new_zeros(()), aten.zeros.default, ([],), MADE),
+    "no dimensions": (lambda _, y: y.new_zeros(()), aten.zeros.default, ([],), DOUBLES),
 }
 
 
@@ -88,17 +88,17 @@ def test_the_operand_is_written_as_what_it_lends(
     assert new in calls(explicit.graph)
     assert old not in list(explicit.graph.nodes)
     assert new.target is target
-    taken = target is aten.to.dtype
+    is_cast = target is aten.to.dtype
     first = next(iter(explicit.graph.nodes))
-    assert new.args == ((first, *arguments) if taken else arguments)
+    assert new.args == ((first, *arguments) if is_cast else arguments)
     assert dict(new.kwargs) == options
-    assert new.all_input_nodes == [first] * taken
+    assert new.all_input_nodes == [first] * is_cast
     expected = function(*values)
-    found = value_of(explicit(*values))
+    value = value_of(explicit(*values))
     assert (new.meta["val"].shape, new.meta["val"].dtype) == (expected.shape, expected.dtype)
     # Casts, copies and constants, as in torch.
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    assert torch.equal(found, expected)
+    assert (value.dtype, value.shape) == (expected.dtype, expected.shape)
+    assert torch.equal(value, expected)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_sizes_are_written_out(source: Any, target: Any, size: tuple[int, ...]) 
 @pytest.mark.parametrize("function", [torch.empty_like, lambda y: y.new_empty(3, 4)])
 def test_what_is_empty_is_zeros(function: Function) -> None:
     def filled(x: Tensor, y: Tensor) -> Tensor:
-        made = function(y)
-        made[:] = x
-        return made
+        empty = function(y)
+        empty[:] = x
+        return empty
 
     values = inputs()
     explicit, _ = write_out(trace(filled, *values))
@@ -216,14 +216,14 @@ def test_what_only_has_the_latents_form_does_not_depend_on_it() -> None:
     # float32: the same operations on the same numbers.
     assert torch.equal(graph.module(*values)[0], model(*values))
     # Sums of 4 products in another order.
-    found = run_onnx(graph.module, *values)[0]
-    torch.testing.assert_close(found, model(*values).detach(), rtol=1e-5, atol=1e-6)
+    output = run_onnx(graph.module, *values)[0]
+    torch.testing.assert_close(output, model(*values).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_values_are_laid_out_as_before() -> None:
     def model(x: Tensor) -> Tensor:
-        made = torch.ones_like(x.transpose(0, 1))  # with the strides of its operand
-        return made.transpose(0, 1).flatten() * x.flatten()
+        ones = torch.ones_like(x.transpose(0, 1))  # with the strides of its operand
+        return ones.transpose(0, 1).flatten() * x.flatten()
 
     x = torch.randn(3, 4)
     assert torch.equal(captured(model, x).module(x)[0], model(x))

@@ -135,12 +135,12 @@ def test_full_rank_is_exact_with_another_text_in_every_run(
 ) -> None:
     fast = optimised(model, recording, mode, order=order)
     for seed in (3, 4):
-        found, exact = sample(fast, seed), sample(model, seed)
+        latents, exact = sample(fast, seed), sample(model, seed)
         if mode is StepMode.CALIBRATE:
             # float32, every layer as a product of two factors, over 6 steps.
-            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(latents, exact, rtol=1e-3, atol=1e-4)
         else:
-            assert (found - exact).norm() < 0.2 * exact.norm()
+            assert (latents - exact).norm() < 0.2 * exact.norm()
 
 
 def test_kept_values_do_not_pile_up(model, recording) -> None:
@@ -175,6 +175,6 @@ def test_sessions_agree_with_torch(fast, layout: str, tmp_path) -> None:
 def test_sampler_agrees_with_torch(fast, recording, tmp_path) -> None:
     export_onnx(fast, tmp_path / "run", layout="sampler", sampler=read_sampler(fast, recording))
     inputs = draw(5)
-    found = Session(tmp_path / "run").sample(inputs.pop("x"), **inputs)
+    latents = Session(tmp_path / "run").sample(inputs.pop("x"), **inputs)
     fast.reset()
-    np.testing.assert_allclose(found, sample(fast, 5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(latents, sample(fast, 5), rtol=1e-4, atol=1e-5)

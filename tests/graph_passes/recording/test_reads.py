@@ -546,9 +546,9 @@ def test_a_session_of_whole_runs_takes_the_recorded_mask_alone(
     export_onnx(fast, tmp_path / "run", layout="sampler", sampler=read_sampler(fast, recording))
     session = Session(tmp_path / "run")
     noise = torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(4))
-    found = session.sample(noise, mask=MASK)
+    latents = session.sample(noise, mask=MASK)
     fast.reset()
-    np.testing.assert_allclose(found, run_of(fast, seed=4), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(latents, run_of(fast, seed=4), rtol=1e-4, atol=1e-5)
     with pytest.raises(RunError) as caught:
         session.sample(noise, mask=OTHER)
     assert str(caught.value) == MESSAGE

@@ -50,16 +50,16 @@ def optimized(case: PipelineCase) -> OptimizedModel:
 
 def test_calls_of_a_step_become_one_batch(case: PipelineCase) -> None:
     _, recording = recorded(case)
-    made = recording.by_step()
-    assert made.calls_per_step == 1
-    assert len(made.calls) * 2 == len(recording.calls)
-    assert made.steps == recording.steps
-    assert len(made.runs) * 2 == len(recording.runs)
-    assert [end.shape for end in made.ends] == [end.shape for end in recording.ends[::2]]
-    (text,) = (s for s in made.signature.tensors if s.name == "encoder_hidden_states")
+    whole = recording.by_step()
+    assert whole.calls_per_step == 1
+    assert len(whole.calls) * 2 == len(recording.calls)
+    assert whole.steps == recording.steps
+    assert len(whole.runs) * 2 == len(recording.runs)
+    assert [end.shape for end in whole.ends] == [end.shape for end in recording.ends[::2]]
+    (text,) = (s for s in whole.signature.tensors if s.name == "encoder_hidden_states")
     first, second = (call["encoder_hidden_states"] for call in recording.calls[:2])
     assert text.shape == (2 * first.shape[0], *first.shape[1:])
-    assert torch.equal(made.calls[0]["encoder_hidden_states"], torch.cat([first, second]))
+    assert torch.equal(whole.calls[0]["encoder_hidden_states"], torch.cat([first, second]))
 
 
 def test_calls_that_differ_without_a_batch_dimension_are_told(case: PipelineCase) -> None:
@@ -95,11 +95,11 @@ def test_batched_model_gives_what_the_two_calls_give(case: PipelineCase) -> None
     both = fast.by_step()
     both.reset()
     assert both is fast.by_step()
-    made = recording.by_step()
-    for number in range(made.steps):
+    whole = recording.by_step()
+    for number in range(whole.steps):
         calls = recording.calls[2 * number : 2 * number + 2]
         apart = [fast(**recording.signature.unflatten([*c.values()]))[0] for c in calls]
-        together = both(**made.signature.unflatten([*made.calls[number].values()]))[0]
+        together = both(**whole.signature.unflatten([*whole.calls[number].values()]))[0]
         # The same sums over other batches.
         assert relative(together, torch.cat(apart)) < 1e-5
 
@@ -112,8 +112,8 @@ def test_sampler_layout_does_the_whole_guided_run(case: PipelineCase, tmp_path: 
     assert sampler.parts == 2
     assert sampler.guidance == pytest.approx(case.scale, rel=1e-3)  # found by least squares
     manifest = export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
-    made = recording.by_step()
-    first = made.calls[0]
+    whole = recording.by_step()
+    first = whole.calls[0]
     inputs = {spec.name: first[spec.name] for spec in manifest.sampler.inputs}
     noise = first[sampler.latent].chunk(2)[0]
     got = torch.from_numpy(Session(tmp_path / "d").sample(noise, **inputs))

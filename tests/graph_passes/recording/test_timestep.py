@@ -18,12 +18,12 @@ Calls = list[dict[str, Tensor]]
 def calls(times: Sequence[float], **more: Sequence[float]) -> Calls:
     """A latent that differs from call to call, times, and other inputs that are one number."""
     draw = torch.Generator().manual_seed(0)
-    made = []
+    series = []
     for place, time in enumerate(times):
         call = {"latent": torch.randn(2, 3, generator=draw), "timestep": torch.full((2,), time)}
         call |= {name: torch.tensor(values[place]) for name, values in more.items()}
-        made.append(call)
-    return made
+        series.append(call)
+    return series
 
 
 def find(times: Sequence[float], *ends: int) -> Timestep | None:
@@ -31,8 +31,8 @@ def find(times: Sequence[float], *ends: int) -> Timestep | None:
 
 
 def lengths(times: Sequence[float], *ends: int) -> list[int]:
-    made = calls(times)
-    return [len(run) for run in cut_runs(find_timestep(NAMES, made, ends), made, ends)]
+    series = calls(times)
+    return [len(run) for run in cut_runs(find_timestep(NAMES, series, ends), series, ends)]
 
 
 def repeated(times: Sequence[float], each: int) -> list[float]:
@@ -44,19 +44,19 @@ def repeated(times: Sequence[float], each: int) -> list[float]:
 
 @pytest.mark.parametrize(("times", "descends"), [(DOWN, True), (DOWN[::-1], False)])
 def test_it_is_one_number_that_changes_one_way(times: list[float], descends: bool) -> None:
-    found = find(times)
-    assert found == Timestep("timestep", descends)
-    assert found is not None
-    assert (found.repeats, found.calls) == (False, 1)
+    timestep = find(times)
+    assert timestep == Timestep("timestep", descends)
+    assert timestep is not None
+    assert (timestep.repeats, timestep.calls) == (False, 1)
 
 
 def test_it_is_the_one_that_changes_most_often() -> None:
-    made = calls(DOWN, scale=[1.0, 1.0, 2.0, 2.0], sigma=[5.0, 4.0, 3.0, 3.0])
-    assert find_timestep(list(made[0]), made, ()) == Timestep("timestep", True)
+    series = calls(DOWN, scale=[1.0, 1.0, 2.0, 2.0], sigma=[5.0, 4.0, 3.0, 3.0])
+    assert find_timestep(list(series[0]), series, ()) == Timestep("timestep", True)
     # The first of two that change as often.
-    made = calls(DOWN, sigma=[0.1, 0.4, 0.7, 0.9])
-    assert find_timestep(["sigma", "timestep"], made, ()) == Timestep("sigma", False)
-    assert find_timestep(["timestep", "sigma"], made, ()) == Timestep("timestep", True)
+    series = calls(DOWN, sigma=[0.1, 0.4, 0.7, 0.9])
+    assert find_timestep(["sigma", "timestep"], series, ()) == Timestep("sigma", False)
+    assert find_timestep(["timestep", "sigma"], series, ()) == Timestep("timestep", True)
 
 
 def test_a_run_or_two_do_not_hide_the_direction() -> None:
@@ -71,9 +71,9 @@ def test_there_is_none_where_nothing_changes(times: list[float]) -> None:
 
 
 def test_an_input_that_is_one_number_only_at_times_is_none() -> None:
-    made = calls(DOWN)
-    made[2]["timestep"] = torch.tensor([4.0, 5.0])
-    assert find_timestep(NAMES, made, ()) is None
+    series = calls(DOWN)
+    series[2]["timestep"] = torch.tensor([4.0, 5.0])
+    assert find_timestep(NAMES, series, ()) is None
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_one_number(value: Tensor, number: float | None) -> None:
 @pytest.mark.parametrize("each", [1, 2, 3])
 def test_calls_in_a_row_at_one_time_are_a_step(times: list[float], runs: int, each: int) -> None:
     recorded = repeated(times, each) * runs
-    found = find(recorded)
-    assert found is not None
-    assert (found.calls, found.repeats) == (each, each > 1)
-    assert found == Timestep("timestep", times == DOWN, calls=each)
+    timestep = find(recorded)
+    assert timestep is not None
+    assert (timestep.calls, timestep.repeats) == (each, each > 1)
+    assert timestep == Timestep("timestep", times == DOWN, calls=each)
     assert lengths(recorded) == [each * len(times)] * runs
 
 
@@ -118,16 +118,16 @@ def test_calls_in_a_row_at_one_time_are_a_step(times: list[float], runs: int, ea
     ids=["Heun", "one call at the end", "three once"],
 )
 def test_times_that_repeat_unevenly_are_one_call_a_step(times: list[float]) -> None:
-    found = find(times * 2)
-    assert found is not None
-    assert (found.calls, found.repeats) == (1, True)
+    timestep = find(times * 2)
+    assert timestep is not None
+    assert (timestep.calls, timestep.repeats) == (1, True)
     assert lengths(times * 2) == [len(times)] * 2
 
 
 def test_a_multiple_of_the_calls_is_two_steps_at_one_time() -> None:
-    found = find([9.0] * 4 + [7.0] * 2 + [4.0] * 2)
-    assert found is not None
-    assert found.calls == 2
+    timestep = find([9.0] * 4 + [7.0] * 2 + [4.0] * 2)
+    assert timestep is not None
+    assert timestep.calls == 2
 
 
 # --- runs ----------------------------------------------------------------------------------------
@@ -139,9 +139,9 @@ def test_a_run_ends_where_the_times_turn_back() -> None:
 
 
 def test_all_calls_are_kept_in_order() -> None:
-    made = calls([*DOWN, *DOWN[:2]])
-    runs = cut_runs(find_timestep(NAMES, made, ()), made, ())
-    assert [call for run in runs for call in run] == made
+    series = calls([*DOWN, *DOWN[:2]])
+    runs = cut_runs(find_timestep(NAMES, series, ()), series, ())
+    assert [call for run in runs for call in run] == series
 
 
 def test_a_run_that_was_broken_off_ends_where_the_next_begins() -> None:
@@ -150,17 +150,17 @@ def test_a_run_that_was_broken_off_ends_where_the_next_begins() -> None:
     for each in (2, 3):
         times = [*repeated(DOWN[:2], each), *repeated(DOWN, each)]
         assert lengths(times) == [2 * each, 4 * each]
-        found = find(times)
-        assert found is not None
-        assert found.calls == each
+        timestep = find(times)
+        assert timestep is not None
+        assert timestep.calls == each
 
 
 def test_the_same_time_again_is_a_new_run_where_none_repeats() -> None:
     once = Timestep("timestep", True)
     assert once.turns_back(9.0, 9.0)
     assert not Timestep("timestep", True, repeats=True).turns_back(9.0, 9.0)
-    made = calls([9.0, 9.0])
-    assert [len(run) for run in cut_runs(once, made, ())] == [1, 1]
+    series = calls([9.0, 9.0])
+    assert [len(run) for run in cut_runs(once, series, ())] == [1, 1]
 
 
 @pytest.mark.parametrize("descends", [True, False])
@@ -186,6 +186,6 @@ def test_a_result_tells_runs_apart_whose_times_touch() -> None:
     # Ends and starts at 4: four calls in a row at one time are two steps of two runs.
     times = repeated([9.0, 4.0], 2) + repeated([4.0, 1.0], 2)
     assert lengths(times, 4) == [4, 4]
-    found = find(times, 4)
-    assert found is not None
-    assert found.calls == 2
+    timestep = find(times, 4)
+    assert timestep is not None
+    assert timestep.calls == 2

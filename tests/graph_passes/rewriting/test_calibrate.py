@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model import FashionDiT
 from support.analyses import analysis_of, targets_of
 from support.factors import factors_of
-from support.models import relative, shake
+from support.models import modes, relative, shake
 from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
@@ -44,10 +44,6 @@ aten = torch.ops.aten
 
 # float32 sums of a few terms in another order; anchors of order 2 add up values 6 times as large.
 RTOL, ATOL = 1e-4, 2e-5
-
-
-def modes(letters: str) -> tuple[StepMode, ...]:
-    return tuple(StepMode("RCUF".index(letter)) for letter in letters)
 
 
 # Refreshes at 0, 2, 3, 7: uneven, and fewer than three of them before the steps 1 to 3.
@@ -88,7 +84,7 @@ class Case:
     def play(self) -> list[Tensor]:
         """The outputs of all steps of SCHEDULE."""
         kept: tuple[dict[str, Tensor], ...] = ()
-        made: list[Tensor] = []
+        outputs: list[Tensor] = []
         for step, (mode, x) in enumerate(zip(SCHEDULE, self.inputs, strict=True)):
             variant = self.variant_set.variants[mode]
             values = self.variant_set.read(variant.reads, kept, step, x.device)
@@ -97,8 +93,8 @@ class Case:
                 names = [cache.name for cache in self.variant_set.caches]
                 fresh = dict(zip(names, results[1:], strict=True))
                 kept = (fresh, *kept)[: self.variant_set.history]
-            made.append(results[0])
-        return made
+            outputs.append(results[0])
+        return outputs
 
     def low(self, target: str) -> Tensor:
         """B A of a target (out, in)."""

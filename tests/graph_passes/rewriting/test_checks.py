@@ -45,7 +45,7 @@ def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
 
 
 @pytest.fixture
-def made(fast: OptimizedModel) -> tuple[CapturedGraph, VariantSet]:
+def graph_and_variants(fast: OptimizedModel) -> tuple[CapturedGraph, VariantSet]:
     """Variants of its own for every test to break."""
     folded = frozenset(cache.folded for cache in fast.compiled.variant_set.caches if cache.folded)
     return fast.compiled.captured, rewrite(
@@ -70,8 +70,8 @@ def named(graph: fx.Graph, name: str) -> fx.Node:
     return next(node for node in graph.nodes if node.name == name)
 
 
-def test_good_graphs_are_handed_on(made: tuple[CapturedGraph, VariantSet]) -> None:
-    captured, variant_set = made
+def test_good_graphs_are_handed_on(graph_and_variants: tuple[CapturedGraph, VariantSet]) -> None:
+    captured, variant_set = graph_and_variants
     assert verify_captured(captured) is captured
     assert verify_variants(captured, variant_set) is variant_set
 
@@ -145,9 +145,9 @@ def test_plain_function_is_allowed() -> None:
 
 @pytest.mark.parametrize("mode", StepMode)
 def test_variant_that_returns_too_little_is_refused(
-    made: tuple[CapturedGraph, VariantSet], mode: StepMode
+    graph_and_variants: tuple[CapturedGraph, VariantSet], mode: StepMode
 ) -> None:
-    captured, variant_set = made
+    captured, variant_set = graph_and_variants
     output = variant_set.variants[mode].module.graph.output_node()
     output.args = (output.args[0][:-1],)
     refuses(lambda: verify_variants(captured, variant_set), f"outputs of {mode.name}")
@@ -155,9 +155,9 @@ def test_variant_that_returns_too_little_is_refused(
 
 @pytest.mark.parametrize("mode", [CALIBRATE, REUSE, FORECAST])
 def test_cheap_variant_that_returns_a_cache_is_refused(
-    made: tuple[CapturedGraph, VariantSet], mode: StepMode
+    graph_and_variants: tuple[CapturedGraph, VariantSet], mode: StepMode
 ) -> None:
-    captured, variant_set = made
+    captured, variant_set = graph_and_variants
     variant = variant_set.variants[mode]
     output = variant.module.graph.output_node()
     output.args = ((*output.args[0], named(variant.module.graph, variant.reads[0])),)
@@ -165,9 +165,9 @@ def test_cheap_variant_that_returns_a_cache_is_refused(
 
 
 def test_variant_with_a_result_of_another_shape_is_refused(
-    made: tuple[CapturedGraph, VariantSet],
+    graph_and_variants: tuple[CapturedGraph, VariantSet],
 ) -> None:
-    captured, variant_set = made
+    captured, variant_set = graph_and_variants
     result = variant_set.variants[REUSE].module.graph.output_node().args[0][0]
     result.meta["val"] = result.meta["val"].new_empty(4, 1, 28, 27)
     refuses(lambda: verify_variants(captured, variant_set), "outputs of REUSE")
@@ -178,24 +178,28 @@ def with_variant(variant_set: VariantSet, mode: StepMode, **changes: object) -> 
     return dataclasses.replace(variant_set, variants={**variant_set.variants, mode: variant})
 
 
-def test_reads_in_another_order_are_refused(made: tuple[CapturedGraph, VariantSet]) -> None:
-    captured, variant_set = made
+def test_reads_in_another_order_are_refused(
+    graph_and_variants: tuple[CapturedGraph, VariantSet],
+) -> None:
+    captured, variant_set = graph_and_variants
     reads = variant_set.variants[CALIBRATE].reads
     wrong = with_variant(variant_set, CALIBRATE, reads=reads[::-1])
     refuses(lambda: verify_variants(captured, wrong), "placeholders of CALIBRATE")
 
 
-def test_refresh_that_reads_a_cache_is_refused(made: tuple[CapturedGraph, VariantSet]) -> None:
-    captured, variant_set = made
+def test_refresh_that_reads_a_cache_is_refused(
+    graph_and_variants: tuple[CapturedGraph, VariantSet],
+) -> None:
+    captured, variant_set = graph_and_variants
     reuse = variant_set.variants[REUSE]
     wrong = with_variant(variant_set, REFRESH, module=reuse.module, reads=reuse.reads)
     refuses(lambda: verify_variants(captured, wrong), "cache_")
 
 
 def test_cache_that_refresh_does_not_write_is_refused(
-    made: tuple[CapturedGraph, VariantSet],
+    graph_and_variants: tuple[CapturedGraph, VariantSet],
 ) -> None:
-    captured, variant_set = made
+    captured, variant_set = graph_and_variants
     gone = variant_set.variants[CALIBRATE].reads[3]
     kept = tuple(cache for cache in variant_set.caches if cache.name != gone)
     output = variant_set.variants[REFRESH].module.graph.output_node()
@@ -207,9 +211,9 @@ def test_cache_that_refresh_does_not_write_is_refused(
 
 @pytest.mark.parametrize("change", ["shape", "dtype"])
 def test_cache_of_another_form_than_written_is_refused(
-    made: tuple[CapturedGraph, VariantSet], change: str
+    graph_and_variants: tuple[CapturedGraph, VariantSet], change: str
 ) -> None:
-    captured, variant_set = made
+    captured, variant_set = graph_and_variants
     variant = variant_set.variants[CALIBRATE]
     node = named(variant.module.graph, variant.reads[1])
     value = node.meta["val"]
@@ -218,9 +222,9 @@ def test_cache_of_another_form_than_written_is_refused(
 
 
 def test_refresh_that_writes_another_dtype_is_refused(
-    made: tuple[CapturedGraph, VariantSet],
+    graph_and_variants: tuple[CapturedGraph, VariantSet],
 ) -> None:
-    captured, variant_set = made
+    captured, variant_set = graph_and_variants
     value = variant_set.variants[REFRESH].module.graph.output_node().args[0][1]
     value.meta["val"] = value.meta["val"].half()
     refuses(lambda: verify_variants(captured, variant_set), "outputs of REFRESH")
@@ -228,16 +232,18 @@ def test_refresh_that_writes_another_dtype_is_refused(
 
 @pytest.mark.parametrize("mode", [REFRESH, CALIBRATE, REUSE])  # FORECAST reads no weight
 def test_weight_of_another_shape_is_refused(
-    made: tuple[CapturedGraph, VariantSet], mode: StepMode
+    graph_and_variants: tuple[CapturedGraph, VariantSet], mode: StepMode
 ) -> None:
-    captured, variant_set = made
+    captured, variant_set = graph_and_variants
     node = next(n for n in variant_set.variants[mode].module.graph.nodes if n.op == "get_attr")
     node.meta["val"] = node.meta["val"].new_empty(5, 5)
     refuses(lambda: verify_variants(captured, variant_set), node.name)
 
 
-def test_weight_that_is_not_there_is_refused(made: tuple[CapturedGraph, VariantSet]) -> None:
-    captured, variant_set = made
+def test_weight_that_is_not_there_is_refused(
+    graph_and_variants: tuple[CapturedGraph, VariantSet],
+) -> None:
+    captured, variant_set = graph_and_variants
     module = variant_set.variants[REUSE].module
     del module.final_proj.weight
     refuses(lambda: verify_variants(captured, variant_set), "final_proj_weight")
@@ -262,9 +268,9 @@ def test_slot_that_is_not_kept_is_refused(fast_forecast: OptimizedModel) -> None
 
 
 def test_weight_that_is_no_single_number_is_refused(
-    made: tuple[CapturedGraph, VariantSet],
+    graph_and_variants: tuple[CapturedGraph, VariantSet],
 ) -> None:
-    captured, variant_set = made
+    captured, variant_set = graph_and_variants
     node = named(variant_set.variants[FORECAST].module.graph, "output_weight_1")
     node.meta["val"] = torch.zeros(1, device="meta")
     refuses(lambda: verify_variants(captured, variant_set), "output_weight_1")

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from support.analyses import noise_analysis, targets_of
 from support.factors import factors_of
+from support.models import Branch
 from torch import Tensor, fx, nn
 
-from calicache.graph_passes import (
-    Recording,
-    StepMode,
-)
+from calicache.graph_passes import Recording, StepMode
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import read_attribute
 from calicache.graph_passes.rewriting.insertion import Insertion, cache_name
@@ -54,22 +52,6 @@ def expression(value: object, known: Collection[str] = ()) -> str:
         return str(value.target if value.op == "get_attr" else value.name)
     name = str(value.target).removeprefix("aten.").split(".")[0]
     return f"{name}({', '.join(expression(arg, known) for arg in value.args)})"
-
-
-class Branch(nn.Module):
-    """x + f(x), the tokens embedded first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
-        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def branch(self, x: Tensor) -> Tensor:
-        return self.second(F.gelu(self.first(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        return x + self.branch(self.norm(x))
 
 
 class Adapter(Branch):
@@ -173,9 +155,9 @@ def test_new_nodes_say_what_they_are(
     mix = order > 0 or mode is StepMode.FORECAST
     variant_set = emit(dit_analysis, fold=fold, order=order, mix=mix)
     variant = variant_set.variants[mode]
-    made = [node for node in variant.module.graph.nodes if node.name in variant.inserted]
-    assert len(made) > (20 if mode in (REFRESH, CALIBRATE) else 0 if order else -1)
-    for node in made:
+    new_nodes = [node for node in variant.module.graph.nodes if node.name in variant.inserted]
+    assert len(new_nodes) > (20 if mode in (REFRESH, CALIBRATE) else 0 if order else -1)
+    for node in new_nodes:
         # Weighted sums of kept values belong to no module; everything else does.
         if not (mix and node.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor)):
             assert node.meta["nn_module_stack"], node.name

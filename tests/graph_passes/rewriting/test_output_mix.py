@@ -72,14 +72,14 @@ def mixed(
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """A step's outputs, and of every output the terms but for the latent: own and kept."""
     graph = captured(function, *given)
-    made, kept = emit(graph, "x"), kept_outputs(graph)
-    variant = made.variants[SCHEDULE[step]]
-    values = made.read(variant.reads, kept, step, torch.device("cpu"))
+    variant_set, kept = emit(graph, "x"), kept_outputs(graph)
+    variant = variant_set.variants[SCHEDULE[step]]
+    values = variant_set.read(variant.reads, kept, step, torch.device("cpu"))
     results = run_onnx if onnx else (lambda module, *every: list(module(*every)))
     own = graph.module(*given)
     names = [cache_name(node.name) for node in output_nodes(graph)]
     terms = [[e, *[old[name] for old in kept]] for e, name in zip(own, names, strict=True)]
-    return results(variant.module, *given, *values)[: made.outputs], terms
+    return results(variant.module, *given, *values)[: variant_set.outputs], terms
 
 
 def weighted(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
@@ -100,8 +100,8 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
 
 def written(latent: str | None, mode: StepMode) -> list[str]:
     """The lines of a variant from the first mixed value on."""
-    made = emit(captured(wider, *inputs(2, 3)), latent)
-    lines = graph_text(made.variants[mode].module.graph).splitlines()
+    variant_set = emit(captured(wider, *inputs(2, 3)), latent)
+    lines = graph_text(variant_set.variants[mode].module.graph).splitlines()
     first = next(k for k, line in enumerate(lines) if line.startswith("mul_tensor:"))
     return lines[first:]
 
@@ -146,11 +146,11 @@ def test_without_a_latent_only_outputs_are_mixed() -> None:
 
 
 def test_outputs_of_the_latents_form_need_no_other_node() -> None:
-    made = emit(captured(same, *inputs(2, 3)), "x")
-    operations = [node.target for node in made.variants[F].module.graph.nodes]
+    variant_set = emit(captured(same, *inputs(2, 3)), "x")
+    operations = [node.target for node in variant_set.variants[F].module.graph.nodes]
     assert torch.ops.aten.constant_pad_nd.default not in operations
     assert torch.ops.aten._to_copy.default not in operations
-    assert made.variants[F].reads[-1] == "output_weight_3"
+    assert variant_set.variants[F].reads[-1] == "output_weight_3"
 
 
 def test_latent_is_found_by_name_among_the_inputs() -> None:

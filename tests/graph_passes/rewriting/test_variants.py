@@ -12,7 +12,7 @@ from model import FashionDiT, FashionDiTConfig
 from support.analyses import analysis_of, noise_analysis, targets_of
 from support.factors import factors_of
 from support.golden import assert_golden, graph_text
-from support.models import relative, sample_dit, shake
+from support.models import Branch, relative, sample_dit, shake
 from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
@@ -59,22 +59,6 @@ def weights(source: fx.Graph) -> set[str]:
 
 def count(source: fx.Graph, target: object) -> int:
     return sum(node.target == target for node in source.nodes)
-
-
-class Branch(nn.Module):
-    """x + f(x), the tokens embedded first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
-        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def branch(self, x: Tensor) -> Tensor:
-        return self.second(F.gelu(self.first(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        return x + self.branch(self.norm(x))
 
 
 class Chain(Branch):
@@ -148,8 +132,8 @@ def test_caches_are_inputs_of_cheap_variants_and_outputs_of_refresh(
     arguments = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
     read: set[str] = set()
     for mode, variant in variants.variants.items():
-        taken = [node.name for node in variant.module.graph.nodes if node.op == "placeholder"]
-        assert taken == [*arguments, *variant.reads]
+        inputs = [node.name for node in variant.module.graph.nodes if node.op == "placeholder"]
+        assert inputs == [*arguments, *variant.reads]
         assert list(variant.reads) == [name for name in names if name in variant.reads]
         assert len(graph(variants, mode).output_node().args[0]) == 1 + len(names) * (mode == 0)
         read |= set(variant.reads)
@@ -182,7 +166,7 @@ def test_every_kept_refresh_has_a_slot_and_a_weight(dit_analysis: Analysis, orde
     captured, sites = dit_analysis.captured, dit_analysis.sites
     schedule = (REFRESH, CALIBRATE, REFRESH, REUSE, REFRESH, CALIBRATE, FORECAST)
     targets = targets_of(dit_analysis, 2)
-    made = rewrite(
+    variant_set = rewrite(
         captured,
         sites,
         targets,
@@ -191,16 +175,20 @@ def test_every_kept_refresh_has_a_slot_and_a_weight(dit_analysis: Analysis, orde
         anchors=anchor_table(schedule, order),
         outputs=output_table(schedule, order),
     )
-    verify_variants(captured, made)
-    assert made.history == order + 1
-    slots = {cache.name for cache in made.caches}
-    slots |= {f"{cache.name}_back{back}" for cache in made.caches for back in range(1, order + 1)}
-    assert set(made.slots()) == slots
+    verify_variants(captured, variant_set)
+    assert variant_set.history == order + 1
+    slots = {cache.name for cache in variant_set.caches}
+    slots |= {
+        f"{cache.name}_back{back}" for cache in variant_set.caches for back in range(1, order + 1)
+    }
+    assert set(variant_set.slots()) == slots
     anchors = {f"anchor_weight_{k}" for k in range(order + 1)}
     outputs = {f"output_weight_{k}" for k in range(order + 2)}
-    assert set(made.tables) == anchors | outputs
-    assert made.tables["anchor_weight_0"] == tuple(r[0] for r in anchor_table(schedule, order))
-    reads = {mode: set(variant.reads) for mode, variant in made.variants.items()}
+    assert set(variant_set.tables) == anchors | outputs
+    assert variant_set.tables["anchor_weight_0"] == tuple(
+        r[0] for r in anchor_table(schedule, order)
+    )
+    reads = {mode: set(variant.reads) for mode, variant in variant_set.variants.items()}
     assert reads[REFRESH] & anchors == reads[FORECAST] & anchors == set()
     assert reads[REFRESH] >= outputs
     assert reads[FORECAST] >= outputs - {"output_weight_0"}
@@ -210,21 +198,22 @@ def test_every_kept_refresh_has_a_slot_and_a_weight(dit_analysis: Analysis, orde
 def test_read_finds_weights_and_slots_by_step(dit_analysis: Analysis) -> None:
     captured, sites = dit_analysis.captured, dit_analysis.sites
     schedule = (REFRESH, REUSE, REFRESH, REUSE)
-    made = rewrite(captured, sites, (), {}, set(schedule), anchors=anchor_table(schedule, 1))
-    name = made.caches[0].name
+    variant_set = rewrite(captured, sites, (), {}, set(schedule), anchors=anchor_table(schedule, 1))
+    name = variant_set.caches[0].name
     reads = [name, f"{name}_back1", "anchor_weight_1"]
     cpu = torch.device("cpu")
     old, new = {name: torch.ones(1)}, {name: torch.full((1,), 2.0)}
-    assert made.read(reads, (new, old), 3, cpu) == [2.0, 1.0, -0.5]
-    assert made.read(reads, (old,), 1, cpu) == [1.0, 1.0, 0.0]  # what is missing has no weight
-    empty, *_ = made.read(reads, (), 0, cpu)
-    assert (empty.shape, int(empty.count_nonzero())) == (made.caches[0].shape, 0)
+    assert variant_set.read(reads, (new, old), 3, cpu) == [2.0, 1.0, -0.5]
+    # What is missing has no weight.
+    assert variant_set.read(reads, (old,), 1, cpu) == [1.0, 1.0, 0.0]
+    empty, *_ = variant_set.read(reads, (), 0, cpu)
+    assert (empty.shape, int(empty.count_nonzero())) == (variant_set.caches[0].shape, 0)
 
 
 def test_forecast_needs_no_other_cache_than_the_output(dit_analysis: Analysis) -> None:
     captured, sites = dit_analysis.captured, dit_analysis.sites
     schedule = (REFRESH, REFRESH, FORECAST)
-    made = rewrite(
+    variant_set = rewrite(
         captured,
         sites,
         targets_of(dit_analysis, 2),
@@ -233,11 +222,11 @@ def test_forecast_needs_no_other_cache_than_the_output(dit_analysis: Analysis) -
         anchors=anchor_table(schedule, 2),
         outputs=output_table(schedule, 2),
     )
-    verify_variants(captured, made)
-    assert set(made.variants) == {REFRESH, FORECAST}
-    (cache,) = made.caches
+    verify_variants(captured, variant_set)
+    assert set(variant_set.variants) == {REFRESH, FORECAST}
+    (cache,) = variant_set.caches
     assert cache.shape == (4, 1, 28, 28)
-    assert weights(graph(made, FORECAST)) == set()
+    assert weights(graph(variant_set, FORECAST)) == set()
 
 
 def test_excluded_sites_stay_full(dit: FashionDiT, dit_recording: Recording) -> None:

@@ -12,7 +12,7 @@ from diffusion import GuidedDDIM
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
-from support.models import STEPS, relative, sample_dit
+from support.models import STEPS, modes, relative, sample_dit
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
@@ -25,6 +25,7 @@ from calicache.graph_passes import (
     uniform_schedule,
 )
 from calicache.graph_passes.common.errors import NoSampler
+from calicache.graph_passes.common.progress import Meter, Progress
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.sampler.correct import fit_step, mix
 from calicache.graph_passes.sampler.least_squares import RIDGE
@@ -34,12 +35,7 @@ from calicache.graph_passes.sampler.update import SamplerSteps
 from calicache.graph_passes.settings.schedule import Table, output_table
 
 R, C, U, FORECAST = StepMode
-LETTERS = dict(zip("RCUF", StepMode, strict=True))
 LONG, GUIDANCE, NULL_CLASS = 35, 1.5, 10
-
-
-def modes(letters: str) -> tuple[StepMode, ...]:
-    return tuple(LETTERS[letter] for letter in letters)
 
 
 def fitted(model: nn.Module, recording: Recording, letters: str, order: int = 2) -> Plan:
@@ -170,14 +166,14 @@ def test_runs_that_refresh_always_keep_their_own_outputs(dit, dit_recording: Rec
 
 
 def fit(
-    model: nn.Module, recording: Recording, schedule: Sequence[StepMode], on_step=None
+    model: nn.Module, recording: Recording, schedule: Sequence[StepMode], meter: Meter | None = None
 ) -> Table:
     plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=4, correct=False)
     fast = optimize(model, plan)
     captured = capture(model, recording.signature)
     classes = recording.dependence
-    recorded = recover_sampler(captured, recording, classes, len(schedule), on_step)
-    return replay(fast.compiled.variant_set, recorded, schedule, 2, on_step=on_step).weights
+    recorded = recover_sampler(captured, recording, classes, len(schedule), meter)
+    return replay(fast.compiled.variant_set, recorded, schedule, 2, meter=meter).weights
 
 
 @pytest.mark.parametrize("steps", [1, STEPS - 1, STEPS + 1])
@@ -229,10 +225,10 @@ def test_sampler_that_adds_noise_leaves_a_plan_that_runs_and_says_why(dit) -> No
 def test_progress_counts_every_recorded_and_every_fitted_step(
     dit, dit_recording: Recording
 ) -> None:
-    seen: list[tuple[int, int]] = []
-    fit(dit, dit_recording, modes("RFFRFF"), lambda done, total: seen.append((done, total)))
-    once = [(k + 1, STEPS) for k in range(STEPS)]
-    assert seen == once + once  # the plain model along the recording, then the sweep
+    seen: list[Progress] = []
+    fit(dit, dit_recording, modes("RFFRFF"), Meter(2 * STEPS, seen.append))
+    # The plain model along the recording, then the sweep.
+    assert [progress.done for progress in seen] == list(range(1, 2 * STEPS + 1))
 
 
 def test_fit_leaves_model_and_recording_as_they_were(dit, dit_recording: Recording) -> None:
@@ -257,21 +253,21 @@ def drawn(seed: int, rows: int) -> Tensor:
     return torch.randn(rows, 2, 3, 3, generator=draw, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("there", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
+@pytest.mark.parametrize("places", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("back", [False, True])
 def test_fit_of_a_step_is_ridge_regression_around_the_plain_weights(
-    back: bool, parts: int, there: tuple[int, ...]
+    back: bool, parts: int, places: tuple[int, ...]
 ) -> None:
     of_parts, of_parts_before = (0.4, -0.7)[:parts], (0.3, 0.2)[:parts]
     row = (0.9, *of_parts, *((0.1, *of_parts_before) if back else ()))
     sampler = SamplerSteps("x", parts, ((1.0,) * (1 + parts), row))
-    plain = tuple(0.5 + 0.1 * k if k in there else 0.0 for k in range(4))
+    plain = tuple(0.5 + 0.1 * k if k in places else 0.0 for k in range(4))
     features, before, wanted, columns, left = [], [], [], [], []
     for run in (0, 1):
         x, target, last = (drawn(10 * run + k, 2) for k in (5, 6, 7))
         old = [last, *drawn(10 * run + 8, 2 * parts).split(2)]
-        outputs = [drawn(10 * run + k, 2 * parts) if k in there else None for k in range(4)]
+        outputs = [drawn(10 * run + k, 2 * parts) if k in places else None for k in range(4)]
         features.append(([x], outputs))
         before.append(old)
         wanted.append(target)
@@ -285,10 +281,10 @@ def test_fit_of_a_step_is_ridge_regression_around_the_plain_weights(
         left.append((target - rest).numpy().ravel())
     got = fit_step(sampler, 1, features, before, wanted, plain)
     assert len(got) == 4
-    assert [got[k] for k in range(4) if k not in there] == [0.0] * (4 - len(there))
+    assert [got[k] for k in range(4) if k not in places] == [0.0] * (4 - len(places))
     # Two float64 solutions of a well-conditioned problem (36 random rows for each of 4 columns).
-    expected = ridge(np.concatenate(columns), np.concatenate(left), [plain[k] for k in there])
-    np.testing.assert_allclose([got[k] for k in there], expected, rtol=1e-9, atol=1e-12)
+    expected = ridge(np.concatenate(columns), np.concatenate(left), [plain[k] for k in places])
+    np.testing.assert_allclose([got[k] for k in places], expected, rtol=1e-9, atol=1e-12)
 
 
 def ridge(matrix: np.ndarray, target: np.ndarray, around: list[float]) -> np.ndarray:
@@ -311,9 +307,9 @@ def test_fit_reaches_a_latent_that_its_outputs_can_make() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=4), st.sets(st.integers(0, 3), min_size=1))
 def test_mix_is_the_weighted_sum_of_the_outputs_that_are_there(
-    weights: list[float], there: set[int]
+    weights: list[float], places: set[int]
 ) -> None:
-    outputs = [drawn(k, 1) if k in there else None for k in range(4)]
+    outputs = [drawn(k, 1) if k in places else None for k in range(4)]
     pairs = [(w, e) for w, e in zip(weights, outputs, strict=False) if e is not None and w]
     assume(pairs)  # every step mixes something
     expected = np.tensordot([w for w, _ in pairs], np.stack([e.numpy() for _, e in pairs]), 1)

@@ -12,12 +12,11 @@ import torch
 from diffusion import GuidedDDIM
 from model import FashionDiT
 from support.factors import factors_of
-from support.models import STEPS, relative, sample_dit
+from support.models import STEPS, modes, relative, sample_dit
 from support.search.toy_runs import (
     SHAPES,
     Blocks,
     Shape,
-    modes,
     plain_variants,
     recorded_run,
     recording_of,
@@ -36,6 +35,7 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
+from calicache.graph_passes.common.progress import Meter, Progress
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import VariantSet
@@ -104,21 +104,23 @@ class Sweep:
 
     def advance(self, step: int, given: Table | None) -> None:
         mode, parts = self.schedule[step], self.parts
-        made = [parts_of(o(step, p[-1]), parts) for o, p in zip(self.owns, self.paths, strict=True)]
+        outputs = [
+            parts_of(o(step, p[-1]), parts) for o, p in zip(self.owns, self.paths, strict=True)
+        ]
         places = sorted(self.kept[0], reverse=True)[: self.order + 1]
         features = [
             np.stack([e, *[old[k] for k in places], parts_of(path[-1], parts)])[mode is F :]
-            for e, old, path in zip(made, self.kept, self.paths, strict=True)
+            for e, old, path in zip(outputs, self.kept, self.paths, strict=True)
         ]  # by run (K, P, n)
-        there = [0, *range(1, 1 + len(places)), self.order + 2][mode is F :]
+        terms = [0, *range(1, 1 + len(places)), self.order + 2][mode is F :]
         weights = np.array(given[step] if given else plain_row(mode, places, step, self.order))
         if step < len(self.recorded.steps.weights):
             if given is None:
-                weights[there] = self.fit(step, features, weights[there])
-            self.apply(step, features, weights[there])
+                weights[terms] = self.fit(step, features, weights[terms])
+            self.apply(step, features, weights[terms])
         self.table.append(weights)
         if mode is R:
-            for old, e in zip(self.kept, made, strict=True):
+            for old, e in zip(self.kept, outputs, strict=True):
                 old[step] = e
 
     def fit(self, step: int, features: list[np.ndarray], plain: np.ndarray) -> np.ndarray:
@@ -210,14 +212,14 @@ def test_weights_errors_and_answers_are_those_of_a_sweep_in_numpy(
     shape: Shape, letters: str, order: int
 ) -> None:
     recorded, owns = bent(shape)
-    made = replay(bent_variants(recorded), recorded, modes(letters), order)
+    result = replay(bent_variants(recorded), recorded, modes(letters), order)
     expected = Sweep(owns, recorded, letters, order).run()
     # All in float64. Normal equations with a ridge of 1e-6 (condition 1e6) lose 1e-10 of weights
     # of size 1 to a direct solution at every step, and each step goes on from the last.
-    assert_same_table(made.weights, expected, atol=1e-6)
-    assert made.errors == pytest.approx(expected.errors(), rel=1e-6, abs=1e-9)
-    assert len(made.errors) == 4
-    assert_same_answers(made, expected)
+    assert_same_table(result.weights, expected, atol=1e-6)
+    assert result.errors == pytest.approx(expected.errors(), rel=1e-6, abs=1e-9)
+    assert len(result.errors) == 4
+    assert_same_answers(result, expected)
 
 
 def bent_variants(recorded: RecordedSampler) -> VariantSet:
@@ -229,7 +231,7 @@ def _bent_variants(parts: int) -> VariantSet:
     return plain_variants(Bent(), dict(bent((parts, 0))[0].runs[0][0]))
 
 
-def assert_same_answers(made: Replay, sweep: Sweep) -> None:
+def assert_same_answers(result: Replay, sweep: Sweep) -> None:
     """Least squares of e^ - e on x^ - x over all runs, by numpy, wherever a REFRESH was off."""
     expected, recorded = {}, sweep.recorded
     for step, mode in enumerate(sweep.schedule):
@@ -242,8 +244,8 @@ def assert_same_answers(made: Replay, sweep: Sweep) -> None:
         if mode is R and np.linalg.norm(x) > 1e-3:  # off by far more than rounding
             (gain,), (left,), *_ = np.linalg.lstsq(x[:, None], e, rcond=None)
             expected[step] = (gain, np.sqrt(left) / np.linalg.norm(x))
-    assert set(made.answers) == set(expected)
-    for step, answer in made.answers.items():
+    assert set(result.answers) == set(expected)
+    for step, answer in result.answers.items():
         # The latents agree to 1e-7, and are off by 1e-3 or more.
         assert (answer.gain, answer.spread) == pytest.approx(expected[step], rel=1e-4, abs=1e-4)
 
@@ -261,13 +263,13 @@ def test_given_weights_are_used_as_they_are(shape: Shape, order: int) -> None:
     recorded, owns = bent(shape)
     given = given_table(order)
     schedule = modes("RFFRFRRF")
-    made = replay(bent_variants(recorded), recorded, schedule, order, given)
-    assert made.weights == given
+    result = replay(bent_variants(recorded), recorded, schedule, order, given)
+    assert result.weights == given
     expected = Sweep(owns, recorded, "RFFRFRRF", order).run(given)
     # Eight updates in float64, in another order of the same sums.
-    assert made.errors == pytest.approx(expected.errors(), rel=1e-9)
-    assert min(made.errors) > 1e-3
-    assert_same_answers(made, expected)
+    assert result.errors == pytest.approx(expected.errors(), rel=1e-9)
+    assert min(result.errors) > 1e-3
+    assert_same_answers(result, expected)
 
 
 def test_fitted_weights_given_back_lead_to_the_same_errors() -> None:
@@ -288,10 +290,10 @@ def test_weights_of_one_sampling_serve_other_runs() -> None:
     schedule = modes("RFFRFRFR")
     weights = replay(bent_variants(recorded), recorded, schedule, 1).weights
     blind = replace(other, outputs=())
-    made = replay(bent_variants(other), blind, schedule, 1, weights)
+    result = replay(bent_variants(other), blind, schedule, 1, weights)
     expected = Sweep(owns, other, "RFFRFRFR", 1).run(weights)
-    assert made.errors == pytest.approx(expected.errors(), rel=1e-9)
-    assert made.answers == {}  # the recorded outputs are not known
+    assert result.errors == pytest.approx(expected.errors(), rel=1e-9)
+    assert result.answers == {}  # the recorded outputs are not known
 
 
 @pytest.mark.parametrize(
@@ -303,16 +305,17 @@ def test_answers_are_there_where_a_refresh_was_off(letters: str, steps: tuple[in
     assert tuple(replay(bent_variants(recorded), recorded, modes(letters), 1).answers) == steps
 
 
-def test_progress_counts_the_steps() -> None:
-    recorded, seen = bent((1, 0))[0], list[tuple[int, int]]()
+def test_progress_counts_the_steps_of_every_run() -> None:
+    recorded, seen = bent((1, 0))[0], list[Progress]()
+    runs = len(recorded.runs)
     replay(
         bent_variants(recorded),
         recorded,
         modes("RFRFRFRF"),
         1,
-        on_step=lambda done, total: seen.append((done, total)),
+        meter=Meter(LONG * runs, seen.append),
     )
-    assert seen == [(k + 1, LONG) for k in range(LONG)]
+    assert [progress.done for progress in seen] == [(k + 1) * runs for k in range(LONG)]
 
 
 # --- all modes ----------------------------------------------------------------------------------
@@ -378,15 +381,15 @@ def test_fit_of_all_modes_is_that_of_the_optimised_model_in_numpy(
     letters: str, order: int, blocks: nn.Module, ended: Recording, ground
 ) -> None:
     variants, recorded = ground
-    made = replay(variants, recorded, modes(letters), order)
+    result = replay(variants, recorded, modes(letters), order)
     plan = plan_of(blocks, ended, letters, order)
     plain = plan_of(blocks, ended, letters, order, correct=False)
     expected = Sweep(fast_owns(blocks, plain, recorded), recorded, letters, order).run()
     # Outputs in float64, but anchors' weights in float32 (1e-7), which the ridge of 1e-6 may
     # let grow by 1e3 in the weights of outputs that are alike.
-    assert_same_table(made.weights, expected, atol=1e-4)
-    assert made.errors == pytest.approx(expected.errors(), rel=1e-4)
-    assert_same_answers(made, expected)
+    assert_same_table(result.weights, expected, atol=1e-4)
+    assert result.errors == pytest.approx(expected.errors(), rel=1e-4)
+    assert_same_answers(result, expected)
     assert plan.recipe.output_weights is not None
     assert_same_table(plan.recipe.output_weights, expected, atol=1e-4)
 
@@ -401,15 +404,15 @@ def test_errors_are_those_of_sampling_with_the_optimised_model(
     without = replace(fitted.recipe, output_weights=None, latent=None)
     for plan in (fitted, replace(fitted, recipe=without)):
         table = plan.recipe.output_weights or plain_table(schedule, order)
-        made = replay(variants, recorded, schedule, order, table)
+        result = replay(variants, recorded, schedule, order, table)
         fast, expected = optimize(blocks, plan), list[float]()
         for seed, end in zip((1, 2), recorded.ends, strict=True):
             _, _, cached = recorded_run(fast, sampler_of((2, 0)), tokens(seed))
             assert end is not None
             expected += [relative(one, other) for one, other in zip(cached, end, strict=True)]
         # The graph mixes outputs by float32 weights: 1e-7 of latents that are 1e-3 off.
-        assert made.errors == pytest.approx(expected, rel=1e-3)
-        assert len(made.errors) == 4
+        assert result.errors == pytest.approx(expected, rel=1e-3)
+        assert len(result.errors) == 4
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -420,7 +423,7 @@ def test_order_below_the_kept_history_is_as_if_no_more_were_kept(
     long, recorded = ground
     short = variants_of(capture(blocks, ended.signature), ended, order + 1)
     assert (long.history, short.history) == (3, order + 1)
-    one, other = (replay(made, recorded, modes(letters), order) for made in (long, short))
+    one, other = (replay(variants, recorded, modes(letters), order) for variants in (long, short))
     # Kept values of weight 0 add nothing; the rest is the same float64 program.
     torch.testing.assert_close(
         torch.tensor(one.weights), torch.tensor(other.weights), rtol=0, atol=1e-8
@@ -435,13 +438,13 @@ def test_dit_sampled_with_a_plan_has_the_errors_of_its_replay(dit: FashionDiT) -
     plan = plan_of(dit, recording, "RCRURF", 2)
     graph, table = capture(dit, recording.signature), plan.recipe.output_weights
     variants, recorded = variants_of(graph, recording, 3), recover(graph, recording, STEPS)
-    made = replay(variants, recorded, plan.schedule, 2, table)
+    result = replay(variants, recorded, plan.schedule, 2, table)
     cached, full = sample_dit(optimize(dit, plan)), sample_dit(dit)
     expected = [relative(one, other) for one, other in zip(cached, full, strict=True)]
     # The sampler's update is recovered to 1e-5; float32 rounding is 1e-6 of a latent.
-    assert made.errors == pytest.approx(expected, rel=1e-2, abs=2e-5)
+    assert result.errors == pytest.approx(expected, rel=1e-2, abs=2e-5)
     again = replay(variants, recorded, plan.schedule, 2)
-    assert again.errors == pytest.approx(made.errors, rel=1e-2, abs=2e-5)
+    assert again.errors == pytest.approx(result.errors, rel=1e-2, abs=2e-5)
 
 
 def test_without_results_the_last_recorded_latent_counts(
@@ -452,13 +455,13 @@ def test_without_results_the_last_recorded_latent_counts(
         variants_of(graph, dit_recording, 3),
         recover(graph, dit_recording, STEPS),
     )
-    made = replay(variants, recorded, modes("RFFRFF"), 2)
+    result = replay(variants, recorded, modes("RFFRFF"), 2)
     assert len(recorded.steps.weights) == STEPS - 1
-    assert made.weights[-1] == plain_table(modes("RFFRFF"), 2)[-1]
+    assert result.weights[-1] == plain_table(modes("RFFRFF"), 2)[-1]
     plan = plan_of(dit, dit_recording, "RFFRFF", 2)
     fast, full = (last_latent(model) for model in (optimize(dit, plan), dit))
     expected = [relative(one, other) for one, other in zip(fast, full, strict=True)]
-    assert made.errors == pytest.approx(expected, rel=1e-2, abs=2e-5)  # as above
+    assert result.errors == pytest.approx(expected, rel=1e-2, abs=2e-5)  # as above
 
 
 def last_latent(model: nn.Module) -> Tensor:

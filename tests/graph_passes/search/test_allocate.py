@@ -68,15 +68,15 @@ def random_options(seed: int) -> Options:
             BranchOption(BRANCH, -saved, per_mac, (whole,), (name,)),
             BranchOption(REUSE, -saved * draw.uniform(0.9, 1.1), per_mac, (whole,), (name,)),
         ]
-        there = draw.permutation(3)[: draw.integers(1, 4)]
+        picks = draw.permutation(3)[: draw.integers(1, 4)]
         full = BranchOption(FULL, 0.0, patterns=(name,))
-        options[name] = [full, *(extra[k] for k in sorted(there))]
+        options[name] = [full, *(extra[k] for k in sorted(picks))]
     return options
 
 
-def branch_points(there: Sequence[BranchOption]) -> Iterator[tuple[Point, str, dict[str, int]]]:
+def branch_points(options: Sequence[BranchOption]) -> Iterator[tuple[Point, str, dict[str, int]]]:
     """Cost, error, choice and ranks of all that can be done with one branch."""
-    for option in there:
+    for option in options:
         only_zero = option.choice is REUSE
         lengths = [1 if only_zero else len(curve.errors) for curve in option.curves]
         for places in itertools.product(*map(range, lengths)):
@@ -93,10 +93,10 @@ def branch_points(there: Sequence[BranchOption]) -> Iterator[tuple[Point, str, d
 
 def all_points(options: Options, full: float) -> list[Point]:
     """Of all combinations."""
-    found = []
+    points = []
     for chosen in itertools.product(*(list(branch_points(o)) for o in options.values())):
-        found.append((full + sum(p[0][0] for p in chosen), sum(p[0][1] for p in chosen)))
-    return found
+        points.append((full + sum(p[0][0] for p in chosen), sum(p[0][1] for p in chosen)))
+    return points
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
@@ -162,8 +162,8 @@ def test_parts_of_the_result_add_up_to_it(seed: int, wanted: float) -> None:
     assert list(got.choices) == list(options)
     assert all(type(rank) is int and rank % 8 == 0 for rank in got.ranks.values())
     cost, error, expected = 1.0, 0.0, dict[str, int]()
-    for name, there in options.items():
-        for point, choice, ranks in branch_points(there):
+    for name, choices in options.items():
+        for point, choice, ranks in branch_points(choices):
             if choice == got.choices[name] and ranks.items() <= got.ranks.items():
                 cost, error = cost + point[0], error + point[1]
                 expected |= ranks

@@ -31,7 +31,7 @@ from calicache.graph_passes import Plan, Recording, StepMode, Weighting, optimiz
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.recording.binding import bind
-from calicache.graph_passes.rewriting.workspace import Workspace
+from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.replay import Answer, Replay
 from calicache.graph_passes.search.allocate import MULTIPLE, Allocation
 from calicache.graph_passes.search.candidates import (
@@ -59,8 +59,8 @@ PLAIN, FULL, REFRESH = 2.0, 1.96, 2.02  # seconds; a full step is faster where v
 
 
 def ground_of(model: nn.Module, recording: Recording) -> Ground:
-    binding, patterns, meter = bind(model, recording), (("*",), ()), Meter(1.0, None)
-    return prepare_ground(model, recording, binding, patterns, Workspace(), Journal(None), meter)
+    task = PlanningTask(model, recording, bind(model, recording), Workspace(), Meter(1.0))
+    return prepare_ground(task, (("*",), ()), Journal(None))
 
 
 @cache
@@ -232,9 +232,11 @@ def table(rows: dict[BranchChoice, tuple[float, float]], forecast: float) -> Lat
     """Seconds by hand: (REFRESH, CALIBRATE step) where both branches are so treated."""
     model, recording = flicker()
     own = Plan.from_trajectory(model, recording, weighting="none", correct=False)
-    made = [LatencyRow(EVERY, BranchChoice.FULL, 0, REFRESH, FULL)]
-    made += [LatencyRow(GROUP, choice, 0, *seconds) for choice, seconds in rows.items()]
-    return LatencyTable(own.binding.weights_hash, "by hand", 2, PLAIN, forecast, tuple(made))
+    latency_rows = [LatencyRow(EVERY, BranchChoice.FULL, 0, REFRESH, FULL)]
+    latency_rows += [LatencyRow(GROUP, choice, 0, *seconds) for choice, seconds in rows.items()]
+    return LatencyTable(
+        own.binding.weights_hash, "by hand", 2, PLAIN, forecast, tuple(latency_rows)
+    )
 
 
 def by_hand(point: FrontPoint, latency: LatencyTable) -> float:

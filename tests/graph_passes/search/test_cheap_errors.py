@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.factors import factors_of
-from support.search.toy_runs import Blocks, modes, recorded_run, sampler_of, tokens
+from support.models import modes
+from support.search.toy_runs import Blocks, recorded_run, sampler_of, tokens
 from torch import nn
 
 from calicache.graph_passes import (
@@ -22,6 +23,7 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.rewriting.rewrite import rewrite
 from calicache.graph_passes.rewriting.variants import VariantSet
@@ -162,8 +164,8 @@ def test_calibration_of_full_rank_adds_nothing(
     blocks: Blocks, ended: Recording, recorded: RecordedSampler
 ) -> None:
     full = variants_of(blocks, ended, rank=16)
-    found = cheap_errors(full, recorded, modes(EVEN), [C, U])
-    for exact, stale in zip(found[C], found[U], strict=True):
+    scales = cheap_errors(full, recorded, modes(EVEN), [C, U])
+    for exact, stale in zip(scales[C], scales[U], strict=True):
         # Anchors' weights are float32, their sum 1e-7 off 1, and so the biases.
         assert max(exact) < 1e-5 * max(stale)
 
@@ -181,9 +183,9 @@ def test_modes_together_are_as_one_by_one(recorded: RecordedSampler, variants: V
 def test_every_step_of_every_run_is_counted(
     recorded: RecordedSampler, variants: VariantSet
 ) -> None:
-    seen: list[int] = []
-    cheap_errors(variants, recorded, modes(EVEN), [C, U], lambda: seen.append(1))
-    assert len(seen) == 2 * STEPS
+    meter = Meter(0)
+    cheap_errors(variants, recorded, modes(EVEN), [C, U], meter)
+    assert meter.done == 2 * STEPS
 
 
 @settings(deadline=None)

@@ -180,10 +180,10 @@ def test_tensors_are_made_once_and_read_back(tmp_path: Path) -> None:
 
 def test_results_are_kept_apart_by_name_and_by_kind(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, "key")
-    made = [journal.result(FIT, "a", lambda: 1), journal.result(FIT, "b", lambda: 2)]
+    results = [journal.result(FIT, "a", lambda: 1), journal.result(FIT, "b", lambda: 2)]
     journal.tensors("a", lambda: {"x": torch.ones(2)})
     again = Journal.open(tmp_path, "key")
-    assert [again.result(FIT, "a", no_work), again.result(FIT, "b", no_work)] == made == [1, 2]
+    assert [again.result(FIT, "a", no_work), again.result(FIT, "b", no_work)] == results == [1, 2]
     assert torch.equal(again.tensors("a", no_work)["x"], torch.ones(2))
     assert names(tmp_path) == ["a.safetensors", "fit-a.json", "fit-b.json", KEY_FILE]
 

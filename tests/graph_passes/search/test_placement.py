@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.search.toy_runs import modes, random_scales, toy_span
+from support.models import modes
+from support.search.toy_runs import random_scales, toy_span
 
 from calicache.graph_passes import StepMode, spread_schedule
 from calicache.graph_passes.sampler.replay import Answer
@@ -56,13 +57,13 @@ def everything(steps: int, allowed: Sequence[StepMode], budget: float) -> list[S
 
 def near_moves(schedule: Schedule, allowed: Sequence[StepMode]) -> set[Schedule]:
     """One step in another mode, or two steps at most NEAR apart exchanged; never the first."""
-    found = set()
+    moves = set()
     for step in range(1, len(schedule)):
         for mode in allowed:
-            found.add((*schedule[:step], mode, *schedule[step + 1 :]))
+            moves.add((*schedule[:step], mode, *schedule[step + 1 :]))
         for other in range(step + 1, min(step + NEAR, len(schedule) - 1) + 1):
-            found.add(exchanged(schedule, step, other))
-    return found - {schedule}
+            moves.add(exchanged(schedule, step, other))
+    return moves - {schedule}
 
 
 def exchanged(schedule: Schedule, one: int, other: int) -> Schedule:
@@ -92,16 +93,16 @@ def test_improved_schedule_is_no_worse_and_no_neighbour_is_much_better(
     tail = data.draw(st.lists(st.sampled_from(allowed), min_size=steps - 1, max_size=steps - 1))
     start: Schedule = (R, *tail)
     budget = max(budget, cost(start))
-    found, error = improve(rehearsal, start, order, Limits(allowed, cost, budget))
-    assert found[0] is R
-    assert len(found) == steps
-    assert set(found) <= set(allowed) | set(start)
-    assert cost(found) <= budget
+    best, error = improve(rehearsal, start, order, Limits(allowed, cost, budget))
+    assert best[0] is R
+    assert len(best) == steps
+    assert set(best) <= set(allowed) | set(start)
+    assert cost(best) <= budget
     # The same rehearsal in a batch of another size: float64 rounding, below 1e-9 of an error.
-    assert error == pytest.approx(rehearsal.errors([found], order)[0], rel=1e-9, abs=1e-12)
+    assert error == pytest.approx(rehearsal.errors([best], order)[0], rel=1e-9, abs=1e-12)
     assert error <= rehearsal.errors([start], order)[0] * (1 + 1e-9) + 1e-12
     pairs = [(a, b) for a in range(1, steps) for b in range(a + 1, steps)]
-    around = near_moves(found, allowed) | {exchanged(found, a, b) for a, b in pairs}
+    around = near_moves(best, allowed) | {exchanged(best, a, b) for a, b in pairs}
     within = [schedule for schedule in around if cost(schedule) <= budget]
     if within:
         assert min(rehearsal.errors(within, order)) >= error * (1 - LEAST_GAIN) - 1e-12
@@ -117,10 +118,10 @@ def test_best_of_all_schedules_is_found_where_they_can_be_looked_through(
         rehearsal = rehearsal_of(steps, seed)
         errors = rehearsal.errors(everything(steps, allowed, budget), order)
         (start, _), *_ = best_starts(rehearsal, order, Limits(allowed, cost, budget))
-        _, found = improve(rehearsal, start, order, Limits(allowed, cost, budget))
+        _, error = improve(rehearsal, start, order, Limits(allowed, cost, budget))
         # Moves that gain less than LEAST_GAIN (0.005) are not made. With two modes the exchanges
         # reach everything; with three a local search may stop short, among the best of some 300.
-        assert min(errors) * (1 - 1e-9) <= found <= np.quantile(errors, share) * 1.006
+        assert min(errors) * (1 - 1e-9) <= error <= np.quantile(errors, share) * 1.006
 
 
 def test_far_steps_exchange_where_nothing_near_helps() -> None:
@@ -135,15 +136,15 @@ def test_far_steps_exchange_where_nothing_near_helps() -> None:
     changed = Span(torch.stack(latents), outputs, span.weights)
     rehearsal = Rehearsal(changed, (Answer(0.0, 0.0),) * steps, {})
     start = modes("RR" + "F" * (steps - 2))
-    found, error = improve(rehearsal, start, 0, Limits((R, F), cost, 2 / steps))
-    assert found == modes("R" + "F" * (steps - 2) + "R")
+    best, error = improve(rehearsal, start, 0, Limits((R, F), cost, 2 / steps))
+    assert best == modes("R" + "F" * (steps - 2) + "R")
     assert error == pytest.approx(0.0, abs=1e-6)  # exact but for the ridge
 
 
 def test_nothing_moves_where_the_budget_allows_no_neighbour() -> None:
     rehearsal, start = rehearsal_of(5), modes("RFFFF")
-    found = improve(rehearsal, start, 1, Limits((R, F), cost, 1 / 5))
-    assert found == (start, rehearsal.errors([start], 1)[0])
+    best = improve(rehearsal, start, 1, Limits((R, F), cost, 1 / 5))
+    assert best == (start, rehearsal.errors([start], 1)[0])
 
 
 # --- where to start -----------------------------------------------------------------------------
@@ -154,41 +155,41 @@ def test_nothing_moves_where_the_budget_allows_no_neighbour() -> None:
 def test_starts_refresh_first_and_stay_within_the_budget(
     steps: int, allowed: tuple[StepMode, ...], budget: float
 ) -> None:
-    found = list(starts(steps, Limits(allowed, cost, budget)))
-    for schedule in found:
+    schedules = list(starts(steps, Limits(allowed, cost, budget)))
+    for schedule in schedules:
         assert len(schedule) == steps
         assert schedule[0] is R
         assert set(schedule) <= set(allowed)
         assert cost(schedule) <= budget
     affordable = [mode for mode in allowed[1:] if cost((R, *(steps - 1) * (mode,))) <= budget]
     for mode in affordable:  # one REFRESH fits: every pattern of that mode is there
-        assert sum(set(schedule) <= {R, mode} for schedule in found) >= len(POWERS)
+        assert sum(set(schedule) <= {R, mode} for schedule in schedules) >= len(POWERS)
     if not affordable:
-        assert all(len(set(schedule)) > 2 for schedule in found)
+        assert all(len(set(schedule)) > 2 for schedule in schedules)
 
 
 def test_start_of_one_cheap_mode_spreads_as_many_refreshes_as_fit() -> None:
-    found = list(starts(20, Limits((R, F), cost, 0.3)))
-    assert found == [spread_schedule(20, 6, power, F) for power in POWERS]  # 0.3 * 20 = 6
+    schedules = list(starts(20, Limits((R, F), cost, 0.3)))
+    assert schedules == [spread_schedule(20, 6, power, F) for power in POWERS]  # 0.3 * 20 = 6
 
 
 def test_two_cheap_modes_take_turns_after_every_refresh() -> None:
-    found = list(starts(10, Limits((R, U, F), cost, 0.27)))  # two REFRESH and some REUSE
-    assert modes("RUFUFUFUFR") in found
-    assert modes("RFUFUFUFUR") in found
-    assert len(found) == 4 * len(POWERS)
+    schedules = list(starts(10, Limits((R, U, F), cost, 0.27)))  # two REFRESH and some REUSE
+    assert modes("RUFUFUFUFR") in schedules
+    assert modes("RFUFUFUFUR") in schedules
+    assert len(schedules) == 4 * len(POWERS)
 
 
 @pytest.mark.parametrize("allowed", SETS)
 def test_best_starts_are_all_starts_by_error(allowed: tuple[StepMode, ...]) -> None:
     rehearsal = rehearsal_of(12)
-    found = best_starts(rehearsal, 2, Limits(allowed, cost, 0.4))
+    ranking = best_starts(rehearsal, 2, Limits(allowed, cost, 0.4))
     every = set(starts(12, Limits(allowed, cost, 0.4)))
     errors = {schedule: rehearsal.errors([schedule], 2)[0] for schedule in every}
-    assert {schedule for schedule, _ in found} == every
-    assert len(found) == len(every)
+    assert {schedule for schedule, _ in ranking} == every
+    assert len(ranking) == len(every)
     # Alone and in a batch: float64 rounding.
-    for (schedule, error), least in zip(found, sorted(errors.values()), strict=True):
+    for (schedule, error), least in zip(ranking, sorted(errors.values()), strict=True):
         assert error == pytest.approx(errors[schedule], rel=1e-9)
         assert error == pytest.approx(least, rel=1e-9)
 
@@ -208,13 +209,13 @@ def test_neighbours_are_all_near_moves_that_the_budget_allows_best_first(
 ) -> None:
     rehearsal, schedule = rehearsal_of(10), modes(letters)
     budget = cost(schedule) + 0.05
-    found = neighbours(rehearsal, schedule, 1, Limits(allowed, cost, budget))
+    ranking = neighbours(rehearsal, schedule, 1, Limits(allowed, cost, budget))
     expected = {s for s in near_moves(schedule, allowed) if cost(s) <= budget}
-    assert {s for s, _ in found} == expected
-    assert len(found) == len(expected)
-    errors = [error for _, error in found]
+    assert {s for s, _ in ranking} == expected
+    assert len(ranking) == len(expected)
+    errors = [error for _, error in ranking]
     assert errors == sorted(errors)
-    for moved, error in found:
+    for moved, error in ranking:
         assert error == pytest.approx(rehearsal.errors([moved], 1)[0], rel=1e-9)
 
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import sample_dit
+from support.models import modes, sample_dit
 from support.search.toy_runs import (
     SHAPES,
     STEPS,
     Affine,
     Shape,
-    modes,
     plain_variants,
     random_scales,
     recording_of,
@@ -56,13 +55,15 @@ def assert_same_geometry(recorded: RecordedSampler, atol: float) -> None:
         shares = [e[p * rows : (p + 1) * rows] for e in outputs for p in range(parts)]
         columns.append(np.stack([value.double().numpy().ravel() for value in latents + shares]))
     exact = np.concatenate(columns, axis=1)
-    there = torch.cat([span.latents, span.outputs.flatten(0, 1)]).numpy()
+    coordinates = torch.cat([span.latents, span.outputs.flatten(0, 1)]).numpy()
     steps = len(recorded.steps.weights)
-    assert span.latents.shape == (steps + 1, there.shape[1])
-    assert span.outputs.shape == (steps, parts, there.shape[1])
+    assert span.latents.shape == (steps + 1, coordinates.shape[1])
+    assert span.outputs.shape == (steps, parts, coordinates.shape[1])
     assert span.weights == recorded.steps.weights
     gram = exact @ exact.T
-    np.testing.assert_allclose(there @ there.T, gram, rtol=0, atol=atol * np.abs(gram).max())
+    np.testing.assert_allclose(
+        coordinates @ coordinates.T, gram, rtol=0, atol=atol * np.abs(gram).max()
+    )
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
@@ -98,9 +99,9 @@ def test_parts_under_one_guidance_scale_count_as_their_weighted_sum(
     schedules = [modes("RFRFFRFR"), modes("RUUFRCFU"), modes("RFFFFFFF")]
     scales = {C: ((0.1,) * STEPS,) * 3, U: ((0.2,) * STEPS,) * 3}
     answers = (Answer(0.3, 0.1),) * STEPS
-    found = Rehearsal(merged, answers, scales).errors(schedules, 2)
+    errors = Rehearsal(merged, answers, scales).errors(schedules, 2)
     # float64; fits are conditioned to about 1e6 by their ridge.
-    assert found == pytest.approx(Rehearsal(apart, answers, scales).errors(schedules, 2), rel=1e-6)
+    assert errors == pytest.approx(Rehearsal(apart, answers, scales).errors(schedules, 2), rel=1e-6)
 
 
 def test_parts_that_weigh_otherwise_at_one_step_stay_apart() -> None:
@@ -179,11 +180,11 @@ def test_errors_of_an_affine_model_are_those_of_a_replay(
 ) -> None:
     recorded, variants, span = affine(shape, gain)
     schedule = modes("R" + tail)
-    made = replay(variants, recorded, schedule, order)
+    result = replay(variants, recorded, schedule, order)
     (rehearsed,) = Rehearsal(span, answers_of(gain), {}).errors([schedule], order)
     # Both in float64; the ridge of 1e-6 leaves normal equations of a condition below 1e7.
-    assert rehearsed == pytest.approx(made.errors[0], rel=1e-6, abs=1e-9)
-    for step, answer in made.answers.items():
+    assert rehearsed == pytest.approx(result.errors[0], rel=1e-6, abs=1e-9)
+    for step, answer in result.answers.items():
         assert answer.gain == pytest.approx(gain + 0.05 * step, abs=1e-6)
         assert answer.spread == pytest.approx(0.0, abs=1e-6)
 
@@ -195,9 +196,9 @@ def test_errors_of_forecasts_are_exact_where_outputs_do_not_depend_on_the_latent
 ) -> None:
     recorded, variants, span = still()
     schedule = modes("R" + tail)
-    made = replay(variants, recorded, schedule, order)
+    result = replay(variants, recorded, schedule, order)
     (rehearsed,) = Rehearsal(span, (EXACT,) * STEPS, {}).errors([schedule], order)
-    assert rehearsed == pytest.approx(made.errors[0], rel=1e-6, abs=1e-9)
+    assert rehearsed == pytest.approx(result.errors[0], rel=1e-6, abs=1e-9)
 
 
 @cache
@@ -211,12 +212,12 @@ def test_error_of_several_runs_is_that_of_all_together() -> None:
     model = Affine([0.3] * STEPS, (2, 3, 4))
     recorded = recording_of(model, sampler_of((2, 0)), (2, 2, 3, 4), seeds=(1, 2))
     schedule = modes("RFRFFRFF")
-    made = replay(plain_variants(model, dict(recorded.runs[0][0])), recorded, schedule, 1)
+    result = replay(plain_variants(model, dict(recorded.runs[0][0])), recorded, schedule, 1)
     (rehearsed,) = Rehearsal(Span.of(recorded), (Answer(0.3, 0.0),) * STEPS, {}).errors(
         [schedule], 1
     )
     sizes = torch.cat([end.flatten(1).norm(dim=1) for end in recorded.ends if end is not None])
-    off = torch.tensor(made.errors, dtype=torch.float64) * sizes
+    off = torch.tensor(result.errors, dtype=torch.float64) * sizes
     # As above; one relative error over the four samples.
     assert rehearsed == pytest.approx(float(off.norm() / sizes.norm()), rel=1e-6)
     assert rehearsed > 1e-3
@@ -388,9 +389,9 @@ def test_larger_scales_never_lower_the_error_of_a_last_cheap_step(
 
 def test_spread_adds_to_the_error() -> None:
     span = toy_span(6)
-    found = [
+    errors = [
         Rehearsal(span, (Answer(0.3, spread),) * 6, {}).errors([modes("RFRFRR")], 0)[0]
         for spread in (0.0, 0.2, 0.5, 1.0)
     ]
-    assert found == sorted(found)
-    assert found[-1] > found[0] * 1.01
+    assert errors == sorted(errors)
+    assert errors[-1] > errors[0] * 1.01

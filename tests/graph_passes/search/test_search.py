@@ -95,11 +95,11 @@ def trained() -> Case:
 
 
 @cache
-def found(make: Callable[[], Case], budget: float) -> Plan:
+def plan_for(make: Callable[[], Case], budget: float) -> Plan:
     return Plan.search(make().model, make().recording, budget=budget)
 
 
-def taken(plan: Plan) -> FrontPoint:
+def choice_of(plan: Plan) -> FrontPoint:
     assert plan.front is not None
     return plan.front.points[plan.front.choice]
 
@@ -114,7 +114,7 @@ def assert_summary(summary: ErrorSummary | None, errors: list[float]) -> None:
 
 def assert_kept(case: Case, plan: Plan, budget: float) -> None:
     """Budget, cost and held-out error of a plan are true."""
-    point, fast = taken(plan), optimize(case.model, plan)
+    point, fast = choice_of(plan), optimize(case.model, plan)
     assert plan.schedule == point.schedule
     assert plan.recipe.output_weights == point.output_weights
     assert plan.front is not None
@@ -130,18 +130,18 @@ def assert_kept(case: Case, plan: Plan, budget: float) -> None:
 def test_budget_and_errors_are_those_of_the_users_sampler(
     make: Callable[[], Case], budget: float
 ) -> None:
-    plan = found(make, budget)
+    plan = plan_for(make, budget)
     assert_kept(make(), plan, budget)
     assert plan.front is not None
     assert (plan.front.unit, plan.front.request) == ("MACs", f"budget {budget:g}")
     within = [point for point in plan.front.points if point.cost <= budget]
-    assert taken(plan).error.mean == min(point.error.mean for point in within)
+    assert choice_of(plan).error.mean == min(point.error.mean for point in within)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [toy, multistep])
 def test_every_point_of_the_front_is_a_plan(make: Callable[[], Case], tmp_path: Path) -> None:
-    plan = found(make, 0.5)
+    plan = plan_for(make, 0.5)
     assert plan.front is not None
     points = plan.front.points
     assert len(points) > 1
@@ -159,7 +159,7 @@ def test_every_point_of_the_front_is_a_plan(make: Callable[[], Case], tmp_path: 
 
 
 def test_trained_model_keeps_the_budget() -> None:
-    assert_kept(trained(), found(trained, 0.5), 0.5)
+    assert_kept(trained(), plan_for(trained, 0.5), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def test_no_uniform_plan_of_that_cost_is_better(mode: StepMode, order: int, refr
     fast = optimize(case.model, plan)
     assert fast.compiled.cost.run_share(schedule) <= budget
     assert fast.compiled.cost.run_share(spread_schedule(steps, refreshes + 1, mode=mode)) > budget
-    assert taken(found(trained, budget)).error.mean <= fmean(case.errors(fast, CHOICE))
+    assert choice_of(plan_for(trained, budget)).error.mean <= fmean(case.errors(fast, CHOICE))
 
 
 def test_new_samples_keep_the_error() -> None:
     case, wanted = trained(), 0.05
     plan = Plan.search(case.model, case.recording, max_error=wanted)
-    point = taken(plan)
+    point = choice_of(plan)
     assert point.cost < 1
     assert point.error.bound <= wanted
     assert plan.front is not None
@@ -204,7 +204,7 @@ def test_error_that_no_plan_keeps_is_refused_with_one_that_is_kept() -> None:
         "as it is."
     )
     plan = Plan.search(case.model, each(case.recording), max_error=told)
-    assert taken(plan).error.bound <= told
+    assert choice_of(plan).error.bound <= told
 
 
 def test_effort_tries_more(tmp_path: Path) -> None:
@@ -213,14 +213,14 @@ def test_effort_tries_more(tmp_path: Path) -> None:
     for effort in (1, 2):
         folder = tmp_path / str(effort)
         plan = Plan.search(case.model, case.recording, budget=0.5, effort=effort, path=folder)
-        assert taken(plan).cost <= 0.5
+        assert choice_of(plan).cost <= 0.5
         tried.append({path.name for path in folder.glob("fit-*.json")})
     assert len(tried[1]) > len(tried[0])
 
 
 def test_same_inputs_give_the_same_plan() -> None:
     case = toy()
-    assert_same_plan(Plan.search(case.model, case.recording, budget=0.5), found(toy, 0.5))
+    assert_same_plan(Plan.search(case.model, case.recording, budget=0.5), plan_for(toy, 0.5))
 
 
 def test_runs_to_report_with_have_no_part_in_the_plan() -> None:
@@ -240,13 +240,15 @@ def test_calibration_is_found_where_forecasts_fail() -> None:
     plan = Plan.search(model, recording, budget=0.5)  # rank 8 everywhere is exact, at 0.3 a step
     assert plan.front is not None
     assert C in plan.schedule
-    assert taken(plan).error.mean < 1e-4
-    assert not any(taken(plan).ranks[name] == 0 for name in plan.statistics)
+    assert choice_of(plan).error.mean < 1e-4
+    assert not any(choice_of(plan).ranks[name] == 0 for name in plan.statistics)
     needed = {n for p in plan.front.points for n, rank in p.ranks.items() if rank}
     assert set(plan.statistics) == needed  # those of branches as a whole, seen too, are dropped
     fast = optimize(model, plan)
-    assert fast.compiled.cost.run_share(plan.schedule) == pytest.approx(taken(plan).cost, rel=1e-9)
-    assert {t.name: t.rank for t in fast.compiled.targets} == taken(plan).ranks
+    assert fast.compiled.cost.run_share(plan.schedule) == pytest.approx(
+        choice_of(plan).cost, rel=1e-9
+    )
+    assert {t.name: t.rank for t in fast.compiled.targets} == choice_of(plan).ranks
     errors = sample_errors(euler(fast, REPORT), euler(model, REPORT))
     assert_summary(plan.front.held_out, errors)
 
@@ -270,7 +272,9 @@ def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
             recording.finish(case.latents(pipe, "A dog", seed))
     plan = Plan.search(pipe.transformer, recording, budget=0.5)
     fast = optimize(pipe.transformer, plan)
-    assert fast.compiled.cost.run_share(plan.schedule) == pytest.approx(taken(plan).cost, rel=1e-9)
+    assert fast.compiled.cost.run_share(plan.schedule) == pytest.approx(
+        choice_of(plan).cost, rel=1e-9
+    )
     own = build(case)
     own.transformer = fast
     got = case.latents(own, "A dog", REPORT)

@@ -24,6 +24,7 @@ from calicache.graph_passes import (
     find_sites,
     record,
 )
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.search.sensitivity import BACK, sensitivities
 from calicache.graph_passes.sites.targets import assign
@@ -32,10 +33,10 @@ WIDTH, STEPS = 6, 5
 # float32 runs on both sides; sums of a few hundred squares.
 RTOL = 1e-4
 
-Found = tuple[CapturedGraph, Sites, Recording]
+Subject = tuple[CapturedGraph, Sites, Recording]
 
 
-def found_in(model: nn.Module, dtype: torch.dtype = torch.float32) -> Found:
+def subject_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> Subject:
     """The model seen over a few calls with noise."""
     shake(model, 0.3)
     draw = torch.Generator().manual_seed(3)
@@ -50,8 +51,8 @@ def _analysed(model: nn.Module, recording: Recording) -> tuple[CapturedGraph, Si
     return captured, find_sites(captured, classify_nodes(captured, recording.dependence))
 
 
-def gains_of(found: Found, *steps: int, joint: bool = False) -> dict[str, float]:
-    captured, sites, recording = found
+def gains_of(subject: Subject, *steps: int, joint: bool = False) -> dict[str, float]:
+    captured, sites, recording = subject
     targets, _ = assign(captured, sites, rank=1, joint=joint)
     (run,) = recording.runs
     return sensitivities(captured, sites, targets, run, steps or (2, 4))
@@ -135,41 +136,41 @@ def chain_gains(model: Chain, inputs: Sequence[Tensor], steps: Sequence[int]) ->
 
 
 @pytest.fixture(scope="module")
-def chain() -> tuple[Chain, Found]:
+def chain() -> tuple[Chain, Subject]:
     torch.manual_seed(0)
     model = Chain()
-    return model, found_in(model)
+    return model, subject_of(model)
 
 
 @pytest.mark.parametrize("steps", [(2,), (2, 3, 4), (4,)])
 def test_gains_of_a_linear_model_are_those_of_its_matrices(
-    chain: tuple[Chain, Found], steps: tuple[int, ...]
+    chain: tuple[Chain, Subject], steps: tuple[int, ...]
 ) -> None:
-    model, found = chain
-    inputs = [next(iter(call.values())) for call in found[2].calls]
-    assert_gains(gains_of(found, *steps), chain_gains(model, inputs, steps))
+    model, subject = chain
+    inputs = [next(iter(call.values())) for call in subject[2].calls]
+    assert_gains(gains_of(subject, *steps), chain_gains(model, inputs, steps))
 
 
-def test_every_measured_step_is_counted(chain: tuple[Chain, Found]) -> None:
+def test_every_measured_step_is_counted(chain: tuple[Chain, Subject]) -> None:
     captured, sites, recording = chain[1]
-    seen: list[int] = []
-    sensitivities(captured, sites, (), recording.runs[0], (2, 3, 4), lambda: seen.append(1))
-    assert len(seen) == 3
+    meter = Meter(0)
+    sensitivities(captured, sites, (), recording.runs[0], (2, 3, 4), meter)
+    assert meter.done == 3
 
 
-def test_branches_are_measured_without_any_target(chain: tuple[Chain, Found]) -> None:
+def test_branches_are_measured_without_any_target(chain: tuple[Chain, Subject]) -> None:
     captured, sites, recording = chain[1]
     got = sensitivities(captured, sites, (), recording.runs[0], (2, 4))
     both = gains_of(chain[1])
     assert got == {"first": both["first"], "second": both["second"]}
 
 
-def test_graph_and_weights_are_left_alone(chain: tuple[Chain, Found]) -> None:
-    model, found = chain
+def test_graph_and_weights_are_left_alone(chain: tuple[Chain, Subject]) -> None:
+    model, subject = chain
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    written = str(found[0].graph)
-    assert gains_of(found) == gains_of(found)  # to the bit
-    assert str(found[0].graph) == written
+    written = str(subject[0].graph)
+    assert gains_of(subject) == gains_of(subject)  # to the bit
+    assert str(subject[0].graph) == written
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -186,7 +187,7 @@ class Masked(Chain):
 
 
 def test_branch_that_does_not_reach_the_output_counts_nothing() -> None:
-    gains = gains_of(found_in(Masked()))
+    gains = gains_of(subject_of(Masked()))
     assert {name: gains[name] for name in ("second", "second.up", "second.down")} == {
         "second": 0.0,
         "second.up": 0.0,
@@ -195,7 +196,7 @@ def test_branch_that_does_not_reach_the_output_counts_nothing() -> None:
     assert all(gains[name] > 0 for name in ("first", "first.up", "first.down", "between"))
 
 
-def test_value_that_does_not_move_counts_nothing(chain: tuple[Chain, Found]) -> None:
+def test_value_that_does_not_move_counts_nothing(chain: tuple[Chain, Subject]) -> None:
     captured, sites, recording = chain[1]
     targets, _ = assign(captured, sites, rank=1)
     run = [recording.calls[0]] * STEPS
@@ -221,18 +222,18 @@ class Parallel(nn.Module):
 
 def test_branch_with_several_exits_is_followed_from_all_of_them_at_once() -> None:
     model = Parallel()
-    found = found_in(model)
-    (branch,) = found[1].branches
+    subject = subject_of(model)
+    (branch,) = subject[1].branches
     assert len(branch.exits) == 2
-    inputs = [next(iter(call.values())) for call in found[2].calls]
+    inputs = [next(iter(call.values())) for call in subject[2].calls]
     norms = [F.layer_norm(model.embed(x), (WIDTH,)) for x in inputs]
     moved = [norms[step - BACK] - norms[step] for step in (2, 4)]
     left, right = ([n @ w.weight.T for n in moved] for w in (model.left, model.right))
     both = share([2 * (a + b) for a, b in zip(left, right, strict=True)], [*left, *right])
     # One layer changes one exit by all that it is changed itself.
-    apart = gains_of(found)
+    apart = gains_of(subject)
     assert_gains(apart, {branch.name: both, "left": both, "right": both})
-    assert_gains(gains_of(found, joint=True), {branch.name: both, "left+right": both})
+    assert_gains(gains_of(subject, joint=True), {branch.name: both, "left+right": both})
 
 
 class Attention(nn.Module):
@@ -293,20 +294,20 @@ class Replayed:
 
 def hooked_gain(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> float:
     """|change of the model's output|^2 over |change of the modules'|^2."""
-    there = Replayed(model, names)
+    replayed = Replayed(model, names)
     changes, moves = [], []
     for step in (2, 4):
-        earlier, now = there.outputs(inputs[step - BACK]), there.outputs(inputs[step])
-        changes.append(there.change(inputs[step], earlier))
+        earlier, now = replayed.outputs(inputs[step - BACK]), replayed.outputs(inputs[step])
+        changes.append(replayed.change(inputs[step], earlier))
         moves += [earlier[name] - now[name] for name in names]
     return share(changes, moves)
 
 
 def test_gains_of_a_model_that_is_not_linear_are_those_of_hooks() -> None:
     model = Blocks()
-    found = found_in(model)
-    inputs = [next(iter(call.values())) for call in found[2].calls]
-    gains = gains_of(found, joint=True)
+    subject = subject_of(model)
+    inputs = [next(iter(call.values())) for call in subject[2].calls]
+    gains = gains_of(subject, joint=True)
     # The branch's exit is its last layer: one hook sets the whole of it.
     attention = hooked_gain(model, ["attn.proj"], inputs)
     single = hooked_gain(model, ["single"], inputs)
@@ -328,10 +329,10 @@ def test_halved_layer_of_a_branch_of_the_same_name_is_followed_through_it() -> N
             return torch.tanh(x + 0.5 * self.single(F.silu(x)))
 
     model = Halved()
-    found = found_in(model)
-    assert [branch.name for branch in found[1].branches] == ["single"]
-    inputs = [next(iter(call.values())) for call in found[2].calls]
-    assert_gains(gains_of(found), {"single": hooked_gain(model, ["single"], inputs)})
+    subject = subject_of(model)
+    assert [branch.name for branch in subject[1].branches] == ["single"]
+    inputs = [next(iter(call.values())) for call in subject[2].calls]
+    assert_gains(gains_of(subject), {"single": hooked_gain(model, ["single"], inputs)})
 
 
 # --- the sample's architecture, and memory ------------------------------------------------------
@@ -353,9 +354,9 @@ def test_all_branches_and_layers_of_a_dit_reach_its_output(
 
 def test_gains_of_a_float64_model_are_exact_to_its_digits() -> None:
     model = Blocks()
-    found = found_in(model, torch.float64)
-    inputs = [next(iter(call.values())) for call in found[2].calls]
-    gains = gains_of(found)
+    subject = subject_of(model, torch.float64)
+    inputs = [next(iter(call.values())) for call in subject[2].calls]
+    gains = gains_of(subject)
     for name, layer in (("attn", "attn.proj"), ("single", "single")):
         # float64 all the way; sums of a few hundred squares.
         assert math.isclose(gains[name], hooked_gain(model, [layer], inputs), rel_tol=1e-12)
@@ -397,7 +398,7 @@ class Alive(TorchDispatchMode):
 
 
 def test_few_values_are_held() -> None:
-    captured, sites, recording = found_in(Long())
+    captured, sites, recording = subject_of(Long())
     nodes = len(captured.graph.nodes)
     targets, _ = assign(captured, sites, rank=1)
     watched = len(targets) + 1  # a branch's exit is its last layer; and the output

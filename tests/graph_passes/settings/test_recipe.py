@@ -47,13 +47,13 @@ OF_A_POINT = ("schedule", "order", "rules", "ranks", "output_weights")
 @pytest.fixture(scope="module")
 def front() -> Front:
     """Four points; rules and ranks at those that calibrate."""
-    made = front_of(COSTS, ERRORS, choice=2)
+    base = front_of(COSTS, ERRORS, choice=2)
     points = [
         replace(point, rules=RULES, ranks=RANKS) if C in point.schedule else point
-        for point in made.points
+        for point in base.points
     ]
     assert [C in point.schedule for point in points] == [True, False, True, False]
-    return replace(made, points=tuple(points))
+    return replace(base, points=tuple(points))
 
 
 @pytest.fixture(scope="module")
@@ -145,21 +145,21 @@ def test_front_without_held_out_samples_survives_saving(searched: Plan) -> None:
 @pytest.mark.parametrize("place", range(4))
 def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place: int) -> None:
     assert searched.front is not None
-    taken, point = searched.take(place), searched.front.points[place]
+    plan, point = searched.take(place), searched.front.points[place]
     for name in OF_A_POINT:
-        assert getattr(taken.recipe, name) == getattr(point, name), name
-    others = {f.name for f in fields(taken.recipe)} - {*OF_A_POINT, "correction"}
+        assert getattr(plan.recipe, name) == getattr(point, name), name
+    others = {f.name for f in fields(plan.recipe)} - {*OF_A_POINT, "correction"}
     for name in others:
-        assert getattr(taken.recipe, name) == getattr(searched.recipe, name), name
-    assert taken.recipe.correction == "fitted to the recorded runs"
-    assert taken.recipe.latent == searched.front.latent == "hidden_states"
-    assert taken.binding is searched.binding
-    assert taken.statistics is searched.statistics
-    assert taken.front == replace(searched.front, choice=place)
+        assert getattr(plan.recipe, name) == getattr(searched.recipe, name), name
+    assert plan.recipe.correction == "fitted to the recorded runs"
+    assert plan.recipe.latent == searched.front.latent == "hidden_states"
+    assert plan.binding is searched.binding
+    assert plan.statistics is searched.statistics
+    assert plan.front == replace(searched.front, choice=place)
     assert searched.front.choice == 2
-    assert reloaded(searched).take(place).recipe == taken.recipe
+    assert reloaded(searched).take(place).recipe == plan.recipe
     # And back again: a point holds all that the plan needs.
-    assert taken.take(2).recipe == searched.recipe
+    assert plan.take(2).recipe == searched.recipe
 
 
 @pytest.mark.parametrize("place", range(4))

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import modes
 
 from calicache.graph_passes import StepMode, spread_schedule, uniform_schedule
 from calicache.graph_passes.common.errors import PlanError
@@ -22,17 +23,11 @@ from calicache.graph_passes.settings.schedule import (
 )
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
-LETTERS = dict(zip("RCUF", StepMode, strict=True))
 
 cheap_modes = st.sampled_from([CALIBRATE, REUSE, FORECAST])
 schedules = st.lists(st.sampled_from(list(StepMode)), max_size=30).map(
     lambda rest: (REFRESH, *rest)
 )
-
-
-def modes(text: str) -> tuple[StepMode, ...]:
-    """`RCU` as modes: REFRESH, CALIBRATE, REUSE (F is FORECAST)."""
-    return tuple(LETTERS[letter] for letter in text)
 
 
 @pytest.mark.parametrize(

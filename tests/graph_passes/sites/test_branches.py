@@ -18,7 +18,7 @@ from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.branches import ResidualBranch, find_branches
 
 Summary = tuple[str, str | None, str, str]
-Found = tuple[list[Summary], list[tuple[str, str]]]
+Findings = tuple[list[Summary], list[tuple[str, str]]]
 
 
 def summary(branch: ResidualBranch) -> Summary:
@@ -26,7 +26,7 @@ def summary(branch: ResidualBranch) -> Summary:
     return branch.name, branch.entry, " ".join(branch.exits), " ".join(branch.joins)
 
 
-def found(path: Forward) -> Found:
+def findings(path: Forward) -> Findings:
     """(name, entry, exits, joins) of all branches, (node, reason) of all rejections."""
     captured, classes = joined_graph(path)
     branches, rejections = find_branches(captured.graph, classes)
@@ -37,7 +37,7 @@ def found(path: Forward) -> Found:
 
 
 def branches_of(path: Forward) -> list[Summary]:
-    return found(path)[0]
+    return findings(path)[0]
 
 
 # --- two real models --------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_of_a_chain_inside_an_outer_residual_the_links_are_kept() -> None:
         h = h + m.c(h)
         return x + m.d(h)
 
-    branches, rejections = found(path)
+    branches, rejections = findings(path)
     assert branches == [("b", "linear", "linear_1", "add"), ("c", "add", "linear_2", "add_1")]
     assert rejections == [("add_2", "contains other residual branches (joined at add)")]
 
@@ -293,7 +293,7 @@ def test_an_outer_residual_without_layers_of_its_own_is_rejected() -> None:
     def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         return x + torch.tanh(x + m.a(x))
 
-    branches, rejections = found(path)
+    branches, rejections = findings(path)
     assert branches == [("a", "x", "linear", "add")]
     assert rejections == [("add_1", "contains other residual branches (joined at add)")]
 
@@ -303,7 +303,7 @@ def test_layers_that_only_escape_make_no_branch() -> None:
         h = m.a(x)
         return x + F.gelu(h), h
 
-    branches, rejections = found(path)
+    branches, rejections = findings(path)
     assert branches == []
     assert rejections == [("add", "all its linear layers are also used outside it")]
 
@@ -313,13 +313,13 @@ def test_a_latent_add_without_a_linear_is_rejected() -> None:
         x = x + F.gelu(x)
         return x + m.a(x)
 
-    branches, rejections = found(path)
+    branches, rejections = findings(path)
     assert branches == [("a", "add", "linear", "add_1")]
     assert rejections == [("add", "the branch has no linear layer")]
 
 
 def test_a_value_added_to_its_own_copy_is_rejected_once() -> None:
-    rejections = found(lambda m, x, _: m.a(x + x.clone()))[1]
+    rejections = findings(lambda m, x, _: m.a(x + x.clone()))[1]
     assert rejections == [("add", "the branch has no linear layer")]
 
 
@@ -334,7 +334,7 @@ def test_a_value_added_to_its_own_copy_is_rejected_once() -> None:
     ],
 )
 def test_adds_that_join_no_skip_are_not_even_candidates(path: Forward) -> None:
-    branches, rejections = found(path)
+    branches, rejections = findings(path)
     assert branches == []
     assert rejections == []
 

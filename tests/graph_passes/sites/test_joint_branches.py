@@ -233,7 +233,7 @@ def joint_outputs(
 ) -> list[Tensor]:
     """The outputs of all steps; on cheap steps these branches give what they last gave."""
     kept: dict[str, Any] = {}
-    made = []
+    outputs = []
     for mode, call in zip(schedule, calls, strict=True):
         x, text = model.embed(call["x"]), call["text"]
         for number, block in enumerate(model.blocks):
@@ -244,8 +244,8 @@ def joint_outputs(
             if mode is REFRESH or mlp not in reused:
                 kept[mlp] = block.mlp(x)
             x = x + kept[mlp]
-        made.append(model.head(x))
-    return made
+        outputs.append(model.head(x))
+    return outputs
 
 
 ALL_BRANCHES = [f"blocks.{n}.{part}" for n in range(3) for part in ("attn", "mlp")]

@@ -18,17 +18,11 @@ from calicache.graph_passes.sampler.update import SamplerSteps
 from calicache.graph_passes.search.rehearse import Scales, Span
 from calicache.graph_passes.settings.schedule import anchor_table
 
-LETTERS = dict(zip("RCUF", StepMode, strict=True))
-
 STEPS = 8
 NOWHERE = Sites((), (), (), ())
 
 Shape = tuple[int, int]  # parts of the batch, and whether the sampler looks back
 SHAPES = {"one": (1, 0), "guided": (2, 0), "two-step": (1, 1), "guided two-step": (2, 1)}
-
-
-def modes(letters: str) -> tuple[StepMode, ...]:
-    return tuple(LETTERS[letter] for letter in letters)
 
 
 class Affine(nn.Module):

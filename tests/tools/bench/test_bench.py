@@ -33,10 +33,10 @@ STEPS, INTERVAL = 6, 3
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> BenchSettings:
     folder = tmp_path_factory.mktemp("bench")
-    made = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, folder)
-    bench_prepare._plan(made)
-    bench_prepare._export(made)
-    return made
+    options = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, folder)
+    bench_prepare._plan(options)
+    bench_prepare._export(options)
+    return options
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +113,14 @@ def test_plain_rows_agree(settings: BenchSettings) -> None:
 @pytest.mark.parametrize("kind", ["step", "pair", "sampler"])
 def test_calibrated_rows_agree(settings: BenchSettings, kind: str) -> None:
     eager = latents("calicache CALIBRATE, PyTorch eager", settings)
-    found = latents(f"calicache CALIBRATE, {kind}", settings)
-    torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
+    output = latents(f"calicache CALIBRATE, {kind}", settings)
+    torch.testing.assert_close(output, eager, rtol=1e-4, atol=1e-5)
 
 
 def test_reuse_rows_agree(settings: BenchSettings) -> None:
     eager = latents("calicache REUSE, PyTorch eager", settings)
-    found = latents("calicache REUSE, step", settings)
-    torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
+    output = latents("calicache REUSE, step", settings)
+    torch.testing.assert_close(output, eager, rtol=1e-4, atol=1e-5)
 
 
 def test_hook_computes_the_steps_that_its_schedule_says(settings: BenchSettings) -> None:
@@ -153,12 +153,12 @@ def test_hook_is_refused_where_its_names_fit_nothing(settings: BenchSettings) ->
 
 def test_operators_are_told_apart_by_mode(settings: BenchSettings) -> None:
     task = BenchTask(tiny(), settings, settings.folder / "step")
-    found = operator_times(task)
-    by_mode = {(entry.mode, entry.operator): entry for entry in found}
+    times = operator_times(task)
+    by_mode = {(entry.mode, entry.operator): entry for entry in times}
     for mode in ("REFRESH", "CALIBRATE"):
         assert by_mode[mode, "MultiHeadAttention"].calls == BLOCKS
         assert by_mode[mode, "MultiHeadAttention"].milliseconds > 0
-    assert not {entry.operator for entry in found} & {"If", "Loop"}
+    assert not {entry.operator for entry in times} & {"If", "Loop"}
 
 
 def test_whole_bench_measures_every_row(result: dict) -> None:

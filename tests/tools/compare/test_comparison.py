@@ -92,26 +92,26 @@ def case_of(
     return Case(fast, folder, recording, wanted, got)
 
 
-def assert_same_errors(found: Comparison, case: Case) -> None:
+def assert_same_errors(comparison: Comparison, case: Case) -> None:
     expected = errors_of(case.got, case.wanted)
-    for row, errors in zip(found.steps, expected, strict=True):
+    for row, errors in zip(comparison.steps, expected, strict=True):
         assert row.error is not None
         mean = sum(errors) / len(errors)
         assert row.error.mean == pytest.approx(mean, rel=0, abs=ATOL), row.step
         assert row.error.worst == pytest.approx(max(errors), rel=0, abs=ATOL), row.step
         assert row.error.samples == len(errors)
-    last = found.steps[-1].error
+    last = comparison.steps[-1].error
     assert last is not None
-    assert found.final == last
-    assert_same_results(found, case)
+    assert comparison.final == last
+    assert_same_results(comparison, case)
 
 
-def assert_same_results(found: Comparison, case: Case) -> None:
+def assert_same_results(comparison: Comparison, case: Case) -> None:
     """Final latents: rtol SAME of their norm, as for one call, over six steps."""
     got = torch.cat([latents[-1] for latents in case.got])
     wanted = torch.cat([latents[-1] for latents in case.wanted])
-    assert relative(found.cached, got) < SAME
-    assert torch.equal(found.full, wanted)
+    assert relative(comparison.cached, got) < SAME
+    assert torch.equal(comparison.full, wanted)
     # Far enough from the full run for the bound to tell.
     assert relative(wanted, got) > 5 * SAME
 
@@ -127,7 +127,7 @@ def guided(dit, tmp_path_factory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def found(guided: Case) -> dict[Layout, Comparison]:
+def comparisons(guided: Case) -> dict[Layout, Comparison]:
     return {layout: compare(guided.folder / layout, guided.recording) for layout in Layout}
 
 
@@ -236,16 +236,18 @@ def test_step_0_without_the_output_is_refused(small: Case, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("layout", [Layout.STEP, Layout.PAIR])
 def test_errors_by_step_are_those_of_the_eager_run(
-    layout: Layout, guided: Case, found: dict[Layout, Comparison]
+    layout: Layout, guided: Case, comparisons: dict[Layout, Comparison]
 ) -> None:
-    assert_same_errors(found[layout], guided)
-    assert [row.mode for row in found[layout].steps] == [*SCHEDULE]
-    assert (found[layout].runs, found[layout].samples) == (2, 4)
-    assert found[layout].no_steps is None
+    assert_same_errors(comparisons[layout], guided)
+    assert [row.mode for row in comparisons[layout].steps] == [*SCHEDULE]
+    assert (comparisons[layout].runs, comparisons[layout].samples) == (2, 4)
+    assert comparisons[layout].no_steps is None
 
 
-def test_sampler_layout_has_the_result_alone(guided: Case, found: dict[Layout, Comparison]) -> None:
-    comparison = found[Layout.SAMPLER]
+def test_sampler_layout_has_the_result_alone(
+    guided: Case, comparisons: dict[Layout, Comparison]
+) -> None:
+    comparison = comparisons[Layout.SAMPLER]
     assert_same_results(comparison, guided)
     final = errors_of(guided.got, guided.wanted)[-1]
     assert comparison.final.mean == pytest.approx(sum(final) / 4, rel=0, abs=ATOL)
@@ -270,9 +272,9 @@ def test_refresh_at_every_step_has_no_error_but_rounding(guided: Case, plain_fol
 
 
 def test_everything_but_the_times_is_the_same_again(
-    guided: Case, found: dict[Layout, Comparison]
+    guided: Case, comparisons: dict[Layout, Comparison]
 ) -> None:
-    for layout, first in found.items():
+    for layout, first in comparisons.items():
         again = compare(guided.folder / layout, guided.recording)
         assert untimed(again) == untimed(first)
         assert torch.equal(again.cached, first.cached)
@@ -289,10 +291,12 @@ def untimed(comparison: Comparison) -> Comparison:
     )
 
 
-def test_first_runs_alone_can_be_compared(guided: Case, found: dict[Layout, Comparison]) -> None:
+def test_first_runs_alone_can_be_compared(
+    guided: Case, comparisons: dict[Layout, Comparison]
+) -> None:
     one = compare(guided.folder / "step", guided.recording, runs=1)
     assert (one.runs, one.samples) == (1, 2)
-    assert torch.equal(one.cached, found[Layout.STEP].cached[:2])
+    assert torch.equal(one.cached, comparisons[Layout.STEP].cached[:2])
 
 
 def test_two_calls_a_step_are_compared(tmp_path: Path) -> None:
@@ -355,8 +359,10 @@ def test_half_precision_is_compared_in_float32(tmp_path: Path) -> None:
 # --- times ---------------------------------------------------------------------------------------
 
 
-def test_times_of_steps_modes_and_runs_belong_together(found: dict[Layout, Comparison]) -> None:
-    comparison = found[Layout.STEP]
+def test_times_of_steps_modes_and_runs_belong_together(
+    comparisons: dict[Layout, Comparison],
+) -> None:
+    comparison = comparisons[Layout.STEP]
     for row in comparison.steps:
         assert row.full_seconds is not None
         assert row.cached_seconds is not None
@@ -417,8 +423,10 @@ def latent_case(diffusers_dit, tmp_path_factory) -> Case:
     return case_of(diffusers_dit, denoise, noises, (R, FORECAST) * 3, folder, TWO)
 
 
-def test_images_are_measured_in_their_range(guided: Case, found: dict[Layout, Comparison]) -> None:
-    measures = found[Layout.STEP].measures
+def test_images_are_measured_in_their_range(
+    guided: Case, comparisons: dict[Layout, Comparison]
+) -> None:
+    measures = comparisons[Layout.STEP].measures
     assert measures is not None
     assert (measures.kind, measures.data_range) == (PictureKind.IMAGES, 2.0)
     wanted, got = (

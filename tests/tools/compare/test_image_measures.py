@@ -62,10 +62,11 @@ def test_psnr_of_images_is_that_of_the_formula() -> None:
     cached = (full + 0.1 * draw(2, 3, 3, 16, 16)).clamp(-1, 1)
     squared = (full - cached).double().square().mean((1, 2, 3))
     expected = (10 * (2.0**2 / squared).log10()).tolist()
-    found = measured(full, cached)
-    assert found.psnr_mean == pytest.approx(sum(expected) / 3, rel=RTOL)
-    assert found.psnr_worst == pytest.approx(min(expected), rel=RTOL)
-    assert (found.kind, found.data_range, found.scale) == (PictureKind.IMAGES, 2.0, "-1 .. 1")
+    measures = measured(full, cached)
+    assert measures.psnr_mean == pytest.approx(sum(expected) / 3, rel=RTOL)
+    assert measures.psnr_worst == pytest.approx(min(expected), rel=RTOL)
+    assert measures.kind is PictureKind.IMAGES
+    assert (measures.data_range, measures.scale) == (2.0, "-1 .. 1")
 
 
 def test_values_beyond_white_do_not_count() -> None:
@@ -77,8 +78,8 @@ def test_ssim_of_flat_images_is_that_of_the_formula() -> None:
     # Without variance only the means and the constant (0.01 * 2)^2 are left.
     a, b, constant = 0.5, 0.25, 0.02**2
     expected = (2 * a * b + constant) / (a * a + b * b + constant)
-    found = measured(torch.full((1, 3, 16, 16), a), torch.full((1, 3, 16, 16), b))
-    assert found.ssim_mean == pytest.approx(expected, rel=RTOL)
+    measures = measured(torch.full((1, 3, 16, 16), a), torch.full((1, 3, 16, 16), b))
+    assert measures.ssim_mean == pytest.approx(expected, rel=RTOL)
 
 
 def test_ssim_of_contrast_is_that_of_the_formula() -> None:
@@ -94,36 +95,37 @@ def test_ssim_of_contrast_is_that_of_the_formula() -> None:
 
 def test_equal_images_have_no_difference() -> None:
     full = draw(1, 2, 1, 16, 16).clamp(-1, 1)
-    found = measured(full, full)
-    assert (found.psnr_mean, found.psnr_worst) == (math.inf, math.inf)
-    assert found.ssim_worst == pytest.approx(1.0, abs=1e-6)
+    measures = measured(full, full)
+    assert (measures.psnr_mean, measures.psnr_worst) == (math.inf, math.inf)
+    assert measures.ssim_worst == pytest.approx(1.0, abs=1e-6)
 
 
 def test_worst_sample_is_the_one_with_most_noise() -> None:
     full = draw(1, 2, 1, 16, 16).clamp(-1, 1)
     noise = draw(2, 2, 1, 16, 16) * torch.tensor([0.01, 0.2]).view(2, 1, 1, 1)
-    found, alone = measured(full, full + noise), measured(full[1:], (full + noise)[1:])
-    assert found.psnr_worst == pytest.approx(alone.psnr_mean, rel=RTOL)
-    assert found.ssim_worst == pytest.approx(alone.ssim_mean, rel=RTOL)
-    assert found.psnr_mean > found.psnr_worst
-    assert found.ssim_mean is not None
-    assert found.ssim_worst is not None
-    assert found.ssim_mean > found.ssim_worst
+    measures, alone = measured(full, full + noise), measured(full[1:], (full + noise)[1:])
+    assert measures.psnr_worst == pytest.approx(alone.psnr_mean, rel=RTOL)
+    assert measures.ssim_worst == pytest.approx(alone.ssim_mean, rel=RTOL)
+    assert measures.psnr_mean > measures.psnr_worst
+    assert measures.ssim_mean is not None
+    assert measures.ssim_worst is not None
+    assert measures.ssim_mean > measures.ssim_worst
 
 
 def test_latents_are_measured_channel_by_channel() -> None:
     scales = torch.tensor([1.0, 10.0, 0.1, 3.0]).view(1, 4, 1, 1)
     full, noise = draw(1, 2, 4, 16, 16), 0.05 * draw(2, 2, 4, 16, 16)
-    found, scaled = measured(full, full + noise), measured(scales * full, scales * (full + noise))
-    assert found.kind is PictureKind.LATENTS
-    assert found.data_range == 1.0
-    assert found.scale == "each channel by its range in the full results"
+    measures = measured(full, full + noise)
+    scaled = measured(scales * full, scales * (full + noise))
+    assert measures.kind is PictureKind.LATENTS
+    assert measures.data_range == 1.0
+    assert measures.scale == "each channel by its range in the full results"
     # The range of a channel is its unit.
-    assert scaled.psnr_mean == pytest.approx(found.psnr_mean, rel=RTOL)
+    assert scaled.psnr_mean == pytest.approx(measures.psnr_mean, rel=RTOL)
     width = full.amax((0, 2, 3), True) - full.amin((0, 2, 3), True)
     squared = (noise / width).double().square().mean((1, 2, 3))
     expected = (10 * (1 / squared).log10()).mean()
-    assert found.psnr_mean == pytest.approx(float(expected), rel=RTOL)
+    assert measures.psnr_mean == pytest.approx(float(expected), rel=RTOL)
 
 
 def test_channel_without_a_range_is_taken_as_it_is() -> None:
@@ -131,13 +133,13 @@ def test_channel_without_a_range_is_taken_as_it_is() -> None:
     assert measured(full, full + 0.1).psnr_mean == pytest.approx(20.0, rel=RTOL)
 
 
-@pytest.mark.parametrize(("side", "there"), [(10, False), (11, True)])
-def test_ssim_needs_eleven_pixels(side: int, there: bool) -> None:
+@pytest.mark.parametrize(("side", "has_ssim"), [(10, False), (11, True)])
+def test_ssim_needs_eleven_pixels(side: int, has_ssim: bool) -> None:
     full = draw(1, 1, 1, side, 20).clamp(-1, 1)
-    found = measured(full, 0.9 * full)
-    assert (found.ssim_mean is not None) == there
-    assert (found.ssim_worst is not None) == there
-    assert found.psnr_mean > 0
+    measures = measured(full, 0.9 * full)
+    assert (measures.ssim_mean is not None) == has_ssim
+    assert (measures.ssim_worst is not None) == has_ssim
+    assert measures.psnr_mean > 0
 
 
 def test_diverged_run_has_no_pictures() -> None:

@@ -39,8 +39,8 @@ def marks(lines: list[str]) -> list[tuple[int, int, str]]:
     """Column, row and letter of every mark inside the frame."""
     rows = [re.split("[│┤]", line) for line in lines]
     inside = [row[1] for row in rows if len(row) == 3]
-    found = ((x, y, c) for y, line in enumerate(inside) for x, c in enumerate(line) if c in "RCUF")
-    return sorted(found)
+    points = ((x, y, c) for y, line in enumerate(inside) for x, c in enumerate(line) if c in "RCUF")
+    return sorted(points)
 
 
 def test_whole_text_is_the_golden_one() -> None:
@@ -86,20 +86,20 @@ def test_everything_fits_the_terminal(width: int) -> None:
 
 def test_chart_has_the_letter_of_every_step_in_order() -> None:
     lines = printed(error_chart(comparison_of(ERRORS, SCHEDULE)))
-    found = marks(lines)
-    assert [letter for *_, letter in found] == [*"RCURFC"]
-    heights = [-y for _, y, _ in found]
+    points = marks(lines)
+    assert [letter for *_, letter in points] == [*"RCURFC"]
+    heights = [-y for _, y, _ in points]
     assert heights[0] == min(heights)
     assert heights[4] == max(heights)
-    places = [x for x, *_ in found]
+    places = [x for x, *_ in points]
     gaps = [b - a for a, b in pairwise(places)]
     assert max(gaps) - min(gaps) <= 1
     assert lines[-1] == "R refresh, C calibrate, U reuse, F forecast"
 
 
 def test_chart_is_logarithmic() -> None:
-    found = marks(printed(error_chart(comparison_of((1e-4, 1e-2, 1.0), (R, C, U)))))
-    rows = [y for _, y, _ in found]
+    points = marks(printed(error_chart(comparison_of((1e-4, 1e-2, 1.0), (R, C, U)))))
+    rows = [y for _, y, _ in points]
     assert abs((rows[1] - rows[0]) - (rows[2] - rows[1])) <= 1
     assert rows[0] > rows[1] > rows[2]
 

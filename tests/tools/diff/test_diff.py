@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.golden import assert_golden
+from support.models import modes
 from support.search.fronts import front_of
-from support.small_subjects import other_artifact, schedule_of, small_folder
+from support.small_subjects import other_artifact, small_folder
 from typer.testing import CliRunner, Result
 
 from calicache.export import Layout, Manifest, read_manifest
@@ -126,7 +127,7 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
     """No field of the settings is left out: each one, changed, makes another plan."""
     form = plan.binding.signature
     others: dict[str, object] = {
-        "schedule": tuple(schedule_of("RCCCCC")),
+        "schedule": modes("RCCCCC"),
         "rank": 5,
         "order": 0,
         "weighting": Weighting.INCREMENT,
@@ -160,11 +161,11 @@ def test_a_list_in_another_order_differs(home: Path, plan: Plan) -> None:
 
 
 def test_steps_that_differ_are_named(home: Path, plan: Plan) -> None:
-    other = changed(plan, schedule=tuple(schedule_of("RCCURFC")), output_weights=None, latent=None)
+    other = changed(plan, schedule=modes("RCCURFC"), output_weights=None, latent=None)
     difference = between(home, plan, other)
     assert difference.schedule.steps == (StepChange(2, R, C), StepChange(6, None, C))
-    found = json.loads(difference_json(difference))["schedule"]["steps"]
-    assert found[1] == {"step": 6, "a": None, "b": "CALIBRATE"}
+    steps = json.loads(difference_json(difference))["schedule"]["steps"]
+    assert steps[1] == {"step": 6, "a": None, "b": "CALIBRATE"}
     lines = printed(difference).splitlines()
     place = lines.index("Schedule: 2 of 7 steps differ")
     assert lines[place + 1 : place + 4] == [
@@ -250,7 +251,7 @@ def test_fronts_and_their_costs(home: Path, plan: Plan) -> None:
 
 def test_text_of_two_plans_is_as_it_was(home: Path, plan: Plan) -> None:
     other = changed(
-        plan.with_schedule(schedule_of("RCCRCC")),
+        plan.with_schedule(modes("RCCRCC")),
         ranks={"blocks.2.fc1": 2},
         rules=plan.recipe.rules[:1],
     )
@@ -331,7 +332,7 @@ def test_every_field_of_the_manifest_counts(home: Path, manifest: Manifest) -> N
         "calicache": "0",
         "layout": Layout.PAIR,
         "files": manifest.files[1:],
-        "schedule": tuple(schedule_of("RCRUFF")),
+        "schedule": modes("RCRUFF"),
         "rank": 1,
         "order": 0,
         "weighting": Weighting.NONE,
@@ -382,12 +383,12 @@ def test_other_pairs_are_refused(home: Path, a: str, b: str, got: str) -> None:
 
 
 def test_json_has_stable_keys_and_says_whether_they_are_equal(home: Path, plan: Plan) -> None:
-    difference = between(home, plan, plan.with_schedule(schedule_of("RCCRCC")))
-    found = json.loads(difference_json(difference))
+    difference = between(home, plan, plan.with_schedule(modes("RCCRCC")))
+    data = json.loads(difference_json(difference))
     keys = "kind a b belonging schedule settings targets layers costs structure equal"
-    assert " ".join(found) == keys
-    assert found["equal"] is False
-    assert found["schedule"]["steps"][0] == {"step": 2, "a": "REFRESH", "b": "CALIBRATE"}
+    assert " ".join(data) == keys
+    assert data["equal"] is False
+    assert data["schedule"]["steps"][0] == {"step": 2, "a": "REFRESH", "b": "CALIBRATE"}
     assert json.loads(difference_json(between(home, plan, plan)))["equal"] is True
 
 

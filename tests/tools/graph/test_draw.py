@@ -89,8 +89,8 @@ def test_svg_has_every_node_once_with_its_mark_and_every_edge(
     view = view_of(block, mode, order)
     drawing, root = drawing_of(view), ElementTree.fromstring(svg_text(view))
     nodes = by_class(root, "node")
-    found = [(g.get("id"), g.get("data-node"), g.get("class"), g.get("data-mark")) for g in nodes]
-    assert sorted(found) == sorted(
+    entries = [(g.get("id"), g.get("data-node"), g.get("class"), g.get("data-mark")) for g in nodes]
+    assert sorted(entries) == sorted(
         (node.name, node.name, f"node {node.mark}", str(node.mark)) for node in drawing.nodes
     )
     ids = [element.get("id") for element in root.iter() if element.get("id")]

@@ -22,7 +22,7 @@ from calicache.tools.cli import app
 from calicache.tools.terminal.model_file import load_model
 
 COSTS, ERRORS = (0.34, 0.5, 0.67, 0.84, 1.0), (0.31, 0.042, 0.0071, 0.0002, 0.0)
-TAKEN = 2
+CHOICE = 2
 
 
 MODEL = """
@@ -49,8 +49,8 @@ def words(text: str) -> str:
 @pytest.fixture(scope="module")
 def searched(dit_plan: Plan) -> Plan:
     """As a search leaves it: the settings are those of the point that is taken."""
-    plan = replace(dit_plan, front=front_of(COSTS, ERRORS, TAKEN, len(dit_plan.schedule)))
-    return plan.take(TAKEN)
+    plan = replace(dit_plan, front=front_of(COSTS, ERRORS, CHOICE, len(dit_plan.schedule)))
+    return plan.take(CHOICE)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_show_prints_table_schedules_and_chart(saved: Path, searched: Plan) -> N
         counts = [str(point.schedule.count(mode) or "-") for mode in range(4)]
         assert numbers[5:] == [str(point.order), *counts]
         assert f"point {place}, cost {point.cost:.3f}" in done.stdout
-        assert ("< taken" in rows[str(place)]) == (place == TAKEN)
+        assert ("< taken" in rows[str(place)]) == (place == CHOICE)
     for part in ("budget 0.5", "in MACs", "99 % bound", "RCCCCR", "R refresh, C calibrate"):
         assert part in done.stdout
     assert "O taken, * the others; points without error are left out" in done.stdout
@@ -115,9 +115,9 @@ def test_take_saves_the_plan_of_another_point(
     assert done.exit_code == 0, done.output
     assert searched.front is not None
     point = searched.front.points[3]
-    taken = Plan.load(other)
-    assert taken.recipe == searched.take(3).recipe
-    assert taken.schedule == point.schedule
+    plan = Plan.load(other)
+    assert plan.recipe == searched.take(3).recipe
+    assert plan.schedule == point.schedule
     assert "cost 0.840 of the full run" in words(done.stdout)
     assert "held-out" not in done.stdout  # it is that of the point the search took
     assert f"calicache plan show '{other}'" in done.stdout
@@ -125,7 +125,7 @@ def test_take_saves_the_plan_of_another_point(
         row for row in calicache("show", other).stdout.splitlines() if row.startswith("     3")
     )
     full = sample_dit(dit)
-    assert relative(sample_dit(optimize(dit, taken)), full) < 0.1
+    assert relative(sample_dit(optimize(dit, plan)), full) < 0.1
 
 
 def test_a_plan_can_be_replaced_by_another_of_its_points(searched: Plan, tmp_path: Path) -> None:
