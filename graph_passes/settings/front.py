@@ -6,11 +6,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import NormalDist
 
 from calicache.graph_passes.settings.choices import SiteRule, StepMode
 from calicache.graph_passes.settings.recipe import FITTED, Recipe
 from calicache.graph_passes.settings.schedule import Table, count_modes
+from calicache.graph_passes.settings.student import student_quantile
 
 CONFIDENCE = 0.99
 
@@ -25,7 +25,8 @@ class ErrorSummary:
         worst: the largest.
         samples: how many there are.
         bound: what a new sample stays below with 99 % probability, if the logarithms of the
-            errors are normally distributed.
+            errors are normally distributed (Student's t, n - 1 degrees); infinite, and so
+            unknown, for one sample.
     """
 
     mean: float
@@ -40,15 +41,24 @@ class ErrorSummary:
         if not all(map(math.isfinite, errors)):
             return ErrorSummary(math.inf, math.inf, math.inf, len(errors), math.inf)
         logarithms = [math.log(max(error, 1e-12)) for error in errors]
-        spread = statistics.stdev(logarithms) if len(errors) > 1 else 0.0
-        reach = NormalDist().inv_cdf(CONFIDENCE) * math.sqrt(1 + 1 / len(errors))
+        several = len(errors) > 1
         return ErrorSummary(
             mean=statistics.fmean(errors),
-            deviation=statistics.stdev(errors) if len(errors) > 1 else 0.0,
+            deviation=statistics.stdev(errors) if several else 0.0,
             worst=max(errors),
             samples=len(errors),
-            bound=math.exp(statistics.fmean(logarithms) + reach * spread),
+            bound=_bound(logarithms) if several else math.inf,
         )
+
+
+def _bound(logarithms: Sequence[float]) -> float:
+    """What one more sample stays below, from the logarithms of at least two."""
+    count = len(logarithms)
+    reach = student_quantile(CONFIDENCE, count - 1) * math.sqrt(1 + 1 / count)
+    try:
+        return math.exp(statistics.fmean(logarithms) + reach * statistics.stdev(logarithms))
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True, slots=True)

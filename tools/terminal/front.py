@@ -85,6 +85,8 @@ def _unit(front: Front) -> str:
 
 
 def _in_words(error: ErrorSummary) -> str:
+    if error.samples == 1:
+        return f"{error.mean:.3g} (1 sample; what new ones stay below is unknown)"
     return (
         f"{error.mean:.3g} ± {error.deviation:.2g}, {_PERCENT} of new samples below "
         f"{error.bound:.3g} ({error.samples} samples, worst {error.worst:.3g})"
@@ -103,7 +105,7 @@ def front_table(front: Front) -> Table:
             str(place),
             f"{point.cost:.3f}",
             f"{error.mean:.3g} ± {error.deviation:.2g}",
-            f"{error.bound:.3g}",
+            f"{error.bound:.3g}" if error.samples > 1 else "unknown",
             str(point.order),
             *(str(point.schedule.count(mode) or "-") for mode in StepMode),
             "< taken" if chosen else "",
