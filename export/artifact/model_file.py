@@ -21,11 +21,13 @@ class ModelInterface:
     Attributes:
         inputs, outputs: by name.
         external: names of the files with its weights.
+        branches: names of the values that the nodes of every inner graph read, by its name.
     """
 
     inputs: Mapping[str, Form]
     outputs: Mapping[str, Form]
     external: frozenset[str]
+    branches: Mapping[str, frozenset[str]]
 
 
 def read_interface(file: Path) -> ModelInterface:
@@ -36,8 +38,12 @@ def read_interface(file: Path) -> ModelInterface:
     """
     try:
         model = onnx.load(file, load_external_data=False)
+        inner = [*_subgraphs((*model.graph.node, *(n for f in model.functions for n in f.node)))]
         return ModelInterface(
-            _forms(model.graph.input), _forms(model.graph.output), frozenset(_locations(model))
+            _forms(model.graph.input),
+            _forms(model.graph.output),
+            frozenset(_locations((model.graph, *inner), model.functions)),
+            {g.name: frozenset(name for n in g.node for name in n.input) for g in inner},
         )
     except Exception as error:  # the parser's errors have no common base
         raise ValueError(f"{file.name} is no ONNX model: {reason_of(error)}") from error
@@ -55,23 +61,34 @@ def _form(kind: onnx.TypeProto.Tensor) -> Form:
     return dtype, tuple(sizes)
 
 
-def _locations(model: onnx.ModelProto) -> Iterator[str]:
-    """Places of the weights that lie outside, in graphs, their subgraphs and functions."""
-    graphs = [model.graph]
-    nodes = [node for function in model.functions for node in function.node]
-    while graphs or nodes:
-        if graphs:
-            graph = graphs.pop()
-            nodes.extend(graph.node)
-            yield from _outside(graph.initializer)
-            for sparse in graph.sparse_initializer:
-                yield from _outside((sparse.values, sparse.indices))
-            continue
-        for attribute in nodes.pop().attribute:
-            graphs.extend([*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])])
-            sparse_tensors = [attribute.sparse_tensor, *attribute.sparse_tensors]
-            parts = [part for sparse in sparse_tensors for part in (sparse.values, sparse.indices)]
-            yield from _outside((attribute.t, *attribute.tensors, *parts))
+def _subgraphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    """The graphs in attributes of nodes, and those inside them."""
+    waiting = [*nodes]
+    while waiting:
+        for attribute in waiting.pop().attribute:
+            inside = [attribute.g] if attribute.HasField("g") else []
+            for graph in (*inside, *attribute.graphs):
+                yield graph
+                waiting.extend(graph.node)
+
+
+def _locations(
+    graphs: Iterable[onnx.GraphProto], functions: Iterable[onnx.FunctionProto]
+) -> Iterator[str]:
+    """Places of the weights that lie outside."""
+    nodes = [node for function in functions for node in function.node]
+    for graph in graphs:
+        nodes.extend(graph.node)
+        yield from _outside(graph.initializer)
+        yield from _outside(_parts(graph.sparse_initializer))
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield from _outside((attribute.t, *attribute.tensors))
+        yield from _outside(_parts((attribute.sparse_tensor, *attribute.sparse_tensors)))
+
+
+def _parts(sparse: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 def _outside(tensors: Iterable[onnx.TensorProto]) -> Iterator[str]:

@@ -87,6 +87,8 @@ def check_models(manifest: Manifest, folder: Path) -> None:
         used |= model.external
         modes = [r for r in manifest.modes if model_file(manifest.layout, r.mode) == name]
         _check_inputs(manifest, name, model, {read for r in modes for read in r.reads})
+        if len(modes) > 1 and manifest.layout is Layout.STEP:
+            _check_branches(manifest, name, model)
         refreshes = StepMode.REFRESH in {record.mode for record in modes}
         _check_outputs(manifest, name, model, refreshes=refreshes)
     if listed - used:
@@ -121,6 +123,18 @@ def _check_inputs(manifest: Manifest, name: str, model: ModelInterface, reads: S
         if missing:
             raise ValueError(f"{name} does not take {min(missing)}")
     _check_forms(f"{name} takes", model.inputs, expected)
+
+
+def _check_branches(manifest: Manifest, name: str, model: ModelInterface) -> None:
+    """Refuse a mode whose branch is missing, or reads what no session hands to it."""
+    slots = {slot for slots in _slots(manifest).values() for slot in slots}
+    for record in manifest.modes:
+        branch = record.mode.name.lower()
+        if branch not in model.branches:
+            raise ValueError(f"{name} has no branch {branch}")
+        unread = (model.branches[branch] & slots) - set(record.reads)
+        if unread:
+            raise ValueError(f"the branch {branch} of {name} reads {min(unread)}")
 
 
 def _check_outputs(

@@ -50,6 +50,11 @@ def test_every_layout_agrees_with_its_models(layout: Layout) -> None:
 
 
 CASES: dict[str, tuple[Layout, Change, str]] = {
+    "a read of a branch left out": (
+        Layout.STEP,
+        lambda c: c["modes"][1]["reads"].pop(),
+        "the branch calibrate of model.onnx reads cache_",
+    ),
     "a read left out": (
         Layout.PAIR,
         lambda c: c["modes"][1]["reads"].pop(),
@@ -142,3 +147,4 @@ def test_weights_inside_a_branch_or_an_attribute_are_seen(tmp_path: Path) -> Non
     found = read_interface(tmp_path / "a.onnx")
     assert found.external == {"top", "inside", "attribute"}
     assert found.inputs == {"c": ("bool", ())}
+    assert set(found.branches) == {"inner"}
