@@ -13,8 +13,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from search_plan import PLAN_FOLDER
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache import Plan, Session, StepMode, export_onnx, optimize, record
+from calicache import OptimizedModel, Plan, Session, StepMode, export_onnx, optimize, record
 from calicache.graph_passes import uniform_schedule
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.progress import Progress
@@ -54,6 +55,23 @@ class Method:
         manifest = self.session.manifest
         used = sum(manifest.mode(mode).macs for mode in manifest.schedule[: self.steps])
         return used / (len(manifest.schedule) * manifest.plain_macs)
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the demo's time goes: seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time of a block."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +100,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10, help="images to sample")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of every method")
     arguments = parser.parse_args()
-    console = Console()
+    console, clock = Console(), Clock()
     with bars.Progress(console=console, transient=True) as progress:
-        methods = prepare(arguments, progress)
-        rows, images = compare(methods, arguments.images, arguments.repeats, progress)
+        methods = prepare(arguments, progress, clock)
+        with clock.stage("sample"):
+            rows, images = compare(methods, arguments.images, arguments.repeats, progress)
     console.print(table(rows), highlight=False)
     save_grid([images[name] for name in PICTURED if name in images], arguments.out / "demo.png")
     report(rows, arguments.out / "demo.json")
@@ -93,14 +112,15 @@ def main() -> None:
     console.print(f"Columns: {labels}", highlight=False)
     console.print(f"Pictures: {arguments.out / 'demo.png'}  Look inside:", highlight=False)
     console.print(f"  calicache inspect {arguments.out / 'calibrate.onnx.d'}", highlight=False)
+    console.print(f"Time: {clock}", highlight=False)
 
 
-def prepare(arguments: argparse.Namespace, progress: bars.Progress) -> list[Method]:
+def prepare(arguments: argparse.Namespace, progress: bars.Progress, clock: Clock) -> list[Method]:
     """Record, plan, optimise and export; returns what to compare, the full run first."""
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
     sampler = GuidedDDIM(arguments.steps, GUIDANCE, FashionDiT().null_class)
     task = progress.add_task("record one sampler run")
-    with record(model) as recording:
+    with clock.stage("record"), record(model) as recording:
         recording.finish(sampler.sample(model, *draw(arguments.images, RECORD_SEED)))
     progress.update(task, completed=100)
     schedules = {"full": uniform_schedule(arguments.steps, 1)} | {
@@ -110,22 +130,22 @@ def prepare(arguments: argparse.Namespace, progress: bars.Progress) -> list[Meth
     sessions: dict[str, Session] = {}
     export = progress.add_task("plan, optimise and export", total=len(schedules))
     for name, schedule in schedules.items():
-        plan = Plan.from_trajectory(
-            model,
-            recording,
-            schedule=schedule,
-            rank=arguments.rank,
-            order=arguments.order,
-            weighting=arguments.weighting,
-            correct=name != "full",
-            on_progress=tick(progress, f"plan {name}"),
-        )
-        fast = optimize(model, plan, on_progress=tick(progress, f"optimise {name}"))
-        folder = arguments.out / f"{name.lower()}.onnx.d"
-        export_onnx(fast, folder)
-        sessions[name] = Session(folder)
+        with clock.stage("plan"):
+            plan = Plan.from_trajectory(
+                model,
+                recording,
+                schedule=schedule,
+                rank=arguments.rank,
+                order=arguments.order,
+                weighting=arguments.weighting,
+                correct=name != "full",
+                on_progress=tick(progress, f"plan {name}"),
+            )
+        with clock.stage("optimise"):
+            fast = optimize(model, plan, on_progress=tick(progress, f"optimise {name}"))
+        sessions[name] = exported(fast, arguments.out / f"{name.lower()}.onnx.d", clock)
         progress.advance(export)
-    searched = export_searched(model, arguments)
+    searched = export_searched(model, arguments, clock)
     if searched is not None:
         sessions[SEARCHED] = searched
     steps = arguments.steps
@@ -141,20 +161,29 @@ def prepare(arguments: argparse.Namespace, progress: bars.Progress) -> list[Meth
     ]
 
 
-def export_searched(model: nn.Module, arguments: argparse.Namespace) -> Session | None:
+def exported(fast: OptimizedModel, folder: Path, clock: Clock) -> Session:
+    """A session of the artifact that is written there."""
+    with clock.stage("export"):
+        export_onnx(fast, folder)
+    with clock.stage("open"):
+        return Session(folder)
+
+
+def export_searched(
+    model: nn.Module, arguments: argparse.Namespace, clock: Clock
+) -> Session | None:
     """The plan that ships with the sample, exported; None for another number of steps."""
     plan = Plan.load(PLAN_FOLDER)
     if len(plan.schedule) != arguments.steps:
         return None
     noise, labels = draw(arguments.images, RECORD_SEED)
-    fast = optimize(model, plan).for_call(
-        hidden_states=torch.cat([noise, noise]),
-        timestep=torch.full((2 * arguments.images,), 999),
-        class_labels=torch.cat([labels, labels]),
-    )
-    folder = arguments.out / f"{SEARCHED}.onnx.d"
-    export_onnx(fast, folder)
-    return Session(folder)
+    with clock.stage("optimise"):
+        fast = optimize(model, plan).for_call(
+            hidden_states=torch.cat([noise, noise]),
+            timestep=torch.full((2 * arguments.images,), 999),
+            class_labels=torch.cat([labels, labels]),
+        )
+    return exported(fast, arguments.out / f"{SEARCHED}.onnx.d", clock)
 
 
 def compare(
