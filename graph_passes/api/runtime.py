@@ -16,8 +16,9 @@ from calicache.graph_passes.describe.html import model_html
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.reads import check_fixed
 from calicache.graph_passes.recording.signature import flatten_call
-from calicache.graph_passes.recording.timestep import Timestep
+from calicache.graph_passes.recording.timestep import Timestep, place_of
 from calicache.graph_passes.rewriting.compile import Compiled, assign_targets, compile_graphs
+from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.kept import RunState, keep_refresh
 from calicache.graph_passes.settings.choices import StepMode
 
@@ -26,7 +27,8 @@ class OptimizedModel(nn.Module):
     """The model under a plan: the same call, the same return type, fewer MACs.
 
     Steps are counted from call to call. A new run starts by itself where the timestep turns
-    back or, for a model without one, after the last planned step; `reset` starts one by hand.
+    back or leaves the recorded order or, for a model without one, after the last planned step;
+    `reset` starts one by hand. A run may begin at any recorded timestep, with a REFRESH.
     Where the recorded steps call the model several times, as in guidance by a conditional and an
     unconditional call, each of the calls keeps caches of its own. A call with another batch size
     is captured once more, with the same factors. Attributes that it does not have (config, dtype,
@@ -48,6 +50,7 @@ class OptimizedModel(nn.Module):
         )
         self.state = RunState(plan.binding.calls)
         self._others: list[OptimizedModel] = []
+        self._by_start: dict[int, VariantSet] = {0: compiled.variant_set}
         self.eval()
 
     @property
@@ -87,7 +90,7 @@ class OptimizedModel(nn.Module):
         mode = self._next_mode(call.tensors)
         if mode is StepMode.REFRESH:
             check_fixed(fixed, call.tensors)
-        variant_set, state = self.compiled.variant_set, self.state
+        variant_set, state = self._variant_set(), self.state
         values = variant_set.read(
             variant_set.variants[mode].reads, state.kept[state.call], state.step, tensors[0].device
         )
@@ -97,7 +100,7 @@ class OptimizedModel(nn.Module):
     def _end(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
         """Keep what a REFRESH gave, count the call, return the model's own outputs."""
         variant_set, state = self.compiled.variant_set, self.state
-        if self.plan.schedule[state.step] is StepMode.REFRESH:
+        if self._mode() is StepMode.REFRESH:
             state.kept[state.call] = keep_refresh(
                 variant_set, outputs, state.kept[state.call], variant_set.history, tensors
             )
@@ -177,6 +180,19 @@ class OptimizedModel(nn.Module):
                 raise
             return getattr(self.original, name)
 
+    def _variant_set(self) -> VariantSet:
+        """The variants, with the weights of a run that began where this one did."""
+        start = self.state.start
+        if start not in self._by_start:
+            weights = self.plan.recipe.weights_from(start)
+            self._by_start[start] = self.compiled.variant_set.scheduled(*weights)
+        return self._by_start[start]
+
+    def _mode(self) -> StepMode:
+        """Mode of the next step."""
+        state = self.state
+        return StepMode.REFRESH if state.step == state.start else self.plan.schedule[state.step]
+
     def _next_mode(self, tensors: Mapping[str, Tensor]) -> StepMode:
         """Mode of this call, after starting a new run where one begins."""
         schedule, timestep = self.plan.schedule, self.plan.binding.timestep
@@ -184,7 +200,7 @@ class OptimizedModel(nn.Module):
             if self.state.step == len(schedule):
                 self.reset()
         else:
-            self._follow(timestep, float(tensors[timestep.name].flatten()[0]))
+            self._follow(timestep, timestep.value(tensors))
         if self.state.step >= len(schedule):
             raise RunError(
                 f"step {self.state.step}",
@@ -192,25 +208,46 @@ class OptimizedModel(nn.Module):
                 got="one more",
                 fix="Record and plan with this many steps, or call reset() before a new run.",
             )
-        return schedule[self.state.step]
+        return self._mode()
 
     def _follow(self, timestep: Timestep, now: float) -> None:
-        """Start a new run where the timestep turns back; keep count of the calls of a step."""
+        """Start a new run where the timestep says so; keep count of the calls of a step."""
         state = self.state
         before, state.timestep = state.timestep, now
         if before is None:
-            return
-        if timestep.turns_back(before, now):
-            self.reset()
-            state.timestep = now
-        elif timestep.calls > 1 and now == before and (state.step, state.call) == (1, 0):
+            self._start(now)
+        elif timestep.turns_back(before, now):
+            if now == before and state.step > state.start + 1:
+                raise _uncounted(state.step, timestep.calls, "one more")
+            self._start(now)
+        elif (
+            timestep.calls > 1
+            and now == before
+            and (state.step, state.call)
+            == (
+                state.start + 1,
+                0,
+            )
+        ):
             # The run before was broken off in its first step: of its calls the newest count.
-            state.step, state.call = 0, timestep.calls - 1
+            state.step, state.call = state.start, timestep.calls - 1
             state.kept = [*state.kept[1:], ()]
         elif timestep.calls > 1 and now != before and state.call:
-            raise RunError(
-                f"step {state.step}",
-                expected=f"{timestep.calls} calls with one timestep, as recorded",
-                got=str(state.call),
-                fix="Record and plan with this guidance, or call reset() before a new run.",
-            )
+            raise _uncounted(state.step, timestep.calls, str(state.call))
+        elif now != before and place_of(self.plan.binding.timesteps, now) not in (None, state.step):
+            self._start(now)  # the run before was broken off
+
+    def _start(self, now: float) -> None:
+        """Begin a run at the recorded step of this timestep; at step 0 where none has it."""
+        self.reset()
+        self.state.restart(place_of(self.plan.binding.timesteps, now) or 0)
+        self.state.timestep = now
+
+
+def _uncounted(step: int, calls: int, got: str) -> RunError:
+    return RunError(
+        f"step {step}",
+        expected=f"{calls} calls with one timestep, as recorded",
+        got=got,
+        fix="Record and plan with this guidance, or call reset() before a new run.",
+    )

@@ -29,6 +29,8 @@ class Binding:
         reads: what the model reads off its tensors in every call, from `find_reads`.
         run_values: where it reads anything, digests of the recorded values of every argument that
             stays the same over a run: the graph is made for what some of them decide.
+        timesteps: value of `timestep` at every step of the longest recorded run; empty where
+            nothing counts the steps.
 
     Raises:
         PlanError: it names a tensor that the calls do not have.
@@ -40,6 +42,7 @@ class Binding:
     weights_hash: str
     reads: str = NOTHING
     run_values: dict[str, tuple[Digest, ...]] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         read_answers(self.reads)
@@ -88,13 +91,16 @@ def bind(model: nn.Module, recording: Recording) -> Binding:
     if reads in (NOTHING, DIFFERENT):
         names = []
     firsts = [run[0] for run in recording.runs]
+    timestep = recording.timestep
+    longest = max(recording.runs, key=len)
     return Binding(
         signature=recording.signature,
         dependence=dict(recording.dependence),
-        timestep=recording.timestep,
+        timestep=timestep,
         weights_hash=hash_weights(model),
         reads=reads,
         run_values={
             name: tuple(dict.fromkeys(digest(call[name]) for call in firsts)) for name in names
         },
+        timesteps=tuple(timestep.value(call) for call in longest) if timestep else (),
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calicache.graph_passes.common.bounds import Calls
 
+ROUNDING = 1e-6  # of the largest timestep, which float32 holds to 6e-8
 Call = Mapping[str, Tensor]
 Run = Sequence[Call]
 
@@ -30,11 +31,22 @@ class Timestep:
     repeats: bool = field(default=False, compare=False)
     calls: Calls = 1
 
+    def value(self, tensors: Call) -> float:
+        """The timestep of a call; of its first row, where every row has one."""
+        return float(tensors[self.name].flatten()[0])
+
     def turns_back(self, before: float, now: float) -> bool:
         """Whether a new run starts between two values."""
         if now == before:
             return not self.repeats
         return now > before if self.descends else now < before
+
+
+def place_of(timesteps: Sequence[float], now: float) -> int | None:
+    """The first step of a run that has this timestep, up to rounding; None without one."""
+    off = ROUNDING * max(map(abs, timesteps), default=0.0)
+    places = (place for place, value in enumerate(timesteps) if abs(value - now) <= off)
+    return next(places, None)
 
 
 def calls_of(timestep: Timestep | None) -> int:
@@ -76,7 +88,7 @@ def cut_runs(
     runs: list[list[Call]] = [[]]
     before: float | None = None
     for number, call in enumerate(calls):
-        now = None if timestep is None else float(call[timestep.name].flatten()[0])
+        now = None if timestep is None else timestep.value(call)
         ended = number in ends
         if timestep is not None and before is not None and now is not None:
             ended |= timestep.turns_back(before, now)

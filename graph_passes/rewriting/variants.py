@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from calicache.graph_passes.rewriting.insertion import (
     ANCHOR_WEIGHT,
+    OUTPUT_WEIGHT,
     CacheSlot,
     slot_name,
     weight_name,
@@ -90,11 +91,18 @@ class VariantSet:
             if back < cache.history
         }
 
-    def scheduled(self, anchors: Table) -> VariantSet:
-        """The same variants with the anchor weights of another schedule (T, K or fewer)."""
+    def scheduled(self, anchors: Table, outputs: Table | None = None) -> VariantSet:
+        """The same variants with the weights of another schedule.
+
+        Args:
+            anchors: (T, K or fewer).
+            outputs: as in `Recipe`; None keeps those that are there.
+        """
         missing = (0.0,) * (self.history - len(anchors[0]))
         padded = tuple((*row, *missing) for row in anchors)
         fresh = table_columns(ANCHOR_WEIGHT, padded)
+        if outputs is not None:
+            fresh |= table_columns(OUTPUT_WEIGHT, outputs)
         tables = {name: fresh.get(name, table) for name, table in self.tables.items()}
         return replace(self, tables=tables)
 

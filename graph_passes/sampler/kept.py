@@ -21,6 +21,7 @@ class RunState:
 
     Attributes:
         calls: of the model in a step.
+        start: index of the step that the run began with, which is a REFRESH.
         step: index of the next step.
         call: which of the step's calls comes next.
         timestep: of the last call; None before the first.
@@ -28,6 +29,7 @@ class RunState:
     """
 
     calls: int = 1
+    start: int = 0
     step: int = 0
     call: int = 0
     timestep: float | None = None
@@ -36,9 +38,9 @@ class RunState:
     def __post_init__(self) -> None:
         self.kept = [()] * self.calls
 
-    def restart(self) -> None:
-        """Forget the running denoising: the next call is step 0."""
-        self.step, self.call, self.timestep = 0, 0, None
+    def restart(self, start: int = 0) -> None:
+        """Forget the running denoising: the next call is the first of this step."""
+        self.start, self.step, self.call, self.timestep = start, start, 0, None
         self.kept = [()] * self.calls
 
     def advance(self) -> None:

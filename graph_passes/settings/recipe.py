@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from calicache.graph_passes.common.bounds import MAX_STEPS, MAX_WEIGHT, Count
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import Granularity, SiteRule, StepMode, Weighting
-from calicache.graph_passes.settings.schedule import Table, anchor_table, output_table
+from calicache.graph_passes.settings.schedule import (
+    Table,
+    anchor_table,
+    kept_refreshes,
+    later_schedule,
+    output_table,
+)
 
 FITTED = "fitted to the recorded runs"
 
@@ -51,6 +57,29 @@ class Recipe:
             raise PlanError("rank", expected="0 or more", got=str(self.rank), fix="Raise the rank.")
         anchor_table(self.schedule, self.order)  # refuses an unknown order
         _check_output_weights(self)
+
+    def weights_from(self, start: int) -> tuple[Table, Table | None]:
+        """Weights of the anchors and of the outputs in a run that begins at a later step.
+
+        Its first step is a REFRESH. What was fitted counts where the kept refreshes are those
+        that it was fitted to; elsewhere Lagrange's formula does, and no weight of the latent.
+
+        Returns:
+            Tables for all steps, those before the start included, which are not used.
+        """
+        later = later_schedule(self.schedule, start)
+        anchors = anchor_table(later, self.order)
+        if self.outputs is None:
+            return anchors, None
+        plain, width = output_table(later, self.order), len(self.outputs[0])
+        kept = self.order + 1
+        rows = [
+            fitted
+            if kept_refreshes(later, step, kept) == kept_refreshes(self.schedule, step, kept)
+            else (*row, *(0.0,) * (width - len(row)))
+            for step, (fitted, row) in enumerate(zip(self.outputs, plain, strict=True))
+        ]
+        return anchors, tuple(rows)
 
     @property
     def outputs(self) -> Table | None:

@@ -84,6 +84,12 @@ def spread_schedule(
     return tuple(StepMode.REFRESH if k in marks else mode for k in range(steps))
 
 
+def later_schedule(schedule: Sequence[StepMode], start: int) -> tuple[StepMode, ...]:
+    """The schedule of a run that begins at a later step: a REFRESH there, and none before."""
+    before = (StepMode.REUSE,) * start  # steps that never come
+    return (*before, StepMode.REFRESH, *schedule[start + 1 :])
+
+
 def count_modes(schedule: Sequence[StepMode]) -> str:
     """Steps by mode, such as `12 REFRESH + 23 FORECAST`."""
     counts = [(schedule.count(mode), mode.name) for mode in StepMode]

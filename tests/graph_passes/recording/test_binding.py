@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusion import ddim_timesteps
 from model import FashionDiT
+from support.models import STEPS
 from torch import Tensor, nn
 
 from calicache.graph_passes.common.errors import DependenceError, RecordError
@@ -66,6 +68,7 @@ def test_it_holds_what_the_recording_showed(dit: FashionDiT, dit_recording: Reco
         weights_hash=hash_weights(dit),
         reads="[]",
         run_values={},
+        timesteps=tuple(map(float, ddim_timesteps(STEPS))),
     )
     assert binding.calls == 1
     assert bind(dit, dit_recording) == binding
