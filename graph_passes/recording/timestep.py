@@ -57,7 +57,10 @@ def calls_of(timestep: Timestep | None) -> int:
 def find_timestep(
     names: Sequence[str], calls: Sequence[Call], ends: Collection[int]
 ) -> Timestep | None:
-    """The input that is one number in every call and changes most often; None without one.
+    """The input that is one number in every call and moves most often one way; None without one.
+
+    A timestep moves one way within a run. A class label that alternates between the calls of a
+    step changes more often, and as often up as down.
 
     Args:
         names: of the tensors of every call.
@@ -65,17 +68,18 @@ def find_timestep(
         ends: numbers of calls after which a run is known to have ended.
     """
     best: Timestep | None = None
-    most = 0
+    most = (0, 0)
     for name in names:
         values = [one_number(call[name]) for call in calls]
         if None in values:
             continue
         pairs = list(pairwise(values))
         changes = [b - a for a, b in pairs if a != b]  # type: ignore[operator]
-        if len(changes) > most:
-            most = len(changes)
-            falls = sum(change < 0 for change in changes) * 2 >= most
-            best = Timestep(name, falls, repeats=most < len(pairs))
+        falls = sum(change < 0 for change in changes)
+        one_way = abs(2 * falls - len(changes))
+        if changes and (best is None or (one_way, -len(changes)) > most):
+            most = one_way, -len(changes)
+            best = Timestep(name, 2 * falls >= len(changes), repeats=len(changes) < len(pairs))
     if best is None:
         return None
     return replace(best, calls=_calls_per_step(best.name, cut_runs(best, calls, ends)))

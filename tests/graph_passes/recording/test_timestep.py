@@ -59,6 +59,19 @@ def test_it_is_the_one_that_changes_most_often() -> None:
     assert find_timestep(["timestep", "sigma"], series, ()) == Timestep("timestep", True)
 
 
+@pytest.mark.parametrize("runs", [1, 2, 3])
+@pytest.mark.parametrize("times", [DOWN, [9.0, 1.0], DOWN[::-1]])
+def test_a_label_that_alternates_between_the_calls_of_a_step_is_none(
+    times: list[float], runs: int
+) -> None:
+    each = repeated(times, 2) * runs
+    labels = [3.0, 10.0] * (len(each) // 2)
+    series = calls(each, label=labels)
+    for names in (["label", "timestep"], ["timestep", "label"]):
+        timestep = find_timestep(names, series, ())
+        assert timestep == Timestep("timestep", times[0] > times[-1], calls=2)
+
+
 def test_a_run_or_two_do_not_hide_the_direction() -> None:
     assert find([*DOWN, *DOWN, *DOWN]) == Timestep("timestep", True)
     assert find([*DOWN[::-1], *DOWN[::-1]]) == Timestep("timestep", False)
