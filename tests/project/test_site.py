@@ -52,7 +52,7 @@ class Fetched(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
-        name = self.TAKEN_BY.get(tag)
+        name = self.ATTRIBUTES.get(tag)
         if name and values.get(name) and values.get("rel") not in ("next", "prev", "canonical"):
             self.addresses.append(str(values[name]))
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from calicache.export import export_onnx
 from calicache.graph_passes import Plan, Recording, optimize
+from calicache.graph_passes.common.bounds import MAX_WEIGHT
 from calicache.tools.cli import app
 from calicache.tools.compare.comparison import compare
 
@@ -49,6 +50,7 @@ class Given:
     tokens: Path
     token_runs: Path
     diverging: Path
+    large_runs: Path
     decoders: Path
     model: Path
 
@@ -62,6 +64,7 @@ def given(dit, dit_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Give
         folder / "tokens.onnx.d",
         folder / "tokens.safetensors",
         folder / "diverging.onnx.d",
+        folder / "large.safetensors",
         folder / "my decoders.py",
         folder / "my model.py",
     )
@@ -73,7 +76,11 @@ def given(dit, dit_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Give
     tokens.save(files.token_runs)
     table = plan.recipe.output_weights
     assert table is not None
-    huge = replace(plan.recipe, output_weights=(table[0], (1e38,) * len(table[1]), *table[2:]))
+    # The largest weights that a plan may have, at all steps but the first, and latents that five
+    # such steps take out of float32's range.
+    recorded(residual(), flow(), [1e15 * draw(1, 2, 5, 8)])[0].save(files.large_runs)
+    worst = (table[0], *(((MAX_WEIGHT,) * len(table[0]),) * (len(table) - 1)))
+    huge = replace(plan.recipe, output_weights=worst)
     export_onnx(optimize(residual(), replace(plan, recipe=huge)), files.diverging)
     files.decoders.write_text(DECODERS)
     files.model.write_text(MODEL)
@@ -159,7 +166,7 @@ def test_grid_without_images_is_refused_before_anything_is_run(
 
 
 def test_run_that_diverged_is_told_and_has_no_grid(given: Given, tmp_path: Path) -> None:
-    arguments = (given.diverging, "--recording", given.token_runs)
+    arguments = (given.diverging, "--recording", given.large_runs)
     arguments = (*arguments, "--decoder", f"{given.decoders}:images")
     done = calicache("compare", *arguments, "--json")
     assert done.exit_code == 0, done.output
