@@ -21,19 +21,19 @@ class RunState:
 
     Attributes:
         calls: of the model in a step.
-        start: index of the step that the run began with, which is a REFRESH.
         step: index of the next step.
         call: which of the step's calls comes next.
         timestep: of the last call; None before the first.
         kept: what each call of a step keeps.
+        start: index of the step that the run began with, which is a REFRESH.
     """
 
     calls: int = 1
-    start: int = 0
     step: int = 0
     call: int = 0
     timestep: float | None = None
     kept: list[Kept] = field(default_factory=list)
+    start: int = 0
 
     def __post_init__(self) -> None:
         self.kept = [()] * self.calls

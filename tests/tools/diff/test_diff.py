@@ -144,6 +144,7 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
         "correction": "why",
         "reads": "[2]",
         "run_values": {"x": ()},
+        "timesteps": (1.0,),
         "ranks": {"blocks.2.fc1": 1},
     }
     assert set(others) == {*Binding.__dataclass_fields__, *Recipe.__dataclass_fields__}
