@@ -44,18 +44,21 @@ class GuidedDDIM:
     guidance: float
     null_class: int
 
-    def latents(self, model: Denoiser, noise: Tensor, labels: Tensor) -> Iterator[Tensor]:
+    def latents(
+        self, model: Denoiser, noise: Tensor, labels: Tensor, start: int = 0
+    ) -> Iterator[Tensor]:
         """Yield the latents (B, 1, H, W) after every step, the last one being the image.
 
         Args:
             model: called as model(hidden_states=, timestep=, class_labels=).
-            noise: standard normal (B, 1, H, W).
+            noise: standard normal (B, 1, H, W); at a later start, images with that step's noise.
             labels: int64 (B,).
+            start: the first step, above 0 for image to image.
         """
         table = alpha_bar_table().float()
         x = noise
         both = torch.cat([labels, torch.full_like(labels, self.null_class)])  # (2B,)
-        timesteps = ddim_timesteps(self.steps)
+        timesteps = ddim_timesteps(self.steps)[start:]
         for now, after in zip(timesteps, [*timesteps[1:], None], strict=True):
             output = model(
                 hidden_states=torch.cat([x, x]),

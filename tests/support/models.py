@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusion import GuidedDDIM
+from model import FashionDiT
 from torch import Tensor, nn
 
-from calicache.graph_passes import StepMode
+from calicache.graph_passes import Recording, StepMode, record
 
 STEPS = 6
 LETTERS = dict(zip("RCUF", StepMode, strict=True))
@@ -69,3 +70,15 @@ def diffusers_calls(model: nn.Module, seed: int = 1, steps: int = STEPS) -> list
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 error."""
     return float((got - expected).norm() / expected.norm())
+
+
+def half_precision(dit: FashionDiT) -> tuple[FashionDiT, Recording]:
+    """The same weights in float16, and three recorded calls at falling timesteps."""
+    half = FashionDiT(dit.config).eval()
+    half.load_state_dict(dit.state_dict())
+    half.half()
+    images = torch.randn(4, 1, 28, 28).half()
+    with record(half) as recording, torch.no_grad():
+        for now in (900, 600, 300):
+            images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
+    return half, recording

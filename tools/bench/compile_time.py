@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from calicache.export import Layout, export_onnx
-from calicache.graph_passes import Plan, Recording, optimize, record, uniform_schedule
+from calicache.graph_passes import Plan, Recording, optimize, uniform_schedule
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.recording.binding import bind
 from calicache.tools.bench.models import find_model
-from calicache.tools.bench.prepare import RECORDING, own_process, peak_memory
-from calicache.tools.bench.rows import SEED, BenchSettings
+from calicache.tools.bench.prepare import RECORDING, own_process, peak_memory, record_run
+from calicache.tools.bench.rows import BenchSettings
 
 STAGES = ("torch.export", "from_trajectory", "optimize", "step", "pair")
 Result = TypeVar("Result")
@@ -56,12 +56,8 @@ def measure_compile(
 
 
 def _record(settings: BenchSettings) -> None:
-    model = find_model(settings.model)
-    module = model.build()
-    with record(module) as recording:
-        recording.finish(model.sample(module, model.draw(SEED), settings.steps))
     settings.folder.mkdir(parents=True, exist_ok=True)
-    recording.save(settings.folder / RECORDING)
+    record_run(settings)
 
 
 def _compile(settings: BenchSettings) -> dict[str, Any]:

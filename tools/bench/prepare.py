@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from calicache.export import Layout, export_onnx, read_sampler
 from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
 from calicache.tools.bench.models import find_model
@@ -19,14 +21,20 @@ RECORDING = "recording.safetensors"
 LAYOUTS = (Layout.STEP, Layout.PAIR, Layout.SAMPLER)
 
 
-def _plan(settings: BenchSettings) -> dict[str, Any]:
-    """Record a run, plan for it, and save both; what that took does not count."""
+def record_run(settings: BenchSettings) -> tuple[nn.Module, Recording]:
+    """A run of the model, saved in the folder as well."""
     model = find_model(settings.model)
     module = model.build()
-    steps, interval = settings.steps, settings.interval
     with record(module) as recording:
-        recording.finish(model.sample(module, model.draw(SEED + 1), steps))
+        recording.finish(model.sample(module, model.draw(SEED + 1), settings.steps))
     recording.save(settings.folder / RECORDING)
+    return module, recording
+
+
+def _plan(settings: BenchSettings) -> dict[str, Any]:
+    """Record a run, plan for it, and save both; what that took does not count."""
+    model, (module, recording) = find_model(settings.model), record_run(settings)
+    steps, interval = settings.steps, settings.interval
     modes = {
         "plain": uniform_schedule(steps, 1),
         "reuse": uniform_schedule(steps, interval, StepMode.REUSE),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusion import GuidedDDIM, add_noise, alpha_bar_table, ddim_timesteps
+from diffusion import GuidedDDIM, add_noise, ddim_timesteps
 from model import FashionDiT
 from support.models import relative
 from torch import Tensor, nn
@@ -86,24 +86,14 @@ def test_a_later_start_is_no_worse_than_without_fitted_weights(
 
 def image_to_image(model: nn.Module, images: Tensor, start: int) -> Tensor:
     """Noise on images as far as a step, taken away again from there on."""
-    labels, alphas = torch.arange(len(images)), alpha_bar_table().float()
-    both = torch.cat([labels, torch.full_like(labels, 10)])
-    timesteps = ddim_timesteps(STEPS)[start:]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
-    x = add_noise(images, noise, torch.full((len(images),), timesteps[0]))
+    timestep = torch.full((len(images),), ddim_timesteps(STEPS)[start])
+    noisy = add_noise(images, noise, timestep)
     with torch.no_grad():
-        for now, after in zip(timesteps, [*timesteps[1:], None], strict=True):
-            output = model(
-                hidden_states=torch.cat([x, x]),
-                timestep=torch.full_like(both, now),
-                class_labels=both,
-            )
-            conditional, unconditional = output.chunk(2)
-            epsilon = unconditional + 1.5 * (conditional - unconditional)
-            clean = (x - (1 - alphas[now]).sqrt() * epsilon) / alphas[now].sqrt()
-            alpha = torch.tensor(1.0) if after is None else alphas[after]
-            x = alpha.sqrt() * clean + (1 - alpha).sqrt() * epsilon
-    return x
+        *_, last = GuidedDDIM(STEPS, 1.5, 10).latents(
+            model, noisy, torch.arange(len(images)), start
+        )
+    return last
 
 
 @pytest.mark.parametrize("start", [1, 3, 5, 8])

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT
 from support.analyses import analysis_of, part, replaced, seen_by
-from support.models import STEPS, diffusers_calls, modes, relative
+from support.models import STEPS, diffusers_calls, half_precision, modes, relative
 from torch import Tensor, nn
 
 from calicache.graph_passes import (
@@ -188,13 +188,7 @@ def test_runs_of_one_step_have_no_increment(
 def test_half_precision_model_is_accumulated_in_float64(
     dit: FashionDiT, weighting: Weighting
 ) -> None:
-    half = FashionDiT(dit.config).eval()
-    half.load_state_dict(dit.state_dict())
-    half.half()
-    images = torch.randn(4, 1, 28, 28).half()
-    with record(half) as recording, torch.no_grad():
-        for now in (900, 600, 300):
-            images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
+    half, recording = half_precision(dit)
     analysis = analysis_of(half, recording)
     statistics = seen_by(analysis, recording, weighting)
     names = [site.name for site in analysis.sites.linears]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from model import FashionDiT
 from support.analyses import PAPER, analysis_of, part, replaced, seen_by, targets_of
-from support.models import STEPS, modes, relative
+from support.models import STEPS, half_precision, modes, relative
 from torch import Tensor, fx
 
 from calicache.graph_passes import (
@@ -18,7 +18,6 @@ from calicache.graph_passes import (
     Granularity,
     Recording,
     StepMode,
-    record,
 )
 from calicache.graph_passes.common.errors import ObserveError
 from calicache.graph_passes.common.progress import Meter
@@ -245,13 +244,7 @@ def test_steps_beyond_the_schedule_are_not_run(
 
 
 def test_half_precision_increments_are_taken_in_float32(dit: FashionDiT) -> None:
-    half = FashionDiT(dit.config).eval()
-    half.load_state_dict(dit.state_dict())
-    half.half()
-    images = torch.randn(4, 1, 28, 28).half()
-    with record(half) as recording, torch.no_grad():
-        for now in (900, 600, 300):
-            images = images - 0.2 * half(images, torch.full((4,), now), torch.arange(4))
+    half, recording = half_precision(dit)
     analysis = analysis_of(half, recording)
     targets = targets_of(analysis, 2, joint=True)
     schedule = modes("RRC")
