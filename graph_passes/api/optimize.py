@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.api.runtime import MAX_FORMS, OptimizedModel
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
@@ -13,13 +13,20 @@ from calicache.graph_passes.rewriting.compile import compile_recipe
 
 
 def optimize(
-    model: nn.Module, plan: Plan, *, on_progress: OnProgress | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    strict: bool = False,
+    max_forms: int = MAX_FORMS,
+    on_progress: OnProgress | None = None,
 ) -> OptimizedModel:
     """Rewrite a model under a plan.
 
     Args:
         model: in eval mode, with the weights that the plan was made from. It is not changed.
         plan: from `Plan.from_trajectory`, `Plan.search` or `Plan.load`.
+        strict: refuse timesteps that were not recorded.
+        max_forms: how many other forms of call (sizes, lengths of prompts) keep their graphs.
         on_progress: told how many calibration targets have their factors.
 
     Returns:
@@ -35,7 +42,7 @@ def optimize(
     analysis = workspace.analysis(model, plan.binding, recipe.include, recipe.exclude)
     meter.stage("make factors")
     compiled = compile_recipe(analysis, recipe, plan.statistics, workspace.decompositions, meter)
-    return OptimizedModel(model, plan, compiled)
+    return OptimizedModel(model, plan, compiled, strict=strict, max_forms=max_forms)
 
 
 def _check_weights(model: nn.Module, plan: Plan) -> None:

@@ -69,8 +69,7 @@ class Plan:
     @property
     def interval(self) -> int:
         """Longest distance from one REFRESH to the next (or to the end)."""
-        marks = [k for k, mode in enumerate(self.schedule) if mode is StepMode.REFRESH]
-        return max(b - a for a, b in zip(marks, [*marks[1:], len(self.schedule)], strict=True))
+        return self.recipe.interval
 
     @staticmethod
     def from_trajectory(

@@ -81,7 +81,7 @@ class _PlanJson:
 
 _DOCUMENT = DocumentKind(
     "plan",
-    7,
+    8,
     TypeAdapter(_PlanJson),
     PlanError,
     "a folder written by Plan.save",

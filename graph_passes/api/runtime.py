@@ -2,171 +2,283 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from calicache.graph_passes.api.forms import FormTable
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.common.errors import RunError
+from calicache.graph_passes.api.runs import ThreadRun, binding_run, started_run
+from calicache.graph_passes.api.weights import UNABLE, WeightVersions, unable
+from calicache.graph_passes.common.errors import CalicacheWarning, RunError
 from calicache.graph_passes.describe.html import model_html
-from calicache.graph_passes.recording.binding import Binding
-from calicache.graph_passes.recording.reads import check_fixed
-from calicache.graph_passes.recording.signature import flatten_call
-from calicache.graph_passes.recording.timestep import Timestep, place_of
-from calicache.graph_passes.rewriting.compile import Compiled, assign_targets, compile_graphs
-from calicache.graph_passes.rewriting.variants import VariantSet
-from calicache.graph_passes.sampler.kept import RunState, keep_refresh
+from calicache.graph_passes.recording.signature import FlatCall, flatten_call
+from calicache.graph_passes.rewriting.compile import Compiled
+from calicache.graph_passes.sampler.kept import keep_refresh
+from calicache.graph_passes.sampler.run_state import Arrival, CallState, RunState, start_place
 from calicache.graph_passes.settings.choices import StepMode
+
+MAX_FORMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One call of the model on its way.
+
+    Attributes:
+        run: the denoising that it belongs to.
+        before: what it goes on with; None where it begins anew.
+        compiled: the graphs for its form.
+        arrival: what tells it from others.
+        mode: of its step.
+        place: of its step among the recorded ones.
+        tensors: of the call, in order.
+    """
+
+    run: RunState
+    before: CallState | None
+    compiled: Compiled
+    arrival: Arrival
+    mode: StepMode
+    place: float
+    tensors: list[Tensor]
+
+    @property
+    def variant(self) -> nn.Module:
+        """The graph to run."""
+        return self.compiled.variant_set.variants[self.mode].module
+
+    def values(self) -> list[Tensor]:
+        """What the variant reads beside the call's tensors."""
+        variant_set, recipe, before = self.compiled.variant_set, self.compiled.recipe, self.before
+        refreshes = before.refreshes if before else ()
+        weights = variant_set.named_weights(*recipe.weights_at(self.mode, self.place, refreshes))
+        kept = before.kept if before else ()
+        reads = variant_set.variants[self.mode].reads
+        return variant_set.read(reads, kept, weights, self.tensors[0].device)
+
+    def finish(self, outputs: Sequence[Tensor]) -> Any:
+        """Keep what a REFRESH gave; the model's own outputs."""
+        variant_set, before = self.compiled.variant_set, self.before
+        history = variant_set.history
+        kept, places = (before.kept, before.refreshes) if before else ((), ())
+        if self.mode is StepMode.REFRESH:
+            kept = keep_refresh(variant_set, outputs, kept, history, self.tensors)
+            places = (self.place, *places)[:history]
+        start = before.start if before else self.place
+        state = CallState(self.compiled, self.arrival.kept(), self.place, kept, places, start)
+        self.run.keep(before, state)
+        flat = list(outputs[: variant_set.outputs])
+        return pytree.tree_unflatten(flat, self.compiled.captured.output_tree)
 
 
 class OptimizedModel(nn.Module):
     """The model under a plan: the same call, the same return type, fewer MACs.
 
-    Steps are counted from call to call. A new run starts by itself where the timestep turns
-    back or leaves the recorded order or, for a model without one, after the last planned step;
-    `reset` starts one by hand. A run may begin at any recorded timestep, with a REFRESH.
-    Where the recorded steps call the model several times, as in guidance by a conditional and an
-    unconditional call, each of the calls keeps caches of its own. A call with another batch size
-    is captured once more, with the same factors. Attributes that it does not have (config, dtype,
-    ...) are those of the original model.
+    A call goes on with the one that it follows: at a later timestep, with the same prompt, and
+    latents that have moved no farther than they do. Every other call begins a run, with a REFRESH,
+    at whatever timestep it brings. So runs may be broken off, begin mid-way, and have guidance in
+    calls of their own; `start_run` keeps several apart that go on at once. Timesteps that were not
+    recorded get REFRESH steps where the plan has them. Calls of other sizes are captured when they
+    come, with the same factors. Attributes that it does not have (config, dtype, ...) are those of
+    the original model.
 
     Attributes:
         original: the model as it was.
         plan: what it runs under.
         compiled: what was made of it, for calls of the plan's own form.
-        state: the running denoising.
+        strict: whether timesteps that were not recorded are refused.
     """
 
-    def __init__(self, original: nn.Module, plan: Plan, compiled: Compiled) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        plan: Plan,
+        compiled: Compiled,
+        *,
+        strict: bool = False,
+        max_forms: int = MAX_FORMS,
+    ) -> None:
         super().__init__()
         self.original = original
-        self.plan, self.compiled = plan, compiled
+        self.plan, self.compiled, self.strict = plan, compiled, strict
         self.variants = nn.ModuleDict(
             {mode.name: variant.module for mode, variant in compiled.variant_set.variants.items()}
         )
-        self.state = RunState(plan.binding.calls)
-        self._others: list[OptimizedModel] = []
-        self._by_start: dict[int, VariantSet] = {0: compiled.variant_set}
+        self._forms = FormTable(original, plan, compiled, max_forms)
+        self._by_form: list[OptimizedModel] = []
+        self._thread_run = ThreadRun()
+        self._weights = WeightVersions.of(original)
         self.eval()
 
     @property
-    def step(self) -> int:
-        """Index of the next step in the running denoising."""
-        return self.state.step
+    def state(self) -> RunState:
+        """The running denoising: the one started here by hand, or this thread's own."""
+        return started_run(self) or self._thread_run.state
 
     @property
-    def call(self) -> int:
-        """The next call in that step."""
-        return self.state.call
+    def step(self) -> int:
+        """Index of the step after the newest call's, among the recorded ones."""
+        calls = self.state.calls
+        return round(calls[-1].place) + 1 if calls else 0
+
+    @property
+    def run_bytes(self) -> int:
+        """Bytes that one run of the plan's own form keeps."""
+        caches = self.compiled.variant_set.caches
+        return self.plan.binding.calls * sum(cache.nbytes * cache.history for cache in caches)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the next call; takes and returns what the original model does.
 
         Raises:
-            RunError: other shapes (but for the batch size) or arguments than the plan's, more
-                steps than planned, or another number of calls in a step.
+            RunError: other arguments than the plan's, a form of call that it has no graph for,
+                or weights that have changed.
         """
         # torch.compile stops at both ends of a call and takes each variant as a whole.
-        owner, variant, tensors, values = self._begin(args, kwargs)
-        return owner._end(tensors, variant(*tensors, *values))
+        step, variant, tensors = self._begin(args, kwargs)
+        return self._end(step, variant(*tensors))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[OptimizedModel, nn.Module, list[Tensor], list[Tensor]]:
-        """The model of this batch size, its variant, the call's tensors, and what it reads."""
-        call = flatten_call(self.original, args, kwargs)
-        signature, fixed = self.plan.binding.signature, self.compiled.analysis.fixed
-        other = signature.other_batch(call)
-        if other is not None:
-            check_fixed(fixed, call.tensors)
-            form = self._for_form(self.plan.binding.with_signature(other))
-            return form._begin(args, kwargs)  # type: ignore[no-any-return]
-        tensors = signature.match(call)
-        mode = self._next_mode(call.tensors)
-        if mode is StepMode.REFRESH:
-            check_fixed(fixed, call.tensors)
-        variant_set, state = self._variant_set(), self.state
-        values = variant_set.read(
-            variant_set.variants[mode].reads, state.kept[state.call], state.step, tensors[0].device
-        )
-        return self, self.variants[mode.name], tensors, values
+    ) -> tuple[_Step, nn.Module, list[Tensor]]:
+        """Where the call belongs, its variant, and what that takes."""
+        step = self._step(self._flat(args, kwargs))
+        return step, step.variant, [*step.tensors, *step.values()]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _end(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
-        """Keep what a REFRESH gave, count the call, return the model's own outputs."""
-        variant_set, state = self.compiled.variant_set, self.state
-        if self._mode() is StepMode.REFRESH:
-            state.kept[state.call] = keep_refresh(
-                variant_set, outputs, state.kept[state.call], variant_set.history, tensors
+    def _end(self, step: _Step, outputs: Sequence[Tensor]) -> Any:
+        """Keep what a REFRESH gave; the model's own outputs."""
+        return step.finish(outputs)
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
+        call = flatten_call(self.original, args, kwargs)
+        return call.arranged(self.plan.binding.signature)
+
+    def _step(self, call: FlatCall) -> _Step:
+        run, binding, recipe = self.state, self.plan.binding, self.plan.recipe
+        signature, tensors = call.signature(), list(call.tensors.values())
+        classes = binding.classes_of(signature)
+        form = signature, tensors[0].device
+        arrival = Arrival.of(call.tensors, classes, binding.timestep, form, run.name)
+        follows = run.before(arrival, binding)
+        if follows is None:
+            self._weights.check(self.original)
+            compiled = self._forms.for_call(call)
+            run.make_room(arrival, binding.calls)
+            place = start_place(arrival, binding)
+            self._know(place, int(place))
+            return _Step(run, None, compiled, arrival, StepMode.REFRESH, place, tensors)
+        before, place = follows
+        self._know(place, int(before.place) + 1)
+        mode = recipe.mode_at(before.place, place, before.refreshes[0])
+        return _Step(run, before, before.compiled, arrival, mode, place, tensors)
+
+    def _know(self, place: float, recorded: int) -> None:
+        """Say that a step is none of the recorded ones, or refuse it."""
+        if place == recorded:
+            return
+        binding = self.plan.binding
+        if self.strict:
+            raise RunError(
+                "timestep",
+                expected="the recorded ones, one after another: "
+                + ", ".join(f"{value:g}" for value in binding.grid.timesteps),
+                got="another",
+                fix="Record and plan with this sampler, or optimise without strict=True.",
             )
-        state.advance()
-        flat = list(outputs[: variant_set.outputs])
-        return pytree.tree_unflatten(flat, self.compiled.captured.output_tree)
+        warnings.warn(
+            "These timesteps were not recorded. REFRESH steps come where the plan has them, and "
+            "what was fitted is left out; the error was not measured. Record and plan with this "
+            "sampler, or optimise with strict=True to refuse.",
+            CalicacheWarning,
+            stacklevel=2,
+        )
+
+    def start_run(self, run: RunState | None = None) -> AbstractContextManager[RunState]:
+        """A denoising of its own, for the calls of this thread or asyncio task inside `with`.
+
+        Without it a thread has one denoising at a time.
+
+        Args:
+            run: to go on with one, as servers do that take steps of many runs in turn; a new
+                one where None.
+
+        Examples:
+            >>> with fast.start_run():
+            ...     image = pipe(prompt).images[0]
+        """
+        return binding_run(self, RunState() if run is None else run)
+
+    @contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Tell the calls of a step apart by name, as the pipelines of diffusers do.
+
+        Args:
+            name: such as `cond` or `uncond`.
+        """
+        run = self.state
+        before, run.name = run.name, name
+        try:
+            yield
+        finally:
+            run.name = before
 
     def for_call(self, *args: Any, **kwargs: Any) -> OptimizedModel:
-        """The optimised model for calls like this one, which may have another batch size.
+        """The optimised model for calls like this one, which may have other sizes.
 
         Raises:
-            RunError: the call differs from the plan's in more than the batch size.
+            RunError: the call differs from the plan's in more than sizes and constants.
         """
-        call = flatten_call(self.original, args, kwargs)
-        other = self.plan.binding.signature.other_batch(call)
-        if other is not None:
-            return self._for_form(self.plan.binding.with_signature(other))
-        self.plan.binding.signature.match(call)
-        return self
-
-    def reset(self) -> None:
-        """Forget the running denoising: the next call is step 0."""
-        self.state.restart()
-        for other in self._others:
-            other.reset()
+        return self._of(self._forms.for_call(self._flat(args, kwargs)))
 
     def by_step(self) -> OptimizedModel:
         """The optimised model for all calls of a step in one; this one where a step has one."""
-        return self._for_form(self.plan.binding.by_step())
+        return self._of(self._forms.for_binding(self.plan.binding.by_step()))
 
-    def _for_form(self, binding: Binding) -> OptimizedModel:
-        """The same model and plan for calls of another form, made at the first request."""
-        if binding == self.plan.binding:
-            return self
-        for other in self._others:
-            if other.plan.binding == binding:
-                return other
-        plan, recipe = replace(self.plan, binding=binding), self.plan.recipe
-        analysis = plan.workspace.analysis(self.original, binding, recipe.include, recipe.exclude)
-        weight = next(analysis.captured.module.parameters())
-        factors = {name: value.to(weight) for name, value in self.compiled.factors.items()}
-        assignment = assign_targets(analysis, recipe)
-        compiled = compile_graphs(analysis, recipe, assignment, factors)
-        self._others.append(OptimizedModel(self.original, plan, compiled))
-        return self._others[-1]
+    def _of(self, compiled: Compiled) -> OptimizedModel:
+        """The same model and plan for calls of another form alone."""
+        for model in (self, *self._by_form):
+            if model.compiled is compiled:
+                return model
+        plan = replace(self.plan, binding=compiled.analysis.binding)
+        model = OptimizedModel(self.original, plan, compiled, strict=self.strict)
+        self._by_form = [*self._by_form, model][-self._forms.limit :]
+        return model
+
+    def reset(self) -> None:
+        """Forget the running denoising: the next call begins a run."""
+        self.state.restart()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModel:
-        self._others = []  # they are made again where the weights have gone
+        self._by_form = []
+        self._forms.forget()  # they are made again where the weights have gone
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._weights = WeightVersions.of(self.original)
         return self
 
     def train(self, mode: bool = True) -> OptimizedModel:
-        """Stay in eval mode; calibration has no training mode.
-
-        Raises:
-            RunError: for mode=True.
-        """
-        if mode:
-            raise RunError(
-                "train()",
-                expected="eval mode",
-                got="training mode",
-                fix="Train the original model, then optimise it again.",
-            )
+        """Stay in eval mode: calibration has no training mode, and a pipeline may ask for one."""
         super().train(False)
+        if mode:
+            warnings.warn(
+                "An optimised model stays in eval mode. Train the original model, then optimise "
+                "it again.",
+                CalicacheWarning,
+                stacklevel=2,
+            )
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._weights = WeightVersions.of(self.original)  # a copy has parameters of its own
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the optimised model."""
@@ -178,76 +290,5 @@ class OptimizedModel(nn.Module):
         except AttributeError:
             if name == "original":
                 raise
-            return getattr(self.original, name)
-
-    def _variant_set(self) -> VariantSet:
-        """The variants, with the weights of a run that began where this one did."""
-        start = self.state.start
-        if start not in self._by_start:
-            weights = self.plan.recipe.weights_from(start)
-            self._by_start[start] = self.compiled.variant_set.scheduled(*weights)
-        return self._by_start[start]
-
-    def _mode(self) -> StepMode:
-        """Mode of the next step."""
-        state = self.state
-        return StepMode.REFRESH if state.step == state.start else self.plan.schedule[state.step]
-
-    def _next_mode(self, tensors: Mapping[str, Tensor]) -> StepMode:
-        """Mode of this call, after starting a new run where one begins."""
-        schedule, timestep = self.plan.schedule, self.plan.binding.timestep
-        if timestep is None:
-            if self.state.step == len(schedule):
-                self.reset()
-        else:
-            self._follow(timestep, timestep.value(tensors))
-        if self.state.step >= len(schedule):
-            raise RunError(
-                f"step {self.state.step}",
-                expected=f"at most {len(schedule)} steps in a run",
-                got="one more",
-                fix="Record and plan with this many steps, or call reset() before a new run.",
-            )
-        return self._mode()
-
-    def _follow(self, timestep: Timestep, now: float) -> None:
-        """Start a new run where the timestep says so; keep count of the calls of a step."""
-        state = self.state
-        before, state.timestep = state.timestep, now
-        if before is None:
-            self._start(now)
-        elif timestep.turns_back(before, now):
-            if now == before and state.step > state.start + 1:
-                raise _uncounted(state.step, timestep.calls, "one more")
-            self._start(now)
-        elif (
-            timestep.calls > 1
-            and now == before
-            and (state.step, state.call)
-            == (
-                state.start + 1,
-                0,
-            )
-        ):
-            # The run before was broken off in its first step: of its calls the newest count.
-            state.step, state.call = state.start, timestep.calls - 1
-            state.kept = [*state.kept[1:], ()]
-        elif timestep.calls > 1 and now != before and state.call:
-            raise _uncounted(state.step, timestep.calls, str(state.call))
-        elif now != before and place_of(self.plan.binding.timesteps, now) not in (None, state.step):
-            self._start(now)  # the run before was broken off
-
-    def _start(self, now: float) -> None:
-        """Begin a run at the recorded step of this timestep; at step 0 where none has it."""
-        self.reset()
-        self.state.restart(place_of(self.plan.binding.timesteps, now) or 0)
-        self.state.timestep = now
-
-
-def _uncounted(step: int, calls: int, got: str) -> RunError:
-    return RunError(
-        f"step {step}",
-        expected=f"{calls} calls with one timestep, as recorded",
-        got=got,
-        fix="Record and plan with this guidance, or call reset() before a new run.",
-    )
+            value = getattr(self.original, name)
+            return unable(name) if name in UNABLE else value

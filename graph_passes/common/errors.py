@@ -28,6 +28,10 @@ class CalicacheError(Exception):
         return make, (self.where,)
 
 
+class CalicacheWarning(UserWarning):
+    """Something is served in another way than it was planned, and rightly."""
+
+
 def reason_of(error: BaseException) -> str:
     """The kind of an error from elsewhere and the first line of what it says."""
     lines = str(error).strip().splitlines()

@@ -9,10 +9,21 @@ from torch import nn
 from calicache.graph_passes.common.bounds import Digest
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import digest, hash_weights
+from calicache.graph_passes.recording.grid import Grid, grid_of
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.reads import DIFFERENT, NOTHING, find_reads, read_answers
+from calicache.graph_passes.recording.reads import (
+    DIFFERENT,
+    NOTHING,
+    find_reads,
+    read_answers,
+    read_call,
+)
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.recording.signature import CallSignature
+from calicache.graph_passes.recording.signature import (
+    CallSignature,
+    FlatCall,
+    name_pattern,
+)
 from calicache.graph_passes.recording.step_calls import batch_signature, batch_size
 from calicache.graph_passes.recording.timestep import Timestep, calls_of
 
@@ -29,8 +40,7 @@ class Binding:
         reads: what the model reads off its tensors in every call, from `find_reads`.
         run_values: where it reads anything, digests of the recorded values of every argument that
             stays the same over a run: the graph is made for what some of them decide.
-        timesteps: value of `timestep` at every step of the longest recorded run; empty where
-            nothing counts the steps.
+        grid: the recorded timesteps, and how far the latents move between them.
 
     Raises:
         PlanError: it names a tensor that the calls do not have.
@@ -40,9 +50,9 @@ class Binding:
     dependence: dict[str, Dependence]
     timestep: Timestep | None
     weights_hash: str
+    grid: Grid
     reads: str = NOTHING
     run_values: dict[str, tuple[Digest, ...]] = field(default_factory=dict)
-    timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         read_answers(self.reads)
@@ -65,6 +75,39 @@ class Binding:
     def with_signature(self, signature: CallSignature) -> Binding:
         """The same for calls of another form."""
         return replace(self, signature=signature)
+
+    def classes_of(self, signature: CallSignature) -> dict[str, Dependence]:
+        """Class of every tensor of another form of call.
+
+        Raises:
+            RunError: the form differs in more than sizes, constants and lengths of lists.
+        """
+        if signature == self.signature:
+            return self.dependence
+        self.signature.check_kin(signature)
+        kinds = {name_pattern(name): kind for name, kind in self.dependence.items()}
+        return {spec.name: kinds[name_pattern(spec.name)] for spec in signature.tensors}
+
+    def for_call(self, model: nn.Module, call: FlatCall) -> Binding:
+        """The same for calls of another form: other sizes, constants, or lengths of lists.
+
+        Where the recorded calls read off values of their arguments, this one is run to see what
+        it reads.
+
+        Raises:
+            RunError: the call differs in more than that.
+        """
+        signature = call.signature()
+        dependence = self.classes_of(signature)
+        changed = replace(self, signature=signature, dependence=dependence, run_values={})
+        if self.reads in (NOTHING, DIFFERENT):
+            return changed
+        names = (name for name, kind in dependence.items() if kind is Dependence.RUN)
+        return replace(
+            changed,
+            reads=read_call(model, signature, call.tensors),
+            run_values={name: (digest(call.tensors[name]),) for name in names},
+        )
 
     def by_step(self) -> Binding:
         """The same with all calls of a step in one; this one where a step has one call."""
@@ -91,16 +134,14 @@ def bind(model: nn.Module, recording: Recording) -> Binding:
     if reads in (NOTHING, DIFFERENT):
         names = []
     firsts = [run[0] for run in recording.runs]
-    timestep = recording.timestep
-    longest = max(recording.runs, key=len)
     return Binding(
         signature=recording.signature,
         dependence=dict(recording.dependence),
-        timestep=timestep,
+        timestep=recording.timestep,
         weights_hash=hash_weights(model),
+        grid=grid_of(recording),
         reads=reads,
         run_values={
             name: tuple(dict.fromkeys(digest(call[name]) for call in firsts)) for name in names
         },
-        timesteps=tuple(timestep.value(call) for call in longest) if timestep else (),
     )

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from calicache.graph_passes.common.errors import CaptureError, RunError, reason_of
 from calicache.graph_passes.common.hashing import digest
 from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.recording.signature import CallSignature
 
 NOTHING, DIFFERENT = "[]", "null"
 MAX_REPEATS = 2**24  # rows that one repeat_interleave may make
@@ -47,12 +48,21 @@ def find_reads(model: nn.Module, recording: Recording) -> str:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return NOTHING
-    runs = recording.runs
-    first = _answers(model, recording, runs[0][0])
+    runs, signature = recording.runs, recording.signature
+    first = read_call(model, signature, runs[0][0])
     calls = [runs[0][-1], *(run[0] for run in runs[1:])]
-    if first != NOTHING and any(_answers(model, recording, call) != first for call in calls):
+    if first != NOTHING and any(read_call(model, signature, call) != first for call in calls):
         return DIFFERENT
     return first
+
+
+def read_call(model: nn.Module, signature: CallSignature, call: Mapping[str, Tensor]) -> str:
+    """The answers to all that the model reads in one call, which is run."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    arguments = signature.unflatten([value.to(device) for value in call.values()])
+    with torch.no_grad(), _Recorder() as recorder:
+        model(**arguments)
+    return json.dumps(recorder.answers)
 
 
 @contextmanager
@@ -90,6 +100,16 @@ def read_answers(answers: str) -> list[Answer]:
     return found
 
 
+def fits_fixed(fixed: Mapping[str, Sequence[str]], values: Mapping[str, Tensor]) -> bool:
+    """Whether a graph was made for these values.
+
+    Args:
+        fixed: digests of the values that it was made for, by argument.
+        values: arguments of a call.
+    """
+    return all(digest(values[name]) in digests for name, digests in fixed.items())
+
+
 def check_fixed(fixed: Mapping[str, Sequence[str]], values: Mapping[str, Tensor]) -> None:
     """Refuse values that the graph was not made for.
 
@@ -101,7 +121,7 @@ def check_fixed(fixed: Mapping[str, Sequence[str]], values: Mapping[str, Tensor]
         RunError: one of them has another value than the recorded ones.
     """
     for name, digests in fixed.items():
-        if digest(values[name]) not in digests:
+        if not fits_fixed({name: digests}, values):
             raise RunError(
                 f"argument {name}",
                 expected="the values that were recorded: sizes inside the model depend on them",
@@ -217,14 +237,6 @@ class _Answers(_Reads):
             )
         self.seen.append(tensor)
         return self.answers[len(self.seen) - 1]
-
-
-def _answers(model: nn.Module, recording: Recording, call: Mapping[str, Tensor]) -> str:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    arguments = recording.signature.unflatten([value.to(device) for value in call.values()])
-    with torch.no_grad(), _Recorder() as recorder:
-        model(**arguments)
-    return json.dumps(recorder.answers)
 
 
 def _is_answer(value: Any) -> bool:

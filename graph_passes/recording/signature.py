@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,54 +88,38 @@ class CallSignature:
         arguments: dict[str, Any] = unflatten(self.tree, iter([values[n] for n in self.order]))
         return arguments
 
-    def match(self, call: FlatCall) -> list[Tensor]:
-        """The call's tensors in order, after checking that the call has this form.
+    def check_kin(self, other: CallSignature) -> None:
+        """Refuse a form that differs from this one in more than sizes and constants.
+
+        Sizes are shapes, and how many values a list has.
 
         Raises:
-            RunError: another structure, constant, shape or dtype than the plan's.
+            RunError: other tensors, or another dtype or number of dimensions.
         """
-        different = sorted(set(call.order) ^ set(self.order))
-        if different:
-            raise _mismatch(", ".join(different), "the arguments of the plan", "others")
-        for constant in self.constants:
-            value = call.constants.get(constant.name, _MISSING)
-            if value != constant.value:
-                raise _mismatch(constant.name, repr(constant.value), repr(value))
-        tensors = []
-        for spec in self.tensors:
-            tensor = call.tensors.get(spec.name)
-            if tensor is None:
-                raise _mismatch(spec.name, f"a tensor {spec}", repr(call.constants[spec.name]))
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
-                raise _mismatch(spec.name, str(spec), str(describe(spec.name, tensor)))
-            tensors.append(tensor)
-        return tensors
+        own, others = self.by_pattern(), other.by_pattern()
+        constants = {constant.name: repr(constant.value) for constant in other.constants}
+        for name, spec in own.items():
+            got = others.get(name)
+            if got is None:
+                raise _mismatch(name, f"a tensor {spec}", constants.get(name, "none"))
+            if got.dtype != spec.dtype or len(got.shape) != len(spec.shape):
+                raise _mismatch(name, str(spec), str(got))
+        for name in sorted(set(others) - set(own)):
+            raise _mismatch(name, "no tensor", str(others[name]))
 
-    def other_batch(self, call: FlatCall) -> CallSignature | None:
-        """The form of a call that differs from this one in the batch size alone; None otherwise.
+    def by_pattern(self) -> dict[str, TensorSpec]:
+        """A tensor of every list, and those outside of lists, by `name_pattern`."""
+        return {name_pattern(spec.name): spec for spec in self.tensors}
 
-        Sizes of the first dimension may change, all by one ratio and none without the others.
-        """
-        ratios: set[Fraction] = set()
-        specs: list[TensorSpec] = []
-        for spec in self.tensors:
-            tensor = call.tensors.get(spec.name)
-            if tensor is None:
-                return None
-            shape = tuple(tensor.shape)
-            if shape != spec.shape:
-                if not shape or shape[1:] != spec.shape[1:] or not spec.shape[0]:
-                    return None
-                ratios.add(Fraction(shape[0], spec.shape[0]))
-            specs.append(replace(spec, shape=shape))
-        batches = {old.shape[0] for old, new in zip(self.tensors, specs, strict=True) if old != new}
-        left = (old for old, new in zip(self.tensors, specs, strict=True) if old == new)
-        if len(ratios) != 1 or any(spec.shape[:1] in {(b,) for b in batches} for spec in left):
-            return None
-        return replace(self, tensors=tuple(specs))
+    def difference(self, other: CallSignature) -> tuple[str, str, str]:
+        """The first argument of another form that differs: its name, what it was, what it is."""
+        own, others = self._by_name(), other._by_name()
+        name = next((n for n in {**own, **others} if own.get(n) != others.get(n)), "call")
+        return name, str(own.get(name, "none")), str(others.get(name, "none"))
 
-
-_MISSING = "a tensor"
+    def _by_name(self) -> dict[str, TensorSpec | ConstantSpec]:
+        specs: tuple[TensorSpec | ConstantSpec, ...] = (*self.tensors, *self.constants)
+        return {spec.name: spec for spec in specs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +140,28 @@ class FlatCall:
             tree=self.tree,
         )
 
+    def arranged(self, signature: CallSignature) -> FlatCall:
+        """The same call in the order of a form, whatever the order of keywords and dict keys."""
+        tensors = [spec.name for spec in signature.tensors]
+        constants = [spec.name for spec in signature.constants]
+        if self.tensors.keys() != set(tensors) or self.constants.keys() != set(constants):
+            return self
+        return FlatCall(
+            {name: self.tensors[name] for name in tensors},
+            {name: self.constants[name] for name in constants},
+            signature.order,
+            signature.tree,
+        )
+
 
 def describe(name: str, tensor: Tensor) -> TensorSpec:
     """The spec of a tensor: `describe("x", torch.zeros(2, 3))` is `float32 (2, 3)`."""
     return TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def name_pattern(name: str) -> str:
+    """The name of an argument with its places in lists left out: `x.0.mask` is `x.#.mask`."""
+    return ".".join("#" if part.isdecimal() else part for part in name.split("."))
 
 
 def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatCall:

@@ -9,8 +9,8 @@ from itertools import groupby, pairwise
 from torch import Tensor
 
 from calicache.graph_passes.common.bounds import Calls
+from calicache.graph_passes.common.errors import RunError
 
-ROUNDING = 1e-6  # of the largest timestep, which float32 holds to 6e-8
 Call = Mapping[str, Tensor]
 Run = Sequence[Call]
 
@@ -32,21 +32,26 @@ class Timestep:
     calls: Calls = 1
 
     def value(self, tensors: Call) -> float:
-        """The timestep of a call; of its first row, where every row has one."""
-        return float(tensors[self.name].flatten()[0])
+        """The timestep of a call; of all its rows, where every row has one.
+
+        Raises:
+            RunError: rows at different timesteps.
+        """
+        first, *others = tensors[self.name].flatten().tolist()
+        if any(other != first for other in others):
+            raise RunError(
+                f"argument {self.name}",
+                expected="one timestep in a call",
+                got=f"{len({first, *others})} different ones",
+                fix="Call the model once for every timestep, each run inside its own start_run().",
+            )
+        return float(first)
 
     def turns_back(self, before: float, now: float) -> bool:
         """Whether a new run starts between two values."""
         if now == before:
             return not self.repeats
         return now > before if self.descends else now < before
-
-
-def place_of(timesteps: Sequence[float], now: float) -> int | None:
-    """The first step of a run that has this timestep, up to rounding; None without one."""
-    off = ROUNDING * max(map(abs, timesteps), default=0.0)
-    places = (place for place, value in enumerate(timesteps) if abs(value - now) <= off)
-    return next(places, None)
 
 
 def calls_of(timestep: Timestep | None) -> int:

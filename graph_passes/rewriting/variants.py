@@ -16,7 +16,7 @@ from calicache.graph_passes.rewriting.insertion import (
     weight_name,
 )
 from calicache.graph_passes.settings.choices import StepMode
-from calicache.graph_passes.settings.schedule import Table
+from calicache.graph_passes.settings.schedule import Row, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,43 +91,55 @@ class VariantSet:
             if back < cache.history
         }
 
-    def scheduled(self, anchors: Table, outputs: Table | None = None) -> VariantSet:
-        """The same variants with the weights of another schedule.
+    def scheduled(self, anchors: Table) -> VariantSet:
+        """The same variants with anchors for another schedule.
 
         Args:
             anchors: (T, K or fewer).
-            outputs: as in `Recipe`; None keeps those that are there.
         """
-        missing = (0.0,) * (self.history - len(anchors[0]))
-        padded = tuple((*row, *missing) for row in anchors)
-        fresh = table_columns(ANCHOR_WEIGHT, padded)
-        if outputs is not None:
-            fresh |= table_columns(OUTPUT_WEIGHT, outputs)
+        fresh = table_columns(ANCHOR_WEIGHT, [self._padded(row) for row in anchors])
         tables = {name: fresh.get(name, table) for name, table in self.tables.items()}
         return replace(self, tables=tables)
+
+    def weights_of(self, step: int) -> dict[str, float]:
+        """The weights of a step, by the name under which variants read them."""
+        return {name: table[step] for name, table in self.tables.items()}
+
+    def named_weights(self, anchors: Row, outputs: Row | None) -> dict[str, float]:
+        """Weights from elsewhere by the name under which variants read them.
+
+        Args:
+            anchors: (K or fewer).
+            outputs: (K + 2), or None where the variants read none.
+        """
+        rows = {ANCHOR_WEIGHT: self._padded(anchors), OUTPUT_WEIGHT: outputs or ()}
+        return {weight_name(n, k): w for n, row in rows.items() for k, w in enumerate(row)}
+
+    def _padded(self, row: Row) -> Row:
+        return (*row, *(0.0,) * (self.history - len(row)))
 
     def read(
         self,
         reads: Sequence[str],
         kept: Sequence[Mapping[str, Tensor]],
-        step: int,
+        weights: Mapping[str, float],
         device: torch.device,
     ) -> list[Tensor]:
-        """What a variant reads at a step: weights from tables, and values of kept refreshes.
+        """What a variant reads at a step: weights, and values of kept refreshes.
 
         A refresh that has not been yet has weight 0; the newest one (or zeros) stands for it.
 
         Args:
             reads: names, in order.
             kept: cache values by cache name, newest refresh first.
-            step: index in the run.
+            weights: by name.
             device: of the tensors that are made here.
         """
         slots = self.slots()
         values = []
         for name in reads:
-            if name in self.tables:
-                values.append(torch.tensor(self.tables[name][step], device=device))
+            if name in weights:
+                values.append(torch.tensor(weights[name], device=device))
                 continue
             cache, back = slots[name]
             if kept:
@@ -137,6 +149,6 @@ class VariantSet:
         return values
 
 
-def table_columns(name: str, table: Table) -> dict[str, tuple[float, ...]]:
+def table_columns(name: str, table: Sequence[Row]) -> dict[str, tuple[float, ...]]:
     """The weights of a table (T, K) by the name under which variants read them, (T,) each."""
     return {weight_name(name, k): column for k, column in enumerate(zip(*table, strict=True))}

@@ -1,9 +1,8 @@
-"""What a running denoising keeps: its place in the run, and the values of the last refreshes."""
+"""What a step keeps of its REFRESH for the steps after it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -13,40 +12,6 @@ from calicache.graph_passes.settings.choices import StepMode
 
 Kept = tuple[dict[str, Tensor], ...]  # cache values by cache name, the newest refresh first
 Runner = Callable[[fx.GraphModule, Sequence[Tensor]], Sequence[Tensor]]
-
-
-@dataclass(slots=True)
-class RunState:
-    """All that a running denoising changes.
-
-    Attributes:
-        calls: of the model in a step.
-        step: index of the next step.
-        call: which of the step's calls comes next.
-        timestep: of the last call; None before the first.
-        kept: what each call of a step keeps.
-        start: index of the step that the run began with, which is a REFRESH.
-    """
-
-    calls: int = 1
-    step: int = 0
-    call: int = 0
-    timestep: float | None = None
-    kept: list[Kept] = field(default_factory=list)
-    start: int = 0
-
-    def __post_init__(self) -> None:
-        self.kept = [()] * self.calls
-
-    def restart(self, start: int = 0) -> None:
-        """Forget the running denoising: the next call is the first of this step."""
-        self.start, self.step, self.call, self.timestep = start, start, 0, None
-        self.kept = [()] * self.calls
-
-    def advance(self) -> None:
-        """Count a call."""
-        self.call = (self.call + 1) % self.calls
-        self.step += self.call == 0
 
 
 def keep_refresh(
@@ -107,7 +72,7 @@ def run_step(
         run: runs the variant's graph.
     """
     variant = variant_set.variants[mode]
-    values = variant_set.read(variant.reads, kept, step, tensors[0].device)
+    values = variant_set.read(variant.reads, kept, variant_set.weights_of(step), tensors[0].device)
     with torch.no_grad():
         results = run(variant.module, [*tensors, *values])
     if mode is StepMode.REFRESH:

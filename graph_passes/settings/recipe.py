@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil, floor
 
 from calicache.graph_passes.common.bounds import MAX_STEPS, MAX_WEIGHT, Count
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import Granularity, SiteRule, StepMode, Weighting
 from calicache.graph_passes.settings.schedule import (
+    Row,
     Table,
     anchor_table,
     kept_refreshes,
-    later_schedule,
+    lagrange_weights,
     output_table,
 )
 
@@ -58,28 +61,60 @@ class Recipe:
         anchor_table(self.schedule, self.order)  # refuses an unknown order
         _check_output_weights(self)
 
-    def weights_from(self, start: int) -> tuple[Table, Table | None]:
-        """Weights of the anchors and of the outputs in a run that begins at a later step.
+    def mode_at(self, before: float, place: float, refresh: float) -> StepMode:
+        """Mode of a step that lies anywhere among the recorded ones.
 
-        Its first step is a REFRESH. What was fitted counts where the kept refreshes are those
-        that it was fitted to; elsewhere Lagrange's formula does, and no weight of the latent.
+        On recorded steps one after another this is the schedule. Elsewhere REFRESH steps are as
+        far apart as they are there in the schedule, as nearly as the steps allow, and other steps
+        have the mode of the recorded one next to them.
 
-        Returns:
-            Tables for all steps, those before the start included, which are not used.
+        Args:
+            before: place of the step before; whole numbers are recorded steps.
+            place: of the step.
+            refresh: place of the newest REFRESH.
         """
-        later = later_schedule(self.schedule, start)
-        anchors = anchor_table(later, self.order)
-        if self.outputs is None:
+        schedule, last = self.schedule, len(self.schedule) - 1
+        if place == before + 1 and place == int(place) and 0 <= place <= last:
+            return schedule[int(place)]
+        marks = [k for k, mode in enumerate(schedule) if mode is StepMode.REFRESH]
+        earlier = max((mark for mark in marks if mark <= refresh), default=0)
+        later = min((mark for mark in marks if mark > earlier), default=len(schedule))
+        if place - refresh + (place - before) / 2 > later - earlier:
+            return StepMode.REFRESH
+        beside = (schedule[min(max(step, 0), last)] for step in (ceil(place), floor(place)))
+        return next((mode for mode in beside if mode is not StepMode.REFRESH), StepMode.REFRESH)
+
+    def weights_at(
+        self, mode: StepMode, place: float, kept: Sequence[float]
+    ) -> tuple[Row, Row | None]:
+        """Weights of the anchors and of the outputs at a step that lies anywhere.
+
+        What was fitted counts where the step and the kept refreshes are those that it was fitted
+        to; elsewhere Lagrange's formula does, and no weight of the latent.
+
+        Args:
+            mode: of the step.
+            place: of the step.
+            kept: places of the kept refreshes, newest first.
+        """
+        kept, count = tuple(kept[: self.order + 1]), self.order + 1
+        anchors = (1.0,) if mode is StepMode.REFRESH else lagrange_weights(kept, place)
+        anchors += (0.0,) * (count - len(anchors))
+        table = self.outputs
+        if table is None:
             return anchors, None
-        plain, width = output_table(later, self.order), len(self.outputs[0])
-        kept = self.order + 1
-        rows = [
-            fitted
-            if kept_refreshes(later, step, kept) == kept_refreshes(self.schedule, step, kept)
-            else (*row, *(0.0,) * (width - len(row)))
-            for step, (fitted, row) in enumerate(zip(self.outputs, plain, strict=True))
-        ]
-        return anchors, tuple(rows)
+        step = int(place)
+        recorded = 0 <= place < len(table) and place == step and mode is self.schedule[step]
+        if recorded and kept == kept_refreshes(self.schedule, step, count):
+            return anchors, table[step]
+        own = (0.0, *anchors) if mode is StepMode.FORECAST else (1.0, *(0.0,) * count)
+        return anchors, own + (0.0,) * (len(table[0]) - len(own))
+
+    @property
+    def interval(self) -> int:
+        """Longest distance from one REFRESH to the next (or to the end)."""
+        marks = [k for k, mode in enumerate(self.schedule) if mode is StepMode.REFRESH]
+        return max(b - a for a, b in pairwise([*marks, len(self.schedule)]))
 
     @property
     def outputs(self) -> Table | None:

@@ -8,7 +8,8 @@ from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import StepMode
 
 MAX_ORDER = 2
-Table = tuple[tuple[float, ...], ...]
+Row = tuple[float, ...]
+Table = tuple[Row, ...]
 
 
 def uniform_schedule(
@@ -84,12 +85,6 @@ def spread_schedule(
     return tuple(StepMode.REFRESH if k in marks else mode for k in range(steps))
 
 
-def later_schedule(schedule: Sequence[StepMode], start: int) -> tuple[StepMode, ...]:
-    """The schedule of a run that begins at a later step: a REFRESH there, and none before."""
-    before = (StepMode.REUSE,) * start  # steps that never come
-    return (*before, StepMode.REFRESH, *schedule[start + 1 :])
-
-
 def count_modes(schedule: Sequence[StepMode]) -> str:
     """Steps by mode, such as `12 REFRESH + 23 FORECAST`."""
     counts = [(schedule.count(mode), mode.name) for mode in StepMode]
@@ -102,7 +97,7 @@ def kept_refreshes(schedule: Sequence[StepMode], step: int, count: int) -> tuple
     return tuple(reversed(before))[:count]
 
 
-def lagrange_weights(places: Sequence[int], target: int) -> tuple[float, ...]:
+def lagrange_weights(places: Sequence[float], target: float) -> Row:
     """Weights w with sum_i w_i p(places_i) = p(target) for all polynomials below len(places).
 
     Lagrange's formula; the nodes need not be evenly spaced.

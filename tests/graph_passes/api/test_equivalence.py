@@ -397,7 +397,8 @@ def test_cheap_steps_leave_the_caches_alone(
         caches = dict(zip([cache.name for cache in variant_set.caches], kept, strict=True))
         before = {name: value.clone() for name, value in caches.items()}
         variant = variant_set.variants[mode]
-        values = variant_set.read(variant.reads, [caches], 1, second[0].device)
+        weights = variant_set.weights_of(1)
+        values = variant_set.read(variant.reads, [caches], weights, second[0].device)
         outputs = variant.module(*second, *values)
     assert len(variant.reads) > 0
     assert len(outputs) == variant_set.outputs  # nothing that could be written back

@@ -16,7 +16,7 @@ from support.models import STEPS, relative, sample_dit, shake
 from torch import Tensor, nn
 
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
-from calicache.graph_passes.common.errors import RunError
+from calicache.graph_passes.common.errors import CalicacheWarning, RunError
 
 REFRESH, CALIBRATE, REUSE, FORECAST = StepMode
 SCHEDULE = (REFRESH, CALIBRATE, REUSE, REFRESH, CALIBRATE, REUSE)
@@ -73,7 +73,7 @@ def test_output_object_of_diffusers_comes_back(
     assert fast_diffusers.step == 3
 
 
-def test_tuple_comes_back_where_one_was_recorded(diffusers_dit: DiTTransformer2DModel) -> None:
+def test_either_way_to_return_outputs_is_followed(diffusers_dit: DiTTransformer2DModel) -> None:
     inputs = {"class_labels": torch.tensor([1, 2])}
     with record(diffusers_dit) as recording:
         for t in (9, 5):
@@ -86,8 +86,9 @@ def test_tuple_comes_back_where_one_was_recorded(diffusers_dit: DiTTransformer2D
     assert type(got) is tuple
     # REFRESH runs the model's own kernels: float32 rounding at most.
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(RunError, match=r"argument return_dict: expected False, got True"):
-        fast(x, **inputs)
+    again = fast(x, **inputs)  # captured once more
+    assert type(again) is Transformer2DModelOutput
+    torch.testing.assert_close(again.sample, expected[0], rtol=1e-5, atol=1e-6)
 
 
 def test_plain_tensor_comes_back(fast: OptimizedModel, calls: Calls) -> None:
@@ -120,11 +121,13 @@ def test_attributes_of_the_original_are_visible(
         _ = fast.no_such_name
 
 
-def test_eval_is_allowed_and_train_is_not(fast: OptimizedModel) -> None:
+def test_it_stays_in_eval_mode_and_says_so(fast: OptimizedModel) -> None:
     assert fast.eval() is fast
     assert fast.train(False) is fast
-    with pytest.raises(RunError, match=r"train\(\).*Train the original model"):
-        fast.train()
+    with pytest.warns(CalicacheWarning, match="Train the original model"):
+        assert fast.train() is fast
+    with pytest.warns(CalicacheWarning):
+        nn.ModuleList([fast]).train()
     assert not any(module.training for module in fast.modules())
 
 
@@ -193,13 +196,6 @@ def test_reset_lets_go_of_the_caches(fast: OptimizedModel, calls: Calls) -> None
     assert all(cache() is not None for cache in kept)
     fast.reset()
     assert all(cache() is None for cache in kept)
-
-
-def test_one_step_too_many_is_refused(fast: OptimizedModel, calls: Calls) -> None:
-    expected = whole_run(fast, calls)
-    with pytest.raises(RunError, match=r"step 6: expected at most 6 steps.*call reset\(\)"):
-        fast(**{**calls[-1], "timestep": calls[-1]["timestep"] - 1})
-    assert_equal(whole_run(fast, calls), expected)
 
 
 class Residual(nn.Module):
@@ -308,7 +304,7 @@ def test_copy_that_was_written_in_the_middle_of_a_run_goes_on_there(
     whole_run(fast, calls[:2])
     again = pickle.loads(pickle.dumps(fast))
     fast.reset()
-    assert (again.step, again.call) == (2, 0)
+    assert again.step == 2
     assert_equal(whole_run(again, calls[2:]), expected[2:])
 
 
@@ -351,7 +347,7 @@ def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
 def test_runs_one_after_another_are_equal(fast_forecast: OptimizedModel, calls: Calls) -> None:
     fast_forecast.reset()
     first = whole_run(fast_forecast, calls)
-    assert [len(kept) for kept in fast_forecast.state.kept] == [3]
+    assert [len(call.kept) for call in fast_forecast.state.calls] == [3]
     for _ in range(2):
         assert_equal(whole_run(fast_forecast, calls), first)
 
@@ -370,7 +366,7 @@ def test_history_of_a_run_broken_off_is_forgotten(
 def test_reset_forgets_the_history(fast_forecast: OptimizedModel, calls: Calls) -> None:
     whole_run(fast_forecast, calls)
     fast_forecast.reset()
-    assert (fast_forecast.state.kept, fast_forecast.step) == ([()], 0)
+    assert (fast_forecast.state.calls, fast_forecast.step) == ([], 0)
 
 
 def test_fitted_outputs_bring_the_sampler_nearer(
@@ -429,6 +425,7 @@ LATENTS, LABELS = r"float32 \(4, 1, 28, 28\)", r"int64 \(4,\)"
     ("name", "value", "said"),
     [
         ("hidden_states", torch.zeros(2, 1, 28, 28), rf"{LATENTS}, got float32 \(2, 1, 28, 28\)"),
+        ("hidden_states", torch.zeros(4, 1, 32, 28), rf"{LATENTS}, got float32 \(4, 1, 32, 28\)"),
         ("hidden_states", torch.zeros(4, 1, 28, 28).double(), rf"{LATENTS}, got float64"),
         ("timestep", torch.zeros(4).int(), rf"{LABELS}, got int32 \(4,\)"),
         ("timestep", torch.tensor(3), rf"{LABELS}, got int64 \(\)"),
@@ -452,8 +449,7 @@ def test_argument_that_was_not_recorded_is_refused(
     fast_diffusers.reset()
     call = diffusers_recording.calls[0]
     for options, where in (
-        ({"return_dict": False}, "return_dict"),
-        ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs.scale"),
+        ({"cross_attention_kwargs": {"mask": torch.ones(4)}}, "cross_attention_kwargs.mask"),
         ({"class_labels": None}, "class_labels"),
     ):
         with pytest.raises(RunError) as raised:

@@ -101,9 +101,9 @@ def test_sizes_that_change_by_two_ratios_are_refused(fast) -> None:
 def test_moving_the_model_moves_what_other_batch_sizes_run(dit, forecast_plan) -> None:
     fast = optimize(copy.deepcopy(dit), forecast_plan)
     sample(fast, 1)
-    assert fast._others
+    assert fast._forms._others
     fast.to("cpu")
-    assert not fast._others
+    assert not fast._forms._others
     assert torch.isfinite(sample(fast, 1)).all()
 
 

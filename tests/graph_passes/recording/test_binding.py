@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from calicache.graph_passes.common.errors import DependenceError, RecordError
 from calicache.graph_passes.common.hashing import digest, hash_weights
 from calicache.graph_passes.recording.binding import Binding, bind
+from calicache.graph_passes.recording.grid import grid_of
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import Recorder, record
 from calicache.graph_passes.recording.recording import Recording
@@ -68,8 +69,9 @@ def test_it_holds_what_the_recording_showed(dit: FashionDiT, dit_recording: Reco
         weights_hash=hash_weights(dit),
         reads="[]",
         run_values={},
-        timesteps=tuple(map(float, ddim_timesteps(STEPS))),
+        grid=grid_of(dit_recording),
     )
+    assert binding.grid.timesteps == tuple(map(float, ddim_timesteps(STEPS)))
     assert binding.calls == 1
     assert bind(dit, dit_recording) == binding
 

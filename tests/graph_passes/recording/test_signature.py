@@ -162,45 +162,67 @@ def test_wrong_call_fails_as_the_model_itself_would() -> None:
 # --- match: a later call against the recorded form ---------------------------------------------
 
 
-def test_match_gives_the_tensors_in_order() -> None:
-    signature = flat(X, T).signature()
-    other = torch.ones(2, 3)
-    matched = signature.match(flat(timestep=T, x=other))
-    assert matched[0] is other
-    assert matched[1] is T
-
-
-def test_match_does_not_mind_the_order_of_keywords_and_dict_keys() -> None:
+def test_a_call_is_arranged_as_the_form_whatever_the_order_of_its_keywords() -> None:
     signature = flat(X, T, cond={"a": X, "b": T}, first=X, second=T).signature()
-    matched = signature.match(flat(X, T, second=T, first=X, cond={"b": T, "a": X}))
+    call = flat(X, T, second=T, first=X, cond={"b": T, "a": X})
+    assert call.signature() != signature
+    arranged = call.arranged(signature)
+    assert arranged.signature() == signature
     expected = [X, T, X, T, X, T]
-    assert all(got is wanted for got, wanted in zip(matched, expected, strict=True))
+    pairs = zip(arranged.tensors.values(), expected, strict=True)
+    assert all(got is wanted for got, wanted in pairs)
+
+
+def test_a_call_with_other_arguments_is_left_as_it_is() -> None:
+    call = flat(X, T, extra=X)
+    assert call.arranged(flat(X, T).signature()) is call
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": torch.zeros(5, 4)},
+        {"scale": 2.0},
+        {"extra": 3},
+        {"cond": {"note": "a"}},
+    ],
+)
+def test_other_sizes_and_constants_are_kin(other: dict[str, Any]) -> None:
+    signature = flat(X, T).signature()
+    signature.check_kin(flat(**{"x": X, "timestep": T, **other}).signature())
+
+
+def test_lists_of_other_lengths_are_kin() -> None:
+    signature = flat(X, T, images=[X, X]).signature()
+    signature.check_kin(flat(X, T, images=[X, X, X]).signature())
 
 
 @pytest.mark.parametrize(
     ("kwargs", "place", "expected", "got"),
     [
-        ({"x": torch.zeros(2, 4)}, "argument x", "float32 (2, 3)", "float32 (2, 4)"),
+        ({"x": torch.zeros(2, 3, 4)}, "argument x", "float32 (2, 3)", "float32 (2, 3, 4)"),
         ({"x": X.double()}, "argument x", "float32 (2, 3)", "float64 (2, 3)"),
-        ({"scale": 2.0}, "argument scale", "1.0", "2.0"),
-        ({"scale": X}, "argument scale", "1.0", "a tensor"),
+        ({"scale": X}, "argument scale", "no tensor", "float32 (2, 3)"),
         ({"timestep": 5}, "argument timestep", "a tensor int64 (2,)", "5"),
-        ({"cond": {"text": X}}, "argument cond, cond.text", "arguments of the plan", "others"),
-        ({"extra": X}, "argument extra", "arguments of the plan", "others"),
+        ({"cond": {"text": X}}, "argument cond.text", "no tensor", "float32 (2, 3)"),
+        ({"extra": X}, "argument extra", "no tensor", "float32 (2, 3)"),
     ],
 )
-def test_match_refuses_another_form(
+def test_other_tensors_are_no_kin(
     kwargs: dict[str, Any], place: str, expected: str, got: str
 ) -> None:
     signature = flat(X, T).signature()
     with pytest.raises(RunError) as caught:
-        signature.match(flat(**{"x": X, "timestep": T, **kwargs}))
+        signature.check_kin(flat(**{"x": X, "timestep": T, **kwargs}).signature())
     error = caught.value
-    assert error.where == place
-    assert expected in error.expected
-    assert got in error.got
-    assert str(error).startswith(f"run: {place}: expected ")
-    assert "Call the model as it was recorded" in error.fix
+    assert (error.where, error.expected, error.got) == (place, expected, got)
+
+
+def test_the_first_difference_has_a_name() -> None:
+    signature = flat(X, T).signature()
+    other = flat(torch.zeros(5, 3), T, scale=2.0).signature()
+    assert signature.difference(other) == ("x", "float32 (2, 3)", "float32 (5, 3)")
+    assert signature.difference(signature)[0] == "call"
 
 
 # --- specs ------------------------------------------------------------------------------------

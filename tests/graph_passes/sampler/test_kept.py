@@ -1,4 +1,4 @@
-"""What a running denoising keeps: the place in the run, and the values of the last refreshes."""
+"""What a step keeps of its REFRESH for the steps after it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,7 @@ from torch import Tensor
 
 from calicache.graph_passes import StepMode
 from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet
-from calicache.graph_passes.sampler.kept import Kept, RunState, keep_refresh, run_step
-
-# --- the place in the run -------------------------------------------------------------------------
-
-
-def test_a_run_starts_at_its_first_step_with_nothing_kept() -> None:
-    assert RunState() == RunState(1, 0, 0, None, [()])
-    assert RunState(3).kept == [(), (), ()]
-
-
-@pytest.mark.parametrize("calls", [1, 2, 3])
-def test_a_step_is_over_after_all_its_calls(calls: int) -> None:
-    state, places = RunState(calls), []
-    for _ in range(2 * calls + 1):
-        places.append((state.step, state.call))
-        state.advance()
-    expected = [(step, call) for step in range(3) for call in range(calls)]
-    assert places == expected[: 2 * calls + 1]
-
-
-def test_a_restart_forgets_everything_but_the_calls_of_a_step() -> None:
-    state = RunState(2)
-    for _ in range(3):
-        state.advance()
-    state.timestep = 5.0
-    state.kept[1] = ({"a": torch.zeros(1)},)
-    state.restart()
-    assert state == RunState(2)
-
-
-def test_two_runs_keep_apart() -> None:
-    one, other = RunState(2), RunState(2)
-    one.kept[0] = ({"a": torch.zeros(1)},)
-    assert other.kept == [(), ()]
-
+from calicache.graph_passes.sampler.kept import Kept, keep_refresh, run_step
 
 # --- the kept refreshes ---------------------------------------------------------------------------
 
@@ -135,33 +101,20 @@ def test_outputs_that_are_no_tensors_are_nobodys_memory() -> None:
 # --- one step -------------------------------------------------------------------------------------
 
 
-def call_of(seed: int) -> list[Tensor]:
-    """Tensors of one call of the small model, at a time that was not recorded."""
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randn(2, 1, 28, 28, generator=draw)
-    return [images, torch.full((2,), 501 - 100 * seed), torch.tensor([1, 10])]
-
-
 def test_a_step_is_what_the_optimised_model_does() -> None:
     fast = small_model(2)
     fast.reset()
     variant_set, kept = fast.compiled.variant_set, ()
+    images, pace = torch.randn(2, 2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     for step, mode in enumerate(fast.plan.schedule):
         if mode is StepMode.FORECAST:
             break
-        output, kept = run_step(variant_set, mode, kept, step, call_of(step), variant_set.history)
-        assert torch.equal(output, fast(*call_of(step)))  # the same program on the same numbers
-        (own,) = fast.state.kept
+        time = int(fast.plan.binding.grid.timesteps[step])
+        call = [images + 0.1 * step * pace, torch.full((2,), time), torch.tensor([1, 10])]
+        output, kept = run_step(variant_set, mode, kept, step, call, variant_set.history)
+        assert torch.equal(output, fast(*call))  # the same program on the same numbers
+        own = fast.state.calls[-1].kept
         assert len(kept) == len(own)
         for mine, its in zip(kept, own, strict=True):
             assert mine.keys() == its.keys()
             assert all(torch.equal(mine[name], its[name]) for name in mine)
-
-
-@pytest.mark.parametrize("mode", [StepMode.CALIBRATE, StepMode.REUSE])
-def test_cheap_steps_keep_what_there_was(mode: StepMode) -> None:
-    variant_set = small_model(0).compiled.variant_set
-    _, kept = run_step(variant_set, StepMode.REFRESH, (), 0, call_of(0), variant_set.history)
-    assert len(kept) == 1
-    _, after = run_step(variant_set, mode, kept, 1, call_of(1), variant_set.history)
-    assert after is kept

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from calicache.graph_passes.api.plan_file import PLAN_FILE
 from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import member
-from calicache.graph_passes.settings.schedule import output_table
+from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.schedule import anchor_table, output_table
 
 R, C, U, F = StepMode
 COSTS, ERRORS = (0.2, 0.35, 0.5, 0.8), (0.3, 0.1, 0.02, 0.001)
@@ -233,3 +235,75 @@ def test_members_are_found_by_value(kind: Any) -> None:
     name = kind.__name__.lower()
     with refuses(f"plan: {name}: expected {choices}, got 'none of them'. Choose one of these."):
         member(kind, "none of them")
+
+
+# --- steps that lie anywhere ---------------------------------------------------------------------
+
+
+SOME = (R, R, C, F, R, U, F, R)
+
+
+def recipe_of(schedule: tuple[StepMode, ...], order: int = 1, **fitted: Any) -> Recipe:
+    return Recipe(schedule, rank=0, order=order, weighting=Weighting.COVARIANCE, **fitted)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_recorded_steps_have_the_modes_and_weights_of_the_schedule(order: int) -> None:
+    fitted = tuple(tuple(0.5 + step + k for k in range(order + 3)) for step in range(len(SOME)))
+    for more in ({}, {"output_weights": fitted, "latent": "x"}):
+        recipe = recipe_of(SOME, order, **more)
+        anchors, kept = anchor_table(SOME, order), ()
+        for step, mode in enumerate(SOME):
+            newest = kept[0] if kept else 0.0
+            if step:
+                assert recipe.mode_at(step - 1, step, newest) is mode
+            weights = recipe.weights_at(mode, float(step), kept)
+            assert weights == (anchors[step], recipe.outputs[step])
+            kept = (float(step), *kept) if mode is R else kept
+
+
+@pytest.mark.parametrize(
+    ("before", "place", "refresh", "mode"),
+    [
+        (1.0, 1.5, 1.0, C),  # the next recorded step is CALIBRATE
+        (1.5, 2.5, 1.0, F),
+        (2.5, 3.4, 1.0, F),
+        (2.5, 3.6, 1.0, R),  # 2.6 from its REFRESH, the next step 3.7: 3 is planned there
+        (3.4, 4.4, 2.5, U),  # where the REFRESH was late, the next is late, too
+        (4.4, 4.9, 4.4, U),
+        (0.0, 0.5, 0.0, R),  # two REFRESH steps one after another
+        (-1.0, -0.5, -1.0, R),  # before the first
+        (2.0, 9.0, 1.0, R),  # after the last
+    ],
+)
+def test_other_steps_have_the_mode_of_those_beside(
+    before: float, place: float, refresh: float, mode: StepMode
+) -> None:
+    assert recipe_of(SOME).mode_at(before, place, refresh) is mode
+
+
+@pytest.mark.parametrize("pace", [0.1, 0.4, 1.3, 2.5, 2.9, 5.0])
+def test_refreshes_are_as_far_apart_as_in_the_schedule_on_any_grid(pace: float) -> None:
+    recipe = recipe_of((R, C, C, C, R, C, C, C, R, C, C, C))
+    place, refreshes = 0.0, [0.0]
+    while place < 12:
+        place += pace
+        if recipe.mode_at(place - pace, place, refreshes[-1]) is R:
+            refreshes.append(place)
+    distances = [b - a for a, b in pairwise(refreshes)]
+    # The multiple of the pace that is nearest to 4; rounding of sums.
+    assert distances == pytest.approx([max(round(4 / pace), 1) * pace] * len(distances), abs=1e-9)
+
+
+def test_elsewhere_weights_are_those_of_lagrange() -> None:
+    fitted = tuple((0.5 + step, 0.25, 0.125, -1.0) for step in range(len(SOME)))
+    recipe = recipe_of(SOME, output_weights=fitted, latent="x")
+    # A line through places 1 and 0.5, at 2.5: 4 and -3.
+    line = (4.0, -3.0)
+    assert recipe.weights_at(F, 2.5, (1.0, 0.5, 0.0)) == (line, (0.0, *line, 0.0))
+    assert recipe.weights_at(C, 2.5, (1.0, 0.5)) == (line, (1.0, 0.0, 0.0, 0.0))
+    assert recipe.weights_at(R, 2.5, (1.0, 0.5)) == ((1.0, 0.0), (1.0, 0.0, 0.0, 0.0))
+    # A recorded step, but another refresh before it than it was fitted to.
+    assert recipe.weights_at(F, 3.0, (1.0,)) == ((1.0, 0.0), (0.0, 1.0, 0.0, 0.0))
+    assert recipe.weights_at(F, 3.0, (1.0, 0.0)) == ((3.0, -2.0), fitted[3])
+    assert recipe_of((R, C, C)).weights_at(C, 1.5, (0.0,)) == ((1.0, 0.0), None)

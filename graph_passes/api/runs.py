@@ -1,0 +1,41 @@
+"""Which running denoising a call belongs to: one that was started by hand, or the thread's own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from calicache.graph_passes.sampler.run_state import RunState
+
+_STARTED: ContextVar[tuple[tuple[object, RunState], ...]] = ContextVar("_STARTED", default=())
+
+
+class ThreadRun(threading.local):
+    """The denoising of every thread that has started none by hand.
+
+    Args:
+        state: of the thread that makes it; others begin with an empty one.
+    """
+
+    def __init__(self, state: RunState | None = None) -> None:
+        self.state = RunState() if state is None else state
+
+    def __reduce__(self) -> tuple[type[ThreadRun], tuple[RunState]]:
+        return ThreadRun, (self.state,)
+
+
+def started_run(model: object) -> RunState | None:
+    """The denoising of a model that was started here by hand; None without one."""
+    return next((run for owner, run in reversed(_STARTED.get()) if owner is model), None)
+
+
+@contextmanager
+def binding_run(model: object, run: RunState) -> Iterator[RunState]:
+    """Bind a denoising of a model to the current thread or asyncio task."""
+    token = _STARTED.set((*_STARTED.get(), (model, run)))
+    try:
+        yield run
+    finally:
+        _STARTED.reset(token)

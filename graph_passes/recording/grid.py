@@ -1,0 +1,153 @@
+"""The recorded timesteps, and how far the latents move between them: what the next step looks like.
+
+A place is where a timestep lies among the recorded ones: 3.0 is that of the fourth step, 3.5 is
+halfway to the fifth. Below 0 and above the last step it goes on at the pace of the nearest two.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, floor, inf
+
+import torch
+from torch import Tensor
+
+from calicache.graph_passes.common.bounds import Number
+from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.recording.timestep import Call, Run
+
+ROUNDING = 1e-6  # of the largest timestep, which float32 holds to 6e-8
+SLACK = 5.0  # other prompts, guidance and forecasts move latents at other paces
+STILL = 0.05  # nobody's latents stand still to less than this
+MAX_CHANGE = 1e6
+FAR = 1.2  # two draws of noise are sqrt(2) apart
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Steps of the recorded runs.
+
+    Attributes:
+        timesteps: of every step of the longest run; empty where nothing counts the steps.
+        changes: by step, the largest relative L2 change of the latents since the step before;
+            0 for the first.
+
+    Raises:
+        PlanError: the timesteps do not go one way, or numbers are missing.
+    """
+
+    timesteps: tuple[Number, ...]
+    changes: tuple[Number, ...]
+
+    def __post_init__(self) -> None:
+        ways = [self._along(b) - self._along(a) for a, b in pairwise(self.timesteps)]
+        lengths = {len(self.changes)} | ({len(self.timesteps)} if self.timesteps else set())
+        if len(lengths) > 1 or not self.changes or any(way < 0 for way in ways):
+            raise PlanError(
+                "grid",
+                expected="timesteps that go one way, and a change for each",
+                got=f"{len(self.timesteps)} timesteps, {len(self.changes)} changes",
+                fix="Make the plan again from the recording.",
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the longest recorded run."""
+        return len(self.changes)
+
+    def place(self, timestep: float) -> float:
+        """Where a timestep lies; a whole number, up to rounding, where it was recorded."""
+        times = self.timesteps
+        near = self._rounding()
+        known = next((k for k, value in enumerate(times) if abs(value - timestep) <= near), None)
+        if known is not None or self._along(times[-1]) == self._along(times[0]):
+            return float(known or 0)
+        now = self._along(timestep)
+        line = [self._along(value) for value in times]
+        after = bisect_left(line, now)
+        if after == 0:
+            after = next(k for k in range(1, len(line)) if line[k] > line[0])
+        elif after == len(line):
+            after = next(k for k in reversed(range(1, len(line))) if line[k] > line[k - 1])
+        before = after - 1
+        return before + (now - line[before]) / (line[after] - line[before])
+
+    def following(self, place: float, before: float | None, now: float | None) -> float | None:
+        """Place of a call that may follow one at `place`; None where it cannot.
+
+        Args:
+            place: of the call before.
+            before: its timestep; None where nothing counts the steps.
+            now: timestep of the call.
+        """
+        if before is None or now is None:
+            return place + 1 if place + 1 < self.steps else None
+        after = int(place) + 1
+        repeats = place == int(place) and 0 < after < self.steps
+        if repeats and abs(self.timesteps[after] - now) <= self._rounding():
+            return float(after)
+        if self._along(now) - self._along(before) <= self._rounding():
+            return None
+        return self.place(now)
+
+    def reach(self, before: float, place: float) -> float:
+        """How far latents may have moved between two places, relative to where they were.
+
+        Farther than in any recorded run by `SLACK` is another run: another image, other noise.
+        Where the recorded steps are long themselves, that cannot be told.
+        """
+        last = self.steps - 1
+        change = 0.0
+        for step in range(floor(before) + 1, ceil(place) + 1):
+            share = min(place, step) - max(before, step - 1)
+            change += share * self.changes[min(max(step, min(1, last)), last)]
+        return inf if change >= FAR else min(max(SLACK * change, STILL), FAR)
+
+    def _along(self, timestep: float) -> float:
+        """The timestep counted so that it rises along a run."""
+        return -timestep if self.timesteps[0] > self.timesteps[-1] else timestep
+
+    def _rounding(self) -> float:
+        return ROUNDING * max(map(abs, self.timesteps), default=0.0)
+
+
+def grid_of(recording: Recording) -> Grid:
+    """The grid of a recording: timesteps of its longest run, changes over all runs."""
+    timestep, longest = recording.timestep, max(recording.runs, key=len)
+    latents = [name for name, kind in recording.dependence.items() if kind is Dependence.LATENT]
+    changes = [0.0] * len(longest)
+    for run in recording.runs:
+        for step in range(1, len(run)):
+            changes[step] = max(changes[step], _run_change(run, step, latents))
+    return Grid(
+        timesteps=tuple(timestep.value(call) for call in longest) if timestep else (),
+        changes=tuple(changes),
+    )
+
+
+def _run_change(run: Run, step: int, names: Sequence[str]) -> float:
+    before, now = run[step - 1], run[step]
+    return relative_change(
+        {name: before[name] for name in names}, {name: now[name] for name in names}
+    )
+
+
+def relative_change(before: Call, now: Call) -> float:
+    """||now - before|| / ||before|| over all tensors; at most `MAX_CHANGE`."""
+    moved = sum(_square(_real(now[name]) - _real(value)) for name, value in before.items())
+    size = sum(_square(_real(value)) for value in before.values())
+    ratio = torch.as_tensor(moved) / torch.as_tensor(size)
+    return min(float(ratio.nan_to_num(0.0).sqrt()), MAX_CHANGE)
+
+
+def _real(value: Tensor) -> Tensor:
+    return (torch.view_as_real(value) if value.is_complex() else value).float()
+
+
+def _square(value: Tensor) -> Tensor:
+    return value.square().sum()
