@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from threading import Lock
 from typing import Any
 
@@ -12,7 +14,12 @@ from calicache.graph_passes.common.errors import CalicacheError, RunError, SiteE
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.reads import fits_fixed
 from calicache.graph_passes.recording.signature import FlatCall
-from calicache.graph_passes.rewriting.compile import Compiled, assign_targets, compile_graphs
+from calicache.graph_passes.rewriting.compile import (
+    Assignment,
+    Compiled,
+    assign_targets,
+    compile_graphs,
+)
 from calicache.graph_passes.sites.analysis import Analysis, analyse
 
 
@@ -86,22 +93,46 @@ class FormTable:
         return compiled
 
     def _compile(self, analysis: Analysis) -> Compiled:
-        recipe = self.plan.recipe
-        assignment = assign_targets(analysis, recipe)
-        own, others = ([t.name for t in of.targets] for of in (self.own, assignment))
-        if own != others:
-            raise SiteError(
-                min(set(own) ^ set(others), default="order"),
-                expected=f"the {len(own)} calibration targets of the plan",
-                got=f"{len(others)}, others",
-                fix="Record and plan with this form of call.",
-            )
+        assignment = _same_targets(self.own, analysis)
         weight = next(analysis.captured.module.parameters())
-        factors = {name: value.to(weight) for name, value in self.own.factors.items()}
-        return compile_graphs(analysis, recipe, assignment, factors)
+        factors = {
+            target.name: self.own.factors[target.name].to(weight)
+            for target in assignment.targets
+            if target.name in self.own.factors
+        }
+        return compile_graphs(analysis, self.plan.recipe, assignment, factors)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None, "_others": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())
+
+
+def _same_targets(own: Compiled, analysis: Analysis) -> Assignment:
+    """The plan's calibration targets as far as they are there in another form of call.
+
+    The others are computed in full, such as layers of a text that all images share.
+
+    Raises:
+        SiteError: none of them is there.
+    """
+    names = {site.name for site in analysis.sites.linears}
+    names |= {branch.name for branch in analysis.sites.branches}
+    rules = [r for r in own.recipe.rules if any(fnmatchcase(name, r.pattern) for name in names)]
+    recipe = replace(own.recipe, ranks={}, rules=tuple(rules))
+    assignment = assign_targets(analysis, recipe)
+    by_name = {target.name: target for target in own.targets}
+    targets = tuple(
+        replace(target, rank=by_name[target.name].rank)
+        for target in assignment.targets
+        if target.name in by_name
+    )
+    if own.targets and not targets:
+        raise SiteError(
+            "form of call",
+            expected=f"some of the {len(own.targets)} calibration targets of the plan",
+            got="none of them",
+            fix="Record and plan with this form of call.",
+        )
+    return Assignment(targets, assignment.rejections)
