@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from torch import nn
 
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.errors import CalicacheError, RunError, SiteError
+from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.reads import fits_fixed
 from calicache.graph_passes.recording.signature import FlatCall
@@ -19,8 +20,9 @@ from calicache.graph_passes.rewriting.compile import (
     Compiled,
     assign_targets,
     compile_graphs,
+    compile_recipe,
 )
-from calicache.graph_passes.sites.analysis import Analysis, analyse
+from calicache.graph_passes.sites.analysis import Analysis, analyse, analyse_whole
 
 
 class FormTable:
@@ -31,14 +33,27 @@ class FormTable:
     Args:
         original: the model as it was.
         plan: what it runs under.
-        own: the graphs for the plan's own form.
+        own: the graphs for the plan's own form; made when they are asked for where None.
         limit: how many other forms are kept, those that were asked for last.
     """
 
-    def __init__(self, original: nn.Module, plan: Plan, own: Compiled, limit: int) -> None:
-        self.original, self.plan, self.own, self.limit = original, plan, own, limit
+    def __init__(self, original: nn.Module, plan: Plan, own: Compiled | None, limit: int) -> None:
+        self.original, self.plan, self.limit = original, plan, limit
+        self._own, self._lazy = own, own is None
         self._others: list[Compiled] = []  # the newest last
-        self._lock = Lock()
+        self._lock = RLock()
+
+    @property
+    def own(self) -> Compiled:
+        """The graphs for the plan's own form.
+
+        Raises:
+            CalicacheError: whatever stage refuses names itself.
+        """
+        with self._lock:
+            if self._own is None:
+                self._own = compile_plan(self.original, self.plan)
+            return self._own
 
     def for_call(self, call: FlatCall) -> Compiled:
         """The graphs for a call like this one.
@@ -83,8 +98,10 @@ class FormTable:
             return self._use(self._compile(workspace.analysis(self.original, binding, *patterns)))
 
     def forget(self) -> None:
-        """Drop all other forms: the weights have gone elsewhere."""
+        """Drop what can be made again: the weights have gone elsewhere."""
         self._others.clear()
+        if self._lazy:
+            self._own = None
 
     def _use(self, compiled: Compiled) -> Compiled:
         if compiled is not self.own:
@@ -106,7 +123,57 @@ class FormTable:
         return {**self.__dict__, "_lock": None, "_others": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=Lock())
+        self.__dict__.update(state, _lock=RLock())
+
+
+class WholeTable:
+    """A model that is run whole, by form of call: for plans that touch nothing inside of it.
+
+    Args:
+        original: the model.
+        plan: what it runs under.
+        limit: how many forms are kept, those that were asked for last.
+    """
+
+    def __init__(self, original: nn.Module, plan: Plan, limit: int) -> None:
+        self.original, self.plan, self.limit = original, plan, limit
+        self._forms: list[Compiled] = []
+
+    def for_call(self, call: FlatCall) -> Compiled:
+        """The one node and what mixes its outputs, for calls like this one; runs it once if new.
+
+        Raises:
+            RunError: it differs in more than sizes and constants.
+        """
+        signature = call.signature()
+        for compiled in self._forms:
+            if compiled.analysis.binding.signature == signature:
+                return compiled
+        binding = self.plan.binding
+        binding = replace(binding, signature=signature, dependence=binding.classes_of(signature))
+        analysis = analyse_whole(self.original, replace(binding, run_values={}), call.tensors)
+        compiled = compile_graphs(analysis, self.plan.recipe, Assignment(()), {})
+        self._forms = [*self._forms, compiled][-self.limit :]
+        return compiled
+
+    def forget(self) -> None:
+        """Drop all forms: the weights have gone elsewhere."""
+        self._forms = []
+
+
+def compile_plan(model: nn.Module, plan: Plan, meter: Meter | None = None) -> Compiled:
+    """The graphs of a model for the plan's own form of call.
+
+    Raises:
+        CalicacheError: whatever stage refuses names itself.
+    """
+    recipe, workspace = plan.recipe, plan.workspace
+    if meter:
+        meter.stage("capture the model")
+    analysis = workspace.analysis(model, plan.binding, recipe.include, recipe.exclude)
+    if meter:
+        meter.stage("make factors")
+    return compile_recipe(analysis, recipe, plan.statistics, workspace.decompositions, meter)
 
 
 def _same_targets(own: Compiled, analysis: Analysis) -> Assignment:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from calicache.graph_passes.api.forms import compile_plan
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import MAX_FORMS, OptimizedModel
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
-from calicache.graph_passes.rewriting.compile import compile_recipe
 
 
 def optimize(
@@ -21,6 +21,9 @@ def optimize(
     on_progress: OnProgress | None = None,
 ) -> OptimizedModel:
     """Rewrite a model under a plan.
+
+    A plan of REFRESH and FORECAST steps alone needs no graph: the model is run as it is, whatever
+    it does inside, and its outputs are mixed. A graph is made when it is exported or inspected.
 
     Args:
         model: in eval mode, with the weights that the plan was made from. It is not changed.
@@ -36,12 +39,9 @@ def optimize(
         CalicacheError: whatever stage refuses names itself.
     """
     _check_weights(model, plan)
-    recipe, workspace = plan.recipe, plan.workspace
     meter = Meter(0.0, on_progress)
-    meter.stage("capture the model")
-    analysis = workspace.analysis(model, plan.binding, recipe.include, recipe.exclude)
-    meter.stage("make factors")
-    compiled = compile_recipe(analysis, recipe, plan.statistics, workspace.decompositions, meter)
+    whole = plan.recipe.touches_nothing and not any(p.is_meta for p in model.parameters())
+    compiled = None if whole else compile_plan(model, plan, meter)
     return OptimizedModel(model, plan, compiled, strict=strict, max_forms=max_forms)
 
 

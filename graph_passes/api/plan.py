@@ -16,6 +16,7 @@ from calicache.graph_passes.api.planner import (
     planned_calls,
 )
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.describe.html import plan_html
 from calicache.graph_passes.factors.statistics import Statistics
@@ -36,6 +37,8 @@ from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.settings.schedule import named_schedule
+
+OTHER_WEIGHTS = "then given other weights, with which the error was not measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,6 @@ class Plan:
         Raises:
             CalicacheError: whatever stage refuses names itself.
         """
-        binding, workspace = bind(model, recording), Workspace()
         recipe = Recipe(
             schedule=named_schedule(schedule, recording.steps, mode),
             rank=rank,
@@ -123,6 +125,18 @@ class Plan:
             include=tuple(include),
             exclude=tuple(exclude),
         )
+        return Plan._of_recipe(model, recording, recipe, correct, on_progress)
+
+    @staticmethod
+    def _of_recipe(
+        model: nn.Module,
+        recording: Recording,
+        recipe: Recipe,
+        correct: bool,
+        on_progress: OnProgress | None,
+    ) -> Plan:
+        """Collect statistics for a recipe, and fit its weights."""
+        binding, workspace = bind(model, recording), Workspace()
         meter = Meter(planned_calls(recording, correct=correct), on_progress)
         task = PlanningTask(model, recording, binding, workspace, meter)
         statistics = collect_statistics(task, recipe)
@@ -221,6 +235,39 @@ class Plan:
             PlanError: the rank is negative.
         """
         return self._with(rank=rank, ranks={})
+
+    def rebind(
+        self,
+        model: nn.Module,
+        recording: Recording | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+    ) -> Plan:
+        """The plan for other weights of the same architecture: fine-tuned, or with a LoRA fused.
+
+        Schedule, ranks and rules stay; `optimize` makes the factors from the new weights.
+
+        Args:
+            model: in eval mode.
+            recording: of this model; statistics and weights are then fitted anew, without a
+                search. Without it those of the old checkpoint stay, and the error is not known:
+                `recipe.correction` says so.
+            on_progress: told how many calls of the model were run.
+
+        Raises:
+            CalicacheError: whatever stage refuses names itself.
+        """
+        if recording is not None:
+            unfitted = self._with().recipe
+            fitted = self.recipe.output_weights is not None
+            return Plan._of_recipe(model, recording, unfitted, fitted, on_progress)
+        return replace(
+            self,
+            binding=replace(self.binding, weights_hash=hash_weights(model)),
+            recipe=replace(self.recipe, correction=f"{self.recipe.correction}; {OTHER_WEIGHTS}"),
+            front=None,
+            workspace=Workspace(),
+        )
 
     def _with(self, **changes: Any) -> Plan:
         unfitted = replace(

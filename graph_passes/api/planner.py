@@ -16,6 +16,7 @@ from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.settings.recipe import FITTED, Recipe
+from calicache.graph_passes.sites.analysis import analyse_whole
 
 LOAD = "Load the weights, or plan for costs alone: weighting='none', correct=False."
 
@@ -34,6 +35,8 @@ def collect_statistics(task: PlanningTask, recipe: Recipe) -> Mapping[str, Stati
     """
     if recipe.weighting is not Weighting.NONE:
         task.check_weights(LOAD)
+    if recipe.touches_nothing:
+        return {}
     task.meter.stage("capture the model")
     analysis = task.workspace.analysis(task.model, task.binding, recipe.include, recipe.exclude)
     assignment = assign_targets(analysis, recipe)
@@ -65,7 +68,10 @@ def fit_to_sampler(
     calls = task.binding.calls
     try:
         whole, form = task.recording.by_step(), task.binding.by_step()
-        analysis = task.workspace.analysis(task.model, form, recipe.include, recipe.exclude)
+        if recipe.touches_nothing:
+            analysis = analyse_whole(task.model, form, whole.calls[0])
+        else:
+            analysis = task.workspace.analysis(task.model, form, recipe.include, recipe.exclude)
         task.meter.stage("run the recorded calls", calls)
         recorded = recover_sampler(
             analysis.captured, whole, form.dependence, len(recipe.schedule), task.meter

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from calicache.graph_passes.api.forms import FormTable
+from calicache.graph_passes.api.forms import FormTable, WholeTable
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runs import ThreadRun, binding_run, started_run
 from calicache.graph_passes.api.weights import UNABLE, WeightVersions, unable
@@ -92,7 +92,6 @@ class OptimizedModel(nn.Module):
     Attributes:
         original: the model as it was.
         plan: what it runs under.
-        compiled: what was made of it, for calls of the plan's own form.
         strict: whether timesteps that were not recorded are refused.
     """
 
@@ -100,22 +99,31 @@ class OptimizedModel(nn.Module):
         self,
         original: nn.Module,
         plan: Plan,
-        compiled: Compiled,
+        compiled: Compiled | None,
         *,
         strict: bool = False,
         max_forms: int = MAX_FORMS,
     ) -> None:
         super().__init__()
         self.original = original
-        self.plan, self.compiled, self.strict = plan, compiled, strict
-        self.variants = nn.ModuleDict(
-            {mode.name: variant.module for mode, variant in compiled.variant_set.variants.items()}
-        )
+        self.plan, self.strict = plan, strict
+        variants = compiled.variant_set.variants if compiled else {}
+        self.variants = nn.ModuleDict({mode.name: v.module for mode, v in variants.items()})
         self._forms = FormTable(original, plan, compiled, max_forms)
+        self._whole = None if compiled else WholeTable(original, plan, max_forms)
         self._by_form: list[OptimizedModel] = []
         self._thread_run = ThreadRun()
         self._weights = WeightVersions.of(original)
         self.eval()
+
+    @property
+    def compiled(self) -> Compiled:
+        """What is made of the model, for calls of the plan's own form.
+
+        Raises:
+            CalicacheError: whatever stage refuses names itself.
+        """
+        return self._forms.own
 
     @property
     def state(self) -> RunState:
@@ -170,8 +178,9 @@ class OptimizedModel(nn.Module):
         arrival = Arrival.of(call.tensors, classes, binding.timestep, form, run.name)
         follows = run.before(arrival, binding)
         if follows is None:
-            self._weights.check(self.original)
-            compiled = self._forms.for_call(call)
+            if self._whole is None:
+                self._weights.check(self.original)
+            compiled = (self._whole or self._forms).for_call(call)
             run.make_room(arrival, binding.calls)
             place = start_place(arrival, binding)
             self._know(place, int(place))
@@ -259,6 +268,8 @@ class OptimizedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModel:
         self._by_form = []
+        if self._whole:
+            self._whole.forget()
         self._forms.forget()  # they are made again where the weights have gone
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._weights = WeightVersions.of(self.original)

@@ -8,6 +8,7 @@ from torch._ops import HigherOrderOperator
 from calicache.graph_passes.common.errors import VerifyError
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import shape_of
+from calicache.graph_passes.graph.whole import is_whole
 
 
 def verify_captured(captured: CapturedGraph) -> CapturedGraph:
@@ -41,7 +42,7 @@ def verify_functional(graph: fx.Graph) -> None:
             schema = getattr(node.target, "_schema", None)
             if schema is not None and schema.is_mutable:
                 raise defect(node.name, "an op that changes no input", str(node.target))
-        elif node.op not in ("placeholder", "get_attr", "output"):
+        elif node.op not in ("placeholder", "get_attr", "output") and not is_whole(node):
             raise defect(node.name, "a call of a function", f"{node.op} {node.target}")
         if node.op != "output" and "val" not in node.meta and not is_inner_graph(node):
             raise defect(node.name, "a value with a known shape", "no meta['val']")

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from calicache.graph_passes.graph.surgery import shape_of
+from calicache.graph_passes.graph.whole import is_whole
 
 aten = torch.ops.aten
 
@@ -26,9 +27,9 @@ def count_macs(graph: fx.Graph) -> dict[str, int]:
 
 
 def node_macs(node: fx.Node) -> int:
-    """Multiply-accumulates of one node; 0 for everything that is not a product."""
+    """Multiply-accumulates of one node; 0 for what is no product, 1 for a whole model."""
     if not _is_product(node):
-        return 0
+        return int(is_whole(node))
     formula = FORMULAS.get(node.target)
     return formula(node) if formula else _counted(node)
 

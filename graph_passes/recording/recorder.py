@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calicache.graph_passes.common.errors import RecordError
+from calicache.graph_passes.common.errors import CalicacheWarning, RecordError, RunError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import (
     CallSignature,
@@ -21,25 +22,31 @@ from calicache.graph_passes.recording.timestep import Call
 
 
 class Recorder(Recording):
-    """A recording that still grows: what `record` gives."""
+    """A recording that still grows: what `record` gives.
+
+    Attributes:
+        left_out: calls of other sizes than the first one's, as of a second prompt in guidance.
+    """
 
     def __init__(self) -> None:
         self._grown_calls: list[Call] = []
         self._grown_results: dict[int, Tensor] = {}
+        self.left_out = 0
         super().__init__(self._grown_calls, None, self._grown_results)
 
     def append(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Keep one call.
+        """Keep one call; of calls with tensors of several sizes, those of the first one's.
 
         Raises:
-            RecordError: the call has another form than the ones before.
+            RecordError: the call differs from the ones before in more than sizes.
         """
         flat = flatten_call(model, args, kwargs)
         signature = flat.signature()
         if self._signature is None:
             self._signature = signature
         elif _specs(signature) != _specs(self._signature):
-            raise _changed_form(self._signature, signature)
+            self._leave_out(self._signature, signature)
+            return
         last = self.calls[-1] if self.calls else {}
         call = {name: _detached(v, last.get(name)) for name, v in flat.tensors.items()}
         self._grown_calls.append(call)
@@ -67,6 +74,24 @@ class Recorder(Recording):
             )
         self._grown_results[len(self.calls)] = _detached(latents, None)
         self._forget_derived()
+
+    def _leave_out(self, first: CallSignature, now: CallSignature) -> None:
+        try:
+            first.check_kin(now)
+        except RunError as error:
+            raise _changed_form(first, now) from error
+        if _constants(first) != _constants(now):
+            raise _changed_form(first, now)
+        if not self.left_out:
+            name, expected, got = first.difference(now)
+            warnings.warn(
+                f"Calls of another size are left out of the recording: {name} was {expected}, and "
+                f"is {got}. The optimised model captures them when they come, with the same "
+                "factors; the sampler's update cannot be told from the others alone.",
+                CalicacheWarning,
+                stacklevel=2,
+            )
+        self.left_out += 1
 
     def _forget_derived(self) -> None:
         """Runs, classes and the timestep are computed again from what has been added."""
@@ -119,6 +144,10 @@ def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:
         if moving_number
         else "Record calls of one form: the same arguments, shapes and dtypes.",
     )
+
+
+def _constants(signature: CallSignature) -> set[tuple[str, str]]:
+    return {(spec.name, repr(spec.value)) for spec in signature.constants}
 
 
 def _specs(signature: CallSignature) -> dict[str, TensorSpec | ConstantSpec]:

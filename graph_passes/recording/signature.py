@@ -171,7 +171,7 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         RecordError: an argument is neither tensor, number, string nor None, or the model
             takes `*args`.
     """
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound = inspect.signature(_unwrapped(model).forward).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -204,6 +204,14 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
             )
     assert tree is not None  # of a dict
     return FlatCall(tensors, constants, tuple(leaves), tree)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module that names its arguments, inside of torch.compile and peft."""
+    inner: object = getattr(model, "_orig_mod", None)
+    if inner is None and callable(base := getattr(model, "get_base_model", None)):
+        inner = base()
+    return _unwrapped(inner) if isinstance(inner, nn.Module) and inner is not model else model
 
 
 def _mismatch(where: str, expected: str, got: str) -> CalicacheError:

@@ -18,6 +18,7 @@ from calicache.graph_passes.factors.decompose import CalibrationFactors
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import copy_graph, finish, graph_outputs, read_attribute
+from calicache.graph_passes.graph.whole import WHOLE, is_whole
 from calicache.graph_passes.rewriting.calibrate import Calibration, folded_value
 from calicache.graph_passes.rewriting.insertion import (
     ANCHOR_WEIGHT,
@@ -239,7 +240,7 @@ def _variant(
     return Variant(
         mode=mode,
         module=fx.GraphModule(
-            _tensors(plan.captured, insert), graph, class_name=mode.name.capitalize()
+            _attributes(plan.captured, insert), graph, class_name=mode.name.capitalize()
         ),
         reads=tuple(reads),
         slots={name: insert.cache_slots[name] for name in reads if name in insert.cache_slots},
@@ -247,12 +248,14 @@ def _variant(
     )
 
 
-def _tensors(
+def _attributes(
     captured: CapturedGraph, insert: Insertion
-) -> dict[str, torch.Tensor | fx.GraphModule]:
-    """What the `get_attr` nodes of a variant name: the model's own weights, and the factors."""
-    names = {str(node.target) for node in insert.graph.nodes if node.op == "get_attr"}
-    return {
+) -> dict[str, torch.Tensor | torch.nn.Module]:
+    """What the nodes of a variant name: the model's own weights, the factors, a whole model."""
+    nodes = list(insert.graph.nodes)
+    names = {str(node.target) for node in nodes if node.op == "get_attr"}
+    whole = {WHOLE} if any(map(is_whole, nodes)) else set()
+    return {name: captured.module.get_submodule(name) for name in whole} | {
         name: insert.attributes[name]
         if name in insert.attributes
         else read_attribute(captured.module, name)

@@ -124,6 +124,11 @@ class Recipe:
         return self.output_weights
 
     @property
+    def touches_nothing(self) -> bool:
+        """Whether the model is run whole or not at all: no step changes anything inside of it."""
+        return {StepMode.REFRESH, StepMode.FORECAST}.issuperset(self.schedule)
+
+    @property
     def calibrates(self) -> bool:
         """Whether any step is CALIBRATE."""
         return StepMode.CALIBRATE in self.schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from calicache.graph_passes.common.errors import CaptureError
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
@@ -14,6 +14,7 @@ from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.macs import count_macs
 from calicache.graph_passes.graph.pointwise import pointwise_to_linear
 from calicache.graph_passes.graph.run_values import find_run_values
+from calicache.graph_passes.graph.whole import WHOLE, capture_whole
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.sites.sites import Sites, find_sites
@@ -84,6 +85,29 @@ def analyse(
         sites=find_sites(captured, classes, include, exclude),
         run_values=find_run_values(captured, classes, macs),
         macs=macs,
+    )
+
+
+def analyse_whole(model: nn.Module, binding: Binding, call: Mapping[str, Tensor]) -> Analysis:
+    """A model as one value that is computed or forecast, without a look inside.
+
+    Its cost is 1. The model is run once.
+
+    Args:
+        model: any module.
+        binding: from `bind`.
+        call: a call of the binding's form.
+    """
+    captured = verify_captured(capture_whole(model, binding.signature, call))
+    return Analysis(
+        binding=binding,
+        include=(),
+        exclude=(),
+        captured=captured,
+        classes=classify_nodes(captured, binding.dependence),
+        sites=Sites((), (), (), ()),
+        run_values=(),
+        macs={WHOLE: 1},
     )
 
 

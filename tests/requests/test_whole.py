@@ -1,0 +1,158 @@
+"""Plans of REFRESH and FORECAST steps: any module that can be called, whatever it does inside."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from model import FashionDiT
+from support.models import STEPS, relative, sample_dit
+from torch import Tensor, nn
+from zoo.drive import make_model, run_sampler
+from zoo.report import ENTRIES
+
+from calicache.export import export_onnx
+from calicache.graph_passes import OptimizedModel, Plan, optimize, record
+from calicache.graph_passes.api.forms import compile_plan
+from calicache.graph_passes.common.errors import CaptureError
+
+SCHEDULE = "RRFRFF"
+
+
+class Fickle(nn.Module):
+    """A model that decides in Python by its latents: nothing can capture it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        output = self.model(hidden_states, timestep=timestep, class_labels=class_labels)
+        return output * 2 if float(hidden_states.mean()) > 1e9 else output
+
+
+def planned(model: nn.Module, **options: Any) -> OptimizedModel:
+    with record(model) as recording:
+        for seed in (1, 2):
+            recording.finish(sample_dit(model, seed=seed))
+    return optimize(model, Plan.from_trajectory(model, recording, schedule=SCHEDULE, **options))
+
+
+@pytest.fixture(scope="module")
+def fickle(dit: FashionDiT) -> OptimizedModel:
+    return planned(Fickle(dit).eval())
+
+
+def graph_of(model: nn.Module, plan: Plan) -> OptimizedModel:
+    """The same plan on a captured graph."""
+    return OptimizedModel(model, plan, compile_plan(model, plan))
+
+
+def test_a_model_that_cannot_be_captured_is_forecast(
+    fickle: OptimizedModel, dit: FashionDiT
+) -> None:
+    assert fickle.plan.recipe.correction == "fitted to the recorded runs"
+    got = sample_dit(fickle, seed=3)
+    # The same sums in another order, over a run of six steps.
+    assert relative(got, sample_dit(graph_of(dit, fickle.plan), seed=3)) < 1e-5
+    assert 1e-5 < relative(got, sample_dit(dit, seed=3)) < 0.1
+
+
+def test_its_graph_is_refused_only_where_it_is_asked_for(
+    fickle: OptimizedModel, tmp_path: Any
+) -> None:
+    with pytest.raises(CaptureError):
+        export_onnx(fickle, tmp_path / "d")
+
+
+def test_a_graph_is_made_when_it_is_exported(dit: FashionDiT) -> None:
+    fast = planned(dit, correct=False)
+    assert not fast.variants
+    assert len(fast.compiled.variant_set.variants) == 2
+    assert fast.compiled is fast.compiled
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_refresh_steps_are_the_models_own(dit: FashionDiT, correct: bool) -> None:
+    with record(dit) as recording:
+        recording.finish(sample_dit(dit))
+    options = {"schedule": "R" * STEPS, "correct": correct}
+    fast = optimize(dit, Plan.from_trajectory(dit, recording, **options))
+    # Nothing but the model itself runs; fitted weights of exact steps are 1 up to rounding.
+    assert relative(sample_dit(fast), sample_dit(dit)) < 1e-4
+
+
+def doubled(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+
+
+def test_weights_may_change_at_any_time(dit: FashionDiT) -> None:
+    model = copy.deepcopy(dit)
+    fast = planned(model, correct=False)
+    before = sample_dit(fast)
+    doubled(model)
+    after, plain = sample_dit(fast), sample_dit(model)
+    assert relative(after, before) > 1e-3
+    first = {"timestep": torch.full((2,), 999), "class_labels": torch.tensor([1, 2])}
+    noise = torch.randn(2, 1, 28, 28)
+    fast.reset()
+    assert torch.equal(fast(noise, **first), model(noise, **first))
+    assert relative(after, plain) < 0.5
+
+
+def int8(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("wrapped", [int8, compiled])
+def test_quantised_and_compiled_models(
+    dit: FashionDiT, wrapped: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = wrapped(copy.deepcopy(dit))
+    fast = planned(model, correct=False)
+    got = sample_dit(fast)
+    assert 1e-4 < relative(got, sample_dit(model)) < 0.5
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_other_sizes(fickle: OptimizedModel, dit: FashionDiT, batch: int) -> None:
+    got = sample_dit(fickle, batch=batch)
+    expected = sample_dit(graph_of(dit, fickle.plan), batch=batch)
+    # The same sums in another order, over a run of six steps.
+    assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast))])
+def test_copies_give_the_same_run(
+    dit: FashionDiT, again: Callable[[OptimizedModel], OptimizedModel]
+) -> None:
+    fast = planned(dit)
+    expected = sample_dit(fast)
+    twin = again(fast)
+    twin.reset()
+    assert torch.equal(sample_dit(twin), expected)
+
+
+@pytest.mark.slow
+def test_hidream_which_picks_experts_in_python() -> None:
+    entry = ENTRIES["HiDreamImageTransformer2DModel"]
+    model = make_model(entry)
+    with record(model) as recording:
+        run = run_sampler(model, entry, linear=True)
+        recording.finish(run.latents)
+    plan = Plan.from_trajectory(model, recording, schedule=2, mode="FORECAST", correct=False)
+    fast = optimize(model, plan)
+    got = run_sampler(fast, entry, linear=True)
+    assert 0 < relative(got.latents, run.latents) < 0.5
