@@ -52,5 +52,6 @@ def _check_weights(model: nn.Module, plan: Plan) -> None:
             "weights",
             expected=f"the checkpoint the plan was made from ({plan.binding.weights_hash[:12]})",
             got=f"another ({current[:12]})",
-            fix="Load that checkpoint, or make a plan for this one.",
+            fix="Load that checkpoint, make a plan for this one, or carry the plan over with "
+            "plan.rebind(model).",
         )

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calicache.graph_passes.common.errors import CalicacheWarning, RecordError, RunError
+from calicache.graph_passes.common.errors import CalicacheWarning, RecordError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import (
     CallSignature,
     ConstantSpec,
+    FlatCall,
     TensorSpec,
     flatten_call,
 )
@@ -25,7 +26,7 @@ class Recorder(Recording):
     """A recording that still grows: what `record` gives.
 
     Attributes:
-        left_out: calls of other sizes than the first one's, as of a second prompt in guidance.
+        left_out: calls that asked for a step again with a text of another length.
     """
 
     def __init__(self) -> None:
@@ -35,16 +36,21 @@ class Recorder(Recording):
         super().__init__(self._grown_calls, None, self._grown_results)
 
     def append(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Keep one call; of calls with tensors of several sizes, those of the first one's.
+        """Keep one call.
+
+        A call that asks for the step of the last one again, with a text of another length, is left
+        out.
 
         Raises:
-            RecordError: the call differs from the ones before in more than sizes.
+            RecordError: the call has another form than the ones before.
         """
         flat = flatten_call(model, args, kwargs)
         signature = flat.signature()
         if self._signature is None:
             self._signature = signature
         elif _specs(signature) != _specs(self._signature):
+            if not self._asks_again(self._signature, flat):
+                raise _changed_form(self._signature, signature)
             self._leave_out(self._signature, signature)
             return
         last = self.calls[-1] if self.calls else {}
@@ -75,19 +81,28 @@ class Recorder(Recording):
         self._grown_results[len(self.calls)] = _detached(latents, None)
         self._forget_derived()
 
+    def _asks_again(self, first: CallSignature, flat: FlatCall) -> bool:
+        """Whether a call differs from the last one in tensors of other sizes alone."""
+        now, last = flat.signature(), self.calls[-1]
+        if first.constants != now.constants or first.order != now.order:
+            return False
+        before = {spec.name: spec for spec in first.tensors}
+        same = [spec.name for spec in now.tensors if spec == before[spec.name]]
+        kinds = {(before[spec.name].dtype, spec.dtype) for spec in now.tensors}
+        return (
+            bool(same)
+            and all(one == other for one, other in kinds)
+            and all(torch.equal(flat.tensors[name].detach().cpu(), last[name]) for name in same)
+        )
+
     def _leave_out(self, first: CallSignature, now: CallSignature) -> None:
-        try:
-            first.check_kin(now)
-        except RunError as error:
-            raise _changed_form(first, now) from error
-        if _constants(first) != _constants(now):
-            raise _changed_form(first, now)
         if not self.left_out:
             name, expected, got = first.difference(now)
             warnings.warn(
                 f"Calls of another size are left out of the recording: {name} was {expected}, and "
-                f"is {got}. The optimised model captures them when they come, with the same "
-                "factors; the sampler's update cannot be told from the others alone.",
+                f"is {got} where the step is asked for again. The optimised model captures them "
+                "when they come, with the same factors; the sampler's update cannot be told from "
+                "the others alone.",
                 CalicacheWarning,
                 stacklevel=2,
             )
@@ -144,10 +159,6 @@ def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:
         if moving_number
         else "Record calls of one form: the same arguments, shapes and dtypes.",
     )
-
-
-def _constants(signature: CallSignature) -> set[tuple[str, str]]:
-    return {(spec.name, repr(spec.value)) for spec in signature.constants}
 
 
 def _specs(signature: CallSignature) -> dict[str, TensorSpec | ConstantSpec]:

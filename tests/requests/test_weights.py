@@ -1,0 +1,94 @@
+"""Weights that are not those of the plan: noticed, or what the plan is given."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from model import FashionDiT
+from support.models import relative, sample_dit
+
+from calicache.graph_passes import Plan, Recording, optimize, record
+from calicache.graph_passes.common.errors import PlanError, RunError
+
+
+@pytest.fixture
+def tuned(dit: FashionDiT) -> FashionDiT:
+    """The model after some training, or with a LoRA fused."""
+    model, draw = copy.deepcopy(dit), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for block in model.blocks:
+            weight = block.mlp.fc1.weight
+            down, up = (torch.randn(n, 2, generator=draw) for n in weight.shape)
+            weight += 0.01 * down @ up.T
+    return model
+
+
+def test_a_plan_for_other_weights_is_refused_with_the_way_out(
+    tuned: FashionDiT, dit_plan: Plan
+) -> None:
+    with pytest.raises(PlanError, match="rebind"):
+        optimize(tuned, dit_plan)
+
+
+def test_a_plan_is_carried_to_other_weights(
+    tuned: FashionDiT, dit: FashionDiT, dit_plan: Plan
+) -> None:
+    plan = dit_plan.rebind(tuned)
+    assert (plan.recipe.schedule, plan.statistics) == (dit_plan.schedule, dit_plan.statistics)
+    assert "the error was not measured" in plan.recipe.correction
+    assert plan.front is None
+    full = plan.with_rank(64)
+    got = sample_dit(optimize(tuned, full))
+    # Factors of the new weights, at full rank: float32 through two orders of the same products.
+    assert relative(got, sample_dit(tuned)) < 1e-4
+    assert relative(got, sample_dit(dit)) > 1e-3
+
+
+def test_with_a_recording_everything_is_fitted_anew(tuned: FashionDiT, dit_plan: Plan) -> None:
+    with record(tuned) as recording:
+        recording.finish(sample_dit(tuned))
+    plan = dit_plan.rebind(tuned, recording)
+    fresh = Plan.from_trajectory(
+        tuned,
+        recording,
+        schedule=dit_plan.schedule,
+        rank=dit_plan.recipe.rank,
+        order=dit_plan.recipe.order,
+        weighting=dit_plan.recipe.weighting,
+        correct=dit_plan.recipe.output_weights is not None,
+    )
+    assert replace(plan.recipe, correction="") == replace(fresh.recipe, correction="")
+    assert plan.binding == fresh.binding
+    assert plan.statistics.keys() == fresh.statistics.keys()
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "added"])
+def test_a_change_is_noticed_when_a_run_begins(
+    dit: FashionDiT, dit_recording: Recording, dit_plan: Plan, how: str
+) -> None:
+    model = copy.deepcopy(dit)
+    fast = optimize(model, dit_plan)
+    first, second = dit_recording.calls[:2]
+    fast(**first)
+    layer = model.blocks[0].mlp.fc1
+    if how == "written":
+        layer.weight.mul_(1.5)
+    elif how == "replaced":
+        layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
+    else:
+        layer.extra = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+    fast(**second)  # the run that goes on has its caches
+    with pytest.raises(RunError, match=r"blocks\.0\.mlp\.fc1\.(weight|extra).*rebind"):
+        fast(**first)
+
+
+def test_moving_and_copying_is_no_change(
+    dit: FashionDiT, dit_recording: Recording, dit_plan: Plan
+) -> None:
+    fast = optimize(copy.deepcopy(dit), dit_plan)
+    for model in (fast.to("cpu"), copy.deepcopy(fast), fast.requires_grad_(False)):
+        model.reset()
+        model(**dit_recording.calls[0])
