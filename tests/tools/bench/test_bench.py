@@ -17,10 +17,10 @@ from calicache.graph_passes import StepMode
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError
 from calicache.graph_passes.common.progress import Meter
-from calicache.tools.bench import prepare as bench_prepare
 from calicache.tools.bench import run as bench
 from calicache.tools.bench.compile_time import STAGES
 from calicache.tools.bench.models import MODELS, BenchModel, find_model
+from calicache.tools.bench.prepare import make_artifacts
 from calicache.tools.bench.report import efficiency, write_report
 from calicache.tools.bench.rows import BenchSettings, BenchTask, bench_rows, chosen_rows
 from calicache.tools.bench.run import MEMORY_PER_ROW, Timing, operator_times, run_bench
@@ -34,8 +34,7 @@ STEPS, INTERVAL = 6, 3
 def settings(tmp_path_factory: pytest.TempPathFactory) -> BenchSettings:
     folder = tmp_path_factory.mktemp("bench")
     options = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, folder)
-    bench_prepare._plan(options)
-    bench_prepare._export(options)
+    make_artifacts(options)
     return options
 
 
@@ -178,8 +177,9 @@ def test_whole_bench_measures_every_row(result: dict) -> None:
     assert set(step["step_seconds"]) == {"REFRESH", "CALIBRATE"}
     assert sampler["step_seconds"] == {}
     assert result["rank"] == round(32 / 9)
-    # 9 C for the outputs, and the ranks of four calibration branches.
-    assert 9 < result["cache_values_per_channel"] < 10.5
+    # Of every token (2 x 16) and block, 4 bytes each: 9 C for the outputs, and the ranks of four
+    # calibration branches.
+    assert 9 < result["cache_bytes"] / (2 * 16 * BLOCKS * 4 * 32) < 10.5
 
 
 @pytest.mark.slow

@@ -182,8 +182,7 @@ def test_run_that_diverged_is_told_and_has_no_grid(given: Given, tmp_path: Path)
 def test_decoder_that_is_none_is_refused(given: Given) -> None:
     arguments = (given.tokens, "--recording", given.token_runs, "--decoder")
     number = refusal(*arguments, f"{given.decoders}:number")
-    wanted = "a function that returns a decoder, which is called with latents"
-    assert f"expected {wanted}, got int 3. Let it `return decode`." in number
+    assert "expected a function that returns a decoder of latents, got int 3." in number
     broken = refusal(*arguments, f"{given.decoders}:broken")
     assert "compare: decoder: expected a function from latents (2, 5, 8) to images" in broken
 

@@ -37,13 +37,13 @@ from calicache.tools.diff.difference import (
     StepChange,
     TargetChange,
     TargetState,
-    difference_json,
 )
 from calicache.tools.diff.subjects import diff_artifacts, diff_plans
 from calicache.tools.diff.view import describe_difference
 from calicache.tools.inspect.artifact import artifact_facts
 from calicache.tools.inspect.layers import LayerWork
 from calicache.tools.inspect.plan import plan_facts
+from calicache.tools.terminal.text import json_text
 
 R, C, U, F = StepMode
 FITTED = "fitted to the recorded runs"
@@ -165,7 +165,7 @@ def test_steps_that_differ_are_named(home: Path, plan: Plan) -> None:
     other = changed(plan, schedule=modes("RCCURFC"), output_weights=None, latent=None)
     difference = between(home, plan, other)
     assert difference.schedule.steps == (StepChange(2, R, C), StepChange(6, None, C))
-    steps = json.loads(difference_json(difference))["schedule"]["steps"]
+    steps = json.loads(json_text(difference))["schedule"]["steps"]
     assert steps[1] == {"step": 6, "a": None, "b": "CALIBRATE"}
     lines = printed(difference).splitlines()
     place = lines.index("Schedule: 2 of 7 steps differ")
@@ -385,12 +385,12 @@ def test_other_pairs_are_refused(home: Path, a: str, b: str, got: str) -> None:
 
 def test_json_has_stable_keys_and_says_whether_they_are_equal(home: Path, plan: Plan) -> None:
     difference = between(home, plan, plan.with_schedule(modes("RCCRCC")))
-    data = json.loads(difference_json(difference))
+    data = json.loads(json_text(difference))
     keys = "kind a b belonging schedule settings targets layers costs structure equal"
     assert " ".join(data) == keys
     assert data["equal"] is False
     assert data["schedule"]["steps"][0] == {"step": 2, "a": "REFRESH", "b": "CALIBRATE"}
-    assert json.loads(difference_json(between(home, plan, plan)))["equal"] is True
+    assert json.loads(json_text(between(home, plan, plan)))["equal"] is True
 
 
 def run(*arguments: str | Path) -> Result:
