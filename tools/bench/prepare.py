@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from calicache.export import Layout, export_onnx
+from calicache.export import Layout, export_onnx, read_sampler
 from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
 from calicache.tools.bench.models import find_model
 from calicache.tools.bench.rows import SEED, BenchSettings, plan_folder
@@ -50,8 +50,9 @@ def make_artifacts(settings: BenchSettings) -> int:
         plan.save(plan_folder(settings.folder / name))
         fast = optimize(module, plan)
         export_onnx(fast, settings.folder / name)
-    for layout in (Layout.PAIR, Layout.SAMPLER):  # of the last: CALIBRATE
-        export_onnx(fast, settings.folder / layout.value, layout=layout)
+    export_onnx(fast, settings.folder / "pair", layout=Layout.PAIR)  # of the last: CALIBRATE
+    sampler = read_sampler(fast, recording)
+    export_onnx(fast, settings.folder / "sampler", layout=Layout.SAMPLER, sampler=sampler)
     return sum(value.nbytes for value in module.parameters())
 
 
