@@ -12,6 +12,7 @@ from diffusion import GuidedDDIM
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
+from support.analyses import analysis_of
 from support.models import STEPS, modes, relative, sample_dit
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
@@ -26,7 +27,6 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.common.progress import Meter, Progress
-from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.sampler.correct import fit_step, mix
 from calicache.graph_passes.sampler.least_squares import RIDGE
 from calicache.graph_passes.sampler.recover import recover_sampler
@@ -170,7 +170,7 @@ def fit(
 ) -> Table:
     plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=4, correct=False)
     fast = optimize(model, plan)
-    captured = capture(model, recording.signature)
+    captured = analysis_of(model, recording).captured
     classes = recording.dependence
     recorded = recover_sampler(captured, recording, classes, len(schedule), meter)
     return replay(fast.compiled.variant_set, recorded, schedule, 2, meter=meter).weights

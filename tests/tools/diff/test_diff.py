@@ -6,8 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -411,10 +409,8 @@ def test_exit_codes(
 
 
 def test_piped_output_is_plain_and_fits_80_columns(home: Path) -> None:
-    command = [str(Path(sys.executable).parent / "calicache"), "diff"]
-    paths = [str(home / "dit.onnx.d"), str(other_artifact())]
-    done = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr
+    done = run(home / "dit.onnx.d", other_artifact())
+    assert done.exit_code == 3, done.stderr
     assert "\x1b" not in done.stdout
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
     assert done.stdout.startswith("calicache artifacts differ")

@@ -293,7 +293,7 @@ def test_search_that_is_refused_says_why(given: tuple[str, Path], tmp_path: Path
 
 def test_interrupted_search_goes_on(given: tuple[str, Path], tmp_path: Path) -> None:
     output, kept = tmp_path / "a plan", tmp_path / "a plan.search"
-    arguments = ("search", *given, "-o", output, "--budget", "0.5", "--effort", "3")
+    arguments = ("search", *given, "-o", output, "--budget", "0.5")
     command = [str(Path(sys.executable).parent / "calicache"), "plan", *map(str, arguments)]
     process = subprocess.Popen(
         command,
