@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from calicache import Plan, Session, export_onnx, optimize, record
 
-STEPS = 20
+STEPS = 12
 
 
 class OnnxTransformer(nn.Module):

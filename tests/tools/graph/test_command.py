@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from model import FashionDiT
+from support.artifacts import exported
 from support.models import sample_dit
 from support.small_graphs import (
     CALIBRATE,
@@ -176,14 +177,11 @@ def test_session_does_not_look_into_the_graphs(artifact: Path, tmp_path: Path) -
         read_graphs(folder)
 
 
-def test_every_layout_has_the_graphs_of_what_it_runs(
-    dit: FashionDiT, dit_plan: Plan, tmp_path: Path
-) -> None:
+def test_every_layout_has_the_graphs_of_what_it_runs(dit: FashionDiT, dit_plan: Plan) -> None:
     with record(dit) as recording:
         recording.finish(sample_dit(dit))
     fast = optimize(dit, dit_plan)
     expected = view_graphs(fast.compiled.captured, fast.compiled.variant_set)
     for layout in Layout:
         sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
-        export_onnx(fast, tmp_path / layout, layout=layout, sampler=sampler)
-        assert read_graphs(tmp_path / layout) == expected
+        assert read_graphs(exported(fast, layout, sampler)) == expected
