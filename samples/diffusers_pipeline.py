@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from calicache import Plan, Session, export_onnx, optimize, record
 
-STEPS = 12
+STEPS = 20
 
 
 class OnnxTransformer(nn.Module):

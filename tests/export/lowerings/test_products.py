@@ -60,6 +60,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], list[Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_products_with_a_weight_are_linear_layers_over_rows(name: str) -> None:
     shape, path, expected = CASES[name]

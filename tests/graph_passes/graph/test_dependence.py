@@ -98,6 +98,7 @@ def test_inputs_of_the_real_models(
     assert diffusers_recording.dependence == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "path", "expected"),
     [
@@ -266,6 +267,7 @@ def formed(
     return graph_and_classes(model, recording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "expected"),
     [

@@ -223,6 +223,7 @@ def test_calibrated_values_never_enter_the_history() -> None:
         assert torch.equal(again[step], plain[step])  # the same program on the same numbers
 
 
+@pytest.mark.slow
 def test_optimized_model_keeps_order_plus_one_refreshes_newest_first(
     dit: FashionDiT, forecast_plan: Plan, dit_recording: Recording
 ) -> None:

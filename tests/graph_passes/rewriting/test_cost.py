@@ -120,6 +120,7 @@ def dit_xl(request: pytest.FixtureRequest) -> tuple[int, DiTXL]:
     return request.param, request.getfixturevalue(f"dit_{request.param}")
 
 
+@pytest.mark.slow
 def test_dit_xl_needs_no_weights_in_memory(dit_xl: tuple[int, DiTXL]) -> None:
     captured = dit_xl[1].analysis.captured
     parameters = [*dit_xl[1].model.parameters(), *captured.module.parameters()]
@@ -206,6 +207,7 @@ def test_cost_of_one_site_by_hand(rank_4: ModelCost) -> None:
     assert cost.cache_bytes == 4 * tokens * (128 + 32)  # y_ref and x_ref
 
 
+@pytest.mark.slow
 def test_half_the_precision_is_half_the_bytes(
     dit: FashionDiT, dit_recording: Recording, rank_4: ModelCost
 ) -> None:
@@ -222,6 +224,7 @@ def test_half_the_precision_is_half_the_bytes(
     assert half_cost.cache_bytes * 2 == full_cost.cache_bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(rank=st.integers(1, 31))
 def test_calibrate_grows_by_two_thin_products_per_rank(dit_analysis: Analysis, rank: int) -> None:
@@ -303,6 +306,7 @@ def test_only_the_modes_that_were_made_have_a_cost(dit_analysis: Analysis) -> No
         cost.run_share([REFRESH, REUSE])
 
 
+@pytest.mark.slow
 def test_dit_xl_joint_costs_no_more_than_the_paper(dit_256: DiTXL) -> None:
     joint = cost_of(dit_256.analysis, 128, joint=True)
     assert joint.modes[CALIBRATE] == dit_256.cost.modes[CALIBRATE]  # 1.5 x 128 is a whole rank

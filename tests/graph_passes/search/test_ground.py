@@ -74,6 +74,7 @@ def test_requests_that_make_no_sense_are_refused(request_: dict[str, float], mes
         Plan.search(*flicker(), **request_)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "told"), [(12, 0.0834), (8, 0.125), (5, 0.2)])
 def test_budget_below_the_least_is_told_one_that_can_be_kept(steps: int, told: float) -> None:
     model, _ = flicker()
@@ -204,6 +205,7 @@ def written(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage",
     [

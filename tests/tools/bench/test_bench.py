@@ -79,6 +79,7 @@ def test_unknown_model_lists_the_known_ones(name: str) -> None:
         find_model(name)
 
 
+@pytest.mark.slow
 def test_unknown_row_lists_the_known_ones() -> None:
     wrong = BenchSettings(TINY, 3, 6, None, 0, 1, Path(), ("fast",))
     with pytest.raises(BenchError, match=r"torch\.compile, plain"):
@@ -199,6 +200,7 @@ def test_whole_bench_measures_every_row(result: dict) -> None:
     assert 9 < result["cache_bytes"] / (2 * 16 * BLOCKS * 4 * 32) < 10.5
 
 
+@pytest.mark.slow
 def test_row_that_cannot_run_is_reported_not_raised(tmp_path: Path, one_process: None) -> None:
     settings = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 1, tmp_path)
     rows = [row for row in bench_rows() if row.name == "calicache CALIBRATE, pair"]

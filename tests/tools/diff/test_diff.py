@@ -408,6 +408,7 @@ def test_exit_codes(
     assert run(home / "plan", path, "--json").exit_code == code
 
 
+@pytest.mark.slow
 def test_piped_output_is_plain_and_fits_80_columns(home: Path) -> None:
     done = run(home / "dit.onnx.d", other_artifact())
     assert done.exit_code == 3, done.stderr

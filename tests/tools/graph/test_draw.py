@@ -82,6 +82,7 @@ def test_mermaid_ids_avoid_words_of_mermaid_and_each_other() -> None:
 # --- SVG -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "mode", "order"), VIEWS)
 def test_svg_has_every_node_once_with_its_mark_and_every_edge(
     block: str | None, mode: str, order: int
@@ -123,6 +124,7 @@ def test_tooltips_say_shape_dtype_operation_and_module() -> None:
     )
 
 
+@pytest.mark.slow
 def test_svg_is_the_same_twice_and_in_another_process() -> None:
     view = view_block(small_graphs(0), "blocks.0", CALIBRATE)
     first = svg_text(view)

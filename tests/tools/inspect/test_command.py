@@ -38,6 +38,7 @@ def steady(text: str) -> str:
     return re.sub(r"calicache \d+\.\d+\.\d+", "calicache <version>", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NAMES)
 def test_text_is_as_it_was(home: Path, kind: str) -> None:
     text = steady(printed(inspect_subject(home / NAMES[kind])))
@@ -91,6 +92,7 @@ def test_the_command_prints_the_facts(home: Path, name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_piped_output_is_plain_and_fits_80_columns(home: Path) -> None:
     done = piped(home / "dit.onnx.d")
     assert done.returncode == 0, done.stderr

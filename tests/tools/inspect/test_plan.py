@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from support.search.fronts import front_of
 from support.small_subjects import codes, printed, small_folder, small_model, small_runs, texts
 
@@ -86,6 +87,7 @@ def test_output_weights_that_could_not_be_fitted_are_warned_of_with_the_reason(
     }
 
 
+@pytest.mark.slow
 def test_output_weights_that_nobody_asked_for_are_no_warning() -> None:
     model = small_model()
     plan = Plan.from_trajectory(model, small_runs(model), rank=2, order=0, correct=False)
