@@ -71,7 +71,6 @@ def exact(model: FashionDiT, recording: Recording) -> OptimizedModel:
     return planned(model, recording, schedule=3, rank=256, correct=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", [1, 3, 5, 10, 11])
 def test_a_later_start_is_no_worse_than_without_fitted_weights(
     model: FashionDiT,
@@ -97,7 +96,6 @@ def image_to_image(model: nn.Module, images: Tensor, start: int) -> Tensor:
     return last
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", [1, 3, 5, 8])
 def test_image_to_image_is_as_near_as_a_whole_run(
     model: FashionDiT,
@@ -116,7 +114,6 @@ def test_image_to_image_is_as_near_as_a_whole_run(
     assert later <= 1.5 * whole
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", range(STEPS))
 def test_at_full_rank_every_start_is_exact(
     model: FashionDiT, recording: Recording, exact: OptimizedModel, start: int
@@ -125,7 +122,6 @@ def test_at_full_rank_every_start_is_exact(
     assert worst(exact, model, recording, start) < 1e-4
 
 
-@pytest.mark.slow
 def test_a_run_broken_off_is_no_part_of_a_later_one(
     model: FashionDiT, recording: Recording, exact: OptimizedModel
 ) -> None:

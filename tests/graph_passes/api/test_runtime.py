@@ -62,7 +62,6 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
 # --- the call ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_output_object_of_diffusers_comes_back(
     fast_diffusers: OptimizedModel, diffusers_recording: Recording
 ) -> None:
@@ -74,7 +73,6 @@ def test_output_object_of_diffusers_comes_back(
     assert fast_diffusers.step == 3
 
 
-@pytest.mark.slow
 def test_tuple_comes_back_where_one_was_recorded(diffusers_dit: DiTTransformer2DModel) -> None:
     inputs = {"class_labels": torch.tensor([1, 2])}
     with record(diffusers_dit) as recording:
@@ -92,7 +90,6 @@ def test_tuple_comes_back_where_one_was_recorded(diffusers_dit: DiTTransformer2D
         fast(x, **inputs)
 
 
-@pytest.mark.slow
 def test_plain_tensor_comes_back(fast: OptimizedModel, calls: Calls) -> None:
     assert type(fast(**calls[0])) is Tensor
 
@@ -315,7 +312,6 @@ def test_copy_that_was_written_in_the_middle_of_a_run_goes_on_there(
     assert_equal(whole_run(again, calls[2:]), expected[2:])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast))])
 def test_copies_run_other_batch_sizes(
     fast: OptimizedModel, calls: Calls, twin_of: Callable[[OptimizedModel], OptimizedModel]

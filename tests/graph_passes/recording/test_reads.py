@@ -160,7 +160,6 @@ READS: dict[str, tuple[Reading, list[Any]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", READS)
 def test_the_graph_equals_the_model_on_recorded_and_on_other_latents(way: str) -> None:
     path, answers = READS[way]
@@ -308,7 +307,6 @@ def test_a_model_with_reads_is_captured_on_meta() -> None:
     assert tuple(output.meta["val"].shape) == (ROWS, TOKENS, WIDTH)
 
 
-@pytest.mark.slow
 def test_the_model_object_is_as_it_was() -> None:
     model = Reader(same_shape).eval()
     before = dict(vars(model))
@@ -509,7 +507,6 @@ def test_two_masks_of_equal_lengths_are_both_accepted_and_a_third_is_not() -> No
         run_of(fast, MASK.flip(0))
 
 
-@pytest.mark.slow
 def test_saved_plans_keep_reads_and_fixed_values(
     packed: nn.Module, plan: Plan, fast: OptimizedModel, tmp_path: Path
 ) -> None:
