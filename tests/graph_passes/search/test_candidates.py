@@ -291,11 +291,7 @@ def test_costs_are_shares_of_the_measured_seconds() -> None:
 @pytest.mark.slow
 def test_time_that_no_mode_saves_is_refused() -> None:
     latency = table({}, forecast=PLAIN)
-    with refuses(
-        "plan: latency: expected steps of some mode that take less time than the plain model's, "
-        "got 1.000 of the full run's time for the fastest plan. Run the model as it is, or "
-        "measure again."
-    ):
+    with refuses("latency", "less time than the plain model's", "got 1.000 of the full run's time"):
         Plan.search(*flicker(), max_error=10.0, latency=latency)
 
 
