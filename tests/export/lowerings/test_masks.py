@@ -113,6 +113,7 @@ def test_without_the_guard_they_are_something_else(monkeypatch) -> None:
         assert result.isnan().all() if fused else result.abs().min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_shared_mask_is_guarded_once(layers: int) -> None:
     mask, x = draw(*SHAPES["every head"])

@@ -128,12 +128,14 @@ def test_dit_xl_needs_no_weights_in_memory(dit_xl: tuple[int, DiTXL]) -> None:
     assert all(parameter.is_meta for parameter in parameters)
 
 
+@pytest.mark.slow
 def test_dit_xl_sites_are_all_token_layers_of_all_blocks(dit_xl: tuple[int, DiTXL]) -> None:
     layers = (*DIT_LAYERS, "ff.net.2")
     expected = [f"transformer_blocks.{block}.{layer}" for block in range(28) for layer in layers]
     assert [site.name for site in dit_xl[1].analysis.sites.linears] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "published"), [(256, 118.64e9), (512, 524.60e9)])
 def test_dit_xl_costs_what_its_paper_says(
     pixels: int, published: float, request: pytest.FixtureRequest
@@ -143,6 +145,7 @@ def test_dit_xl_costs_what_its_paper_says(
     assert cost.plain_macs / 2 == pytest.approx(published, rel=1e-3, abs=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "share"), [(256, 0.198), (512, 0.275)])
 def test_dit_xl_calibrate_share_at_rank_128(
     pixels: int, share: float, request: pytest.FixtureRequest
@@ -152,6 +155,7 @@ def test_dit_xl_calibrate_share_at_rank_128(
     assert cost.modes[CALIBRATE] / cost.plain_macs == pytest.approx(share, rel=5e-3, abs=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [2, 3, 4])
 def test_dit_xl_share_of_a_whole_run(dit_xl: tuple[int, DiTXL], interval: int) -> None:
     pixels, model = dit_xl
@@ -160,6 +164,7 @@ def test_dit_xl_share_of_a_whole_run(dit_xl: tuple[int, DiTXL], interval: int) -
     assert model.cost.run_share(uniform_schedule(interval, interval)) == expected
 
 
+@pytest.mark.slow
 def test_dit_xl_reuse_leaves_the_first_and_the_last_layer(dit_256: DiTXL) -> None:
     tokens, width = 256, 1152
     edges = tokens * (16 * width + width * 32)  # patches of 2 x 2 x 4 in, 2 x 2 x 8 out
