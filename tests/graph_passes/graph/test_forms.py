@@ -49,6 +49,7 @@ def test_another_batch_size_gives_what_the_recorded_one_gives(images: int, fast)
     assert relative(together, sample(fast.original, images)) > 1e-4  # something was calibrated
 
 
+@pytest.mark.slow
 def test_batch_sizes_in_turn_keep_apart(fast) -> None:
     alone = [sample(fast, n) for n in (1, 2, 8)]
     again = [sample(fast, n) for n in (8, 1, 2)]
