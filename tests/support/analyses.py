@@ -34,14 +34,15 @@ def analyse_once(
 ) -> Analysis:
     """`analyse`, done once for a model in the process of a test: it is most of what a plan takes.
 
-    A model that was changed or moved meanwhile is another one; for how many steps and values were
-    recorded, a graph does not depend on.
+    A model that was changed or moved meanwhile is another one. What else a recording tells, such
+    as its timesteps, no graph depends on.
     """
     if any(part.training for part in model.modules()):
         return analyse(model, binding, include, exclude)
     place = {(value.device, value.dtype) for value in model.parameters()}
     own = (id(vars(model).get("forward")), place, tuple(include), tuple(exclude))
-    key = (*own, replace(binding, timestep=None, timesteps=()))
+    form = (binding.signature, binding.dependence, binding.reads, binding.run_values)
+    key = (*own, *form, binding.weights_hash)
     known = _known.setdefault(model, [])
     for other, analysis in known:
         if other == key:
