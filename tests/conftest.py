@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT, FashionDiTConfig
-from support.analyses import analysis_of
+from support.analyses import analyse_once, analysis_of
 from support.artifacts import RUN_FOLDER
 from support.models import diffusers_calls, sample_dit, shake
 
 from calicache.graph_passes import Plan, Recording, StepMode, record
-from calicache.graph_passes.sites.analysis import Analysis
+from calicache.graph_passes.rewriting import workspace
+from calicache.graph_passes.sites.analysis import Analysis, analyse
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,6 +28,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop(RUN_FOLDER), ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_analysis_a_model() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workspace, "analyse", analyse_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def own_captures() -> Iterator[None]:
+    """Every workspace captures for itself, as for a user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workspace, "analyse", analyse)
+        yield
 
 
 @pytest.fixture(autouse=True)

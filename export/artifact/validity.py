@@ -35,7 +35,7 @@ def check_manifest(manifest: Manifest) -> None:
     inputs = [spec.name for spec in manifest.inputs]
     caches = [spec.name for spec in manifest.caches]
     _forms((*manifest.inputs, *manifest.caches))  # refuses an unknown dtype
-    slots = {name for names in _slots(manifest).values() for name in names}
+    slots = {name for names in cache_slots(manifest).values() for name in names}
     reads = {name for record in manifest.modes for name in record.reads}
     table, steps = manifest.output_weights, len(manifest.schedule)
     front = manifest.front
@@ -116,7 +116,7 @@ def _check_inputs(manifest: Manifest, name: str, model: ModelInterface, reads: S
     else:
         expected = {**_forms(manifest.inputs), STEP_INPUT: ("int64", ())}
         caches = _forms(manifest.caches)
-        for cache, slots in _slots(manifest).items():
+        for cache, slots in cache_slots(manifest).items():
             read = [slot for slot in slots if slot in reads or manifest.layout is Layout.STEP]
             expected |= dict.fromkeys(read, caches[cache])
         missing = reads - set(model.inputs)
@@ -127,7 +127,7 @@ def _check_inputs(manifest: Manifest, name: str, model: ModelInterface, reads: S
 
 def _check_branches(manifest: Manifest, name: str, model: ModelInterface) -> None:
     """Refuse a mode whose branch is missing, or reads what no session hands to it."""
-    slots = {slot for slots in _slots(manifest).values() for slot in slots}
+    slots = {slot for slots in cache_slots(manifest).values() for slot in slots}
     for record in manifest.modes:
         branch = record.mode.name.lower()
         if branch not in model.branches:
@@ -183,7 +183,8 @@ def _form(spec: TensorSpec) -> Form:
     return str(dtype.to_real()).removeprefix("torch."), (*spec.shape, 2)
 
 
-def _slots(manifest: Manifest) -> dict[str, list[str]]:
+def cache_slots(manifest: Manifest) -> dict[str, list[str]]:
+    """Names of the kept values that a step can read, newest refresh first, by cache."""
     history = range(min(manifest.history, MAX_ORDER + 1))
     return {
         cache.name: [slot_name(cache.name, back) for back in history] for cache in manifest.caches

@@ -40,7 +40,7 @@ def join_templates(
         elif node.op == "get_attr":
             tensor = read_attribute(module, str(node.target))
             if isinstance(tensor, Tensor):
-                values[node] = joined.weight(str(node.target), tensor)
+                values[node] = joined.constant(str(node.target), tensor)
         elif node in forms:
             form = forms[node]
             sources = [values[source] for source in form.tensors]
@@ -90,12 +90,11 @@ class _Joined:
     opsets: dict[str, int] = field(default_factory=lambda: {"": OPSET})
     ir_version: int = IR_VERSION
 
-    def weight(self, name: str, tensor: Tensor) -> ir.Value:
-        """The initializer that holds a tensor of the graph's."""
+    def constant(self, name: str, tensor: Tensor | ir.TensorProtocol) -> ir.Value:
+        """The initializer of a weight, or of a number that the copies of a template share."""
         if id(tensor) not in self.initializers:
-            real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-            adapter = tensor_adapters.TorchTensor(real.detach().contiguous(), name)
-            self.initializers[id(tensor)] = initializer(name, adapter)
+            own = _in_onnx(name, tensor) if isinstance(tensor, Tensor) else tensor
+            self.initializers[id(tensor)] = initializer(name, own)
         return self.initializers[id(tensor)]
 
     def operation(
@@ -106,7 +105,8 @@ class _Joined:
         for value, source in zip(graph.inputs, sources, strict=True):
             convenience.replace_all_uses_with(value, source, replace_graph_outputs=True)
         for place, value in enumerate(list(graph.initializers.values())):
-            own = self._number(f"{name}/number_{place}", value)
+            assert value.const_value is not None
+            own = self.constant(f"{name}/number_{place}", value.const_value)
             convenience.replace_all_uses_with(value, own, replace_graph_outputs=True)
         _name_inside(graph, name)
         results = list(graph.outputs)
@@ -136,13 +136,11 @@ class _Joined:
         RemoveUnusedNodesPass()(model)
         return model
 
-    def _number(self, name: str, value: ir.Value) -> ir.Value:
-        """The initializer for one of a template's; its copies share the tensor."""
-        tensor = value.const_value
-        assert tensor is not None
-        if id(tensor) not in self.initializers:
-            self.initializers[id(tensor)] = initializer(name, tensor)
-        return self.initializers[id(tensor)]
+
+def _in_onnx(name: str, tensor: Tensor) -> ir.TensorProtocol:
+    """A tensor of torch's; a complex one as pairs of real values."""
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return tensor_adapters.TorchTensor(real.detach().contiguous(), name)
 
 
 def _name_inside(graph: ir.Graph, name: str) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from calicache.graph_passes.common.errors import ObserveError
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.factors.streams import Channels, KeptValues, Moments, stream_of
 from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.graph.tap import Tap
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.settings.choices import StepMode, Weighting
@@ -89,39 +89,25 @@ def _feed_run(
     for step, call in enumerate(run):
         listeners = [stream for stream in streams if stream.looks_at(step)]
         if listeners:
-            tap = _Tap(captured.module, watched, listeners, step, earlier + step)
+            tap = Tap(captured.module, watched, _Feed(listeners, step, earlier + step).tell)
             with torch.no_grad():
                 tap.run(*(value.to(captured.device) for value in call.values()))
         if meter:
             meter.add()
 
 
-class _Tap(fx.Interpreter):
-    """Runs the graph and feeds the streams, each as soon as it has all its values."""
+class _Feed:
+    """Feeds the streams from one step, each as soon as it has all its values."""
 
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        watched: Collection[str],
-        streams: Sequence[Channels | Moments],
-        step: int,
-        done: int,
-    ) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # errors are told in our own words
-        self.watched, self.step, self.done = watched, step, done
+    def __init__(self, streams: Sequence[Channels | Moments], step: int, done: int) -> None:
+        self.step, self.done = step, done
         self.missing = [(stream, set(stream.nodes)) for stream in streams]
         self.values: dict[str, Tensor] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.watched:
-            _check_finite(n.name, value, self.done)
-            self.values[n.name] = value
-            self._feed(n.name)
-        return value
-
-    def _feed(self, node: str) -> None:
+    def tell(self, node: str, value: Tensor) -> None:
+        """Take the value of a node."""
+        _check_finite(node, value, self.done)
+        self.values[node] = value
         for stream, names in self.missing:
             names.discard(node)
             if not names:

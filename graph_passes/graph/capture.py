@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
@@ -76,14 +77,19 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
         CaptureError: the model is in training mode, or torch.export cannot take it; its
             reason is passed on.
     """
-    training = [name for name, module in model.named_modules() if module.training]
-    if training:
-        raise CaptureError(
-            type(model).__name__,
-            expected="a model in eval mode",
-            got=f"{training[0]} in training mode" if training[0] else "training mode",
-            fix="Call model.eval() first.",
-        )
+    _check_mode(model)
+    exported, module = _export(model, signature, reads)
+    _check_changes(model, exported)
+    output_tree, _ = exported.call_spec.out_spec.children()
+    flat, fixed = _flat_module(module, signature, output_tree.num_leaves)
+    _check_shapes(model, flat.graph)
+    return CapturedGraph(flat, signature, output_tree, fixed)
+
+
+def _export(
+    model: nn.Module, signature: CallSignature, reads: str
+) -> tuple[ExportedProgram, fx.GraphModule]:
+    """What torch.export makes of the model, and its module."""
     device = device_of(model)
     examples = [torch.zeros(s.shape, dtype=s.torch_dtype, device=device) for s in signature.tensors]
     arguments = signature.unflatten(examples)
@@ -104,6 +110,22 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
             if reads == DIFFERENT
             else "Remove what torch.export cannot trace (see the chained error).",
         ) from error
+    assert isinstance(module, fx.GraphModule)
+    return exported, module
+
+
+def _check_mode(model: nn.Module) -> None:
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        raise CaptureError(
+            type(model).__name__,
+            expected="a model in eval mode",
+            got=f"{training[0]} in training mode" if training[0] else "training mode",
+            fix="Call model.eval() first.",
+        )
+
+
+def _check_changes(model: nn.Module, exported: ExportedProgram) -> None:
     changed = [
         str(spec.target or getattr(spec.arg, "name", spec.arg))
         for spec in exported.graph_signature.output_specs
@@ -116,11 +138,6 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
             got=f"a change of {', '.join(changed)}",
             fix="Write the new value to a new tensor in forward.",
         )
-    assert isinstance(module, fx.GraphModule)
-    output_tree, _ = exported.call_spec.out_spec.children()
-    flat, fixed = _flat_module(module, signature, output_tree.num_leaves)
-    _check_shapes(model, flat.graph)
-    return CapturedGraph(flat, signature, output_tree, fixed)
 
 
 def _answered(model: nn.Module, reads: str) -> nn.Module:

@@ -93,48 +93,38 @@ def rewrite(
         PlanError: an output is no floating-point tensor and cannot be forecast, or FORECAST is
             asked for without output weights.
     """
-    used = frozenset(modes) | {StepMode.REFRESH}
-    if StepMode.FORECAST in used and outputs is None:
+    if StepMode.FORECAST in modes and outputs is None:
         raise PlanError(
             "outputs",
             expected="output weights for FORECAST",
             got="None",
             fix="Pass output_table(schedule, order).",
         )
-    plan = _Rewrite(
-        captured,
-        sites,
-        targets,
-        factors,
-        folded,
-        len(anchors[0]),
-        outputs,
-        latent,
-        run_values,
-    )
-    cheap: dict[StepMode, Variant] = {}
-    if StepMode.CALIBRATE in used:
-        tapped = plan.exits if StepMode.REUSE in used else []
-        cheap[StepMode.CALIBRATE] = _calibrate_variant(plan, tapped)
-    if StepMode.REUSE in used:
-        cheap[StepMode.REUSE] = _reuse_variant(plan)
-    if StepMode.FORECAST in used:
-        cheap[StepMode.FORECAST] = _forecast_variant(plan)
+    history = len(anchors[0])
+    plan = _Rewrite(captured, sites, targets, factors, folded, history, outputs, latent, run_values)
+    cheap = _cheap_variants(plan, modes)
     slots = [slot for variant in cheap.values() for slot in variant.slots.values()]
     caches = _caches(plan, slots)
     variants = {StepMode.REFRESH: _refresh_variant(plan, caches), **cheap}
     read = {name for variant in variants.values() for name in variant.reads}
-    tables = {
-        **table_columns(ANCHOR_WEIGHT, anchors),
-        **table_columns(OUTPUT_WEIGHT, outputs or ()),
-    }
-    return VariantSet(
-        variants,
-        caches,
-        plan.history,
-        {name: table for name, table in tables.items() if name in read},
-        len(graph_outputs(captured.graph)),
-    )
+    anchor_columns = table_columns(ANCHOR_WEIGHT, anchors)
+    columns = {**anchor_columns, **table_columns(OUTPUT_WEIGHT, outputs or ())}
+    tables = {name: column for name, column in columns.items() if name in read}
+    own = len(graph_outputs(captured.graph))
+    return VariantSet(variants, caches, plan.history, tables, own)
+
+
+def _cheap_variants(plan: _Rewrite, modes: Collection[StepMode]) -> dict[StepMode, Variant]:
+    """The variants that read kept values, each that is asked for."""
+    cheap: dict[StepMode, Variant] = {}
+    if StepMode.CALIBRATE in modes:
+        tapped = plan.exits if StepMode.REUSE in modes else []
+        cheap[StepMode.CALIBRATE] = _calibrate_variant(plan, tapped)
+    if StepMode.REUSE in modes:
+        cheap[StepMode.REUSE] = _reuse_variant(plan)
+    if StepMode.FORECAST in modes:
+        cheap[StepMode.FORECAST] = _forecast_variant(plan)
+    return cheap
 
 
 def _caches(plan: _Rewrite, slots: Iterable[CacheSlot]) -> tuple[CacheSpec, ...]:

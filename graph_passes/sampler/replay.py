@@ -13,7 +13,12 @@ from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.correct import fit_step, mix
 from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler
-from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels, recorded_next
+from calicache.graph_passes.sampler.update import (
+    SamplerSteps,
+    latent_channels,
+    recorded_next,
+    relative_errors,
+)
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.schedule import Table, anchor_table, output_table
 
@@ -176,11 +181,8 @@ def _answer(runs: Sequence[_CachedRun], step: int, latent: str) -> Answer | None
     return Answer(gain, max(0.0, total / moved - gain**2) ** 0.5)
 
 
-def _errors(run: _CachedRun, sampler: SamplerSteps) -> list[float]:
+def _errors(run: _CachedRun, sampler: SamplerSteps) -> tuple[float, ...]:
     last = len(sampler.weights) - 1
-    wanted = recorded_next(run.recorded, run.end, last, sampler.latent, sampler.parts).double()
+    wanted = recorded_next(run.recorded, run.end, last, sampler.latent, sampler.parts)
     assert run.x is not None
-    reached = run.x.double().chunk(sampler.parts)[0]
-    off = (reached - wanted).flatten(1).norm(dim=1)
-    error: list[float] = (off / wanted.flatten(1).norm(dim=1)).tolist()
-    return error
+    return relative_errors(run.x.chunk(sampler.parts)[0], wanted)

@@ -100,6 +100,14 @@ def recorded_next(run: Run, end: Tensor | None, step: int, latent: str, parts: i
     return following[:rows]
 
 
+def relative_errors(value: Tensor, exact: Tensor) -> tuple[float, ...]:
+    """Relative L2 error of every sample (B, ...), in float64."""
+    right = exact.double().flatten(1)
+    off = (value.double().flatten(1) - right).norm(dim=1)
+    errors: list[float] = (off / right.norm(dim=1)).tolist()
+    return tuple(errors)
+
+
 def find_sampler_steps(
     latent: str,
     runs: Sequence[Run],

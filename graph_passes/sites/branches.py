@@ -70,7 +70,29 @@ def find_branches(
     flow = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
     flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
-    joins = _find_joins(graph, classes, flow)
+    joins, rejections = _accept(_find_joins(graph, classes, flow), by_name, flow)
+    all_joins = frozenset(join.node.name for join in joins)
+    branches: list[ResidualBranch] = []
+    uses: Counter[str] = Counter()
+    for group in _overlapping(joins):
+        branch = _branch(group, all_joins, graph, classes)
+        linears = _linears(branch.nodes, by_name)
+        if not linears:
+            reason = "all its linear layers are also used outside it"
+            label = _label([group[0].node])
+            rejections.append(Rejection(label, group[0].node.name, reason))
+            continue
+        label = _label(linears)
+        uses[label] += 1
+        name = label if uses[label] == 1 else f"{label}@{uses[label] - 1}"
+        branches.append(replace(branch, name=name))
+    return branches, rejections
+
+
+def _accept(
+    joins: Sequence[_Join], by_name: Mapping[str, fx.Node], flow: nx.DiGraph
+) -> tuple[list[_Join], list[Rejection]]:
+    """The joins of branches with linear layers that are no chain of others; why not the rest."""
     # An add without a linear layer, as in an activation written by hand, hides no branch.
     bare = [join for join in joins if not _linears(join.inside, by_name)]
     rejections = [
@@ -87,22 +109,7 @@ def find_branches(
             rejections.append(Rejection(label, join.node.name, reason))
         else:
             accepted.append(join)
-    all_joins = frozenset(join.node.name for join in accepted)
-    branches: list[ResidualBranch] = []
-    uses: Counter[str] = Counter()
-    for group in _overlapping(accepted):
-        branch = _branch(group, all_joins, graph, classes)
-        linears = _linears(branch.nodes, by_name)
-        if not linears:
-            reason = "all its linear layers are also used outside it"
-            label = _label([group[0].node])
-            rejections.append(Rejection(label, group[0].node.name, reason))
-            continue
-        label = _label(linears)
-        uses[label] += 1
-        name = label if uses[label] == 1 else f"{label}@{uses[label] - 1}"
-        branches.append(replace(branch, name=name))
-    return branches, rejections
+    return accepted, rejections
 
 
 def _find_joins(

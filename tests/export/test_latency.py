@@ -208,6 +208,7 @@ def test_measured_table_survives_a_file(measured: Measured, tmp_path: Path) -> N
     assert LatencyTable.load(tmp_path / "latency.json") == measured.table
 
 
+@pytest.mark.slow
 def test_every_case_treats_its_group_alone(cases: Callable[..., list[Case]]) -> None:
     for case in cases():
         treated = {site for target in case.targets for site in target.sites}

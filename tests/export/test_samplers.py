@@ -157,6 +157,7 @@ def sampler(fast, finished) -> SamplerTables:
 # --- a recording with its results --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_guidance_scale_and_the_conditional_part_are_recovered(sampler: SamplerTables) -> None:
     assert (sampler.latent, sampler.parts, sampler.conditional) == ("hidden_states", 2, 0)
     # The scale is a quotient of two fitted weights, see RECORDED.
@@ -202,6 +203,7 @@ def test_result_of_another_shape_is_refused_with_both_shapes(dit, fast) -> None:
         read_sampler(fast, recording)
 
 
+@pytest.mark.slow
 def test_sampler_that_adds_noise_is_refused_with_the_step(dit) -> None:
     torch.manual_seed(3)
     with record(dit) as recording:
@@ -211,6 +213,7 @@ def test_sampler_that_adds_noise_is_refused_with_the_step(dit) -> None:
         read_sampler(compiled(dit, recording), recording)
 
 
+@pytest.mark.slow
 def test_model_whose_outputs_are_zero_is_refused(dit) -> None:
     model = copy.deepcopy(dit)
     model.final_proj.weight.zero_()  # as untrained adaLN-Zero models are
@@ -221,6 +224,7 @@ def test_model_whose_outputs_are_zero_is_refused(dit) -> None:
         read_sampler(compiled(model, recording), recording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditional", [0, 1, None])
 def test_conditional_part_may_come_second_or_guidance_be_absent(conditional, dit) -> None:
     with record(dit) as recording:
@@ -236,6 +240,7 @@ def test_conditional_part_may_come_second_or_guidance_be_absent(conditional, dit
     assert_walks(tables, draw(1, 2, 1, 28, 28), recording, dit, end, 1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_that_changes_over_the_steps_has_no_scale_but_shares(dit) -> None:
     scales = [1.0, 3.0, 3.0, 1.0]
     with record(dit) as recording:
@@ -252,6 +257,7 @@ def test_guidance_that_changes_over_the_steps_has_no_scale_but_shares(dit) -> No
 # --- a recording and its scheduler -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "conditional"),
     [*((name, 0) for name in SOLVERS), ("euler", None), ("dpm 2m", None)],

@@ -27,14 +27,13 @@ MODELS = (
     "CogVideoXTransformer3DModel",  # 2-D and 3-D patches beside text in one sequence
     "StableAudioDiTModel",  # one dimension, global tokens before the sequence, GQA
 )
-# Exporting is most of the time: what each of them needs of the lowerings is in their own tests too.
+# Exporting is most of the time: what each of them needs of the lowerings is in their own tests too,
+# Flux as a pipeline in tests/graph_passes/recording/test_step_calls.py.
 EXPORTED = (
     "DiTTransformer2DModel",
-    "FluxTransformer2DModel",
     "SanaTransformer2DModel",
     "QwenImageTransformer2DModel",
     "HunyuanVideoTransformer3DModel",
-    "StableAudioDiTModel",
 )
 
 

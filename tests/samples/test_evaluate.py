@@ -75,6 +75,7 @@ def test_distance_is_the_mean_over_images() -> None:
     assert measured.psnr == pytest.approx(float(np.mean(10 * np.log10(4 / squares))), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not DEBIAN_FOLDER.exists(), reason="Debian's dataset-fashion-mnist is not installed"
 )

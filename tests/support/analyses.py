@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from support.models import modes, shake
@@ -13,7 +15,7 @@ from calicache.graph_passes import Recording, StepMode, record
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import Statistics
-from calicache.graph_passes.recording.binding import bind
+from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.sites.analysis import Analysis, analyse
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
@@ -21,9 +23,37 @@ from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 PAPER = modes("RCCRCC")  # as the paper's own, with an interval of 3
 
 
+_known: WeakKeyDictionary[nn.Module, list[tuple[object, Analysis]]] = WeakKeyDictionary()
+
+
+def analyse_once(
+    model: nn.Module,
+    binding: Binding,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Analysis:
+    """`analyse`, done once for a model in the process of a test: it is most of what a plan takes.
+
+    A model that was changed or moved meanwhile is another one. What else a recording tells, such
+    as its timesteps, no graph depends on.
+    """
+    if any(part.training for part in model.modules()):
+        return analyse(model, binding, include, exclude)
+    place = {(value.device, value.dtype) for value in model.parameters()}
+    own = (id(vars(model).get("forward")), place, tuple(include), tuple(exclude))
+    form = (binding.signature, binding.dependence, binding.reads, binding.run_values)
+    key = (*own, *form, binding.weights_hash)
+    known = _known.setdefault(model, [])
+    for other, analysis in known:
+        if other == key:
+            return replace(analysis, binding=binding)
+    known.append((key, analyse(model, binding, include, exclude)))
+    return known[-1][1]
+
+
 def analysis_of(model: nn.Module, recording: Recording, exclude: Collection[str] = ()) -> Analysis:
     """What a model is for the calls of a recording."""
-    return analyse(model, bind(model, recording), exclude=tuple(exclude))
+    return analyse_once(model, bind(model, recording), exclude=tuple(exclude))
 
 
 def noise_analysis(model: nn.Module) -> Analysis:

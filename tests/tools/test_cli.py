@@ -16,6 +16,7 @@ from calicache.tools.cli import app
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_installed_command_lists_every_subcommand() -> None:
     command = str(Path(sys.executable).parent / "calicache")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)

@@ -34,7 +34,7 @@ def measure_compile(
     meter = Meter(1 + settings.repeats, on_progress)
     meter.stage("record")
     with own_process() as process:
-        process.submit(_record, settings).result()
+        process.submit(record_run, settings).result()
     meter.add()
     runs: list[Mapping[str, Any]] = []
     for repeat in range(settings.repeats):
@@ -53,11 +53,6 @@ def measure_compile(
             for kind in ("seconds", "cpu_seconds")
         },
     }
-
-
-def _record(settings: BenchSettings) -> None:
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    record_run(settings)
 
 
 def _compile(settings: BenchSettings) -> dict[str, Any]:
@@ -91,10 +86,9 @@ def _compile(settings: BenchSettings) -> dict[str, Any]:
     for layout in (Layout.STEP, Layout.PAIR):
         folder = settings.folder / f"{layout.value}.onnx.d"
         timed(layout.value, partial(export_onnx, fast, folder, layout=layout))
-    weights = sum(value.nbytes for value in module.parameters())
     return {
         "model": model.name,
-        "weight_bytes": weights,
+        "weight_bytes": sum(value.nbytes for value in module.parameters()),
         "peak_bytes": peak(),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,

@@ -78,18 +78,15 @@ def find_model(name: str) -> BenchModel:
     if name in MODELS:
         return MODELS[name]()
     try:
-        result = call_in_file(name)
-        got = f"{name!r}, which returns {type(result).__name__}"
+        model: BenchModel = call_in_file(name, "a BenchModel", lambda r: isinstance(r, BenchModel))
     except ModelError as error:
-        result, got = None, f"{name!r}: {error.got}"
-    if isinstance(result, BenchModel):
-        return result
-    raise BenchError(
-        "model",
-        expected=f"{' | '.join(MODELS)}, or FILE.py:FUNCTION that returns a BenchModel",
-        got=got,
-        fix="Choose one of these.",
-    )
+        raise BenchError(
+            "model",
+            expected=f"{' | '.join(MODELS)}, or FILE.py:FUNCTION that returns a BenchModel",
+            got=f"{name!r}: {error.got}",
+            fix="Choose one of these.",
+        ) from error
+    return model
 
 
 def _dit(name: str, heads: int, head_width: int, layers: int) -> BenchModel:

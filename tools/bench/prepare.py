@@ -1,16 +1,12 @@
-"""What `calicache bench` measures on: plans and artifacts, and what making them takes."""
+"""What `calicache bench` measures on, plans and artifacts, and processes to measure in."""
 
 from __future__ import annotations
 
 import multiprocessing
 import resource
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from calicache.export import Layout, export_onnx, read_sampler
 from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
@@ -18,22 +14,24 @@ from calicache.tools.bench.models import find_model
 from calicache.tools.bench.rows import SEED, BenchSettings, plan_folder
 
 RECORDING = "recording.safetensors"
-LAYOUTS = (Layout.STEP, Layout.PAIR, Layout.SAMPLER)
 
 
-def record_run(settings: BenchSettings) -> tuple[nn.Module, Recording]:
-    """A run of the model, saved in the folder as well."""
+def record_run(settings: BenchSettings) -> None:
+    """Record a run of the model, into the folder."""
+    settings.folder.mkdir(parents=True, exist_ok=True)
     model = find_model(settings.model)
     module = model.build()
     with record(module) as recording:
         recording.finish(model.sample(module, model.draw(SEED + 1), settings.steps))
     recording.save(settings.folder / RECORDING)
-    return module, recording
 
 
-def _plan(settings: BenchSettings) -> dict[str, Any]:
-    """Record a run, plan for it, and save both; what that took does not count."""
-    model, (module, recording) = find_model(settings.model), record_run(settings)
+def make_artifacts(settings: BenchSettings) -> int:
+    """Record, plan, optimise and export for every row; returns the bytes of the weights."""
+    record_run(settings)
+    recording = Recording.load(settings.folder / RECORDING)
+    model = find_model(settings.model)
+    module = model.build()
     steps, interval = settings.steps, settings.interval
     modes = {
         "plain": uniform_schedule(steps, 1),
@@ -50,45 +48,12 @@ def _plan(settings: BenchSettings) -> dict[str, Any]:
             correct=False,
         )
         plan.save(plan_folder(settings.folder / name))
-    return {}
-
-
-def _export(settings: BenchSettings) -> dict[str, Any]:
-    """Optimise and export what was planned; returns what that took for CALIBRATE."""
-    module = find_model(settings.model).build()
-    recording = Recording.load(settings.folder / RECORDING)
-    for name in ("plain", "reuse"):
-        plan = Plan.load(plan_folder(settings.folder / name))
-        export_onnx(optimize(module, plan), settings.folder / name)
-    plan = Plan.load(plan_folder(settings.folder / "step"))
-    start = time.perf_counter()
-    fast = optimize(module, plan)
-    seconds = {"optimize": time.perf_counter() - start}
-    for layout in LAYOUTS:
-        sampler = read_sampler(fast, recording) if layout is Layout.SAMPLER else None
-        start = time.perf_counter()
-        export_onnx(fast, settings.folder / layout.value, layout=layout, sampler=sampler)
-        seconds[layout.value] = time.perf_counter() - start
-    return {"export_seconds": seconds}
-
-
-def _memory(settings: BenchSettings) -> dict[str, int]:
-    """Memory that optimising and exporting add to a process that has loaded the model alone."""
-    module = find_model(settings.model).build()
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    peak = peak_memory()
-    plan = Plan.load(plan_folder(settings.folder / "step"))
-    export_onnx(optimize(module, plan), settings.folder / "step")
-    return {"weight_bytes": weights, "export_peak_bytes": peak()}
-
-
-def prepare(settings: BenchSettings) -> dict[str, Any]:
-    """Plans and artifacts, each made in a process of its own; returns what they took."""
-    costs: dict[str, Any] = {}
-    for task in (_plan, _export, _memory):
-        with own_process() as process:
-            costs |= process.submit(task, settings).result()
-    return costs
+        fast = optimize(module, plan)
+        export_onnx(fast, settings.folder / name)
+    export_onnx(fast, settings.folder / "pair", layout=Layout.PAIR)  # of the last: CALIBRATE
+    sampler = read_sampler(fast, recording)
+    export_onnx(fast, settings.folder / "sampler", layout=Layout.SAMPLER, sampler=sampler)
+    return sum(value.nbytes for value in module.parameters())
 
 
 def own_process() -> ProcessPoolExecutor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
@@ -11,11 +10,16 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from calicache.export import Manifest, Session, read_manifest
+from calicache.export import Session, read_manifest
 from calicache.graph_passes.common.errors import BenchError, reason_of
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.tools.bench.models import find_model
-from calicache.tools.bench.prepare import available_memory, own_process, peak_memory, prepare
+from calicache.tools.bench.prepare import (
+    available_memory,
+    make_artifacts,
+    own_process,
+    peak_memory,
+)
 from calicache.tools.bench.rows import (
     BenchRow,
     BenchSettings,
@@ -67,15 +71,16 @@ def run_bench(settings: BenchSettings, on_progress: OnProgress | None = None) ->
     model, rows = find_model(settings.model), chosen_rows(settings)
     meter = Meter(len(rows) * (1 + settings.repeats) + len(PROFILED), on_progress)
     meter.stage("plan, optimise and export")
-    costs = prepare(settings)
-    timings = _measure(settings, rows, costs["weight_bytes"], meter)
+    with own_process() as process:
+        weight_bytes = process.submit(make_artifacts, settings).result()
+    timings = _measure(settings, rows, weight_bytes, meter)
     meter.stage("profile operators")
     folders = {name: settings.folder / name for name in PROFILED}
     profiles = {
         name: operator_times(BenchTask(model, settings, folder)) for name, folder in folders.items()
     }
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
-    plain, calibrate = manifests["plain"], manifests["step"]
+    calibrate = manifests["step"]
     return {
         "model": model.name,
         "width": model.width,
@@ -85,11 +90,8 @@ def run_bench(settings: BenchSettings, on_progress: OnProgress | None = None) ->
         "steps": settings.steps,
         "repeats": settings.repeats,
         "provider": settings.provider,
-        "plain_macs": plain.plain_macs,
-        "mode_macs": {record.mode.name: record.macs for record in calibrate.modes},
         "cache_bytes": calibrate.cache_bytes,
-        "cache_values_per_channel": _cache_values(calibrate, model.width),
-        **costs,
+        "weight_bytes": weight_bytes,
         "files": {
             name: sum(record.size for record in manifest.files)
             for name, manifest in manifests.items()
@@ -126,6 +128,7 @@ def _measure_group(settings: BenchSettings, rows: Sequence[BenchRow], meter: Met
     """Run every row `repeats` times in turn, so that a change of the machine meets all of them."""
     processes: dict[str, ProcessPoolExecutor] = {}
     loaded: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     refused: dict[str, str] = {}
     runs: dict[str, list[list[float]]] = {row.name: [] for row in rows}
     with ExitStack() as stack:
@@ -140,9 +143,9 @@ def _measure_group(settings: BenchSettings, rows: Sequence[BenchRow], meter: Met
         for repeat in range(settings.repeats):
             for name in loaded:
                 meter.stage(f"run {repeat + 1} of {settings.repeats}: {name}")
-                runs[name].append(_ask(processes[name], _run))
+                seconds, peaks[name] = _ask(processes[name])
+                runs[name].append(seconds)
                 meter.add()
-        peaks = {name: _ask(processes[name], _peak) for name in loaded}
     first = rows[0].name
     plain_seconds = _median_run(runs[first]) if first in loaded else 0.0
     return [
@@ -201,26 +204,15 @@ def _load(settings: BenchSettings, name: str) -> float:
     return time.perf_counter() - start
 
 
-def _run() -> list[float]:
-    return _loaded[0].measure()
+def _run() -> tuple[list[float], int]:
+    """Seconds of one run by step, and the most memory that was added until its end."""
+    return _loaded[0].measure(), _loaded[0].peak()
 
 
-def _peak() -> int:
-    return _loaded[0].peak()
-
-
-def _ask(process: ProcessPoolExecutor, question: Callable[[], Any]) -> Any:
+def _ask(process: ProcessPoolExecutor) -> tuple[list[float], int]:
     try:
-        return process.submit(question).result()
+        return process.submit(_run).result()
     except BrokenProcessPool as error:
         raise BenchError(
             "row", expected="an answer", got="a process that died", fix="Free some memory."
         ) from error
-
-
-def _cache_values(manifest: Manifest, width: int) -> float:
-    """Kept values per token and block, in multiples of the width; a block has two branches."""
-    shapes = [cache.shape for cache in manifest.caches]
-    tokens = max(math.prod(shape[:-1]) for shape in shapes)
-    kept = manifest.cache_bytes / manifest.caches[0].torch_dtype.itemsize
-    return 2 * kept / (len(manifest.branches) * tokens * width)

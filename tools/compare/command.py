@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from calicache.graph_passes.common.errors import CompareError, ModelError
+from calicache.graph_passes.common.errors import CompareError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.compare.comparison import Comparison, compare
-from calicache.tools.compare.pictures import Decoder, ImageGrid, check_grid, picture_kind, save_grid
+from calicache.tools.compare.pictures import ImageGrid, check_grid, picture_kind, save_grid
 from calicache.tools.compare.view import comparison_json, describe_comparison
 from calicache.tools.terminal.model_file import call_in_file
 from calicache.tools.terminal.options import CPU, Json, Provider, Runs, show
@@ -41,7 +41,7 @@ def compare_command(
     Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid compare.png
     """
     recorded = Recording.load(recording)
-    decode = None if decoder is None else _load_decoder(decoder)
+    decode = call_in_file(decoder, "a decoder of latents", callable) if decoder else None
     first = next((end for end in recorded.ends if end is not None), None)
     if grid is not None and first is not None:  # before anything is run
         channels = first.shape[1] if first.ndim > 1 else 0
@@ -60,18 +60,6 @@ def compare_command(
         typer.echo(comparison_json(comparison, drawn))
     else:
         show(describe_comparison(comparison, drawn))
-
-
-def _load_decoder(spec: str) -> Decoder:
-    decoder: Any = call_in_file(spec)
-    if not callable(decoder):
-        raise ModelError(
-            spec,
-            expected="a function that returns a decoder, which is called with latents",
-            got=f"{type(decoder).__name__} {decoder!r:.60}",
-            fix="Let it `return decode`.",
-        )
-    return decoder  # type: ignore[no-any-return]
 
 
 def _draw(comparison: Comparison, path: Path) -> ImageGrid:

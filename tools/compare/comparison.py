@@ -16,6 +16,7 @@ from calicache.export.session.session import Session
 from calicache.graph_passes.common.environment import Environment, environment
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.sampler.update import relative_errors
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import ErrorSummary
 from calicache.tools.compare.pictures import (
@@ -28,10 +29,10 @@ from calicache.tools.compare.pictures import (
     measure_pictures,
     picture_kind,
 )
-from calicache.tools.compare.recorded_runs import matching_runs
+from calicache.tools.compare.recorded_runs import RecordedRun, matching_runs
 from calicache.tools.compare.side_by_side import (
+    Classes,
     SideBySide,
-    relative_errors,
     run_steps,
     run_whole,
     warm_up,
@@ -154,24 +155,25 @@ def compare(
         CalicacheError: the artifact is damaged, or refuses an input.
     """
     session = Session(path, provider=provider)
-    manifest = session.manifest
-    recorded = matching_runs(manifest, recording, runs)
+    recorded = matching_runs(session.manifest, recording, runs)
     if not isinstance(picture_kind(recorded[0].end.shape, decoder), NoPictures):
         measure_functions()  # before anything is run
-    whole = manifest.layout is Layout.SAMPLER
-    pieces = 1 if whole else 2 * len(manifest.schedule)
-    meter = Meter(pieces * len(recorded), on_progress)
+    beside = _run_beside(session, recorded, recording.dependence, on_progress)
+    return _summary(session.manifest, provider, beside, decoder)
+
+
+def _run_beside(
+    session: Session, runs: Sequence[RecordedRun], classes: Classes, on_progress: OnProgress | None
+) -> list[SideBySide]:
+    """Every recorded run beside the artifact's own."""
+    whole = session.manifest.layout is Layout.SAMPLER
+    pieces = 1 if whole else 2 * len(session.manifest.schedule)
+    meter = Meter(pieces * len(runs), on_progress)
     meter.stage("run full and optimised")
-    # The first call of everything takes longer than all others.
-    if not whole:
-        warm_up(session, recorded[0])
-    beside = [
-        run_whole(session, run, meter)
-        if whole
-        else run_steps(session, run, recording.dependence, meter)
-        for run in recorded
-    ]
-    return _summary(manifest, provider, beside, decoder)
+    if whole:
+        return [run_whole(session, run, meter) for run in runs]
+    warm_up(session, runs[0])  # the first call of everything takes longer than all others
+    return [run_steps(session, run, classes, meter) for run in runs]
 
 
 def _summary(

@@ -22,6 +22,7 @@ from calicache.graph_passes.sampler.update import (
     find_sampler_steps,
     latent_channels,
     recorded_next,
+    relative_errors,
 )
 from calicache.tools.compare.recorded_runs import RecordedRun
 
@@ -178,14 +179,6 @@ def run_whole(session: Session, run: RecordedRun, meter: Meter) -> SideBySide:
     spent = time.perf_counter() - begun
     meter.add()
     return SideBySide(end, cached, None, None, (spent,))
-
-
-def relative_errors(value: Tensor, exact: Tensor) -> tuple[float, ...]:
-    """Relative L2 error of every sample (B, ...)."""
-    right = exact.double().flatten(1)
-    off = (value.double().flatten(1) - right).norm(dim=1)
-    errors: list[float] = (off / right.norm(dim=1)).tolist()
-    return tuple(errors)
 
 
 def _call(session: Session, step: int, calls: Run) -> tuple[Tensor, float]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.graph.tap import Tap
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.sampler.kept import Kept, run_step
@@ -128,20 +128,6 @@ def _run_cached(
         sums.add(_RESULT, 0, x.chunk(sampler.parts)[0], end)
 
 
-class _Tap(fx.Interpreter):
-    def __init__(
-        self, module: fx.GraphModule, names: Collection[str], values: dict[str, Tensor]
-    ) -> None:
-        super().__init__(module)
-        self.names, self.values = names, values
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.names:
-            self.values[n.name] = value
-        return value
-
-
 def _run_tapped(
     names: Collection[str],
     values: dict[str, Tensor],
@@ -150,7 +136,7 @@ def _run_tapped(
 ) -> Sequence[Tensor]:
     """What a graph returns; the values of some of its nodes are put into a dict."""
     with torch.no_grad():
-        results: Sequence[Tensor] = _Tap(module, names, values).run(*tensors)
+        results: Sequence[Tensor] = Tap(module, names, values.__setitem__).run(*tensors)
     return results
 
 

@@ -50,11 +50,9 @@ def comparison_json(comparison: Comparison, grid: ImageGrid | None = None) -> st
 
 def _facts(comparison: Comparison, grid: ImageGrid | None) -> Table:
     error = f"mean {comparison.final.mean:.3g}, worst {comparison.final.worst:.3g}"
+    runs = f"{comparison.runs}, {comparison.samples} samples"
     facts = [
-        (
-            "runs",
-            f"{comparison.runs}, {comparison.samples} samples, {count_modes(comparison.schedule)}",
-        ),
+        ("runs", f"{runs}, {count_modes(comparison.schedule)}"),
         ("artifact", f"layout {comparison.layout}, {comparison.provider}"),
         ("MACs", f"{comparison.macs_share:.3f} of the full run"),
         ("time", _time_in_words(comparison)),
@@ -116,16 +114,9 @@ def _mode_table(comparison: Comparison) -> Table:
 
 
 def _total_table(comparison: Comparison) -> Table:
-    full = comparison.full_seconds
-    runs = {
-        "full, ONNX Runtime": full,
-        "optimised, ONNX Runtime": comparison.cached_seconds,
-    }
-    rows = (
-        (name, _milliseconds(seconds), _share(seconds, full))
-        for name, seconds in runs.items()
-        if seconds is not None
-    )
+    full, cached = comparison.full_seconds, comparison.cached_seconds
+    rows = [("full, ONNX Runtime", _milliseconds(full), _share(full, full))] if full else []
+    rows.append(("optimised, ONNX Runtime", _milliseconds(cached), _share(cached, full)))
     return plain_table(("model",), ("ms a run", "of full"), rows)
 
 

@@ -10,12 +10,12 @@ import typer
 from calicache.export.artifact.manifest import Manifest
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.errors import SubjectError
-from calicache.tools.diff.difference import Difference, difference_json
+from calicache.tools.diff.difference import Difference
 from calicache.tools.diff.subjects import diff_artifacts, diff_plans
 from calicache.tools.diff.view import describe_difference
 from calicache.tools.inspect.artifact import artifact_facts
 from calicache.tools.inspect.plan import plan_facts
-from calicache.tools.terminal.options import Json, show
+from calicache.tools.terminal.options import Json, show_value
 from calicache.tools.terminal.subject import kind_in_words, read_subject
 
 DIFFERENT = 3  # exit code; 1 is for what is refused
@@ -33,10 +33,7 @@ def diff(
     Exit codes: 0 where they are equal, 3 where they differ, 1 for what cannot be compared.
     """
     difference = diff_subjects(a, b)
-    if json:
-        typer.echo(difference_json(difference))
-    else:
-        show(describe_difference(difference))
+    show_value(difference, describe_difference, json=json)
     if not difference.equal:
         raise typer.Exit(DIFFERENT)
 

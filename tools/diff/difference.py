@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal, TypeVar
 
-from pydantic import TypeAdapter, computed_field
+from pydantic import computed_field
 
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.inspect.facts import Mode, ScheduleFacts
@@ -127,18 +127,9 @@ class Difference:
         return not any((*changes, self.layers, self.costs, self.structure))
 
 
-def difference_json(difference: Difference) -> str:
-    """A difference as JSON: the attributes of `Difference`, `equal` among them."""
-    return _ADAPTER.dump_json(difference, indent=2).decode()
-
-
-_ADAPTER = TypeAdapter(Difference)
-
-
 def diff_schedules(a: ScheduleFacts, b: ScheduleFacts) -> ScheduleDifference:
     """The steps that have another mode."""
-    pairs: zip_longest[tuple[StepMode | None, StepMode | None]]
-    pairs = zip_longest(a.modes, b.modes)
+    pairs: Iterator[tuple[StepMode | None, StepMode | None]] = zip_longest(a.modes, b.modes)
     steps = (StepChange(k, x, y) for k, (x, y) in enumerate(pairs) if x != y)
     return ScheduleDifference(a, b, tuple(steps))
 

@@ -30,8 +30,11 @@ _ELSEWHERE: tuple[str, ...] = (
     "output_weights",
     "files",
     "cache_bytes",
+    "plain_macs",
+    "modes",
+    "targets",
+    "front",
 )
-_ELSEWHERE += ("plain_macs", "modes", "targets", "front")
 
 
 def diff_plans(a: PlanFacts, b: PlanFacts) -> Difference:

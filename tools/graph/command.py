@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter
 
 from calicache.export.artifact.folder import read_manifest
 from calicache.export.artifact.graph_file import read_graphs
@@ -19,6 +18,7 @@ from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.graph.draw import mermaid_text, svg_text
 from calicache.tools.graph.text import block_text, folded_text
 from calicache.tools.terminal.options import check_output
+from calicache.tools.terminal.text import json_text
 
 
 class GraphFormat(StrEnum):
@@ -91,7 +91,7 @@ def view_text(
     if form is GraphFormat.MERMAID:
         return mermaid_text(view)
     if form is GraphFormat.JSON:
-        return TypeAdapter(type(view)).dump_json(view, indent=2).decode() + "\n"
+        return json_text(view) + "\n"
     return block_text(view) if isinstance(view, BlockView) else folded_text(view)
 
 

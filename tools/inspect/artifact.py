@@ -20,7 +20,7 @@ from calicache.export.artifact.manifest import (
     ModeRecord,
     TargetRecord,
 )
-from calicache.graph_passes.rewriting.insertion import slot_name
+from calicache.export.artifact.validity import cache_slots
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.tools.inspect.facts import (
     Caution,
@@ -28,7 +28,6 @@ from calicache.tools.inspect.facts import (
     ScheduleFacts,
     schedule_cautions,
     schedule_facts,
-    some_names,
 )
 from calicache.tools.inspect.layers import LayerFacts, fold_layers, layer_facts
 from calicache.tools.terminal.front import front_lines
@@ -38,6 +37,7 @@ from calicache.tools.terminal.text import (
     format_count,
     plain_table,
     schedule_strip,
+    some_names,
     some_of,
     title,
 )
@@ -117,11 +117,7 @@ def _mode_facts(manifest: Manifest, record: ModeRecord) -> ModeFacts:
     sizes = {
         cache.name: cache.torch_dtype.itemsize * math.prod(cache.shape) for cache in manifest.caches
     }
-    slots = {
-        slot_name(name, back): size
-        for name, size in sizes.items()
-        for back in range(manifest.history)
-    }
+    slots = {slot: sizes[name] for name, own in cache_slots(manifest).items() for slot in own}
     return ModeFacts(
         mode=record.mode,
         steps=manifest.schedule.count(record.mode),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -16,14 +14,13 @@ from calicache.graph_passes.api.plan import Plan
 from calicache.tools.inspect.artifact import ArtifactFacts, artifact_facts, describe_artifact
 from calicache.tools.inspect.plan import PlanFacts, describe_plan, plan_facts
 from calicache.tools.inspect.recording import RecordingFacts, describe_recording, recording_facts
-from calicache.tools.terminal.options import Json, show
+from calicache.tools.terminal.options import Json, show_value
 from calicache.tools.terminal.subject import read_subject
 from calicache.tools.terminal.text import title
 
 WARNINGS = 2  # exit code; 1 is for what is refused
 
 Facts = PlanFacts | ArtifactFacts | RecordingFacts
-_FACTS: TypeAdapter[Facts] = TypeAdapter(Facts)
 
 
 def inspect(
@@ -43,10 +40,7 @@ def inspect(
     Exit codes: 1 for what is refused; with --strict 2 where there are warnings.
     """
     facts = inspect_subject(path)
-    if json:
-        typer.echo(facts_json(facts))
-    else:
-        show(describe_facts(facts))
+    show_value(facts, describe_facts, json=json)
     if strict and facts.warnings:
         raise typer.Exit(WARNINGS)
 
@@ -58,7 +52,7 @@ def inspect_subject(path: Path | str) -> Facts:
         path: a folder or a file.
 
     Returns:
-        One dataclass a kind; its field `kind` says which.
+        One dataclass a kind; its field `kind` says which, in JSON too.
 
     Raises:
         SubjectError: the path is none of the three.
@@ -72,28 +66,14 @@ def inspect_subject(path: Path | str) -> Facts:
     return recording_facts(place, subject)
 
 
-def facts_json(facts: Facts) -> str:
-    """Facts as JSON.
-
-    The keys are the attributes of the dataclass that `kind` names: `PlanFacts`, `ArtifactFacts`
-    or `RecordingFacts`. Modes are their names; numbers that are not finite are null.
-    """
-    return _FACTS.dump_json(facts, indent=2).decode()
-
-
 def describe_facts(facts: Facts) -> RenderableType:
     """Everything `calicache inspect` prints, top to bottom."""
-    return Group(*_parts(facts))
-
-
-def _parts(facts: Facts) -> Iterator[RenderableType]:
     if isinstance(facts, PlanFacts):
-        yield from describe_plan(facts)
+        parts = describe_plan(facts)
     elif isinstance(facts, ArtifactFacts):
-        yield from describe_artifact(facts)
+        parts = describe_artifact(facts)
     else:
-        yield from describe_recording(facts)
-    if facts.warnings:
-        yield title("Warnings")
-    for caution in facts.warnings:
-        yield Text(f"- {caution.text}", style="yellow")
+        parts = describe_recording(facts)
+    heading = [title("Warnings")] if facts.warnings else []
+    warnings = (Text(f"- {caution.text}", style="yellow") for caution in facts.warnings)
+    return Group(*parts, *heading, *warnings)

@@ -19,7 +19,6 @@ Mode = Annotated[StepMode, PlainSerializer(lambda mode: mode.name, return_type=s
 Class = Annotated[Dependence, PlainSerializer(lambda kind: kind.name.lower(), return_type=str)]
 
 NOT_ASKED = "not asked for"
-_MOST_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +101,3 @@ def schedule_cautions(
         )
     if correction not in (FITTED, NOT_ASKED):
         yield Caution("output-weights", f"There are no fitted output weights: {correction}.")
-
-
-def some_names(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -28,7 +28,6 @@ from calicache.tools.inspect.facts import (
     input_facts,
     schedule_cautions,
     schedule_facts,
-    some_names,
 )
 from calicache.tools.terminal.front import front_lines
 from calicache.tools.terminal.text import (
@@ -38,6 +37,7 @@ from calicache.tools.terminal.text import (
     format_count,
     plain_table,
     schedule_strip,
+    some_names,
     some_of,
     title,
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter
 
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.plan_file import PLAN_FILE
@@ -18,7 +17,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.terminal.front import describe_front, describe_point
 from calicache.tools.terminal.model_file import load_model
-from calicache.tools.terminal.options import Json, Model, Output, check_output, show
+from calicache.tools.terminal.options import Json, Model, Output, check_output, show, show_value
 from calicache.tools.terminal.progress import progress_shown
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -101,11 +100,7 @@ def show_front(plan: PlanFolder, json: Json = False) -> None:
 
     Example: calicache plan show out/plan
     """
-    front = _front_of(Plan.load(plan), plan)
-    if json:
-        typer.echo(TypeAdapter(Front).dump_json(front, indent=2).decode())
-    else:
-        show(describe_front(front))
+    show_value(_front_of(Plan.load(plan), plan), describe_front, json=json)
 
 
 @plan_app.command()

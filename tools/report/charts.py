@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calicache.graph_passes.settings.choices import StepMode
@@ -26,6 +26,8 @@ COLOURS = {
 _FAINTEST = 1e-8  # below this an error is rounding
 _MOST_OPERATORS = 8
 _ROW, _AROUND = 22, 140  # pixels
+
+_LOGARITHMS = {"type": "log", "exponentformat": "power"}  # of an axis
 
 Chart = dict[str, Any]
 
@@ -78,8 +80,7 @@ def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> 
         for mode, steps in places.items()
         if steps
     ]
-    layout = _layout("step", "MACs, share of the plain step", barmode="overlay", height=260)
-    return _chart(bars, layout)
+    return _chart(bars, "step", "MACs, share of the plain step", barmode="overlay", height=260)
 
 
 def site_error_chart(errors: SiteErrors) -> Chart:
@@ -109,10 +110,8 @@ def site_error_chart(errors: SiteErrors) -> Chart:
         "colorscale": "Viridis",
         "colorbar": {"tickvals": ticks, "ticktext": [f"1e{tick}" for tick in ticks]},
     }
-    layout = _layout("step", "")
-    layout["yaxis"] |= {"autorange": "reversed", "automargin": True}
-    layout["height"] = _AROUND + _ROW * len(errors.sites)
-    return _chart([heat], layout)
+    axis = {"autorange": "reversed", "automargin": True}
+    return _chart([heat], "step", "", axis, height=_AROUND + _ROW * len(errors.sites))
 
 
 def step_error_chart(comparison: Comparison) -> Chart:
@@ -132,7 +131,7 @@ def step_error_chart(comparison: Comparison) -> Chart:
         )
         for name, field, dash in (("mean", "mean", "solid"), ("worst sample", "worst", "dot"))
     ]
-    return _chart(lines, _layout("step", "relative error of the latent", log=True))
+    return _chart(lines, "step", "relative error of the latent", _LOGARITHMS)
 
 
 def time_chart(comparison: Comparison) -> Chart:
@@ -158,7 +157,7 @@ def time_chart(comparison: Comparison) -> Chart:
         mode="lines",
         line={"color": "#888"},
     )
-    return _chart([bars, line], _layout("step", "ms"))
+    return _chart([bars, line], "step", "ms")
 
 
 def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
@@ -182,9 +181,7 @@ def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
         )
         for name, by_mode in spent.items()
     ]
-    layout = _layout("ms of one step", "", barmode="stack")
-    layout["yaxis"]["automargin"] = True
-    return _chart(bars, layout)
+    return _chart(bars, "ms of one step", "", {"automargin": True}, barmode="stack")
 
 
 def cost_chart(facts: ArtifactFacts) -> Chart:
@@ -193,7 +190,7 @@ def cost_chart(facts: ArtifactFacts) -> Chart:
     macs = [facts.manifest.plain_macs, *(mode.macs for mode in facts.modes)]
     colours = ["#888", *(COLOURS[mode.mode] for mode in facts.modes)]
     bar = _trace("bar", "MACs", names, macs, "%{x}<br>%{y:.3s} MACs", marker={"color": colours})
-    return _chart([bar], _layout("", "MACs of one call"))
+    return _chart([bar], "", "MACs of one call")
 
 
 def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
@@ -210,7 +207,7 @@ def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
         )
         for curve in curves
     ]
-    return _chart(lines, _layout("rank", "share of the energy left out", log=True))
+    return _chart(lines, "rank", "share of the energy left out", _LOGARITHMS)
 
 
 def front_chart(front: Front) -> Chart:
@@ -232,7 +229,7 @@ def front_chart(front: Front) -> Chart:
         marker={"size": [16 if point is chosen else 9 for point in points]},
         text=[f"point {k}: {point.label}" for k, point in enumerate(points)],
     )
-    return _chart([dots], _layout(f"cost, share of the full run ({front.unit})", "error", log=True))
+    return _chart([dots], f"cost, share of the full run ({front.unit})", "error", _LOGARITHMS)
 
 
 def _trace(
@@ -243,13 +240,13 @@ def _trace(
     return {"type": kind, "name": name, "x": x, "y": y, "hovertemplate": hover, **more}
 
 
-def _layout(x: str, y: str, *, log: bool = False, **more: Any) -> dict[str, Any]:
-    axis: dict[str, Any] = {"title": {"text": y}}
-    if log:
-        axis |= {"type": "log", "exponentformat": "power"}
-    return {
+def _chart(
+    data: Sequence[Chart], x: str, y: str, axis: Mapping[str, Any] | None = None, **more: Any
+) -> Chart:
+    """A chart of traces; `axis` is what is said of that of y, `more` of the layout."""
+    layout = {
         "xaxis": {"title": {"text": x}},
-        "yaxis": axis,
+        "yaxis": {"title": {"text": y}, **(axis or {})},
         "margin": {"l": 70, "r": 20, "t": 20, "b": 50},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -257,9 +254,6 @@ def _layout(x: str, y: str, *, log: bool = False, **more: Any) -> dict[str, Any]
         "legend": {"orientation": "h", "y": -0.25},
         **more,
     }
-
-
-def _chart(data: Sequence[Chart], layout: dict[str, Any]) -> Chart:
     chart = {"data": list(data), "layout": layout}
     json.dumps(chart, allow_nan=False)  # what no browser could read is a defect here
     return chart

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from calicache.tools.compare.operators import OperatorTime, profile
 from calicache.tools.compare.site_errors import SiteErrors, site_errors
 from calicache.tools.inspect.artifact import ArtifactFacts
 from calicache.tools.inspect.command import inspect_subject
+from calicache.tools.inspect.layers import Target
 from calicache.tools.inspect.plan import PlanFacts
 from calicache.tools.inspect.recording import RecordingFacts
 
@@ -102,6 +103,39 @@ def gather_report(
     """
     meter = Meter(_STAGES, on_progress)
     meter.stage("look at the artifact or plan")
+    facts = _subject(path)
+    if isinstance(facts, PlanFacts):
+        plan, front = Plan.load(path), facts.front
+    else:
+        _check_plan(plan, facts.manifest.weights_hash)
+        front = facts.manifest.front if plan is None else plan.front
+    optimized, comparison, operators, errors = None, None, None, None
+    if model is not None and plan is not None:
+        _next(meter, "optimise the model")
+        optimized = optimize(model, plan)
+    if recording is not None and isinstance(facts, ArtifactFacts):
+        _next(meter, "run full and optimised side by side")
+        comparison = compare(facts.path, recording, runs=runs)
+        if facts.manifest.layout is not Layout.SAMPLER:
+            _next(meter, "time the operators")
+            operators = _operator_times(facts, recording)
+    if recording is not None and optimized is not None:
+        _next(meter, "compare branch by branch")
+        errors = site_errors(optimized, recording)
+    graphs, curves = _inside(facts, optimized)
+    missing = {
+        **_not_measured(facts, comparison),
+        "errors": None if errors else NO_MODEL if optimized is None else NO_RECORDING,
+        "graphs": None if graphs else NO_MODEL,
+        "energy": NO_MODEL if curves is None else None if curves else "No layer is calibrated.",
+        "cost": _NO_COSTS if isinstance(facts, PlanFacts) else None,
+        "front": None if front else _NO_FRONT,
+    }
+    why = {name: reason for name, reason in missing.items() if reason}
+    return ReportData(facts, graphs, comparison, errors, operators, curves, front, why)
+
+
+def _subject(path: Path | str) -> ArtifactFacts | PlanFacts:
     facts = inspect_subject(path)
     if isinstance(facts, RecordingFacts):
         raise SubjectError(
@@ -110,33 +144,7 @@ def gather_report(
             got=f"a file of the kind {facts.kind}",
             fix=f"Look at it with calicache inspect {path}.",
         )
-    if isinstance(facts, PlanFacts):
-        plan = Plan.load(path)
-        front = plan.front
-    else:
-        front = facts.manifest.front
-        if plan is not None:
-            _check_plan(plan, facts.manifest.weights_hash)
-            front = plan.front
-    optimized = None
-    if model is not None and plan is not None:
-        _next(meter, "optimise the model")
-        optimized = optimize(model, plan)
-    missing: dict[str, str] = {}
-    comparison, operators = _measured(facts, recording, runs, missing, meter)
-    errors = None
-    if optimized is None or recording is None:
-        missing["errors"] = NO_MODEL if optimized is None else NO_RECORDING
-    else:
-        _next(meter, "compare branch by branch")
-        errors = site_errors(optimized, recording)
-    graphs, curves = _graphs(facts, optimized), _energy_curves(facts, optimized)
-    missing |= {"graphs": NO_MODEL} if graphs is None else {}
-    missing |= {"energy": "No layer is calibrated."} if curves == () else {}
-    missing |= {"energy": NO_MODEL} if curves is None else {}
-    missing |= {"cost": _NO_COSTS} if isinstance(facts, PlanFacts) else {}
-    missing |= {"front": _NO_FRONT} if front is None else {}
-    return ReportData(facts, graphs, comparison, errors, operators, curves, front, missing)
+    return facts
 
 
 def _next(meter: Meter, stage: str) -> None:
@@ -144,27 +152,26 @@ def _next(meter: Meter, stage: str) -> None:
     meter.stage(stage)
 
 
-def _energy_curves(
+def _inside(
     facts: ArtifactFacts | PlanFacts, optimized: OptimizedModel | None
-) -> tuple[EnergyCurve, ...] | None:
-    """Of every target that has energies by rank; None where nothing knows them."""
-    known: list[tuple[str, str, int, Mapping[int, float]]]
-    if optimized is not None:
-        targets, factors = optimized.compiled.targets, optimized.compiled.factors
-        known = [
-            (t.name, t.sites[0], t.rank, factors[t.name].kept_energy())
-            for t in targets
-            if t.name in factors
-        ]
-    elif isinstance(facts, ArtifactFacts):
-        known = [(t.name, t.sites[0], t.rank, t.kept) for t in facts.manifest.targets]
+) -> tuple[ModelGraphs | None, tuple[EnergyCurve, ...] | None]:
+    """Graphs, and curves of the targets with known energies; None where nothing knows them."""
+    if isinstance(facts, ArtifactFacts):
+        graphs = read_graphs(facts.path)
+        targets: Sequence[Target] = facts.manifest.targets
+        kept = {target.name: target.kept for target in facts.manifest.targets}
+    elif optimized is not None:
+        compiled = optimized.compiled
+        graphs, targets = view_graphs(compiled.captured, compiled.variant_set), compiled.targets
+        kept = {name: factors.kept_energy() for name, factors in compiled.factors.items()}
     else:
-        return None
-    return tuple(EnergyCurve(*entry) for entry in known if entry[-1])
+        return None, None
+    own = [target for target in targets if kept.get(target.name)]
+    return graphs, tuple(EnergyCurve(t.name, t.sites[0], t.rank, kept[t.name]) for t in own)
 
 
-def _check_plan(plan: Plan, weights_hash: str) -> None:
-    if plan.binding.weights_hash != weights_hash:
+def _check_plan(plan: Plan | None, weights_hash: str) -> None:
+    if plan is not None and plan.binding.weights_hash != weights_hash:
         raise SubjectError(
             "plan",
             expected=f"the plan of the artifact's checkpoint ({weights_hash[:12]})",
@@ -173,37 +180,22 @@ def _check_plan(plan: Plan, weights_hash: str) -> None:
         )
 
 
-def _graphs(
-    facts: ArtifactFacts | PlanFacts, optimized: OptimizedModel | None
-) -> ModelGraphs | None:
-    if optimized is not None:
-        return view_graphs(optimized.compiled.captured, optimized.compiled.variant_set)
-    return read_graphs(facts.path) if isinstance(facts, ArtifactFacts) else None
-
-
-def _measured(
-    facts: ArtifactFacts | PlanFacts,
-    recording: Recording | None,
-    runs: int | None,
-    missing: dict[str, str],
-    meter: Meter,
-) -> tuple[Comparison | None, tuple[OperatorTime, ...] | None]:
-    if not isinstance(facts, ArtifactFacts) or recording is None:
+def _not_measured(
+    facts: ArtifactFacts | PlanFacts, comparison: Comparison | None
+) -> dict[str, str | None]:
+    """Why there is nothing of a run, by section."""
+    if comparison is None:
         why = NO_RECORDING if isinstance(facts, ArtifactFacts) else _NOWHERE
-        missing |= dict.fromkeys(("steps", "operators", "images"), why)
-        return None, None
-    _next(meter, "run full and optimised side by side")
-    comparison = compare(facts.path, recording, runs=runs)
-    missing |= {"steps": comparison.no_steps} if comparison.no_steps else {}
-    missing |= {"images": comparison.no_measures} if comparison.no_measures else {}
-    if facts.manifest.layout is Layout.SAMPLER:
-        missing["operators"] = "The layout sampler makes its steps out of sight."
-        return comparison, None
-    _next(meter, "time the operators")
+        return dict.fromkeys(("steps", "operators", "images"), why)
+    unseen = "The layout sampler makes its steps out of sight." if comparison.no_steps else None
+    return {"steps": comparison.no_steps, "operators": unseen, "images": comparison.no_measures}
+
+
+def _operator_times(facts: ArtifactFacts, recording: Recording) -> tuple[OperatorTime, ...]:
     calls = facts.manifest.calls_per_step
 
     def run_once(session: Session) -> None:
         for k, call in enumerate(recording.denoisings[0]):
             session.step(k // calls, k % calls, **call)
 
-    return comparison, tuple(profile(facts.path, run_once, runs=PROFILED))
+    return tuple(profile(facts.path, run_once, runs=PROFILED))

@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,25 +35,22 @@ def load_model(spec: str) -> nn.Module:
     """
     if Path(spec).is_dir():
         return _load_folder(Path(spec))
-    model = call_in_file(spec)
-    training = isinstance(model, nn.Module) and any(part.training for part in model.modules())
-    if not isinstance(model, nn.Module) or training:
-        raise ModelError(
-            spec,
-            expected="a function that returns an nn.Module in eval mode",
-            got="a module in training mode" if training else _kind_of(model),
-            fix="Let it `return model.eval()`.",
-        )
+    model: nn.Module = call_in_file(spec, "an nn.Module in eval mode", _is_ready)
     return model
 
 
-def call_in_file(spec: str) -> Any:
-    """What a function without arguments returns; it is named as `FILE.py:FUNCTION`.
+def call_in_file(spec: str, what: str, fits: Callable[[Any], bool]) -> Any:
+    """What a function without arguments returns.
 
     The file can import its neighbours, as if Python were started with it.
 
+    Args:
+        spec: `FILE.py:FUNCTION`.
+        what: it has to return, in words.
+        fits: whether a value is such a thing.
+
     Raises:
-        ModelError: there is no such file or function, or it fails.
+        ModelError: there is no such file or function, it fails or returns something else.
     """
     file, separator, name = spec.rpartition(":")
     path = Path(file)
@@ -75,7 +72,20 @@ def call_in_file(spec: str) -> Any:
                 got=repr(name),
                 fix="Choose one that takes no arguments and returns the model.",
             )
-        return function()
+        result = function()
+    if not fits(result):
+        training = " in training mode" * (isinstance(result, nn.Module) and not _is_ready(result))
+        raise ModelError(
+            spec,
+            expected=f"a function that returns {what}",
+            got=f"{type(result).__name__} {result!r:.60}{training}",
+            fix="Let it return that.",
+        )
+    return result
+
+
+def _is_ready(value: object) -> bool:
+    return isinstance(value, nn.Module) and not any(part.training for part in value.modules())
 
 
 def _import_file(path: Path) -> Any:
@@ -161,7 +171,3 @@ def _saved_dtype(folder: Path) -> torch.dtype | None:
             names = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
             dtypes.update(_DTYPES[name] for name in names if name in _DTYPES)
     return dtypes.most_common(1)[0][0] if dtypes else None
-
-
-def _kind_of(value: object) -> str:
-    return f"{type(value).__name__} {value!r:.60}"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
 
 from calicache.graph_passes.common.errors import LibraryError, SubjectError, reason_of
+from calicache.tools.terminal.text import json_text
+
+T = TypeVar("T")
 
 _MODEL = (
     "FILE.py:FUNCTION that returns the model, or a folder that diffusers' save_pretrained wrote."
@@ -40,6 +44,14 @@ def check_output(output: Path, fits: bool, expected: str) -> None:
 def show(shown: RenderableType) -> None:
     """Print what rich lays out; into a file without colours."""
     Console(highlight=False).print(shown)
+
+
+def show_value(value: T, describe: Callable[[T], RenderableType], *, json: bool) -> None:
+    """Print a dataclass as JSON, or as it is described."""
+    if json:
+        typer.echo(json_text(value))
+    else:
+        show(describe(value))
 
 
 def import_library(name: str, package: str, purpose: str, extra: str = "report") -> Any:

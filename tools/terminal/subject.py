@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,7 @@ from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATIS
 from calicache.graph_passes.common.errors import SubjectError, reason_of
 from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.recording.recording import Recording
+from calicache.tools.terminal.text import some_names
 
 KINDS = (
     "a plan (the folder of Plan.save), an artifact (the folder of export_onnx) "
@@ -26,7 +26,6 @@ _FOLDERS = {
     MANIFEST_FILE: "artifact",
 }
 _MOST_NAMES = 3
-
 
 Subject = Plan | Manifest | Recording
 
@@ -67,7 +66,8 @@ def _read_folder(folder: Path) -> Plan | Manifest:
     # With the statistics alone it is a plan that lost a file; Plan.load says which.
     if PLAN_FILE in names or STATISTICS_FILE in names:
         return Plan.load(folder)
-    raise _none_of_them(folder, _names_in_words(names))
+    shown = f"a folder with {some_names(names, _MOST_NAMES)}" if names else "an empty folder"
+    raise _none_of_them(folder, shown)
 
 
 def _read_file(path: Path) -> Recording:
@@ -86,12 +86,6 @@ def _read_file(path: Path) -> Recording:
         got = f"safetensors without calicache's metadata: {len(names)} tensors{such}"
         raise _none_of_them(path, got, fix)
     return Recording.load(path)
-
-
-def _names_in_words(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    shown = f"a folder with {', '.join(names[:_MOST_NAMES])}{more}"
-    return shown if names else "an empty folder"
 
 
 def _file_in_words(path: Path, fix: str | None) -> tuple[str, str | None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+from pydantic import TypeAdapter
 from rich.table import Table
 from rich.text import Text
 
@@ -64,6 +66,11 @@ def plain_table(
     return table
 
 
+def json_text(value: Any) -> str:
+    """A dataclass as JSON: its attributes; numbers that are not finite are null."""
+    return TypeAdapter(type(value)).dump_json(value, indent=2).decode()
+
+
 def title(name: str) -> Text:
     """The heading of a section, an empty line in front."""
     return Text(f"\n{name}", style="bold")
@@ -80,6 +87,12 @@ def some_of(items: Sequence[str], most: int = 12) -> str:
     """One a line; where there are many, the first and how many more."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []
     return "\n".join([*items[:most], *more])
+
+
+def some_names(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names, in one line."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def constants_in_words(constants: Sequence[ConstantSpec]) -> str:

@@ -36,6 +36,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_file, "check_file", accept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [0, 2])
 def test_graphs_are_read_back_as_they_were_written(
     order: int, folder: Path, unchecked: None

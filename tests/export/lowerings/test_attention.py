@@ -94,6 +94,7 @@ def test_fusing_twice_changes_nothing_more() -> None:
     assert str(fuse_attention(once).graph) == str(once.graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
@@ -114,6 +115,7 @@ def test_operator_agrees_with_torch(options: dict[str, Any], sizes: dict[str, in
     np.testing.assert_allclose(run(module, inputs), model(*inputs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["boolean", "number"])
 @pytest.mark.parametrize("shape", [(BATCH, 1, TOKENS, 7), (1, HEADS, TOKENS, 7)])
 def test_masks_agree_with_torch(kind: str, shape: tuple[int, ...]) -> None:
@@ -128,6 +130,7 @@ def test_masks_agree_with_torch(kind: str, shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(run(module, inputs), Attend()(*inputs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "sizes", "mask"),
     [
@@ -151,6 +154,7 @@ def test_other_forms_are_left_to_torch(
     np.testing.assert_allclose(run(module, inputs), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_grouped_queries_are_left_to_torch() -> None:
     class Grouped(nn.Module):
         def forward(self, q: Tensor, k: Tensor) -> Tensor:

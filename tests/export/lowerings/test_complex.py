@@ -87,6 +87,7 @@ REORDERINGS: dict[str, Function] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", REORDERINGS.values(), ids=REORDERINGS)
 def test_reorderings_and_cuts_do_the_same_to_pairs(function: Function) -> None:
     # Values are moved, and doubled at most.
@@ -113,7 +114,8 @@ PLACES = st.integers(0, 9)
 CHAINS = st.lists(st.tuples(st.sampled_from(STEPS), PLACES, PLACES), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
 @given(CHAINS)
 def test_any_chain_of_reorderings_is_what_torch_makes_of_it(chain: list[Any]) -> None:
     def forward(x: Tensor) -> Tensor:
@@ -143,6 +145,7 @@ class Held(nn.Module):
         return torch.view_as_real(self.function(self.value, x))
 
 
+@pytest.mark.slow
 def test_rotary_positions_are_four_products() -> None:
     angles = torch.outer(torch.arange(3.0), torch.tensor([1.0, 0.1]))
     table, x = torch.polar(torch.ones_like(angles), angles), draw(FLOAT)
@@ -179,6 +182,7 @@ ARITHMETIC: dict[str, Function] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ARITHMETIC.values(), ids=ARITHMETIC)
 def test_arithmetic_is_torchs(function: Function) -> None:
     z, x = draw(), draw(FLOAT)
@@ -186,11 +190,13 @@ def test_arithmetic_is_torchs(function: Function) -> None:
     check(Held(function, z), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ARITHMETIC.values(), ids=ARITHMETIC)
 def test_arithmetic_on_complex_inputs_is_torchs(function: Function) -> None:
     check(lambda z, x: torch.view_as_real(function(z, x)), draw(), draw(FLOAT))
 
 
+@pytest.mark.slow
 def test_onnx_runtime_agrees_with_torch() -> None:
     def every(z: Tensor, x: Tensor) -> list[Tensor]:
         results = [function(z) for function in REORDERINGS.values()]
@@ -216,6 +222,7 @@ PARTS: dict[str, Function] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", PARTS.values(), ids=PARTS)
 def test_mixtures_of_real_and_complex_are_right_or_left_alone(function: Function) -> None:
     model, inputs = over_pairs(function), (as_pairs(draw()), draw(FLOAT))
@@ -244,6 +251,7 @@ MADE: dict[str, Function] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", MADE.values(), ids=MADE)
 def test_values_are_written_into_others(function: Function) -> None:
     x = as_pairs(draw())
@@ -252,6 +260,7 @@ def test_values_are_written_into_others(function: Function) -> None:
     assert torch.equal(run_onnx(trace(model, x), x)[0], model(x)[0])  # nothing is computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 2, -1, -2])
 def test_gather_and_index_take_places_of_an_input(dim: int) -> None:
     places = torch.tensor([1, 0, 1])
@@ -268,6 +277,7 @@ def test_gather_and_index_take_places_of_an_input(dim: int) -> None:
     assert all(map(torch.equal, results, model(*inputs)))
 
 
+@pytest.mark.slow
 def test_complex_inputs_are_taken_as_pairs() -> None:
     def model(z: Tensor, pairs: Tensor) -> Tensor:
         return torch.view_as_real(z[:, 1:] * torch.view_as_complex(pairs)[0])

@@ -37,6 +37,7 @@ class Weighted(nn.Module):
         return self.function(x, self.weight)
 
 
+@pytest.mark.slow
 def test_a_table_of_weights_and_numbers_is_one_weight() -> None:
     model, x = Positions(), torch.randn(2, 5, 2 * WIDTH)
     module = trace(model, x)
@@ -128,6 +129,7 @@ def test_what_depends_on_an_input_is_left_alone() -> None:
     assert torch.equal(folded(x)[0], model(x))
 
 
+@pytest.mark.slow
 def test_parts_of_a_decomposition_are_weights() -> None:
     def orthogonal(x: Tensor, weight: Tensor) -> Tensor:
         q, r = torch.linalg.qr(weight)
@@ -142,6 +144,7 @@ def test_parts_of_a_decomposition_are_weights() -> None:
     torch.testing.assert_close(run_onnx(module, x)[0], model(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_operation_that_runs_a_graph_keeps_it() -> None:
     def model(x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):

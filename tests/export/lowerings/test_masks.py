@@ -85,6 +85,7 @@ def test_the_guard_is_four_operations() -> None:
     assert shapes == [row, row, tuple(mask.shape), tuple(x.shape)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_empty_rows_are_zero_in_torch_and_in_onnx_runtime(shape: tuple[int, ...]) -> None:
     mask, x = draw(*shape)
@@ -99,6 +100,7 @@ def test_empty_rows_are_zero_in_torch_and_in_onnx_runtime(shape: tuple[int, ...]
         torch.testing.assert_close(result, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_without_the_guard_they_are_something_else(monkeypatch) -> None:
     kept = tuple(pass_ for pass_ in translation.LOWERINGS if pass_ is not guard_empty_rows)
     monkeypatch.setattr(translation, "LOWERINGS", kept)
@@ -111,6 +113,7 @@ def test_without_the_guard_they_are_something_else(monkeypatch) -> None:
         assert result.isnan().all() if fused else result.abs().min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_shared_mask_is_guarded_once(layers: int) -> None:
     mask, x = draw(*SHAPES["every head"])

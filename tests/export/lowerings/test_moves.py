@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_moves_that_lead_back_are_gone(name: str) -> None:
     function, expected = CASES[name]

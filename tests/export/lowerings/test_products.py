@@ -60,6 +60,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], list[Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_products_with_a_weight_are_linear_layers_over_rows(name: str) -> None:
     shape, path, expected = CASES[name]
@@ -73,6 +74,7 @@ def test_products_with_a_weight_are_linear_layers_over_rows(name: str) -> None:
     torch.testing.assert_close(run_onnx(module, x)[0], model(x), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 1, 3, 2, 5)])
 def test_no_weight_is_turned_around(shape: tuple[int, ...]) -> None:
     module = trace(Weighted(F.linear).eval(), torch.randn(shape))

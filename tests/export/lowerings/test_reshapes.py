@@ -19,6 +19,7 @@ def viewed(x: Tensor) -> Tensor:
     return flat.view(4, 6).unflatten(0, (2, 2)) * 2
 
 
+@pytest.mark.slow
 def test_every_view_is_a_reshape_to_the_same_sizes() -> None:
     x = torch.randn(SHAPE)
     module = trace(viewed, x)

@@ -27,6 +27,7 @@ def test_a_tiny_term_is_added_at_another_scale_bit_by_bit() -> None:
     assert targets(scale_small_terms(lowered)) == targets(lowered)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_divides_by_the_guard_where_there_is_zero() -> None:
     x = torch.tensor([0.0, -1.0, 2.0, 1e-9])
     result = run_onnx(trace(divided, x), x)[0].numpy()

@@ -30,6 +30,7 @@ def check(module: Any, x: Tensor, expected: Tensor) -> None:
         assert torch.equal(result, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "target", "left"),
     [
@@ -54,6 +55,7 @@ def test_only_sizes_of_1_are_taken_away(dim: Any, target: Any, left: Any) -> Non
     check(module, x, squeezed(x, dim))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, -2, (0, 2), (-2,)])
 def test_squeezes_of_size_1_are_left_alone(dim: Any) -> None:
     x = torch.randn(SHAPE)
@@ -76,6 +78,7 @@ def test_dropped_squeezes_one_after_the_other() -> None:
     check(module, x, ((x + 1) * 2)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, -1])
 def test_a_value_without_dimensions_has_none_to_take_away(dim: int) -> None:
     x = torch.randn(3)

@@ -33,6 +33,7 @@ def test_operations_that_differ_in_their_values_alone_have_one_form(
     assert texts(one, ROWS)[-1] == texts(two, ROWS)[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "two", "inputs"),
     [

@@ -54,6 +54,7 @@ def templates(monkeypatch: pytest.MonkeyPatch) -> Templates:
     return fresh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [
@@ -76,6 +77,7 @@ def test_results_are_those_of_torch(function: Callable[[Tensor], Any]) -> None:
         torch.testing.assert_close(value, target, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_block_is_translated_once_however_many_there_are(templates: Templates) -> None:
     x = torch.randn(2, 3, 8)
     two, nine = (trace(Blocks(depth).eval(), x) for depth in (2, 9))
@@ -87,6 +89,7 @@ def test_a_block_is_translated_once_however_many_there_are(templates: Templates)
     torch.testing.assert_close(run_onnx(nine, x)[0], nine(x)[0], **CLOSE)
 
 
+@pytest.mark.slow
 def test_models_are_valid_and_names_are_unique() -> None:
     model = translate({"blocks": trace(Blocks(3).eval(), torch.randn(2, 3, 8))})["blocks"]
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
@@ -102,6 +105,7 @@ def test_a_weight_is_stored_once_and_is_the_models_own() -> None:
     assert weight.const_value.raw.data_ptr() == layers.one.weight.data_ptr()  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_an_operation_without_onnx_form_is_named(templates: Templates) -> None:
     module = trace(lambda x: torch.linalg.eigvals(x.sin()).real, torch.randn(3, 3))
     with pytest.raises(ExportError, match="linalg_eigvals") as caught:
@@ -110,6 +114,7 @@ def test_an_operation_without_onnx_form_is_named(templates: Templates) -> None:
     assert not templates.held
 
 
+@pytest.mark.slow
 def test_templates_are_let_go_before_they_are_too_many(
     templates: Templates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +126,7 @@ def test_templates_are_let_go_before_they_are_too_many(
         assert len(templates.held) <= 2
 
 
+@pytest.mark.slow
 def test_threads_translate_side_by_side(templates: Templates) -> None:
     x = torch.randn(2, 3, 8)
     module = trace(Blocks(2).eval(), x)

@@ -114,6 +114,7 @@ def joined(tokens: Tensor, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]
     return torch.where(tokens > 0, image, ~text), torch.where(image, tokens, -tokens)
 
 
+@pytest.mark.slow
 def test_masks_of_a_model_run_in_onnx_runtime() -> None:
     inputs = torch.randn(2, 5), torch.rand(2, 5) > 0.5, torch.rand(5) > 0.5
     module = trace(joined, *inputs)
@@ -122,6 +123,7 @@ def test_masks_of_a_model_run_in_onnx_runtime() -> None:
         assert torch.equal(result, expected)  # truth values, and numbers that are passed on
 
 
+@pytest.mark.slow
 def test_choices_inside_a_branch_are_written_too() -> None:
     def model(x: Tensor, mask: Tensor) -> Tensor:
         chosen = [lambda x, mask: torch.where(x > 0, mask, x < -1), lambda x, mask: mask & (x > 0)]

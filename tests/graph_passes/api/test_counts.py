@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from calicache.export import export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_captures")]
 
 RUNS, ROWS, TARGETS = 2, 2, ("fc1", "fc2")
 ONE_CALL, TWO_CALLS = "one call a step", "two calls a step"

@@ -180,6 +180,7 @@ def test_a_link_to_a_folder_is_replaced_and_not_what_it_leads_to(tmp_path: Path)
     assert names(tmp_path) == ["first", "newest"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_with_the_path_and_what_is_left(tmp_path: Path) -> None:
     target = tmp_path / "a"
     target.write_text("old")

@@ -33,6 +33,7 @@ from calicache.graph_passes.describe.graphs import Mark, NodeView
 MODES = (None, *StepMode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("block", ["before", "blocks.0", "blocks.1", "after"])
 def test_block_view_holds_every_node_of_both_graphs_once(

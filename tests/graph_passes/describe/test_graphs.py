@@ -213,6 +213,7 @@ def test_what_is_between_blocks_is_a_part_of_its_own() -> None:
     assert (parts["tanh"], parts["tanh_1"]) == ("between", "after")
 
 
+@pytest.mark.slow
 def test_model_without_blocks_is_one_part() -> None:
     model = compiled(Mix(), 2, 5, 8)
     graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)

@@ -99,6 +99,7 @@ def test_it_is_not_the_original_model_that_is_shown(model: nn.Module, plan: Plan
     object.__delattr__(model, "_repr_html_")
 
 
+@pytest.mark.slow
 def test_showing_a_plan_needs_no_tools() -> None:
     script = (
         "import sys; import calicache.graph_passes; "

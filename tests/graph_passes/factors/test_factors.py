@@ -51,6 +51,7 @@ def assert_equal(got: CalibrationFactors, expected: CalibrationFactors) -> None:
     assert got.energy == expected.energy
 
 
+@pytest.mark.slow
 def test_targets_are_made_one_by_one_and_reported(dit_analysis: Analysis) -> None:
     targets = named_targets(dit_analysis)
     seen: list[Progress] = []
@@ -121,6 +122,7 @@ def meta_analysis(dit: FashionDiT, dit_recording: Recording) -> Analysis:
     return analysis_of(copy.deepcopy(dit).to("meta"), dit_recording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

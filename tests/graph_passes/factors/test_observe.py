@@ -60,6 +60,7 @@ def assert_same(got: ChannelStatistics, expected: tuple[Tensor, Tensor], *, atol
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", MEASURED)
 @pytest.mark.parametrize("which", ["dit", "diffusers"])
 def test_streaming_statistics_equal_those_over_everything_at_once(
@@ -79,6 +80,7 @@ def test_streaming_statistics_equal_those_over_everything_at_once(
         assert_same(statistics[name], (x, y), atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", MEASURED)
 def test_statistics_are_float32_shares_on_the_cpu(
     dit_analysis: Analysis, dit_recording: Recording, weighting: Weighting
@@ -156,6 +158,7 @@ def test_bad_input_names_the_first_node_and_the_step(
     assert str(caught.value) == NAN_MESSAGE.format(node=node, step=step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", [*MEASURED, Weighting.COVARIANCE])
 def test_bad_weight_names_the_first_node_it_reaches(
     dit: FashionDiT, dit_recording: Recording, weighting: Weighting
@@ -184,6 +187,7 @@ def test_runs_of_one_step_have_no_increment(
     assert len(seen_by(dit_analysis, single, Weighting.ACTIVATION)) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", MEASURED)
 def test_half_precision_model_is_accumulated_in_float64(
     dit: FashionDiT, weighting: Weighting
@@ -200,6 +204,7 @@ def test_half_precision_model_is_accumulated_in_float64(
         assert_same(statistics[name], (magnitude(sides[0]), magnitude(sides[1])), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_observing_a_diffusers_model_leaves_no_hook_and_no_change(
     diffusers_dit: DiTTransformer2DModel,
     diffusers_recording: Recording,

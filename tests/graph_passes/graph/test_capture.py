@@ -82,6 +82,7 @@ def dit_graph(dit: nn.Module, dit_recording: Recording) -> CapturedGraph:
 # --- two real models --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_graph_equals_the_model_at_every_step(real: Real) -> None:
     for call in real.recording.calls:
         got, expected = run(real.captured, *call.values()), real.model(**call)
@@ -126,6 +127,7 @@ def test_placeholders_are_the_tensors_of_the_call(real: Real) -> None:
     assert [shape_of(node) for node in nodes] == [spec.shape for spec in specs]
 
 
+@pytest.mark.slow
 def test_a_model_on_the_meta_device_can_be_captured(
     dit: nn.Module, dit_graph: CapturedGraph
 ) -> None:
@@ -254,6 +256,7 @@ def test_nested_inputs_and_outputs_keep_their_structure() -> None:
     assert isinstance(got["rest"], tuple)
 
 
+@pytest.mark.slow
 def test_diffusers_tuple_form_gives_back_a_tuple(diffusers_dit: nn.Module) -> None:
     call = {"timestep": torch.tensor([5]), "class_labels": torch.tensor([1])}
     latent = torch.randn(1, 4, 8, 8)
@@ -304,6 +307,7 @@ def test_the_reason_of_torch_export_is_passed_on() -> None:
     assert caught.value.__cause__ is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "place"), [(ChangesInput(), "x"), (ChangesBuffer(), "calls")])
 def test_a_model_that_leaves_a_change_behind_is_refused(model: nn.Module, place: str) -> None:
     with pytest.raises(CaptureError) as caught:

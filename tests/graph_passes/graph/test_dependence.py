@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import diffusers_calls, sample_dit
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from calicache.export import Session, export_onnx, read_sampler
 from calicache.graph_passes import Plan, optimize
@@ -18,6 +18,7 @@ from calicache.graph_passes.common.errors import DependenceError
 from calicache.graph_passes.graph.capture import CapturedGraph, capture
 from calicache.graph_passes.graph.dependence import classify_nodes
 from calicache.graph_passes.graph.surgery import module_path
+from calicache.graph_passes.graph.tap import Tap
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import record
 from calicache.graph_passes.recording.recording import Recording
@@ -56,24 +57,19 @@ def graph_and_classes(
     return captured, classify_nodes(captured, recording.dependence)
 
 
-class Watch(fx.Interpreter):
-    """Runs a graph and keeps the value of every node."""
-
-    def __init__(self, captured: CapturedGraph, call: dict[str, Tensor]) -> None:
-        super().__init__(captured.module)
-        self.values: dict[str, Any] = {}
-        self.run(*call.values())
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.values[n.name] = super().run_node(n)
-        return self.values[n.name]
+def values_of(captured: CapturedGraph, call: dict[str, Tensor]) -> dict[str, Any]:
+    """The value of every node."""
+    values: dict[str, Any] = {}
+    names = {node.name for node in captured.graph.nodes}
+    Tap(captured.module, names, values.__setitem__).run(*call.values())
+    return values
 
 
-def changed(a: Watch, b: Watch) -> set[str]:
+def changed(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
     return {
         name
-        for name, value in a.values.items()
-        if isinstance(value, Tensor) and not torch.equal(value, b.values[name])
+        for name, value in a.items()
+        if isinstance(value, Tensor) and not torch.equal(value, b[name])
     }
 
 
@@ -102,6 +98,7 @@ def test_inputs_of_the_real_models(
     assert diffusers_recording.dependence == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "path", "expected"),
     [
@@ -150,9 +147,9 @@ def test_every_value_changes_no_more_often_than_its_class_says(
         sample_dit(dit, seed=2)
         sample_dit(dit, seed=3)
     (first, later), (other, _) = (run[1:3] for run in recording.runs)
-    start = Watch(captured, dict(first))
-    over_steps = changed(start, Watch(captured, dict(later)))
-    over_noise = changed(start, Watch(captured, dict(other)))
+    start = values_of(captured, dict(first))
+    over_steps = changed(start, values_of(captured, dict(later)))
+    over_noise = changed(start, values_of(captured, dict(other)))
     assert {classes[name] for name in over_noise} == {LATENT}
     assert {classes[name] for name in over_steps} == {STEP, LATENT}
 
@@ -163,8 +160,8 @@ def test_labels_change_only_what_is_at_least_run(
 ) -> None:
     captured, classes = diffusers_classes
     call = dict(diffusers_recording.calls[0])
-    other = Watch(captured, call | {"class_labels": torch.tensor([3, 4, 10, 10])})
-    touched = {classes[name] for name in changed(Watch(captured, call), other)}
+    other = values_of(captured, call | {"class_labels": torch.tensor([3, 4, 10, 10])})
+    touched = {classes[name] for name in changed(values_of(captured, call), other)}
     assert touched == {RUN, STEP, LATENT}
 
 
@@ -270,6 +267,7 @@ def formed(
     return graph_and_classes(model, recording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "expected"),
     [
@@ -308,7 +306,7 @@ def test_what_only_takes_the_form_of_the_latent_does_not_change_with_it() -> Non
     )
     text, t = torch.randn(2, 3), torch.ones(2, 3)
     calls = ({"x": torch.randn(2, 3), "timestep": t, "text": text} for _ in range(2))
-    over_noise = changed(*(Watch(captured, call) for call in calls))
+    over_noise = changed(*(values_of(captured, call) for call in calls))
     assert over_noise == {name for name, kind in classes.items() if kind is LATENT} - {"output"}
 
 

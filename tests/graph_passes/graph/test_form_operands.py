@@ -73,6 +73,7 @@ FORMS: dict[str, tuple[Function, Any, tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "target", "arguments", "options"), FORMS.values(), ids=list(FORMS)
 )
@@ -125,6 +126,7 @@ def test_sizes_are_written_out(source: Any, target: Any, size: tuple[int, ...]) 
     assert torch.equal(explicit(value, operand)[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [torch.empty_like, lambda y: y.new_empty(3, 4)])
 def test_what_is_empty_is_zeros(function: Function) -> None:
     def filled(x: Tensor, y: Tensor) -> Tensor:
@@ -204,6 +206,7 @@ class Embedded(nn.Module):
         return latent + self.embed(times + torch.zeros_like(latent))
 
 
+@pytest.mark.slow
 def test_what_only_has_the_latents_form_does_not_depend_on_it() -> None:
     model, values = Embedded(), (torch.randn(3, 4), torch.tensor([5, 3, 1]))
     graph = captured(model, *values)

@@ -38,6 +38,7 @@ def sample(model: nn.Module, images: int, row: int = 0) -> Tensor:
 # --- other batch sizes -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 8])
 def test_another_batch_size_gives_what_the_recorded_one_gives(images: int, fast) -> None:
     together = sample(fast, images)
@@ -48,6 +49,7 @@ def test_another_batch_size_gives_what_the_recorded_one_gives(images: int, fast)
     assert relative(together, sample(fast.original, images)) > 1e-4  # something was calibrated
 
 
+@pytest.mark.slow
 def test_batch_sizes_in_turn_keep_apart(fast) -> None:
     alone = [sample(fast, n) for n in (1, 2, 8)]
     again = [sample(fast, n) for n in (8, 1, 2)]
@@ -98,6 +100,7 @@ def test_sizes_that_change_by_two_ratios_are_refused(fast) -> None:
         fast(torch.zeros(8, 1, 28, 28), timestep=labels, class_labels=labels)
 
 
+@pytest.mark.slow
 def test_moving_the_model_moves_what_other_batch_sizes_run(dit, forecast_plan) -> None:
     fast = optimize(copy.deepcopy(dit), forecast_plan)
     sample(fast, 1)
@@ -110,6 +113,7 @@ def test_moving_the_model_moves_what_other_batch_sizes_run(dit, forecast_plan) -
 # --- half precision ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_model_keeps_its_dtype(dtype: torch.dtype, dit) -> None:
     model = copy.deepcopy(dit).to(dtype)
@@ -134,6 +138,7 @@ def test_a_half_precision_model_keeps_its_dtype(dtype: torch.dtype, dit) -> None
 # --- no weights --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_costs_can_be_planned_without_weights(dit, dit_recording: Recording) -> None:
     options = {"schedule": 3, "rank": 4, "weighting": "none", "correct": False}
     meta = copy.deepcopy(dit).to("meta")
@@ -151,6 +156,7 @@ def test_statistics_without_weights_are_refused_with_the_way_out(dit, dit_record
 # --- torch.compile -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_every_variant_as_one_graph(dit, dit_plan) -> None:
     fast = optimize(dit, dit_plan)
     expected = [sample_dit(fast, seed=seed) for seed in (1, 2)]

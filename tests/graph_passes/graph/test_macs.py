@@ -63,6 +63,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_macs_of_one_operation(name: str) -> None:
     function, a, b, macs = PRODUCTS[name]

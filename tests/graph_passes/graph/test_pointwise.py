@@ -92,6 +92,7 @@ def test_the_layer_keeps_its_name_and_its_memory() -> None:
     assert weight.data_ptr() == model.mix.weight.data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_values_keep_their_dtype(dtype: torch.dtype) -> None:
     model, x = Around(nn.Conv2d(IN, OUT, 1)).to(dtype), latent(2).to(dtype)
@@ -161,6 +162,7 @@ def test_a_second_time_it_finds_nothing_to_do() -> None:
 # --- what is left alone -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer",
     [
@@ -227,6 +229,7 @@ def test_a_weight_that_something_else_reads_is_left_alone(model: nn.Module, dims
     assert pointwise_to_linear(captured) is captured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [5, IN])
 def test_a_convolution_without_a_batch_stays_right(length: int) -> None:
     model, x = Around(nn.Conv1d(IN, OUT, 1)), torch.randn(IN, length)

@@ -101,6 +101,7 @@ def run_caches(fast: OptimizedModel) -> list:
     return [cache for cache in fast.compiled.variant_set.caches if cache.history == 1]
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_the_text_are_kept_once(fast: OptimizedModel) -> None:
     kept = run_caches(fast)
     assert len(kept) == 4  # k and v of two blocks; the caption's own projection is behind them
@@ -128,6 +129,7 @@ def test_cost_counts_what_is_saved_and_kept(fast: OptimizedModel) -> None:
     assert fast.compiled.cost.cache_bytes == held + 3 * others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [StepMode.CALIBRATE, StepMode.REUSE])
 @pytest.mark.parametrize("order", [0, 2])
 def test_full_rank_is_exact_with_another_text_in_every_run(
@@ -143,6 +145,7 @@ def test_full_rank_is_exact_with_another_text_in_every_run(
             assert (latents - exact).norm() < 0.2 * exact.norm()
 
 
+@pytest.mark.slow
 def test_kept_values_do_not_pile_up(model, recording) -> None:
     fast = optimised(model, recording)
     sample(fast, 3)

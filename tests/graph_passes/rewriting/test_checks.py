@@ -70,6 +70,7 @@ def named(graph: fx.Graph, name: str) -> fx.Node:
     return next(node for node in graph.nodes if node.name == name)
 
 
+@pytest.mark.slow
 def test_good_graphs_are_handed_on(graph_and_variants: tuple[CapturedGraph, VariantSet]) -> None:
     captured, variant_set = graph_and_variants
     assert verify_captured(captured) is captured
@@ -82,6 +83,7 @@ def test_graphs_with_a_history_are_good(fast_forecast: OptimizedModel) -> None:
     assert verify_variants(fast_forecast.compiled.captured, variant_set) is variant_set
 
 
+@pytest.mark.slow
 def test_graph_of_diffusers_is_good(
     diffusers_dit: nn.Module, diffusers_recording: Recording
 ) -> None:
@@ -92,16 +94,19 @@ def test_graph_of_diffusers_is_good(
 # --- the captured graph -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_op_that_writes_to_its_input_is_refused(captured: CapturedGraph) -> None:
     captured.node("add_3").target = aten.add_.Tensor
     refuses(lambda: verify_captured(captured), "add_3")
 
 
+@pytest.mark.slow
 def test_op_with_an_out_argument_is_refused(captured: CapturedGraph) -> None:
     captured.node("silu_1").target = aten.silu.out
     refuses(lambda: verify_captured(captured), "silu_1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["call_method", "call_module"])
 def test_node_that_calls_no_function_is_refused(captured: CapturedGraph, op: str) -> None:
     captured.module.add_module("extra", nn.Identity())
@@ -113,16 +118,19 @@ def test_node_that_calls_no_function_is_refused(captured: CapturedGraph, op: str
     refuses(lambda: verify_captured(captured), new.name)
 
 
+@pytest.mark.slow
 def test_value_without_a_shape_is_refused(captured: CapturedGraph) -> None:
     del captured.node("linear_4").meta["val"]
     refuses(lambda: verify_captured(captured), "linear_4")
 
 
+@pytest.mark.slow
 def test_node_used_before_it_is_made_is_refused(captured: CapturedGraph) -> None:
     captured.node("add_3").append(captured.node("mul_1"))
     refuses(lambda: verify_captured(captured), "mul_1")
 
 
+@pytest.mark.slow
 def test_input_of_another_shape_than_the_signature_is_refused(captured: CapturedGraph) -> None:
     node = captured.node("hidden_states")
     node.meta["val"] = node.meta["val"].new_empty(3, 1, 28, 28)
@@ -153,6 +161,7 @@ def test_variant_that_returns_too_little_is_refused(
     refuses(lambda: verify_variants(captured, variant_set), f"outputs of {mode.name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [CALIBRATE, REUSE, FORECAST])
 def test_cheap_variant_that_returns_a_cache_is_refused(
     graph_and_variants: tuple[CapturedGraph, VariantSet], mode: StepMode

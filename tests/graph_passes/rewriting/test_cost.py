@@ -120,6 +120,7 @@ def dit_xl(request: pytest.FixtureRequest) -> tuple[int, DiTXL]:
     return request.param, request.getfixturevalue(f"dit_{request.param}")
 
 
+@pytest.mark.slow
 def test_dit_xl_needs_no_weights_in_memory(dit_xl: tuple[int, DiTXL]) -> None:
     captured = dit_xl[1].analysis.captured
     parameters = [*dit_xl[1].model.parameters(), *captured.module.parameters()]
@@ -127,12 +128,14 @@ def test_dit_xl_needs_no_weights_in_memory(dit_xl: tuple[int, DiTXL]) -> None:
     assert all(parameter.is_meta for parameter in parameters)
 
 
+@pytest.mark.slow
 def test_dit_xl_sites_are_all_token_layers_of_all_blocks(dit_xl: tuple[int, DiTXL]) -> None:
     layers = (*DIT_LAYERS, "ff.net.2")
     expected = [f"transformer_blocks.{block}.{layer}" for block in range(28) for layer in layers]
     assert [site.name for site in dit_xl[1].analysis.sites.linears] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "published"), [(256, 118.64e9), (512, 524.60e9)])
 def test_dit_xl_costs_what_its_paper_says(
     pixels: int, published: float, request: pytest.FixtureRequest
@@ -142,6 +145,7 @@ def test_dit_xl_costs_what_its_paper_says(
     assert cost.plain_macs / 2 == pytest.approx(published, rel=1e-3, abs=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "share"), [(256, 0.198), (512, 0.275)])
 def test_dit_xl_calibrate_share_at_rank_128(
     pixels: int, share: float, request: pytest.FixtureRequest
@@ -151,6 +155,7 @@ def test_dit_xl_calibrate_share_at_rank_128(
     assert cost.modes[CALIBRATE] / cost.plain_macs == pytest.approx(share, rel=5e-3, abs=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [2, 3, 4])
 def test_dit_xl_share_of_a_whole_run(dit_xl: tuple[int, DiTXL], interval: int) -> None:
     pixels, model = dit_xl
@@ -159,6 +164,7 @@ def test_dit_xl_share_of_a_whole_run(dit_xl: tuple[int, DiTXL], interval: int) -
     assert model.cost.run_share(uniform_schedule(interval, interval)) == expected
 
 
+@pytest.mark.slow
 def test_dit_xl_reuse_leaves_the_first_and_the_last_layer(dit_256: DiTXL) -> None:
     tokens, width = 256, 1152
     edges = tokens * (16 * width + width * 32)  # patches of 2 x 2 x 4 in, 2 x 2 x 8 out
@@ -206,6 +212,7 @@ def test_cost_of_one_site_by_hand(rank_4: ModelCost) -> None:
     assert cost.cache_bytes == 4 * tokens * (128 + 32)  # y_ref and x_ref
 
 
+@pytest.mark.slow
 def test_half_the_precision_is_half_the_bytes(
     dit: FashionDiT, dit_recording: Recording, rank_4: ModelCost
 ) -> None:
@@ -222,6 +229,7 @@ def test_half_the_precision_is_half_the_bytes(
     assert half_cost.cache_bytes * 2 == full_cost.cache_bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(rank=st.integers(1, 31))
 def test_calibrate_grows_by_two_thin_products_per_rank(dit_analysis: Analysis, rank: int) -> None:
@@ -303,6 +311,7 @@ def test_only_the_modes_that_were_made_have_a_cost(dit_analysis: Analysis) -> No
         cost.run_share([REFRESH, REUSE])
 
 
+@pytest.mark.slow
 def test_dit_xl_joint_costs_no_more_than_the_paper(dit_256: DiTXL) -> None:
     joint = cost_of(dit_256.analysis, 128, joint=True)
     assert joint.modes[CALIBRATE] == dit_256.cost.modes[CALIBRATE]  # 1.5 x 128 is a whole rank

@@ -224,6 +224,7 @@ def emit(
     return variant_set, model_cost(analysis, targets, variant_set)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("rank", [0, 1, 3])
@@ -239,6 +240,7 @@ def test_macs_are_those_of_the_emitted_graphs(
     assert (folding > 0) == (fold and rank > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("fold", [False, True])

@@ -87,6 +87,7 @@ def test_nodes_of_a_folded_site_are_exact() -> None:
     assert got == f"reshape(add(cache_linear_1, linear({increment}, {up})), [2, 5, 16])"
 
 
+@pytest.mark.slow
 def test_refresh_applies_down_to_what_the_layer_reads() -> None:
     graph = emit(noise_analysis(Branch()), fold=True).variants[REFRESH].module.graph
     folded, full, *_ = graph.output_node().args[0][1:]
@@ -146,6 +147,7 @@ class Watch(fx.Interpreter):
         return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("mode", StepMode)

@@ -163,6 +163,7 @@ def test_latent_is_found_by_name_among_the_inputs() -> None:
 # --- numbers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "weights"), [(1, REFRESHED), (2, FORECAST)], ids=["R", "F"])
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4), (2, 3, 4, 5)], ids=str)
 def test_output_is_the_weighted_sum(
@@ -173,6 +174,7 @@ def test_output_is_the_weighted_sum(
     assert_near(got, weighted(weights, [*terms, given[0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "step", "weights", "onnx"),
     [
@@ -193,6 +195,7 @@ def test_channels_that_the_latent_lacks_have_none_of_it(
     assert_near(got[:, :3], expected[:, :3] + weights[-1] * given[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("onnx", [False, True], ids=["torch", "onnx"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_latent_of_another_dtype_gives_the_outputs_dtype(dtype: torch.dtype, onnx: bool) -> None:
@@ -256,6 +259,7 @@ def test_latent_of_another_size_is_refused() -> None:
         emit(captured(lambda x, t: x[..., :2] * t, *inputs(2, 3, 4)), "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", [None, "x"])
 def test_output_that_is_no_floating_point_tensor_is_refused(latent: str | None) -> None:
     with pytest.raises(PlanError) as caught:

@@ -17,6 +17,8 @@ from calicache.graph_passes import Plan, Recording, record
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.rewriting.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("own_captures")
+
 
 class Block(nn.Module):
     """One residual branch of two layers."""

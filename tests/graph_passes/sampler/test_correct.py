@@ -12,6 +12,7 @@ from diffusion import GuidedDDIM
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model import FashionDiT
+from support.analyses import analysis_of
 from support.models import STEPS, modes, relative, sample_dit
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
@@ -26,7 +27,6 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.common.progress import Meter, Progress
-from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.sampler.correct import fit_step, mix
 from calicache.graph_passes.sampler.least_squares import RIDGE
 from calicache.graph_passes.sampler.recover import recover_sampler
@@ -105,6 +105,7 @@ def test_fitted_weights_help_on_a_seed_that_was_not_recorded(
     assert corrected <= 0.8 * error(trained, without_weights(trained_plan), seed=20, batch=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("letters", ["RCCRCC", "RUURUU", "RFFRFF", "RCRURF", "RFRFUC"])
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_last_recorded_latent_is_nearer_in_every_mode(
@@ -170,12 +171,13 @@ def fit(
 ) -> Table:
     plan = Plan.from_trajectory(model, recording, schedule=schedule, rank=4, correct=False)
     fast = optimize(model, plan)
-    captured = capture(model, recording.signature)
+    captured = analysis_of(model, recording).captured
     classes = recording.dependence
     recorded = recover_sampler(captured, recording, classes, len(schedule), meter)
     return replay(fast.compiled.variant_set, recorded, schedule, 2, meter=meter).weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, STEPS - 1, STEPS + 1])
 def test_run_of_another_length_is_refused(steps: int, dit, dit_recording: Recording) -> None:
     with pytest.raises(NoSampler) as refusal:
@@ -207,6 +209,7 @@ def test_two_runs_are_fitted_together(dit, dit_recording: Recording) -> None:
     assert table != weights_of(fitted(dit, dit_recording, "RFFRFF"))
 
 
+@pytest.mark.slow
 def test_sampler_that_adds_noise_leaves_a_plan_that_runs_and_says_why(dit) -> None:
     draw = torch.Generator().manual_seed(0)
     x, labels = torch.randn(2, 1, 28, 28, generator=draw), torch.tensor([1, 2])
@@ -222,6 +225,7 @@ def test_sampler_that_adds_noise_leaves_a_plan_that_runs_and_says_why(dit) -> No
         assert fast(**call).isfinite().all()
 
 
+@pytest.mark.slow
 def test_progress_counts_every_recorded_and_every_fitted_step(
     dit, dit_recording: Recording
 ) -> None:

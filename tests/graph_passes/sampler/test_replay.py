@@ -205,6 +205,7 @@ def bent(shape: Shape, seeds: Sequence[int] = (1, 2)) -> tuple[RecordedSampler, 
 SCHEDULES = ["RFFRFFRF", "RRFFFRRF", "RFRFRFRR", "RRRRFFFF", "RFFFFFFF"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("letters", SCHEDULES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -376,6 +377,7 @@ def fast_owns(model: nn.Module, plan: Plan, recorded: RecordedSampler) -> list[O
 MIXED = [("RCRURFCU", 0), ("RFRFUCRC", 1), ("RRCUFCRR", 2), ("RCCRUUFR", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("letters", "order"), MIXED)
 def test_fit_of_all_modes_is_that_of_the_optimised_model_in_numpy(
     letters: str, order: int, blocks: nn.Module, ended: Recording, ground
@@ -394,6 +396,7 @@ def test_fit_of_all_modes_is_that_of_the_optimised_model_in_numpy(
     assert_same_table(plan.recipe.output_weights, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("letters", "order"), MIXED[1:])
 def test_errors_are_those_of_sampling_with_the_optimised_model(
     letters: str, order: int, blocks: nn.Module, ended: Recording, ground
@@ -432,6 +435,7 @@ def test_order_below_the_kept_history_is_as_if_no_more_were_kept(
     assert set(one.answers) == set(other.answers)
 
 
+@pytest.mark.slow
 def test_dit_sampled_with_a_plan_has_the_errors_of_its_replay(dit: FashionDiT) -> None:
     with record(dit) as recording:
         recording.finish(sample_dit(dit))
@@ -447,6 +451,7 @@ def test_dit_sampled_with_a_plan_has_the_errors_of_its_replay(dit: FashionDiT) -
     assert again.errors == pytest.approx(result.errors, rel=1e-2, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_without_results_the_last_recorded_latent_counts(
     dit: FashionDiT, dit_recording: Recording
 ) -> None:

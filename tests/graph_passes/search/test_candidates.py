@@ -128,6 +128,7 @@ def test_cheap_steps_are_probed_once_after_every_refresh_at_lags_in_turn(steps: 
     assert set(schedule) == {R, C, F}
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_cost_of_any_schedule_is_what_optimize_counts(data: st.DataObject) -> None:
@@ -142,6 +143,7 @@ def test_cost_of_any_schedule_is_what_optimize_counts(data: st.DataObject) -> No
     assert share >= family.least_share(STEPS) - 1e-9
 
 
+@pytest.mark.slow
 def test_cost_of_few_calibrate_steps_at_high_ranks_is_what_optimize_counts() -> None:
     model = Flicker(width=256, rank=96).eval()
     ground = ground_of(model, record_runs(model))
@@ -257,6 +259,7 @@ def points_of(plan: Plan) -> Iterator[tuple[Plan, FrontPoint]]:
         yield plan.take(place), point
 
 
+@pytest.mark.slow
 def test_calibration_that_saves_no_time_is_not_used() -> None:
     dear = (PLAIN, PLAIN)
     latency = table(dict.fromkeys(BranchChoice, dear), forecast=0.01)
@@ -270,6 +273,7 @@ def test_calibration_that_saves_no_time_is_not_used() -> None:
     assert plan.statistics == {}
 
 
+@pytest.mark.slow
 def test_costs_are_shares_of_the_measured_seconds() -> None:
     rows = {BranchChoice.LINEAR: (2.1, 0.5), BranchChoice.REUSE: (2.04, 1.5)}
     latency = table(rows, forecast=1.9)
@@ -284,16 +288,14 @@ def test_costs_are_shares_of_the_measured_seconds() -> None:
     assert plan.front.points[plan.front.choice].cost <= 0.5
 
 
+@pytest.mark.slow
 def test_time_that_no_mode_saves_is_refused() -> None:
     latency = table({}, forecast=PLAIN)
-    with refuses(
-        "plan: latency: expected steps of some mode that take less time than the plain model's, "
-        "got 1.000 of the full run's time for the fastest plan. Run the model as it is, or "
-        "measure again."
-    ):
+    with refuses("latency", "less time than the plain model's", "got 1.000 of the full run's time"):
         Plan.search(*flicker(), max_error=10.0, latency=latency)
 
 
+@pytest.mark.slow
 def test_error_is_kept_where_every_plan_is_dear() -> None:
     latency = table({}, forecast=0.95 * PLAIN)  # above 0.95 of the full run in any case
     model, recording = flicker()
@@ -317,6 +319,7 @@ class Single(nn.Module):
         return x + self.b(x)
 
 
+@pytest.mark.slow
 def test_branches_of_one_layer_can_be_searched() -> None:
     model = Single().eval()
     plan = Plan.search(model, record_runs(model), budget=0.6, effort=3)
@@ -332,6 +335,7 @@ def test_branches_of_one_layer_can_be_searched() -> None:
         assert fmean(errors) == pytest.approx(point.error.mean, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_outputs_that_any_plan_gives_exactly_take_the_cheapest() -> None:
     config = FashionDiTConfig(width=32, depth=1, frequency_channels=32)
     model = FashionDiT(config).eval()  # adaLN-Zero: gives nothing before it is trained

@@ -105,6 +105,7 @@ def refreshes(letters: str, step: int) -> list[int]:
 EVEN, UNEVEN = "RCCRCCRCCRCCRC", "RCRRCCCRCRCCCC"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("letters", "mode"), [(EVEN, U), (UNEVEN, C)])
 def test_scales_are_errors_of_the_optimised_model_over_the_lags(
     letters: str, mode: StepMode, blocks: Blocks, ended: Recording, recorded, variants

@@ -46,6 +46,7 @@ EXACT = {"rel_tol": 1e-9, "abs_tol": 1e-12}
 # --- costs in MACs ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_branches_have_all_choices_and_sites_outside_have_two(text_known: Known) -> None:
     options = text_known.options()
     names = [f"blocks.{n}.{part}" for n in (0, 1) for part in ("attn1", "attn2", "mlp")]
@@ -85,6 +86,7 @@ def unforeseen_macs(known: Known, targets: Sequence[CalibrationTarget], graph: f
     return gone + sum(target.calibrate_macs for target in dead)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0])
 def test_cost_is_what_the_optimised_step_is_counted_to_take(known: Known, level: float) -> None:
     allocation = allocate(known.options(), level)
@@ -101,6 +103,7 @@ def test_cost_is_what_the_optimised_step_is_counted_to_take(known: Known, level:
         assert unforeseen == texts
 
 
+@pytest.mark.slow
 def test_allocations_at_rising_cost_use_every_choice(known: Known) -> None:
     # Or the comparison above would be about some of them alone.
     options = known.options()
@@ -135,6 +138,7 @@ def _only_rank_8(curve: RankCurve) -> RankCurve:
     return replace(curve, errors=(1.0, 0.0))
 
 
+@pytest.mark.slow
 def test_plan_of_an_allocation_is_optimised_to_its_cost(dit_known: Known) -> None:
     known, binding = dit_known, bind(dit_known.model, dit_known.recording)
     costs = []

@@ -128,6 +128,7 @@ def test_outputs_that_repeat_span_fewer_directions() -> None:
     assert_same_geometry(recorded, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_coordinates_of_a_recorded_dit_end_where_the_run_did(dit) -> None:
     recorded = recorded_dit(dit)
     span = Span.of(recorded)
@@ -168,6 +169,7 @@ def answers_of(gain: float) -> tuple[Answer, ...]:
     return tuple(Answer(gain + 0.05 * step, 0.0) for step in range(STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -208,6 +210,7 @@ def still() -> tuple[RecordedSampler, VariantSet, Span]:
     return recorded, plain_variants(model, dict(recorded.runs[0][0])), Span.of(recorded)
 
 
+@pytest.mark.slow
 def test_error_of_several_runs_is_that_of_all_together() -> None:
     model = Affine([0.3] * STEPS, (2, 3, 4))
     recorded = recording_of(model, sampler_of((2, 0)), (2, 2, 3, 4), seeds=(1, 2))
@@ -273,6 +276,7 @@ def toy_rehearsal(parts: int, back: int, steps: int = STEPS) -> Rehearsal:
     return Rehearsal(toy_span(steps, parts, back), answers, scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @settings(max_examples=50, deadline=None)
 @given(
@@ -289,6 +293,7 @@ def test_batch_of_schedules_gives_what_each_gives_in_vectors(
     assert rehearsal.errors(schedules, order) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_many_schedules_at_once_equal_one_by_one() -> None:
     rehearsal = toy_rehearsal(2, 1)
     draw = np.random.default_rng(4)

@@ -15,7 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from methods import sample_dpm
 from model import FashionDiT, FashionDiTConfig
-from support.models import relative, sample_dit, shake
+from support.models import sample_dit, shake
 from support.search.searches import (
     assert_same_plan,
     each,
@@ -28,7 +28,6 @@ from support.tiny_pipelines import CASES, PipelineCase
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.export import Session, export_onnx, read_sampler
 from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, spread_schedule
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.front import ErrorSummary, FrontPoint
@@ -125,8 +124,9 @@ def assert_kept(case: Case, plan: Plan, budget: float) -> None:
     assert_summary(point.error, case.errors(fast, CHOICE))
 
 
-@pytest.mark.parametrize("budget", [0.26, 0.5, 0.9])
-@pytest.mark.parametrize("make", [toy, multistep])
+@pytest.mark.parametrize(
+    ("make", "budget"), [(toy, 0.26), (toy, 0.5), (toy, 0.9), (multistep, 0.5)]
+)
 def test_budget_and_errors_are_those_of_the_users_sampler(
     make: Callable[[], Case], budget: float
 ) -> None:
@@ -164,7 +164,7 @@ def test_trained_model_keeps_the_budget() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "order", "refreshes"),
-    [(U, 0, 7), (U, 1, 7), (U, 2, 7), (F, 2, 7), (C, 2, 5)],
+    [(U, 0, 7), (F, 2, 7), (C, 2, 5)],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_no_uniform_plan_of_that_cost_is_better(mode: StepMode, order: int, refreshes: int) -> None:
@@ -197,12 +197,8 @@ def test_error_that_no_plan_keeps_is_refused_with_one_that_is_kept() -> None:
     case = toy()
     with pytest.raises(PlanError) as caught:
         Plan.search(case.model, each(case.recording), max_error=1e-9)
+    assert (caught.value.where, caught.value.got) == ("max_error", "1e-09")
     told = float(caught.value.expected.split()[0])
-    assert str(caught.value) == (
-        f"plan: max_error: expected {told:.2g} or more, which the most accurate plan that was "
-        "found keeps, got 1e-09. Allow a larger error, search with more effort, or run the model "
-        "as it is."
-    )
     plan = Plan.search(case.model, each(case.recording), max_error=told)
     assert choice_of(plan).error.bound <= told
 
@@ -265,7 +261,7 @@ def build(case: PipelineCase) -> Any:
     "case",
     [pytest.param(case, id=case.name) for case in CASES if case.calls == 2],
 )
-def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
+def test_guidance_by_two_calls(case: PipelineCase) -> None:
     pipe = build(case)
     with record(pipe.transformer) as recording:
         for seed in (SEARCHED, CHOICE, REPORT):
@@ -280,18 +276,3 @@ def test_guidance_by_two_calls(case: PipelineCase, tmp_path: Path) -> None:
     got = case.latents(own, "A dog", REPORT)
     assert plan.front is not None
     assert_summary(plan.front.held_out, sample_errors(got, recording.ends[-1]))
-    sampler = read_sampler(fast, recording)
-    export_onnx(fast, tmp_path / "d", layout="sampler", sampler=sampler)
-    assert_exported(tmp_path / "d", recording, sampler.latent, got)
-
-
-def assert_exported(folder: Path, recording: Recording, latent: str, wanted: Tensor) -> None:
-    """The exported run makes the last recorded noise into the same latents."""
-    session = Session(folder)
-    whole = recording.by_step()
-    first, spec = whole.runs[-1][0], session.manifest.sampler
-    assert spec is not None
-    inputs = {value.name: first[value.name] for value in spec.inputs}
-    got = torch.from_numpy(session.sample(first[latent].chunk(2)[0], **inputs))
-    # float32 in two runtimes over six steps, which guidance amplifies.
-    assert relative(got, wanted) < 1e-4

@@ -338,6 +338,7 @@ def test_halved_layer_of_a_branch_of_the_same_name_is_followed_through_it() -> N
 # --- the sample's architecture, and memory ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_branches_and_layers_of_a_dit_reach_its_output(
     dit: FashionDiT, dit_recording: Recording
 ) -> None:
@@ -397,6 +398,7 @@ class Alive(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_few_values_are_held() -> None:
     captured, sites, recording = subject_of(Long())
     nodes = len(captured.graph.nodes)

@@ -162,6 +162,7 @@ def test_the_exit_may_be_read_again_after_the_join() -> None:
     assert branches_of(path) == [("model", "x", "linear_1", "add")]
 
 
+@pytest.mark.slow
 def test_rotary_positions_inside_a_branch_are_no_branch_of_their_own() -> None:
     def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         q = m.a(x)
@@ -180,6 +181,7 @@ def test_an_activation_written_by_hand_does_not_hide_its_branch() -> None:
     assert branches_of(path) == [("model", "x", "linear_1", "add_2")]
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(kinds=st.lists(st.sampled_from(["mlp", "gated", "plain", "norm"]), min_size=1, max_size=5))
 def test_a_chain_has_as_many_branches_as_residual_blocks(kinds: list[str]) -> None:
@@ -251,6 +253,7 @@ def test_a_second_latent_entry_leaves_the_branch_without_the_one() -> None:
     assert rejections == []
 
 
+@pytest.mark.slow
 def test_a_value_that_escapes_stays_outside_with_what_makes_it() -> None:
     def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Any:
         h = m.b(m.norm(m.a(x)))

@@ -105,6 +105,7 @@ def layers_in(captured: CapturedGraph, branch: ResidualBranch) -> list[str]:
     return [module_path(n).removeprefix(f"{branch.name}.") for n in nodes if n.target is LINEAR]
 
 
+@pytest.mark.slow
 def test_a_joint_block_is_one_branch_and_its_mlp_another(joint: Joint) -> None:
     parts = ("attn", "mlp")
     assert list(joint[2]) == [f"blocks.{n}.{part}" for n in range(3) for part in parts]
@@ -179,6 +180,7 @@ class Stack(nn.Module):
         return x, text
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(kinds=st.lists(st.sampled_from(list(Stack.LAYERS)), min_size=1, max_size=4))
 def test_reuse_of_any_stack_removes_every_node_inside(kinds: list[str]) -> None:

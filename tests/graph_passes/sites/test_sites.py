@@ -154,6 +154,7 @@ def test_patterns_that_leave_nothing_are_an_error_with_the_reasons(dit_graph: Cl
 # --- tiny models ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gate_and_up_projection_are_siblings() -> None:
     def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         n = m.norm(x)
@@ -164,6 +165,7 @@ def test_gate_and_up_projection_are_siblings() -> None:
     assert sites.groups[0].input_node == "layer_norm"
 
 
+@pytest.mark.slow
 def test_a_layer_called_twice_is_two_sites_with_one_weight() -> None:
     def path(m: JoinedLayers, x: Tensor, _: Tensor) -> Tensor:
         x = x + m.a(x)
@@ -176,23 +178,27 @@ def test_a_layer_called_twice_is_two_sites_with_one_weight() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_parameter_without_a_layer_is_a_site_without_bias() -> None:
     sites = tiny_sites(lambda m, x, _: x + F.linear(x, m.matrix))
     assert [(s.name, s.weight, s.bias) for s in sites.linears] == [("matrix", "matrix", None)]
 
 
+@pytest.mark.slow
 def test_a_computed_weight_is_rejected() -> None:
     sites = tiny_sites(lambda m, x, _: x + F.linear(m.a(x), m.matrix * 2))
     assert names(sites) == ["a"]
     assert list(reasons(sites).values()) == ["its weight or bias is computed, not a parameter"]
 
 
+@pytest.mark.slow
 def test_a_computed_bias_is_rejected() -> None:
     sites = tiny_sites(lambda m, x, text: x + F.linear(m.a(x), m.matrix, text.mean((0, 1))))
     assert names(sites) == ["a"]
     assert list(reasons(sites).values()) == ["its weight or bias is computed, not a parameter"]
 
 
+@pytest.mark.slow
 def test_a_layer_on_the_text_is_neither_site_nor_rejection() -> None:
     def path(m: JoinedLayers, x: Tensor, text: Tensor) -> Tensor:
         return x + m.c(F.scaled_dot_product_attention(m.a(x), m.b(text), m.b(text)))
@@ -235,6 +241,7 @@ def test_a_layer_between_two_branches_is_a_site_without_a_branch() -> None:
     assert reasons(sites) == {"a": OUTSIDE, "e": OUTSIDE}
 
 
+@pytest.mark.slow
 def test_patterns_choose_among_layers_between_branches() -> None:
     assert names(tiny_sites(between, exclude=["c"])) == ["b", "d"]
     alone = tiny_sites(between, include=["c"])
@@ -280,6 +287,7 @@ def test_a_layer_on_one_vector_is_not_token_wise() -> None:
         require_sites(find_sites(captured, classes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "reason"),
     [

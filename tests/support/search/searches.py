@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -103,8 +103,16 @@ def each(recording: Recording, places: Sequence[int] = (0, 1, 2), times: int = 5
     return recording.take_runs([place for place in places for _ in range(times)])
 
 
-def refuses(message: str) -> pytest.RaisesExc[PlanError]:
-    return pytest.raises(PlanError, match=f"^{re.escape(message)}$")
+@contextmanager
+def refuses(where: str, *parts: str) -> Iterator[None]:
+    """A plan error of that place, with these words in what was expected and got."""
+    with pytest.raises(PlanError) as caught:
+        yield
+    error = caught.value
+    said = f"expected {error.expected}, got {error.got}."
+    assert error.where == where
+    assert [part for part in parts if part not in said] == []
+    assert error.fix
 
 
 def assert_same_plan(one: Plan, other: Plan, *, held_out: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from calicache.graph_passes import StepMode
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError
 from calicache.graph_passes.common.progress import Meter
-from calicache.tools.bench import prepare as bench_prepare
+from calicache.tools.bench import compile_time
 from calicache.tools.bench import run as bench
 from calicache.tools.bench.compile_time import STAGES
 from calicache.tools.bench.models import MODELS, BenchModel, find_model
@@ -32,18 +33,21 @@ STEPS, INTERVAL = 6, 3
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> BenchSettings:
-    folder = tmp_path_factory.mktemp("bench")
-    options = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, folder)
-    bench_prepare._plan(options)
-    bench_prepare._export(options)
-    return options
+    rows = ("calicache CALIBRATE, step", "calicache CALIBRATE, sampler")
+    return BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, tmp_path_factory.mktemp("bench"), rows)
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    rows = ("calicache CALIBRATE, step", "calicache CALIBRATE, sampler")
-    folder = tmp_path_factory.mktemp("whole bench")
-    return run_bench(BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, folder, rows))
+def result(settings: BenchSettings) -> dict:
+    """Of a whole bench, which leaves plans and artifacts of every kind in its folder."""
+    return run_bench(settings)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is done here: a process of its own takes seconds to begin."""
+    for module in (bench, compile_time):
+        monkeypatch.setattr(module, "own_process", lambda: ThreadPoolExecutor(1))
 
 
 def latents(name: str, settings: BenchSettings) -> Tensor:
@@ -75,8 +79,9 @@ def test_unknown_model_lists_the_known_ones(name: str) -> None:
         find_model(name)
 
 
-def test_unknown_row_lists_the_known_ones(settings: BenchSettings) -> None:
-    wrong = BenchSettings(TINY, 3, 6, None, 0, 1, settings.folder, ("fast",))
+@pytest.mark.slow
+def test_unknown_row_lists_the_known_ones() -> None:
+    wrong = BenchSettings(TINY, 3, 6, None, 0, 1, Path(), ("fast",))
     with pytest.raises(BenchError, match=r"torch\.compile, plain"):
         chosen_rows(wrong)
 
@@ -102,6 +107,8 @@ def test_sampler_guides_and_leaves_learned_variances_out() -> None:
     torch.testing.assert_close(after, torch.full((1, 2, 3), 0.98 - 0.05 * 4), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("result")
 def test_plain_rows_agree(settings: BenchSettings) -> None:
     eager = latents("PyTorch eager, plain", settings)
     # float32 through two runtimes over 6 steps.
@@ -110,19 +117,25 @@ def test_plain_rows_agree(settings: BenchSettings) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["step", "pair", "sampler"])
+@pytest.mark.usefixtures("result")
 def test_calibrated_rows_agree(settings: BenchSettings, kind: str) -> None:
     eager = latents("calicache CALIBRATE, PyTorch eager", settings)
     output = latents(f"calicache CALIBRATE, {kind}", settings)
     torch.testing.assert_close(output, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("result")
 def test_reuse_rows_agree(settings: BenchSettings) -> None:
     eager = latents("calicache REUSE, PyTorch eager", settings)
     output = latents("calicache REUSE, step", settings)
     torch.testing.assert_close(output, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("result")
 def test_hook_computes_the_steps_that_its_schedule_says(settings: BenchSettings) -> None:
     row = next(row for row in bench_rows() if "order 0" in row.name)
     calls: Counter[str] = Counter()
@@ -144,13 +157,16 @@ def test_hook_computes_the_steps_that_its_schedule_says(settings: BenchSettings)
         assert calls["q"] == BLOCKS * row.schedule(settings).count(StepMode.REFRESH)
 
 
-def test_hook_is_refused_where_its_names_fit_nothing(settings: BenchSettings) -> None:
+def test_hook_is_refused_where_its_names_fit_nothing(tmp_path: Path) -> None:
+    settings = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, tmp_path)
     row = next(row for row in bench_rows() if "order 0" in row.name)
     model = BenchModel("m", 8, lambda: torch.nn.Sequential(torch.nn.Linear(8, 8)), (1, 8))
     with pytest.raises(BenchError, match="transformer_blocks"):
         row.make(BenchTask(model, settings, settings.folder))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("result")
 def test_operators_are_told_apart_by_mode(settings: BenchSettings) -> None:
     task = BenchTask(tiny(), settings, settings.folder / "step")
     times = operator_times(task)
@@ -161,6 +177,7 @@ def test_operators_are_told_apart_by_mode(settings: BenchSettings) -> None:
     assert not {entry.operator for entry in times} & {"If", "Loop"}
 
 
+@pytest.mark.slow
 def test_whole_bench_measures_every_row(result: dict) -> None:
     assert [row["name"] for row in result["rows"]] == [
         "ONNX Runtime, plain",
@@ -178,12 +195,13 @@ def test_whole_bench_measures_every_row(result: dict) -> None:
     assert set(step["step_seconds"]) == {"REFRESH", "CALIBRATE"}
     assert sampler["step_seconds"] == {}
     assert result["rank"] == round(32 / 9)
-    # 9 C for the outputs, and the ranks of four calibration branches.
-    assert 9 < result["cache_values_per_channel"] < 10.5
+    # Of every token (2 x 16) and block, 4 bytes each: 9 C for the outputs, and the ranks of four
+    # calibration branches.
+    assert 9 < result["cache_bytes"] / (2 * 16 * BLOCKS * 4 * 32) < 10.5
 
 
 @pytest.mark.slow
-def test_row_that_cannot_run_is_reported_not_raised(tmp_path: Path) -> None:
+def test_row_that_cannot_run_is_reported_not_raised(tmp_path: Path, one_process: None) -> None:
     settings = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 1, tmp_path)
     rows = [row for row in bench_rows() if row.name == "calicache CALIBRATE, pair"]
     (timing,) = bench._measure_group(settings, rows, Meter(1.0))
@@ -191,10 +209,10 @@ def test_row_that_cannot_run_is_reported_not_raised(tmp_path: Path) -> None:
     assert timing.refused.startswith("ArtifactError")
 
 
-@pytest.mark.slow
 def test_rows_that_memory_does_not_hold_run_in_groups(
-    settings: BenchSettings, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = BenchSettings(TINY, INTERVAL, STEPS, None, 0, 2, tmp_path)
     groups: list[list[str]] = []
 
     def group(_: BenchSettings, rows, meter: Meter) -> list[Timing]:
@@ -210,6 +228,7 @@ def test_rows_that_memory_does_not_hold_run_in_groups(
     assert {names[0] for names in groups} == {rows[0].name}
 
 
+@pytest.mark.slow
 def test_report_shows_every_row(result: dict, tmp_path: Path) -> None:
     shown = copy.deepcopy(result)
     shown["rows"].append({**shown["rows"][0], "name": "a peer", "refused": "AttributeError: no"})
@@ -224,7 +243,9 @@ def test_report_shows_every_row(result: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compile_alone_is_measured_and_joins_the_report(tmp_path: Path, result: dict) -> None:
+def test_compile_alone_is_measured_and_joins_the_report(
+    tmp_path: Path, result: dict, one_process: None
+) -> None:
     write_report({**environment(), "models": [result]}, tmp_path)
     options = ["--compile", "--repeats", "1", "--steps", str(STEPS), "--docs", str(tmp_path)]
     outcome = CliRunner().invoke(app, ["bench", TINY, *options, "--work", str(tmp_path / "work")])
@@ -237,6 +258,7 @@ def test_compile_alone_is_measured_and_joins_the_report(tmp_path: Path, result: 
     assert "## What compiling takes" in (tmp_path / "performance.md").read_text()
 
 
+@pytest.mark.slow
 def test_efficiency_is_the_speedup_over_that_of_the_macs(result: dict) -> None:
     row = {**result["rows"][0], "plain_seconds": 6.0, "run_seconds": 3.0, "macs_share": 0.5}
     assert efficiency(row) == pytest.approx(1.0, rel=1e-14)  # three operations in float64

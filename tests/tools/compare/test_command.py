@@ -157,11 +157,8 @@ def test_grid_without_images_is_refused_before_anything_is_run(
 ) -> None:
     path = tmp_path / "g.png"
     message = refusal(given.tokens, "--recording", given.token_runs, "--grid", path)
-    assert message.replace(" ", "") == (
-        f"compare: grid {path}: expected images: results of 1 or 3 channels, or a decoder that "
-        "makes some, got results of the shape (2, 5, 8) are no (B, C, H, W), and there is no "
-        "decoder. Pass --decoder FILE.py:FUNCTION, or leave the grid out."
-    ).replace(" ", "")
+    assert f"grid {path}: expected images".replace(" ", "") in message.replace(" ", "")
+    assert "(2, 5, 8)" in message
     assert not path.exists()
 
 
@@ -182,19 +179,15 @@ def test_run_that_diverged_is_told_and_has_no_grid(given: Given, tmp_path: Path)
 def test_decoder_that_is_none_is_refused(given: Given) -> None:
     arguments = (given.tokens, "--recording", given.token_runs, "--decoder")
     number = refusal(*arguments, f"{given.decoders}:number")
-    wanted = "a function that returns a decoder, which is called with latents"
-    assert f"expected {wanted}, got int 3. Let it `return decode`." in number
+    assert "expected a function that returns a decoder of latents, got int 3." in number
     broken = refusal(*arguments, f"{given.decoders}:broken")
     assert "compare: decoder: expected a function from latents (2, 5, 8) to images" in broken
 
 
 def test_other_recording_is_refused(given: Given) -> None:
     message = refusal(given.artifact, "--recording", given.token_runs)
-    assert message.endswith(
-        "compare: input hidden_states: expected float32 (4, 1, 28, 28), as in the artifact, got "
-        "float32 (2, 5, 8) in the recording. Record with this shape and dtype, or export for the "
-        "recorded ones (export_onnx(fast.for_call(...), ...) for another batch size)."
-    )
+    assert "input hidden_states: expected float32 (4, 1, 28, 28)" in message
+    assert "got float32 (2, 5, 8) in the recording" in message
 
 
 def test_runs_without_results_are_refused_with_a_grid_too(
@@ -215,9 +208,3 @@ def test_missing_files_are_refused(given: Given, tmp_path: Path) -> None:
 def test_wrong_provider_is_refused(given: Given) -> None:
     arguments = (given.artifact, "--recording", given.runs, "--provider", "NoSuchProvider")
     assert "expected CPUExecutionProvider" in refusal(*arguments)
-
-
-def test_help_has_an_example() -> None:
-    text = words(calicache("compare", "--help").stdout)
-    example = "Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid"
-    assert example in text

@@ -6,8 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +35,13 @@ from calicache.tools.diff.difference import (
     StepChange,
     TargetChange,
     TargetState,
-    difference_json,
 )
 from calicache.tools.diff.subjects import diff_artifacts, diff_plans
 from calicache.tools.diff.view import describe_difference
 from calicache.tools.inspect.artifact import artifact_facts
 from calicache.tools.inspect.layers import LayerWork
 from calicache.tools.inspect.plan import plan_facts
+from calicache.tools.terminal.text import json_text
 
 R, C, U, F = StepMode
 FITTED = "fitted to the recorded runs"
@@ -165,7 +163,7 @@ def test_steps_that_differ_are_named(home: Path, plan: Plan) -> None:
     other = changed(plan, schedule=modes("RCCURFC"), output_weights=None, latent=None)
     difference = between(home, plan, other)
     assert difference.schedule.steps == (StepChange(2, R, C), StepChange(6, None, C))
-    steps = json.loads(difference_json(difference))["schedule"]["steps"]
+    steps = json.loads(json_text(difference))["schedule"]["steps"]
     assert steps[1] == {"step": 6, "a": None, "b": "CALIBRATE"}
     lines = printed(difference).splitlines()
     place = lines.index("Schedule: 2 of 7 steps differ")
@@ -385,12 +383,12 @@ def test_other_pairs_are_refused(home: Path, a: str, b: str, got: str) -> None:
 
 def test_json_has_stable_keys_and_says_whether_they_are_equal(home: Path, plan: Plan) -> None:
     difference = between(home, plan, plan.with_schedule(modes("RCCRCC")))
-    data = json.loads(difference_json(difference))
+    data = json.loads(json_text(difference))
     keys = "kind a b belonging schedule settings targets layers costs structure equal"
     assert " ".join(data) == keys
     assert data["equal"] is False
     assert data["schedule"]["steps"][0] == {"step": 2, "a": "REFRESH", "b": "CALIBRATE"}
-    assert json.loads(difference_json(between(home, plan, plan)))["equal"] is True
+    assert json.loads(json_text(between(home, plan, plan)))["equal"] is True
 
 
 def run(*arguments: str | Path) -> Result:
@@ -410,11 +408,10 @@ def test_exit_codes(
     assert run(home / "plan", path, "--json").exit_code == code
 
 
+@pytest.mark.slow
 def test_piped_output_is_plain_and_fits_80_columns(home: Path) -> None:
-    command = [str(Path(sys.executable).parent / "calicache"), "diff"]
-    paths = [str(home / "dit.onnx.d"), str(other_artifact())]
-    done = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr
+    done = run(home / "dit.onnx.d", other_artifact())
+    assert done.exit_code == 3, done.stderr
     assert "\x1b" not in done.stdout
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
     assert done.stdout.startswith("calicache artifacts differ")

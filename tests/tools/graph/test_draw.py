@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 
 import pytest
 from support.golden import assert_golden
-from support.small_graphs import CALIBRATE, FORECAST, MODES, REUSE, small_graphs
+from support.small_graphs import CALIBRATE, MODES, REUSE, small_graphs
 
-from calicache.graph_passes import StepMode, fold_blocks, view_block
+from calicache.graph_passes import fold_blocks, view_block
 from calicache.graph_passes.common.errors import LibraryError
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView
 from calicache.graph_passes.describe.graphs import Mark
@@ -82,6 +82,7 @@ def test_mermaid_ids_avoid_words_of_mermaid_and_each_other() -> None:
 # --- SVG -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "mode", "order"), VIEWS)
 def test_svg_has_every_node_once_with_its_mark_and_every_edge(
     block: str | None, mode: str, order: int
@@ -123,9 +124,9 @@ def test_tooltips_say_shape_dtype_operation_and_module() -> None:
     )
 
 
-@pytest.mark.parametrize("mode", [CALIBRATE, FORECAST])
-def test_svg_is_the_same_twice_and_in_another_process(mode: StepMode) -> None:
-    view = view_block(small_graphs(0), "blocks.0", mode)
+@pytest.mark.slow
+def test_svg_is_the_same_twice_and_in_another_process() -> None:
+    view = view_block(small_graphs(0), "blocks.0", CALIBRATE)
     first = svg_text(view)
     assert svg_text(view) == first
     program = (

@@ -74,6 +74,7 @@ def test_layers_follow_the_rules(home: Path) -> None:
     assert (targets["blocks.0.fc2"], targets["blocks.1.fc1"]) == ("blocks.0", None)
 
 
+@pytest.mark.slow
 def test_calls_of_one_layer_are_told_apart() -> None:
     model = small_model()
     assert isinstance(model.blocks, nn.ModuleList)

@@ -7,13 +7,15 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from support.search.fronts import front_of
 from support.small_subjects import codes, printed, small_folder, small_model, small_runs, texts
 
 from calicache.graph_passes import Dependence, Plan, StepMode
 from calicache.graph_passes.settings.front import ErrorSummary
-from calicache.tools.inspect.command import facts_json, inspect_subject
+from calicache.tools.inspect.command import inspect_subject
 from calicache.tools.inspect.plan import PlanFacts, plan_facts
+from calicache.tools.terminal.text import json_text
 
 R, C, U, F = StepMode
 
@@ -85,6 +87,7 @@ def test_output_weights_that_could_not_be_fitted_are_warned_of_with_the_reason(
     }
 
 
+@pytest.mark.slow
 def test_output_weights_that_nobody_asked_for_are_no_warning() -> None:
     model = small_model()
     plan = Plan.from_trajectory(model, small_runs(model), rank=2, order=0, correct=False)
@@ -101,7 +104,7 @@ def test_plan_of_a_search_shows_its_front(home: Path, plan: Plan) -> None:
     text = printed(facts)
     for part in ("Front of the search that made it", "budget 0.5", "held-out error", "< taken"):
         assert part in text
-    assert json.loads(facts_json(facts))["front"]["choice"] == 1
+    assert json.loads(json_text(facts))["front"]["choice"] == 1
 
 
 def test_held_out_error_above_the_bound_is_warned_of(home: Path, plan: Plan) -> None:
@@ -123,4 +126,4 @@ def test_a_diverged_point_is_warned_of_and_null_in_json(home: Path, plan: Plan) 
     points = (front.points[0], broken)
     facts = plan_facts(*(home / "plan", replace(plan, front=replace(front, points=points))))
     assert codes(facts) == ["diverged"]
-    assert json.loads(facts_json(facts))["front"]["points"][1]["error"]["mean"] is None
+    assert json.loads(json_text(facts))["front"]["points"][1]["error"]["mean"] is None

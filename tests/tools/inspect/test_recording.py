@@ -10,8 +10,8 @@ import torch
 from support.small_subjects import codes, printed, small_model, small_runs, texts
 
 from calicache.graph_passes import Dependence, Recording, StepMode
-from calicache.tools.inspect.command import facts_json
 from calicache.tools.inspect.recording import RecordingFacts, RunFacts, recording_facts
+from calicache.tools.terminal.text import json_text
 
 R, C, U, F = StepMode
 
@@ -66,6 +66,6 @@ def test_a_recording_of_one_step_has_unknown_dependence(home: Path) -> None:
         "least 2 steps, got 1 step. Record a whole sampler run."
     )
     assert codes(facts)[-1] == "no-timestep"
-    data = json.loads(facts_json(facts))
+    data = json.loads(json_text(facts))
     assert [spec["dependence"] for spec in data["inputs"]] == [None, None]
     assert re.search(r"^ x +float32 +\(2, 5, 4\) +unknown$", printed(facts), re.MULTILINE)

@@ -91,6 +91,7 @@ def measured(
     return calicache("latency", *arguments), path
 
 
+@pytest.mark.slow
 def test_table_is_saved_and_shown(measured: tuple[Result, Path], given: tuple[str, Path]) -> None:
     done, path = measured
     assert done.exit_code == 0, done.output
@@ -119,6 +120,7 @@ def test_output_is_plain_fits_80_columns_and_tells_every_row(
     assert f"100%  time steps, {rows} of {rows} rows" in done.stderr
 
 
+@pytest.mark.slow
 def test_plan_counts_in_measured_seconds(
     measured: tuple[Result, Path], given: tuple[str, Path], tmp_path: Path
 ) -> None:

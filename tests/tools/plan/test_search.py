@@ -107,6 +107,7 @@ def test_json_has_the_front(saved: Path) -> None:
     assert json.loads(done.stdout) == json.loads((saved / "plan.json").read_text())["front"]
 
 
+@pytest.mark.slow
 def test_take_saves_the_plan_of_another_point(
     saved: Path, searched: Plan, dit, tmp_path: Path
 ) -> None:
@@ -234,6 +235,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return spec, folder / "three runs.safetensors"
 
 
+@pytest.mark.slow
 def test_search_saves_a_plan_under_the_budget(given: tuple[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "a plan"
     done = calicache("search", *given, "-o", output, "--budget", "0.6")
@@ -264,6 +266,7 @@ def test_search_saves_a_plan_under_the_budget(given: tuple[str, Path], tmp_path:
     assert calicache("show", output).exit_code == 0
 
 
+@pytest.mark.slow
 def test_search_under_an_error_shows_a_bar_on_a_terminal(
     given: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +287,7 @@ def test_search_under_an_error_shows_a_bar_on_a_terminal(
     assert "0:00:" in done.stderr  # time left
 
 
+@pytest.mark.slow
 def test_search_that_is_refused_says_why(given: tuple[str, Path], tmp_path: Path) -> None:
     done = calicache("search", *given, "-o", tmp_path / "plan", "--budget", "0.01")
     assert done.exit_code == 1
@@ -291,9 +295,10 @@ def test_search_that_is_refused_says_why(given: tuple[str, Path], tmp_path: Path
     assert not list(tmp_path.iterdir())  # nothing in the way of another request
 
 
+@pytest.mark.slow
 def test_interrupted_search_goes_on(given: tuple[str, Path], tmp_path: Path) -> None:
     output, kept = tmp_path / "a plan", tmp_path / "a plan.search"
-    arguments = ("search", *given, "-o", output, "--budget", "0.5", "--effort", "3")
+    arguments = ("search", *given, "-o", output, "--budget", "0.5")
     command = [str(Path(sys.executable).parent / "calicache"), "plan", *map(str, arguments)]
     process = subprocess.Popen(
         command,
