@@ -14,6 +14,8 @@ from weights import DIT_WEIGHTS, load_weights
 
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

@@ -53,6 +53,7 @@ def told(seen: Sequence[Progress]) -> list[tuple[float, float]]:
 # --- what is refused --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(dit: FashionDiT, dit_plan: Plan) -> None:
     other = copy.deepcopy(dit)
     other.blocks[1].mlp.fc2.bias[3] += 1e-3
@@ -132,6 +133,7 @@ def test_plain_svd_needs_no_statistics(dit: FashionDiT, dit_plan: Plan) -> None:
 # --- what the plan decides --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_patterns_of_the_plan_choose_the_sites(dit: FashionDiT, dit_plan: Plan) -> None:
     recipe = dataclasses.replace(dit_plan.recipe, include=("*.mlp.*",), exclude=("blocks.0.*",))
     fast = optimize(dit, dataclasses.replace(dit_plan, recipe=recipe))
@@ -158,6 +160,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+@pytest.mark.slow
 def test_model_is_not_changed(dit: FashionDiT, dit_plan: Plan) -> None:
     mine = copy.deepcopy(dit)
     before = {name: value.clone() for name, value in tensors(mine).items()}
@@ -175,6 +178,7 @@ def test_model_is_not_changed(dit: FashionDiT, dit_plan: Plan) -> None:
     assert torch.equal(sample_dit(mine), image)
 
 
+@pytest.mark.slow
 def test_model_of_diffusers_is_not_changed(
     diffusers_dit: DiTTransformer2DModel, diffusers_plan: Plan
 ) -> None:

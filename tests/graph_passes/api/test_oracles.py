@@ -156,6 +156,7 @@ def pairs(
     return result
 
 
+@pytest.mark.slow
 def test_all_layers_are_sites(graph_and_sites: tuple[CapturedGraph, Sites]) -> None:
     assert [site.name for site in graph_and_sites[1].linears] == LAYERS
 

@@ -91,6 +91,7 @@ def check(plan: Plan, targets: Sequence[CalibrationTarget]) -> None:
     check_statistics(plan.statistics, plan.recipe.weighting, targets)
 
 
+@pytest.mark.slow
 def test_plan_holds_what_the_recording_showed(
     dit: FashionDiT,
     dit_recording: Recording,
@@ -655,6 +656,7 @@ def test_outputs_are_mixed_only_where_something_is_forecast(dit_plan: Plan) -> N
     assert forecast.outputs == ((1.0, 0.0), (1.0, 0.0), (0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_sampler_that_adds_noise_gets_no_output_weights(dit: FashionDiT) -> None:
     with record(dit) as recording, torch.no_grad():
         for now in (900, 500, 100):

@@ -62,6 +62,7 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
 # --- the call ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_output_object_of_diffusers_comes_back(
     fast_diffusers: OptimizedModel, diffusers_recording: Recording
 ) -> None:
@@ -308,6 +309,7 @@ def test_copy_that_was_written_in_the_middle_of_a_run_goes_on_there(
     assert_equal(whole_run(again, calls[2:]), expected[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast))])
 def test_copies_run_other_batch_sizes(
     fast: OptimizedModel, calls: Calls, twin_of: Callable[[OptimizedModel], OptimizedModel]

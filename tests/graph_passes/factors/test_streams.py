@@ -112,6 +112,7 @@ def assert_moments(got: Statistics, expected: dict[str, Tensor]) -> None:
 SCHEDULES = ["RCCRCC", "RRCRCC", "RRRCUC", "RCRURC", "RFCRRC"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", list(Granularity))
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -243,6 +244,7 @@ def test_steps_beyond_the_schedule_are_not_run(
     assert_moments(got[targets[0].name], expected)
 
 
+@pytest.mark.slow
 def test_half_precision_increments_are_taken_in_float32(dit: FashionDiT) -> None:
     half, recording = half_precision(dit)
     analysis = analysis_of(half, recording)

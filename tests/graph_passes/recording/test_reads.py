@@ -160,6 +160,7 @@ READS: dict[str, tuple[Reading, list[Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", READS)
 def test_the_graph_equals_the_model_on_recorded_and_on_other_latents(way: str) -> None:
     path, answers = READS[way]
@@ -307,6 +308,7 @@ def test_a_model_with_reads_is_captured_on_meta() -> None:
     assert tuple(output.meta["val"].shape) == (ROWS, TOKENS, WIDTH)
 
 
+@pytest.mark.slow
 def test_the_model_object_is_as_it_was() -> None:
     model = Reader(same_shape).eval()
     before = dict(vars(model))

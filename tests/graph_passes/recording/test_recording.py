@@ -241,6 +241,7 @@ def test_file_gives_back_the_recording(dit_recording: Recording, tmp_path: Path)
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 3), min_size=2, max_size=3),

@@ -231,6 +231,7 @@ def test_forecast_needs_no_other_cache_than_the_output(dit_analysis: Analysis) -
     assert weights(graph(variant_set, FORECAST)) == set()
 
 
+@pytest.mark.slow
 def test_excluded_sites_stay_full(dit: FashionDiT, dit_recording: Recording) -> None:
     part = analysis_of(dit, dit_recording, exclude=["*.mlp.fc?", "*.k"])
     variants = emit(part)
@@ -301,6 +302,7 @@ def test_layer_called_twice_is_two_sites() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fold", [False, True])
 def test_half_precision_model_keeps_its_dtype(
@@ -344,11 +346,13 @@ def forecast_block() -> VariantSet:
     return optimize(model, plan).compiled.variant_set
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", CHEAP, ids=lambda mode: mode.name.lower())
 def test_graph_is_the_golden_one(one_block: VariantSet, mode: StepMode) -> None:
     assert_golden(f"rewriting/{mode.name.lower()}.txt", graph_text(graph(one_block, mode)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [CALIBRATE, FORECAST], ids=lambda mode: mode.name.lower())
 def test_graph_of_order_2_is_the_golden_one(forecast_block: VariantSet, mode: StepMode) -> None:
     text = graph_text(graph(forecast_block, mode))

@@ -101,6 +101,7 @@ def test_plans_without_a_search_name_no_ranks(dit_plan: Plan, tmp_path: Path) ->
     assert Plan.load(tmp_path / "plan").recipe == dit_plan.recipe
 
 
+@pytest.mark.slow
 def test_ranks_reach_the_targets(dit: FashionDiT, searched: Plan) -> None:
     targets = optimize(dit, searched).compiled.targets
     assert {target.name: target.rank for target in targets} == {"blocks.0.attn": 0, **RANKS}
