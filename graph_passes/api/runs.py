@@ -13,17 +13,13 @@ _STARTED: ContextVar[tuple[tuple[object, RunState], ...]] = ContextVar("_STARTED
 
 
 class ThreadRun(threading.local):
-    """The denoising of every thread that has started none by hand.
+    """The denoising of every thread that has started none by hand; a new thread has a new one."""
 
-    Args:
-        state: of the thread that makes it; others begin with an empty one.
-    """
+    def __init__(self) -> None:
+        self.state = RunState()
 
-    def __init__(self, state: RunState | None = None) -> None:
-        self.state = RunState() if state is None else state
-
-    def __reduce__(self) -> tuple[type[ThreadRun], tuple[RunState]]:
-        return ThreadRun, (self.state,)
+    def __reduce__(self) -> tuple[type[ThreadRun], tuple[()], dict[str, RunState]]:
+        return ThreadRun, (), {"state": self.state}  # of the thread that copies
 
 
 def started_run(model: object) -> RunState | None:

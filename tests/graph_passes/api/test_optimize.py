@@ -149,7 +149,9 @@ def test_only_the_modes_of_the_schedule_are_made(
     assert set(fast.compiled.variant_set.variants) == set(schedule)
     # No layer is decomposed for nothing.
     layers = 12 if CALIBRATE in schedule else 0
-    assert told(seen) == [(done, layers) for done in range(1, layers + 1)]
+    # A model that is run whole has no graph before it is asked for.
+    whole = set(schedule) == {REFRESH}
+    assert (seen == []) if whole else (told(seen) == [(k, layers) for k in range(1, layers + 1)])
     assert len(fast.compiled.factors) == layers
 
 

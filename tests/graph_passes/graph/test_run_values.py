@@ -149,7 +149,8 @@ def test_full_rank_is_exact_with_another_text_in_every_run(
 def test_kept_values_do_not_pile_up(model, recording) -> None:
     fast = optimised(model, recording)
     sample(fast, 3)
-    ((newest, *older),) = fast.state.kept  # one call a step
+    (state,) = fast.state.calls  # one call a step
+    newest, *older = state.kept
     names = {cache.name for cache in run_caches(fast)}
     assert names <= set(newest)
     assert len(older) == 1

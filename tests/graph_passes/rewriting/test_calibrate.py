@@ -89,7 +89,8 @@ class Case:
         outputs: list[Tensor] = []
         for step, (mode, x) in enumerate(zip(SCHEDULE, self.inputs, strict=True)):
             variant = self.variant_set.variants[mode]
-            values = self.variant_set.read(variant.reads, kept, step, x.device)
+            weights = self.variant_set.weights_of(step)
+            values = self.variant_set.read(variant.reads, kept, weights, x.device)
             results = variant.module(x, *values)
             if mode is REFRESH:
                 names = [cache.name for cache in self.variant_set.caches]
@@ -230,9 +231,10 @@ def test_optimized_model_keeps_order_plus_one_refreshes_newest_first(
     fast = optimize(dit, forecast_plan)  # R C R U R F
     seen = []
     for call in dit_recording.calls:
-        (before,) = map(list, fast.state.kept)  # one call a step
+        before = [kept for state in fast.state.calls for kept in state.kept]  # one call a step
         fast(**call)
-        (kept,) = fast.state.kept
+        (state,) = fast.state.calls
+        kept = state.kept
         if fast.plan.schedule[fast.step - 1] is REFRESH:
             moved = zip(kept[1:], before, strict=False)
             assert all(a[name] is b[name] for a, b in moved for name in b)
@@ -452,5 +454,5 @@ def test_weights_of_anchors_do_not_change_the_dtype(dtype: torch.dtype) -> None:
     fast = optimize(model, plan)
     for x in case.inputs:
         assert fast(x.to(dtype)).dtype is dtype
-        (refreshes,) = fast.state.kept
-        assert {v.dtype for kept in refreshes for v in kept.values()} == {dtype}
+        (state,) = fast.state.calls
+        assert {v.dtype for kept in state.kept for v in kept.values()} == {dtype}

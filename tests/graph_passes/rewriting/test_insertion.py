@@ -164,7 +164,8 @@ def test_new_nodes_say_what_they_are(
         if not (mix and node.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor)):
             assert node.meta["nn_module_stack"], node.name
     inputs = list(dit_recording.calls[0].values())
-    values = variant_set.read(variant.reads, (), SCHEDULE.index(mode), torch.device("cpu"))
+    weights = variant_set.weights_of(SCHEDULE.index(mode))
+    values = variant_set.read(variant.reads, (), weights, torch.device("cpu"))
     assert Watch(variant.module).run(*inputs, *values)[0].shape == (4, 1, 28, 28)
 
 

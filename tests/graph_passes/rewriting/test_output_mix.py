@@ -74,7 +74,9 @@ def mixed(
     graph = captured(function, *given)
     variant_set, kept = emit(graph, "x"), kept_outputs(graph)
     variant = variant_set.variants[SCHEDULE[step]]
-    values = variant_set.read(variant.reads, kept, step, torch.device("cpu"))
+    values = variant_set.read(
+        variant.reads, kept, variant_set.weights_of(step), torch.device("cpu")
+    )
     results = run_onnx if onnx else (lambda module, *every: list(module(*every)))
     own = graph.module(*given)
     names = [cache_name(node.name) for node in output_nodes(graph)]

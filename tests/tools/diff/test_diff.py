@@ -23,6 +23,7 @@ from calicache.graph_passes import Granularity, Plan, SiteMode, SiteRule, StepMo
 from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.binding import Binding
+from calicache.graph_passes.recording.grid import Grid
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.tools.cli import app
@@ -142,7 +143,7 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
         "correction": "why",
         "reads": "[2]",
         "run_values": {"x": ()},
-        "timesteps": (1.0,),
+        "grid": Grid((1.0,), (0.0,)),
         "ranks": {"blocks.2.fc1": 1},
     }
     assert set(others) == {*Binding.__dataclass_fields__, *Recipe.__dataclass_fields__}
