@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import ExportError, NoSampler
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.sampler.guidance import recover_guidance
@@ -39,6 +40,8 @@ def read_sampler(
         ExportError: the sampler adds noise, or its update is no fixed weighted sum of latents
             and outputs; the last update is known from nowhere; the scheduler is another one.
     """
+    of_kind("optimized", optimized, OptimizedModel, ExportError)
+    of_kind("recording", recording, Recording, ExportError)
     try:
         return _read_sampler(optimized, recording, scheduler)
     except NoSampler as refusal:

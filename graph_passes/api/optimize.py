@@ -6,6 +6,7 @@ from torch import nn
 
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
@@ -28,6 +29,8 @@ def optimize(
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
+    of_kind("model", model, nn.Module, PlanError)
+    of_kind("plan", plan, Plan, PlanError)
     _check_weights(model, plan)
     recipe, workspace = plan.recipe, plan.workspace
     meter = Meter(0.0, on_progress)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import RecordError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import (
@@ -56,8 +57,9 @@ class Recorder(Recording):
             latents: of one sample each, (B, ...), or as the model takes them, guidance included.
 
         Raises:
-            RecordError: no run is open.
+            RecordError: no run is open, or the latents are no tensor.
         """
+        of_kind("latents", latents, Tensor, RecordError)
         if not self.calls or len(self.calls) in self.results:
             raise RecordError(
                 "finish",
@@ -87,7 +89,11 @@ def record(model: nn.Module) -> Iterator[Recorder]:
     Examples:
         >>> with record(pipe.transformer) as recording:
         ...     recording.finish(pipe(class_labels=[1, 2], output_type="latent").images)
+
+    Raises:
+        RecordError: what is given is no model.
     """
+    of_kind("model", model, nn.Module, RecordError)
     recorder = Recorder()
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

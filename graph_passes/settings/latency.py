@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from calicache.graph_passes.common.arguments import number, path_of
 from calicache.graph_passes.common.bounds import Count
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import PlanError
@@ -81,7 +82,9 @@ class LatencyTable:
     def __post_init__(self) -> None:
         seconds = [self.plain, self.forecast]
         seconds += [value for row in self.rows for value in (row.refresh, row.step)]
-        wrong = [value for value in seconds if not 0 < value < math.inf]
+        wrong = [
+            value for value in seconds if not 0 < number("seconds", value, PlanError) < math.inf
+        ]
         if wrong:
             raise PlanError(
                 "seconds", expected="above 0 and finite", got=str(wrong[0]), fix="Measure again."
@@ -143,7 +146,7 @@ class LatencyTable:
         Raises:
             PlanError: something else than a latency table is there, or it cannot be written.
         """
-        with atomic_path(Path(path), _TARGET) as temporary:
+        with atomic_path(path_of(path, PlanError), _TARGET) as temporary:
             temporary.write_text(_DOCUMENT.dumps(self))
 
     @staticmethod
@@ -153,7 +156,7 @@ class LatencyTable:
         Raises:
             PlanError: the file is missing, damaged, of another version, or something else.
         """
-        return _DOCUMENT.read(Path(path))
+        return _DOCUMENT.read(path_of(path, PlanError))
 
 
 _DOCUMENT = DocumentKind(

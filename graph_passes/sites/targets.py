@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from types import MappingProxyType
 
+from calicache.graph_passes.common.arguments import of_kind, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
@@ -113,8 +114,10 @@ def assign(
         The targets in graph order, and the branches that cannot be calibrated as a whole.
 
     Raises:
-        PlanError: a rank is larger than its layer allows, or a rule or a rank fits nothing.
+        PlanError: a rank is no whole number from 0 on or larger than its layer allows, or a rule
+            or a rank fits nothing.
     """
+    rank = whole_number("rank", rank, PlanError, 0)
     _check_rules(rules, sites)
     default = Treatment(SiteMode.CALIBRATE, rank, granularity)
     branches = [branch.name for branch in sites.branches]
@@ -274,6 +277,7 @@ def _rule_for(rules: Sequence[SiteRule], name: str) -> SiteRule | None:
 def _check_rules(rules: Sequence[SiteRule], sites: Sites) -> None:
     names = [site.name for site in sites.linears] + [branch.name for branch in sites.branches]
     for rule in rules:
+        of_kind("rule", rule, SiteRule, PlanError)
         if not any(fnmatchcase(name, rule.pattern) for name in names):
             raise PlanError(
                 f"rule {rule.pattern}",

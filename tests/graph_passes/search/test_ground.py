@@ -65,7 +65,7 @@ def test_runs_are_shared_out_once_each_in_thirds(runs: int) -> None:
         ),
         (
             {"budget": 0.5, "effort": 0},
-            "effort: expected 1 or more, got 0. Raise the effort.",
+            "effort: expected 1 or more, got 0. Raise effort.",
         ),
     ],
 )
