@@ -80,7 +80,8 @@ def export_onnx(
         models = _models(compiled, layout, tables)
         weights = plan_weight_file(models.values())
         folder.mkdir()
-        weights.write(folder / WEIGHTS_FILE)
+        if weights.places:  # small tensors are in the models themselves
+            weights.write(folder / WEIGHTS_FILE)
         place_outside(models.values(), weights, folder / WEIGHTS_FILE)
         for name, model in models.items():
             ir.save(model, folder / name)

@@ -22,7 +22,7 @@ from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.arguments import of_kind, path_of, whole_number
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError, ExportError
-from calicache.graph_passes.common.progress import OnProgress, Progress
+from calicache.graph_passes.common.progress import OnProgress, Progress, check_listener
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.settings.choices import StepMode
@@ -69,6 +69,7 @@ def measure_latency(
             or a stage refuses; it names itself.
     """
     of_kind("recording", recording, Recording, BenchError)
+    check_listener(on_progress)
     _check(ranks, repeats, provider)
     folder = None if path is None else path_of(path, BenchError)
     run = max(recording.runs, key=len)

@@ -78,9 +78,17 @@ def replay_scheduler(scheduler: Any, length: int) -> tuple[SamplerSteps, tuple[f
         The weights by step, and the scale of the model's input by step.
 
     Raises:
-        ExportError: it has another number of steps, or its `step` is no fixed weighted sum.
+        ExportError: it is none, has another number of steps, or its `step` is no fixed weighted
+            sum.
     """
     name = type(scheduler).__name__
+    if not all(hasattr(scheduler, part) for part in ("timesteps", "step")):
+        raise ExportError(
+            "scheduler",
+            expected="a diffusers scheduler after set_timesteps",
+            got=f"a value of the class {name}",
+            fix="Pass the pipeline's own scheduler, or leave it out.",
+        )
     if len(scheduler.timesteps) != length:
         raise ExportError(
             f"scheduler {name}",

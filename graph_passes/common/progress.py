@@ -26,6 +26,21 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+def check_listener(on_progress: object) -> None:
+    """Refuse a listener that cannot be told anything.
+
+    Raises:
+        CalicacheError: it cannot be called.
+    """
+    if on_progress is not None and not callable(on_progress):
+        raise CalicacheError(
+            "on_progress",
+            expected="a function of one argument, or None",
+            got=repr(on_progress),
+            fix="Give such a value as on_progress.",
+        )
+
+
 class Meter:
     """Counts work over all stages, and tells a listener after every piece.
 
@@ -38,13 +53,7 @@ class Meter:
     """
 
     def __init__(self, total: float, on_progress: OnProgress | None = None) -> None:
-        if on_progress is not None and not callable(on_progress):
-            raise CalicacheError(
-                "on_progress",
-                expected="a function of one argument, or None",
-                got=repr(on_progress),
-                fix="Give such a value as on_progress.",
-            )
+        check_listener(on_progress)
         self.total, self.on_progress = total, on_progress
         self.done, self.name, self.piece = 0.0, "", 1.0
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import CaptureError, reason_of
 from calicache.graph_passes.graph.forms import write_out_forms
 from calicache.graph_passes.graph.surgery import (
@@ -73,9 +74,11 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
         reads: what the model read off its tensors in every recorded call, from `find_reads`.
 
     Raises:
-        CaptureError: the model is in training mode, or torch.export cannot take it; its
+        CaptureError: the model is none, in training mode, or torch.export cannot take it; its
             reason is passed on.
     """
+    of_kind("model", model, nn.Module, CaptureError)
+    of_kind("signature", signature, CallSignature, CaptureError)
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         raise CaptureError(

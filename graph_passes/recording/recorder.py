@@ -33,7 +33,8 @@ class Recorder(Recording):
         """Keep one call.
 
         Raises:
-            RecordError: the call has another form than the ones before.
+            RecordError: the call has another form than the ones before, or a tensor without
+                values of its own.
         """
         flat = flatten_call(model, args, kwargs)
         signature = flat.signature()
@@ -108,6 +109,13 @@ def record(model: nn.Module) -> Iterator[Recorder]:
 
 def _detached(value: Tensor, last: Tensor | None) -> Tensor:
     """A copy on the CPU; the last call's own where it is equal."""
+    if value.is_meta or value.layout is not torch.strided or value.is_nested:
+        raise RecordError(
+            "argument",
+            expected="tensors with values, neither sparse nor nested",
+            got="one on the meta device" if value.is_meta else f"one of layout {value.layout}",
+            fix="Pass dense tensors.",
+        )
     copy = value.detach().to("cpu", copy=True)
     return last if last is not None and torch.equal(copy, last) else copy
 

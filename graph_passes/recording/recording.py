@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
-from calicache.graph_passes.common.arguments import path_of
+from calicache.graph_passes.common.arguments import path_of, whole_number
 from calicache.graph_passes.common.bounds import Digest
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import RecordError
@@ -155,10 +155,14 @@ class Recording:
 
         Args:
             places: in `runs`.
+
+        Raises:
+            RecordError: there is no such run.
         """
         calls: list[Call] = []
         results: dict[int, Tensor] = {}
         for place in places:
+            place = whole_number("run", place, RecordError, 0, len(self.runs) - 1)
             calls.extend(self.runs[place])
             end = self.ends[place]
             if end is not None:

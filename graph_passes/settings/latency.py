@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from calicache.graph_passes.common.arguments import number, path_of
+from calicache.graph_passes.common.arguments import number, of_kind, path_of, whole_number
 from calicache.graph_passes.common.bounds import Count
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import PlanError
@@ -68,7 +68,7 @@ class LatencyTable:
         environment: machine and versions.
 
     Raises:
-        PlanError: seconds that are not above 0 and finite.
+        PlanError: seconds that are not above 0 and finite, or another value of a wrong kind.
     """
 
     weights_hash: str
@@ -80,6 +80,9 @@ class LatencyTable:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for row in self.rows:
+            of_kind("row", row, LatencyRow, PlanError)
+        whole_number("order", self.order, PlanError, 0)
         seconds = [self.plain, self.forecast]
         seconds += [value for row in self.rows for value in (row.refresh, row.step)]
         wrong = [
