@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hypothesis import strategies as st
 from support.models import relative
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -42,9 +42,11 @@ STEPS = 6
 FULL_RANK = 4 * WIDTH
 DTYPES = ("float32", "float32", "float64", "float16", "bfloat16")  # the usual one more often
 # Relative L2. float64 and float32 round at 2e-16 and 1e-7; the weights of an anchor reach 15, and
-# what they make of rounding goes through up to five blocks. Half precision rounds at 5e-4 (bfloat16
+# what they make of rounding goes through up to four blocks. Half precision rounds at 5e-4 (bfloat16
 # at 4e-3) and the anchors are of order 0 there.
 BOUNDS = {"float64": 1e-11, "float32": 2e-3, "float16": 5e-2, "bfloat16": 0.3}
+# ONNX has the epsilon of a norm as a float32 number: off by 1e-8 of itself, beside small variances.
+EXPORTED_BOUNDS = BOUNDS | {"float64": 1e-8}
 
 
 @dataclass(frozen=True)
@@ -75,50 +77,52 @@ class Case:
     correct: bool
 
 
-def _block_specs(layout: str) -> st.SearchStrategy[BlockSpec]:
-    mixers = st.sampled_from(WITHOUT_TOKENS if layout == "vector" else tuple(MIXERS))
-    return st.builds(
-        BlockSpec,
-        mixer=mixers,
-        second=mixers,
-        norm=st.sampled_from(NORMS),
-        modulation=st.sampled_from(MODULATIONS),
-        join=st.sampled_from(JOINS),
+def case_of(seed: int) -> Case:
+    """The case of a seed: everything is drawn evenly, so that no two are near each other."""
+    draw = random.Random(seed)
+    model = _drawn_model(draw)
+    return Case(
+        model=model,
+        dtype=draw.choice(DTYPES),
+        batch=draw.choice((1, 2)),
+        calls=draw.choice((1, 1, 2, 3)),
+        exact=_drawn_schedule(draw, "RC"),
+        schedule=_drawn_schedule(draw, "RCUF"),
+        rank=draw.randint(0, WIDTH),
+        order=draw.choice((0, 1, 2)),
+        weighting=draw.choice(list(Weighting)).value,
+        correct=draw.choice((False, True)),
     )
 
 
-def _models(layout: str) -> st.SearchStrategy[ModelSpec]:
-    return st.builds(
-        ModelSpec,
-        blocks=st.lists(_block_specs(layout), min_size=1, max_size=3).map(tuple),
-        layout=st.just(layout),
-        rope=st.sampled_from(("none", "real", "complex")),
-        time=st.sampled_from(TIMES),
-        result=st.sampled_from(RESULTS),
-        skips=st.booleans(),
-        shared=st.booleans(),
-        tied=st.booleans(),
-        seed=st.integers(0, 999),
+def _drawn_model(draw: random.Random) -> ModelSpec:
+    layout = draw.choice(LAYOUTS)
+    mixers = WITHOUT_TOKENS if layout == "vector" else tuple(MIXERS)
+    blocks = tuple(
+        BlockSpec(
+            mixer=draw.choice(mixers),
+            second=draw.choice(mixers),
+            norm=draw.choice(NORMS),
+            modulation=draw.choice(MODULATIONS),
+            join=draw.choice(JOINS),
+        )
+        for _ in range(draw.choice((1, 2, 3)))
+    )
+    return ModelSpec(
+        blocks=blocks,
+        layout=layout,
+        rope=draw.choice(("none", "real", "complex")),
+        time=draw.choice(TIMES),
+        result=draw.choice(RESULTS),
+        skips=draw.choice((False, True)),
+        shared=draw.choice((False, True)),
+        tied=draw.choice((False, True)),
+        seed=draw.randrange(1000),
     )
 
 
-def _schedules(letters: str) -> st.SearchStrategy[str]:
-    return st.text(letters, min_size=STEPS - 1, max_size=STEPS - 1).map(lambda rest: "R" + rest)
-
-
-cases = st.builds(
-    Case,
-    model=st.sampled_from(LAYOUTS).flatmap(_models),
-    dtype=st.sampled_from(DTYPES),
-    batch=st.integers(1, 2),
-    calls=st.integers(1, 3),
-    exact=_schedules("RC"),
-    schedule=_schedules("RCUF"),
-    rank=st.integers(0, WIDTH),
-    order=st.integers(0, 2),
-    weighting=st.sampled_from([weighting.value for weighting in Weighting]),
-    correct=st.booleans(),
-)
+def _drawn_schedule(draw: random.Random, letters: str) -> str:
+    return "R" + "".join(draw.choices(letters, k=STEPS - 1))
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def outcome_of(case: Case) -> Outcome:
         got = _outputs(optimize(model, plan), recording)
     except CalicacheError as refusal:
         return Outcome(_reason(refusal), "not tried")
-    _compare(case, "full rank", got, _outputs(model, recording))
+    _compare("full rank", BOUNDS[case.dtype], got, _outputs(model, recording))
     try:
         if case.correct:
             plan = Plan.from_trajectory(
@@ -176,7 +180,7 @@ def outcome_of(case: Case) -> Outcome:
             exported = _stepped(session, recording)
     except CalicacheError as refusal:
         return Outcome("equal", _reason(refusal))
-    _compare(case, "exported", exported, _outputs(fast, recording))
+    _compare("exported", EXPORTED_BOUNDS[case.dtype], exported, _outputs(fast, recording))
     return Outcome("equal", "equal")
 
 
@@ -214,12 +218,12 @@ def _stepped(session: Session, recording: Recording) -> list[list[Tensor]]:
 
 
 def _compare(
-    case: Case, what: str, got: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]
+    what: str, bound: float, got: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]
 ) -> None:
     for number, (some, others) in enumerate(zip(got, expected, strict=True)):
         for value, other in zip(some, others, strict=True):
             off = relative(value.double(), other.double())
-            if value.dtype != other.dtype or not off <= BOUNDS[case.dtype]:
+            if value.dtype != other.dtype or not off <= bound:
                 raise Different(f"{what}: call {number} is off by {off:.2g}, {value.dtype}")
 
 

@@ -28,6 +28,11 @@ class Context:
     rope: str
 
 
+def _wide(value: Tensor) -> Tensor:
+    """A value of a dtype that complex numbers have."""
+    return value if value.dtype is torch.float64 else value.float()
+
+
 def _turned(value: Tensor, rope: str) -> Tensor:
     """Queries or keys (B, H, N, d) turned by their places."""
     if rope == "none":
@@ -35,7 +40,8 @@ def _turned(value: Tensor, rope: str) -> Tensor:
     tokens, half = value.shape[2], value.shape[3] // 2
     angles = torch.arange(tokens)[:, None] * 0.5 ** torch.arange(half)
     if rope == "complex":
-        pairs = torch.view_as_complex(value.float().unflatten(3, (half, 2)).contiguous())
+        pairs = torch.view_as_complex(_wide(value).unflatten(3, (half, 2)).contiguous())
+        angles = angles.to(pairs.real.dtype)
         turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles))
         return turned.flatten(3).to(value.dtype)
     cos, sin = angles.cos().to(value.dtype), angles.sin().to(value.dtype)
@@ -163,8 +169,9 @@ class Fourier(nn.Module):
         self.phase = nn.Parameter(torch.randn(WIDTH // 2))
 
     def forward(self, x: Tensor, _context: Context) -> Tensor:
-        pairs = torch.view_as_complex(self.first(x).float().unflatten(-1, (-1, 2)).contiguous())
-        turned = pairs * torch.polar(torch.ones_like(self.phase.float()), self.phase.float())
+        pairs = torch.view_as_complex(_wide(self.first(x)).unflatten(-1, (-1, 2)).contiguous())
+        phase = _wide(self.phase)
+        turned = pairs * torch.polar(torch.ones_like(phase), phase)
         return self.out(torch.view_as_real(turned).flatten(-2).to(x.dtype))
 
 
