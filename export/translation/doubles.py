@@ -54,7 +54,7 @@ def _exact(node: fx.Node, new: NewNodes) -> fx.Node | None:
 
 def _on_tensors(node: fx.Node, new: NewNodes) -> fx.Node | None:
     """The operation on tensors that hold its numbers; None where float32 holds them all."""
-    target: Any = ON_TENSORS.get(node.target, node.target)  # type: ignore[arg-type]
+    target: Any = ON_TENSORS.get(node.target, node.target)  # type: ignore[call-overload]
     if not any(map(_is_inexact, node.args)):
         return None
     arguments = [
@@ -91,8 +91,9 @@ def _number(node: fx.Node, new: NewNodes, number: Any) -> fx.Node:
 
 def _is_double(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    is_tensor = isinstance(value, Tensor) and isinstance(node.target, torch._ops.OpOverload)
-    return is_tensor and value.dtype is torch.float64
+    if not isinstance(value, Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return value.dtype is torch.float64
 
 
 def _is_inexact(value: object) -> bool:

@@ -325,8 +325,7 @@ def test_rank_too_large_for_a_branch_is_refused_with_its_name(dit_analysis: Anal
 
 
 def test_negative_rank_is_refused(dit_analysis: Analysis) -> None:
-    message = refusal(dit_analysis, rank=4, rules=[SiteRule("*.fc1", CALIBRATE, rank=-1)])
-    assert message.startswith("plan: rank of blocks.0.mlp.fc1: expected 0 .. 32 for 32 -> 128")
+    assert refusal(dit_analysis, rank=-1) == "plan: rank: expected 0 or more, got -1. Raise rank."
 
 
 # --- branches that are not token-wise -----------------------------------------------------------
