@@ -186,7 +186,24 @@ def _layer_targets(
         _check_bounds(site.name, site.in_features, site.out_features, rank)
         siblings = site.input_node if joint else site.name
         groups.setdefault((site.branch, siblings, rank), []).append(site)
-    return [_layer_target(members, rank) for (_, _, rank), members in groups.items()]
+    return [
+        target
+        for (_, _, rank), members in groups.items()
+        for target in _sibling_targets(members, rank)
+    ]
+
+
+def _sibling_targets(members: Sequence[LinearSite], rank: int) -> list[CalibrationTarget]:
+    """One target of sites that share their input; one each where that alone is exact.
+
+    At full rank a map is exact, and narrow siblings, as keys and values of grouped queries, cost
+    less apart than one map of theirs does that is exact too.
+    """
+    target = _layer_target(members, rank)
+    exact = all(rank == min(site.in_features, site.out_features) for site in members)
+    if exact and target.rank < min(target.in_features, sum(target.out_features)):
+        return [_layer_target([site], rank) for site in members]
+    return [target]
 
 
 def _layer_target(members: Sequence[LinearSite], rank: int) -> CalibrationTarget:
