@@ -15,11 +15,12 @@ from random_models.cases import case_of, outcome_of
 
 pytestmark = pytest.mark.slow
 
-CASES = 7  # five seconds of a core each: most of it torch.export and torch.onnx
+CASES = 6  # five seconds of a core each: most of it torch.export and torch.onnx
 
 # Seeds whose cases failed once, and what was wrong.
 FOUND = {
     12: "float64: numbers of operations were float32 in ONNX",
+    113: "covariance: narrow siblings at full rank were one map of less than full rank",
 }
 
 
