@@ -166,10 +166,20 @@ class Session:
         ]
 
     def end_profiling(self) -> tuple[Path, ...]:
-        """Write the profiles of a session opened with `enable_profiling`; returns their files."""
-        return tuple(
-            Path(session.end_profiling()) for session in dict.fromkeys(self._sessions.values())
-        )
+        """Write the profiles of a session opened with `enable_profiling`; returns their files.
+
+        Raises:
+            RunError: it was opened without, or they are written already.
+        """
+        files = [session.end_profiling() for session in dict.fromkeys(self._sessions.values())]
+        if not all(files):
+            raise RunError(
+                "end_profiling",
+                expected="a session that is profiled",
+                got="one that is not",
+                fix="Open it with options whose enable_profiling is True, and end it once.",
+            )
+        return tuple(map(Path, files))
 
     def _mode(self, step: int, call: int) -> StepMode:
         schedule = self.manifest.schedule

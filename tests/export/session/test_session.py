@@ -551,6 +551,11 @@ def test_what_onnx_runtime_raises_is_told_and_the_run_is_over(
     assert np.array_equal(first, Session(exports["calibrate"][1]).step(0, **calls[0]))
 
 
+def test_a_session_that_is_not_profiled_has_no_profiles(exports) -> None:
+    with pytest.raises(RunError, match="end_profiling: expected a session that is profiled"):
+        Session(exports["refresh"][1]).end_profiling()
+
+
 def test_session_options_reach_onnx_runtime(exports, tmp_path: Path) -> None:
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
