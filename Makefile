@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint format docs train classifier card plan fidelity performance models clean
+.PHONY: help demo check test fuzz lint format docs train classifier card plan fidelity performance models clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ check: lint ## Check style, types and layers, and run every test that is not slo
 
 test: $(INSTALLED) ## Run the whole test suite
 	$(PYTEST)
+
+fuzz: $(INSTALLED) ## Try N random models and plans (N=500: about an hour)
+	PYTHONPATH=tests:samples:samples/fashion_dit OMP_NUM_THREADS=1 $(BIN)/python -m random_models.fuzz $(or $(N),500)
 
 lint: $(INSTALLED) ## Check style, types and the layers of imports
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 
 from calicache.export.artifact.folder import ARTIFACT
 from calicache.export.artifact.graph_file import write_graphs
@@ -31,7 +32,9 @@ from calicache.export.layouts.onnx_graph import output_names
 from calicache.export.layouts.pair import pair_models
 from calicache.export.layouts.sampler import noise_spec, run_specs, sampler_model
 from calicache.export.layouts.step import step_model
+from calicache.export.session.session import Session
 from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.arguments import of_kind, path_of
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.common.hashing import sha256_of
@@ -51,6 +54,7 @@ def export_onnx(
     *,
     layout: Layout | str = Layout.STEP,
     sampler: SamplerTables | None = None,
+    check: bool = True,
 ) -> Manifest:
     """Write an optimised model as an artifact folder; an existing artifact is replaced.
 
@@ -60,19 +64,24 @@ def export_onnx(
         layout: `step`, `pair` or `sampler`.
         sampler: for the `sampler` layout alone, from `read_sampler`; None takes the plan's own.
             All calls of a step are one batch there.
+        check: open what was written on the CPU provider, as a session does, before it takes its
+            place. An operation that this provider has no kernel for is no error: others may.
 
     Raises:
         ExportError: an unknown layout, no sampler where one is needed, or one where none is,
-            torch.onnx refuses an op, or something else is in the place of the folder.
+            torch.onnx refuses an op, something else is in the place of the folder, or ONNX
+            Runtime does not take the models for valid.
     """
-    layout = _layout(layout)
+    of_kind("optimized", optimized, OptimizedModel, ExportError)
+    path, layout = path_of(path, ExportError), _layout(layout)
     tables = _sampler(optimized, layout, sampler)
     compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
-    with atomic_path(Path(path), ARTIFACT) as folder:
+    with atomic_path(path, ARTIFACT) as folder:
         models = _models(compiled, layout, tables)
         weights = plan_weight_file(models.values())
         folder.mkdir()
-        weights.write(folder / WEIGHTS_FILE)
+        if weights.places:  # small tensors are in the models themselves
+            weights.write(folder / WEIGHTS_FILE)
         place_outside(models.values(), weights, folder / WEIGHTS_FILE)
         for name, model in models.items():
             ir.save(model, folder / name)
@@ -81,7 +90,22 @@ def export_onnx(
         files = tuple(_file_record(folder / name, weights) for name in names)
         manifest = _manifest(compiled, layout, files, tables, optimized.plan.front)
         write_manifest(manifest, folder)
+        if check:
+            _check_opens(folder)
     return manifest
+
+
+def _check_opens(folder: Path) -> None:
+    """Refuse an artifact that no session could open.
+
+    Raises:
+        ExportError: it is none, or one of its models is not valid.
+    """
+    try:
+        Session(folder)
+    except ExportError as error:
+        if not isinstance(error.__cause__, NotImplemented):  # another provider may have the kernel
+            raise
 
 
 def _models(
@@ -100,7 +124,7 @@ def _file_record(path: Path, weights: WeightFile) -> FileRecord:
 
 
 def _layout(layout: Layout | str) -> Layout:
-    if layout not in set(Layout):
+    if layout not in list(Layout):
         raise ExportError(
             "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
         )
@@ -121,6 +145,8 @@ def _sampler(
                 fix="Leave it out, or export with layout='sampler'.",
             )
         return None
+    if sampler is not None:
+        of_kind("sampler", sampler, SamplerTables, ExportError)
     tables = plan.sampler if sampler is None else sampler
     if tables is None:
         raise ExportError(

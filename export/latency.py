@@ -19,9 +19,10 @@ from calicache.export.latency_cases import Case, case_plan, latency_cases
 from calicache.export.session.session import Session
 from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.common.arguments import of_kind, path_of, whole_number
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError, ExportError
-from calicache.graph_passes.common.progress import OnProgress, Progress
+from calicache.graph_passes.common.progress import OnProgress, Progress, check_listener
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.settings.choices import StepMode
@@ -67,7 +68,10 @@ def measure_latency(
         CalicacheError: ranks or repeats below 1, a run that is too short, an unknown provider,
             or a stage refuses; it names itself.
     """
+    of_kind("recording", recording, Recording, BenchError)
+    check_listener(on_progress)
     _check(ranks, repeats, provider)
+    folder = None if path is None else path_of(path, BenchError)
     run = max(recording.runs, key=len)
     schedule = _schedule(len(run), order)
     plan = Plan.from_trajectory(
@@ -81,7 +85,7 @@ def measure_latency(
     plans = chain([plan.with_schedule(forecast)], (case_plan(plan, case) for case in cases))
     times: list[_Times] = []
     with tempfile.TemporaryDirectory() as scratch:
-        stand = _Stand(model, run, Path(path or scratch), provider, repeats)
+        stand = _Stand(model, run, folder or Path(scratch), provider, repeats)
         plain = stand.open("plain", plan.with_schedule(uniform_schedule(len(schedule), 1)))
         for row_plan in plans:
             times.append(stand.measure(plain, row_plan))
@@ -139,7 +143,7 @@ class _Stand:
 
     def open(self, name: str, plan: Plan) -> Session:
         """A session of an artifact; one of the same name is replaced."""
-        export_onnx(optimize(self.model, plan), self.folder / name)
+        export_onnx(optimize(self.model, plan), self.folder / name, check=False)
         return Session(self.folder / name, provider=self.provider)
 
     def measure(self, plain: Session, plan: Plan) -> _Times:
@@ -184,9 +188,10 @@ def _schedule(steps: int, order: int) -> tuple[StepMode, ...]:
 
 
 def _check(ranks: Sequence[int] | None, repeats: int, provider: str) -> None:
-    for name, least in (("repeats", repeats), ("ranks", min(ranks or (1,)))):
-        if least < 1:
-            raise BenchError(name, expected="1 or more", got=str(least), fix=f"Raise {name}.")
+    whole_number("repeats", repeats, BenchError, 1)
+    if ranks is not None:
+        for rank in of_kind("ranks", ranks, Sequence, BenchError):  # type: ignore[type-abstract]
+            whole_number("ranks", rank, BenchError, 1)
     valid = ort.get_available_providers()
     if provider not in valid:  # before the work, not after it as the session would
         raise ExportError(

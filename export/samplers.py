@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import ExportError, NoSampler
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.sampler.guidance import recover_guidance
@@ -39,6 +40,8 @@ def read_sampler(
         ExportError: the sampler adds noise, or its update is no fixed weighted sum of latents
             and outputs; the last update is known from nowhere; the scheduler is another one.
     """
+    of_kind("optimized", optimized, OptimizedModel, ExportError)
+    of_kind("recording", recording, Recording, ExportError)
     try:
         return _read_sampler(optimized, recording, scheduler)
     except NoSampler as refusal:
@@ -75,9 +78,17 @@ def replay_scheduler(scheduler: Any, length: int) -> tuple[SamplerSteps, tuple[f
         The weights by step, and the scale of the model's input by step.
 
     Raises:
-        ExportError: it has another number of steps, or its `step` is no fixed weighted sum.
+        ExportError: it is none, has another number of steps, or its `step` is no fixed weighted
+            sum.
     """
     name = type(scheduler).__name__
+    if not all(hasattr(scheduler, part) for part in ("timesteps", "step")):
+        raise ExportError(
+            "scheduler",
+            expected="a diffusers scheduler after set_timesteps",
+            got=f"a value of the class {name}",
+            fix="Pass the pipeline's own scheduler, or leave it out.",
+        )
     if len(scheduler.timesteps) != length:
         raise ExportError(
             f"scheduler {name}",

@@ -8,6 +8,7 @@ from typing import Any
 
 from calicache.export.artifact.manifest import MANIFEST, MANIFEST_FILE, FileRecord, Manifest
 from calicache.export.artifact.validity import check_manifest, check_models
+from calicache.graph_passes.common.arguments import path_of
 from calicache.graph_passes.common.errors import ArtifactError, ExportError, RecordError
 from calicache.graph_passes.common.files import Target, foreign_folder
 from calicache.graph_passes.common.hashing import sha256_of
@@ -20,7 +21,7 @@ def read_manifest(path: Path | str) -> Manifest:
     Raises:
         ArtifactError: there is none, it is damaged, of another version, or contradicts itself.
     """
-    file = Path(path) / MANIFEST_FILE
+    file = path_of(path, ArtifactError) / MANIFEST_FILE
     manifest = MANIFEST.read(file)
     try:
         check_manifest(manifest)
@@ -36,13 +37,14 @@ def load_artifact(path: Path | str) -> Manifest:
         ArtifactError: a file is missing, cut short, changed, or outside the folder; or a model is
             not the one that the manifest describes.
     """
-    manifest, folder = read_manifest(path), standing(Path(path))
+    path = path_of(path, ArtifactError)
+    manifest, folder = read_manifest(path), standing(path)
     for record in manifest.files:
         check_file(folder, record)
     try:
         check_models(manifest, folder)
     except (ValueError, RecordError) as error:
-        raise MANIFEST.refused(Path(path) / MANIFEST_FILE, error) from error
+        raise MANIFEST.refused(path / MANIFEST_FILE, error) from error
     return manifest
 
 

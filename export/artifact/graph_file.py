@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from calicache.export.artifact.folder import check_file, read_manifest
 from calicache.export.artifact.manifest import GRAPHS_FILE
+from calicache.graph_passes.common.arguments import path_of
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import ArtifactError
 from calicache.graph_passes.common.files import read_bounded
@@ -44,7 +45,7 @@ def read_graphs(path: Path | str) -> ModelGraphs:
     Raises:
         ArtifactError: it is no artifact, or its graphs are missing or damaged.
     """
-    folder = standing(Path(path))
+    folder = standing(path_of(path, ArtifactError))
     file = folder / GRAPHS_FILE
     record = next((r for r in read_manifest(path).files if r.name == GRAPHS_FILE), None)
     try:

@@ -18,6 +18,7 @@ from calicache.export.lowerings.rewriting import Lowering, NewNodes
 from calicache.graph_passes.graph.operations import ATTENTION
 
 aten = torch.ops.aten
+KERNELS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that the operator is defined for
 
 
 def _fuse(node: fx.Node, new: NewNodes) -> fx.Node | None:
@@ -37,6 +38,8 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def _fits(call: Mapping[str, Any]) -> bool:
     query, key, value = (call[name].meta["val"].shape for name in ("query", "key", "value"))
+    if call["query"].meta["val"].dtype not in KERNELS:
+        return False
     if call["dropout_p"] or not len(query) == len(key) == len(value) == 4:
         return False
     if not query[:2] == key[:2] == value[:2]:
@@ -96,7 +99,7 @@ def _bias(mask: fx.Node, dtype: torch.dtype, new: NewNodes) -> fx.Node:
 
 # A copy with every attention that the operator can take handed to it.
 #
-# Left alone are grouped queries, dropout, other than four dimensions, masks that broadcast
+# Left alone are float64, grouped queries, dropout, other than four dimensions, masks that broadcast
 # over queries or keys, and causal attention between sequences of two lengths. The result is for
 # torch.onnx alone: torch cannot run the operator.
 fuse_attention = Lowering(lambda: _fuse, lambda node: node.target is ATTENTION)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from torch import Tensor
 
-from calicache.graph_passes.common.errors import RunError
+from calicache.graph_passes.common.errors import RunError, reason_of
 from calicache.graph_passes.recording.signature import TensorSpec
 
 
@@ -44,14 +45,26 @@ def in_pairs(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def checked_inputs(
     specs: Sequence[TensorSpec], inputs: Mapping[str, Any]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Exactly what the specs name, with their shapes and dtypes."""
+    """Exactly what the specs name, with their shapes and dtypes.
+
+    Raises:
+        RunError: another name, shape or dtype, or a value that NumPy cannot hold.
+    """
     unknown = sorted(set(inputs) - {spec.name for spec in specs})
     if unknown:
         raise wrong_input(unknown[0], " | ".join(spec.name for spec in specs), "another name")
     missing = [spec for spec in specs if spec.name not in inputs]
     if missing:
         raise wrong_input(missing[0].name, str(missing[0]), "nothing")
-    return {spec.name: _checked(spec, np.asarray(inputs[spec.name])) for spec in specs}
+    return {spec.name: _checked(spec, _array(spec, inputs[spec.name])) for spec in specs}
+
+
+def _array(spec: TensorSpec, value: Any) -> np.ndarray[Any, Any]:
+    """A value as an array; gradients stay behind, and tensors of other devices are copied."""
+    try:
+        return value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
+    except Exception as error:  # whatever the value's own class raises
+        raise wrong_input(spec.name, str(spec), f"no array ({reason_of(error)})") from error
 
 
 def _checked(spec: TensorSpec, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

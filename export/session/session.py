@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from calicache.export.artifact.manifest import Layout, model_file
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, STEP_INPUT, next_name
 from calicache.export.session.inputs import InputBuffers, checked_inputs, in_pairs, wrong_input
 from calicache.export.session.kept_refreshes import KeptRefreshes, no_refreshes
-from calicache.graph_passes.common.errors import ExportError, RunError
+from calicache.export.session.opening import check_cuda_graphs, open_model, running
+from calicache.graph_passes.common.arguments import number, of_kind, path_of, whole_number
+from calicache.graph_passes.common.errors import ArtifactError, ExportError, RunError
 from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.recording.reads import check_fixed
 from calicache.graph_passes.recording.signature import TensorSpec
@@ -42,7 +45,7 @@ class Session:
     Raises:
         ArtifactError: the folder is damaged.
         ExportError: the provider is not one that this ONNX Runtime has or cannot run the layout,
-            or CUDA graphs are asked for where it has none.
+            the options are none, or CUDA graphs are asked for where it has none.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Session:
         options: ort.SessionOptions | None = None,
         cuda_graphs: bool = False,
     ) -> None:
+        path = path_of(path, ArtifactError)
         self.manifest = load_artifact(path)
         valid = [name for name in ort.get_available_providers() if name in _DEVICES]
         if provider not in valid:
@@ -62,15 +66,17 @@ class Session:
                 got=repr(provider),
                 fix="Choose one of these, or install the onnxruntime package that has it.",
             )
+        if options is not None:
+            of_kind("options", options, ort.SessionOptions, ExportError)
         self._device = _DEVICES[provider]
         layout, modes = self.manifest.layout, sorted(set(self.manifest.schedule))
         if cuda_graphs:
-            _check_cuda_graphs(layout, provider)
+            check_cuda_graphs(layout, provider)
         settings = {"enable_cuda_graph": "1"} if cuda_graphs else {}
-        folder = standing(Path(path))
+        folder = standing(path)
         files = {mode: folder / model_file(layout, mode) for mode in modes}
         sessions = {
-            file: _open(file, layout, (provider, settings), options)
+            file: open_model(file, layout, (provider, settings), options)
             for file in sorted({*files.values()})
         }
         self._sessions = {mode: sessions[file] for mode, file in files.items()}
@@ -90,7 +96,8 @@ class Session:
             inputs: the model's tensors that stay the same over a run, all guidance parts at once.
 
         Raises:
-            RunError: the artifact has another layout, or an input is not what it takes.
+            RunError: the artifact has another layout, an input is not what it takes, or ONNX
+                Runtime cannot run it.
         """
         record = self.manifest.sampler
         if record is None:
@@ -104,13 +111,14 @@ class Session:
         if record.guidance is None and guidance_scale is not None:
             raise wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
         self._check_fixed(feed)
-        scale = record.guidance if guidance_scale is None else guidance_scale
+        scale = record.guidance if guidance_scale is None else _finite_scale(guidance_scale)
         if scale is not None:
             feed[GUIDANCE_INPUT] = np.array(scale, np.float32)
         session = self._sessions[StepMode.REFRESH]
         used = {value.name for value in session.get_inputs()}
         feed = {name: in_pairs(value) for name, value in feed.items() if name in used}
-        latents: np.ndarray[Any, Any] = session.run([LATENTS_OUTPUT], feed)[0]
+        with running("sample"):
+            latents: np.ndarray[Any, Any] = session.run([LATENTS_OUTPUT], feed)[0]
         return latents
 
     def step(self, step: int, call: int = 0, /, **inputs: Any) -> np.ndarray[Any, Any]:
@@ -122,8 +130,8 @@ class Session:
             inputs: the model's own tensors by name, NumPy arrays or CPU tensors.
 
         Raises:
-            RunError: a step out of range or before any REFRESH, or another shape, dtype or
-                name than the artifact's.
+            RunError: a step out of range or before any REFRESH, another shape, dtype or name
+                than the artifact's, or ONNX Runtime cannot run it: then the run is over.
         """
         return self.step_outputs(step, call, **inputs)[0]
 
@@ -136,7 +144,12 @@ class Session:
         binding = session.io_binding()
         bound = self._bind_inputs(binding, session, step, inputs, mode, kept)
         targets = self._bind_outputs(binding, session, mode, kept)
-        session.run_with_iobinding(binding, self._run_options([*bound, *targets]))
+        try:
+            with running(f"step {step}"):
+                session.run_with_iobinding(binding, self._run_options([*bound, *targets]))
+        except RunError:
+            kept.start()  # what a REFRESH let go before it failed is not there any more
+            raise
         names = (output.name for output in session.get_outputs())
         values = dict(zip(names, binding.get_outputs(), strict=True))
         if mode is StepMode.REFRESH:
@@ -153,10 +166,20 @@ class Session:
         ]
 
     def end_profiling(self) -> tuple[Path, ...]:
-        """Write the profiles of a session opened with `enable_profiling`; returns their files."""
-        return tuple(
-            Path(session.end_profiling()) for session in dict.fromkeys(self._sessions.values())
-        )
+        """Write the profiles of a session opened with `enable_profiling`; returns their files.
+
+        Raises:
+            RunError: it was opened without, or they are written already.
+        """
+        files = [session.end_profiling() for session in dict.fromkeys(self._sessions.values())]
+        if not all(files):
+            raise RunError(
+                "end_profiling",
+                expected="a session that is profiled",
+                got="one that is not",
+                fix="Open it with options whose enable_profiling is True, and end it once.",
+            )
+        return tuple(map(Path, files))
 
     def _mode(self, step: int, call: int) -> StepMode:
         schedule = self.manifest.schedule
@@ -167,21 +190,10 @@ class Session:
                 got="layout sampler",
                 fix="Call sample() for the whole run, or export in another layout.",
             )
-        if not 0 <= call < self.manifest.calls_per_step:
-            raise RunError(
-                f"call {call}",
-                expected=f"0 .. {self.manifest.calls_per_step - 1}",
-                got=str(call),
-                fix="Record and plan with as many calls in a step.",
-            )
-        if not 0 <= step < len(schedule):
-            raise RunError(
-                f"step {step}",
-                expected=f"0 .. {len(schedule) - 1}",
-                got=str(step),
-                fix="Export a plan with this many steps.",
-            )
-        mode = schedule[step]
+        fix = "Record and plan with as many calls in a step."
+        call = whole_number("call", call, RunError, 0, self.manifest.calls_per_step - 1, fix)
+        fix = "Export a plan with this many steps."
+        mode = schedule[whole_number("step", step, RunError, 0, len(schedule) - 1, fix)]
         if mode is not StepMode.REFRESH and self.manifest.caches and not self._kept[call].count:
             raise RunError(
                 f"step {step}",
@@ -193,7 +205,8 @@ class Session:
 
     def _check_fixed(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
         fixed = {name: self.manifest.fixed[name] for name in feed if name in self.manifest.fixed}
-        check_fixed(fixed, {name: torch.from_numpy(feed[name]) for name in fixed})
+        # torch takes no arrays that run backwards, or that it may not write.
+        check_fixed(fixed, {name: torch.from_numpy(feed[name].copy()) for name in fixed})
 
     def _bind_inputs(
         self,
@@ -261,38 +274,8 @@ class Session:
         return ort.OrtValue.ortvalue_from_numpy(empty, self._device)
 
 
-def _check_cuda_graphs(layout: Layout, provider: str) -> None:
-    if layout is Layout.PAIR and provider == "CUDAExecutionProvider":
-        return
-    raise ExportError(
-        "cuda_graphs",
-        expected="layout pair on CUDAExecutionProvider",
-        got=f"layout {layout.value} on {provider}",
-        fix="Export with layout='pair', which has no control flow, or leave cuda_graphs off.",
-    )
-
-
-def _open(
-    file: Path,
-    layout: Layout,
-    provider: tuple[str, dict[str, str]],
-    options: ort.SessionOptions | None,
-) -> ort.InferenceSession:
-    try:
-        return ort.InferenceSession(file, options or _default_options(), providers=[provider])
-    except Exception as error:  # ONNX Runtime has no common base for its errors
-        control_flow = layout is not Layout.PAIR
-        flat = ", or in the layout pair, which has no control flow" if control_flow else ""
-        raise ExportError(
-            f"provider {provider[0]}",
-            expected="a model that it can run",
-            got=str(error),
-            fix=f"Use another provider, export in another dtype{flat}.",
-        ) from error
-
-
-def _default_options() -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    # Threads that go on spinning after a run would slow down the session of the next mode.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
+def _finite_scale(scale: Any) -> float:
+    value = number(GUIDANCE_INPUT, scale, RunError)
+    if not math.isfinite(value):
+        raise wrong_input(GUIDANCE_INPUT, "a finite number", str(value))
+    return value

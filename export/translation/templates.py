@@ -22,6 +22,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, fx
 
 from calicache.export.translation.forms import Form, value_of
+from calicache.export.translation.scatter import widen_scattered_sums
 from calicache.export.translation.where import lower_boolean_where
 from calicache.graph_passes.common.errors import ExportError, reason_of
 from calicache.graph_passes.graph.surgery import module_path, read_attribute
@@ -122,7 +123,7 @@ def translate_forms(forms: Sequence[Form], dialect: Dialect) -> dict[str, ir.Mod
             opset_version=dialect.opset,
         )
     assert program is not None
-    model = lower_boolean_where(program.model)
+    model = widen_scattered_sums(lower_boolean_where(program.model))
     ClearMetadataAndDocStringPass()(model)
     inputs, outputs = iter(model.graph.inputs), iter(model.graph.outputs)
     return {

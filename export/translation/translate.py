@@ -21,6 +21,7 @@ from calicache.export.lowerings.reshapes import views_to_reshapes
 from calicache.export.lowerings.rewriting import lower_graph
 from calicache.export.lowerings.small_terms import scale_small_terms
 from calicache.export.lowerings.squeeze import drop_empty_squeezes
+from calicache.export.translation.doubles import widen_numbers
 from calicache.export.translation.forms import forms_of
 from calicache.export.translation.join import join_templates
 from calicache.export.translation.templates import Dialect, Templates
@@ -38,6 +39,7 @@ LOWERINGS = (
     drop_empty_squeezes,
     lower_complex,
     scale_small_terms,
+    widen_numbers,
 )
 BFLOAT16_OPSET = 23
 # Of this process: a template is decided by its form, so a second layout translates nothing again.

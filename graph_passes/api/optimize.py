@@ -7,6 +7,7 @@ from torch import nn
 from calicache.graph_passes.api.forms import compile_plan
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import MAX_FORMS, OptimizedModel
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
@@ -38,6 +39,8 @@ def optimize(
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
+    of_kind("model", model, nn.Module, PlanError)
+    of_kind("plan", plan, Plan, PlanError)
     _check_weights(model, plan)
     meter = Meter(0.0, on_progress)
     whole = plan.recipe.touches_nothing and not any(p.is_meta for p in model.parameters())

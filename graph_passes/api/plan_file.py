@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from calicache.graph_passes.common.arguments import path_of
 from calicache.graph_passes.common.bounds import Calls, Digest, Number
 from calicache.graph_passes.common.documents import DAMAGES, DocumentKind
 from calicache.graph_passes.common.errors import PlanError
@@ -104,10 +105,11 @@ def write_plan(content: PlanContent, path: Path | str) -> None:
     Raises:
         PlanError: something else is there, or it cannot be written.
     """
+    path = path_of(path, PlanError)
     tensors = {STATISTICS_FILE: named_tensors(content.statistics)}
     if content.sampler is not None:
         tensors[SAMPLER_FILE] = dict(content.sampler.inputs)
-    with atomic_path(Path(path), _TARGET) as folder:
+    with atomic_path(path, _TARGET) as folder:
         folder.mkdir()
         for name, values in tensors.items():
             save_file({key: v.contiguous() for key, v in values.items()}, folder / name)
@@ -128,7 +130,8 @@ def read_plan(path: Path | str) -> PlanContent:
     Raises:
         PlanError: a file is missing, damaged, of another version, or not a plan.
     """
-    folder = standing(Path(path))
+    path = path_of(path, PlanError)
+    folder = standing(path)
     written = _DOCUMENT.read(folder / PLAN_FILE, path)
     try:
         if written.front and not 0 <= written.front.choice < len(written.front.points):

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic_core import PydanticSerializationError, from_json
 from safetensors import SafetensorError
 
-from calicache.graph_passes.common.errors import CalicacheError
+from calicache.graph_passes.common.errors import CalicacheError, reason_of
 from calicache.graph_passes.common.files import read_bounded
 from calicache.graph_passes.common.replacing import standing
 
@@ -58,8 +58,20 @@ class DocumentKind(Generic[Value]):
         return f"calicache {self.name}"
 
     def dumps(self, value: Value) -> str:
-        """The document as text; the same value gives the same text."""
-        fields = self.schema.dump_python(value, mode="json")
+        """The document as text; the same value gives the same text.
+
+        Raises:
+            CalicacheError: of the kind `error`: a part is not of the type that it has to be.
+        """
+        try:
+            fields = self.schema.dump_python(value, mode="json", warnings="error")
+        except PydanticSerializationError as error:
+            raise self.error(
+                self.name,
+                expected="values that can be read back",
+                got=reason_of(error),
+                fix="Make it again, of plain numbers and texts.",
+            ) from error
         sum_ = sum_of(from_json(json.dumps(fields)))
         head = {"kind": self.mark, "format": self.format, "sha256": sum_}
         return json.dumps({**head, **fields}, indent=2) + "\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from calicache.graph_passes.common.errors import CalicacheError
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -24,15 +26,34 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+def check_listener(on_progress: object) -> None:
+    """Refuse a listener that cannot be told anything.
+
+    Raises:
+        CalicacheError: it cannot be called.
+    """
+    if on_progress is not None and not callable(on_progress):
+        raise CalicacheError(
+            "on_progress",
+            expected="a function of one argument, or None",
+            got=repr(on_progress),
+            fix="Give such a value as on_progress.",
+        )
+
+
 class Meter:
     """Counts work over all stages, and tells a listener after every piece.
 
     Args:
         total: expected work, such as calls of the plain model.
         on_progress: the listener; None for none.
+
+    Raises:
+        CalicacheError: the listener cannot be called.
     """
 
     def __init__(self, total: float, on_progress: OnProgress | None = None) -> None:
+        check_listener(on_progress)
         self.total, self.on_progress = total, on_progress
         self.done, self.name, self.piece = 0.0, "", 1.0
 

@@ -23,7 +23,7 @@ def standing(path: Path) -> Path:
     if os.path.lexists(path):
         return path
     aside = _aside(path)
-    return aside if aside.is_dir() else path
+    return aside if os.path.isdir(aside) else path  # is_dir raises where a name is too long
 
 
 def settle(path: Path) -> None:

@@ -164,8 +164,10 @@ class _NormalisedMean:
         self.samples = 0
 
     def add(self, value: Tensor) -> None:
-        """Add the samples of a value (B, ..., C)."""
-        magnitude = value.double().abs().flatten(1, -2).mean(dim=1)  # (B, C)
+        """Add the samples of a value (B, ..., C); without tokens, (B, C), each is one token."""
+        magnitude = value.double().abs()
+        if value.ndim > 2:
+            magnitude = magnitude.flatten(1, -2).mean(dim=1)  # (B, C)
         low = magnitude.amin(dim=1, keepdim=True)
         high = magnitude.amax(dim=1, keepdim=True)
         normalised = ((magnitude - low) / (high - low + EPSILON)).sum(dim=0)  # (C,)

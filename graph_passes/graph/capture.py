@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import CaptureError, reason_of
 from calicache.graph_passes.graph.forms import write_out_forms
 from calicache.graph_passes.graph.surgery import (
@@ -74,9 +75,11 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
         reads: what the model read off its tensors in every recorded call, from `find_reads`.
 
     Raises:
-        CaptureError: the model is in training mode, or torch.export cannot take it; its
+        CaptureError: the model is none, in training mode, or torch.export cannot take it; its
             reason is passed on.
     """
+    of_kind("model", model, nn.Module, CaptureError)
+    of_kind("signature", signature, CallSignature, CaptureError)
     _check_mode(model)
     exported, module = _export(model, signature, reads)
     _check_changes(model, exported)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from calicache.graph_passes.common.errors import CaptureError, RunError, reason_of
+from calicache.graph_passes.common.arguments import of_kind
+from calicache.graph_passes.common.errors import CaptureError, RecordError, RunError, reason_of
 from calicache.graph_passes.common.hashing import digest
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature
@@ -45,7 +46,12 @@ def find_reads(model: nn.Module, recording: Recording) -> str:
 
     Returns:
         The answers, or `null` where they differ from call to call: tracing then has to do without.
+
+    Raises:
+        RecordError: the model is none, or the recording.
     """
+    of_kind("model", model, nn.Module, RecordError)
+    of_kind("recording", recording, Recording, RecordError)
     if any(parameter.is_meta for parameter in model.parameters()):
         return NOTHING
     runs, signature = recording.runs, recording.signature

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import CalicacheWarning, RecordError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import (
@@ -42,7 +43,8 @@ class Recorder(Recording):
         out.
 
         Raises:
-            RecordError: the call has another form than the ones before.
+            RecordError: the call has another form than the ones before, or a tensor without
+                values of its own.
         """
         flat = flatten_call(model, args, kwargs)
         signature = flat.signature()
@@ -69,8 +71,9 @@ class Recorder(Recording):
             latents: of one sample each, (B, ...), or as the model takes them, guidance included.
 
         Raises:
-            RecordError: no run is open.
+            RecordError: no run is open, or the latents are no tensor.
         """
+        of_kind("latents", latents, Tensor, RecordError)
         if not self.calls or len(self.calls) in self.results:
             raise RecordError(
                 "finish",
@@ -127,7 +130,11 @@ def record(model: nn.Module) -> Iterator[Recorder]:
     Examples:
         >>> with record(pipe.transformer) as recording:
         ...     recording.finish(pipe(class_labels=[1, 2], output_type="latent").images)
+
+    Raises:
+        RecordError: what is given is no model.
     """
+    of_kind("model", model, nn.Module, RecordError)
     recorder = Recorder()
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -142,6 +149,13 @@ def record(model: nn.Module) -> Iterator[Recorder]:
 
 def _detached(value: Tensor, last: Tensor | None) -> Tensor:
     """A copy on the CPU; the last call's own where it is equal."""
+    if value.is_meta or value.layout is not torch.strided or value.is_nested:
+        raise RecordError(
+            "argument",
+            expected="tensors with values, neither sparse nor nested",
+            got="one on the meta device" if value.is_meta else f"one of layout {value.layout}",
+            fix="Pass dense tensors.",
+        )
     copy = value.detach().to("cpu", copy=True)
     return last if last is not None and torch.equal(copy, last) else copy
 

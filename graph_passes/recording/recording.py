@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
+from calicache.graph_passes.common.arguments import path_of, whole_number
 from calicache.graph_passes.common.bounds import Digest
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import RecordError
@@ -154,10 +155,14 @@ class Recording:
 
         Args:
             places: in `runs`.
+
+        Raises:
+            RecordError: there is no such run.
         """
         calls: list[Call] = []
         results: dict[int, Tensor] = {}
         for place in places:
+            place = whole_number("run", place, RecordError, 0, len(self.runs) - 1)
             calls.extend(self.runs[place])
             end = self.ends[place]
             if end is not None:
@@ -184,7 +189,7 @@ class Recording:
         content = _RecordingJson(
             self.signature, tuple(table), tuple(self.results), digests(tensors)
         )
-        with atomic_path(Path(path), _TARGET) as temporary:
+        with atomic_path(path_of(path, RecordError), _TARGET) as temporary:
             write_tensors(_RECORDING, content, tensors, temporary)
 
     @staticmethod
@@ -194,7 +199,7 @@ class Recording:
         Raises:
             RecordError: the file is missing, damaged, or something else.
         """
-        content, values = read_tensors(_RECORDING, Path(path))
+        content, values = read_tensors(_RECORDING, path_of(path, RecordError))
         try:
             calls = [{name: values[key] for name, key in row.items()} for row in content.calls]
             results = {count: values[f"result.{count}"] for count in content.results}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import fx
 
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.common.rejection import Rejection
@@ -114,7 +118,7 @@ def compile_graphs(
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
-    itemsize = next(analysis.captured.module.parameters()).element_size()
+    itemsize = _itemsize(analysis.captured.module)
     history = recipe.order + 1
     variant_set = rewrite(
         analysis.captured,
@@ -131,6 +135,13 @@ def compile_graphs(
     verify_variants(analysis.captured, variant_set)
     cost = model_cost(analysis, assignment.targets, variant_set)
     return Compiled(analysis, recipe, assignment, factors, variant_set, cost)
+
+
+def _itemsize(module: fx.GraphModule) -> int:
+    """Bytes of a number of the model; its weights may be buffers, or none."""
+    weights = chain(module.parameters(), module.buffers())
+    sizes = (weight.element_size() for weight in weights if weight.is_floating_point())
+    return next(sizes, torch.get_default_dtype().itemsize)
 
 
 def compile_recipe(

@@ -69,7 +69,7 @@ def fold_groups(targets: Sequence[CalibrationTarget], itemsize: int) -> list[Fol
     groups = []
     for group in readers.values():
         rank, channels = sum(target.rank for target in group), group[0].in_features
-        operations = 2 * sum(fold_macs(target) // target.tokens for target in group)
+        operations = 2 * sum(_macs_of_a_token(target) for target in group)
         threshold = math.inf
         if operations > 0 and rank <= channels:
             threshold = operations / (itemsize * FLOPS_PER_BYTE * channels)
@@ -85,5 +85,9 @@ def reads_output(target: CalibrationTarget) -> bool:
 
 def fold_macs(target: CalibrationTarget) -> int:
     """Multiply-accumulates of A x on a REFRESH step."""
+    return target.tokens * _macs_of_a_token(target)
+
+
+def _macs_of_a_token(target: CalibrationTarget) -> int:
     channels = target.out_features[0] if reads_output(target) else target.in_features
-    return target.tokens * target.rank * channels
+    return target.rank * channels

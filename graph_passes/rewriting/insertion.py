@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ aten = torch.ops.aten
 
 
 ANCHOR_WEIGHT, OUTPUT_WEIGHT = "anchor_weight", "output_weight"
+DOUBLE = (torch.float64, torch.complex128)
 
 
 def cache_name(node: str) -> str:
@@ -95,6 +97,7 @@ class Insertion:
         self._rows: dict[str, fx.Node] = {}
         self._linears: dict[str, fx.Node] = {}
         self._anchors: dict[str, fx.Node] = {}
+        self._exact_weights: list[fx.Node] = []
 
     def rows(self, source: fx.Node) -> fx.Node:
         """All tokens as rows (T, channels); made once for each value."""
@@ -147,6 +150,8 @@ class Insertion:
             slots = self.slots(source, value)
             if self.history == 1:
                 self._anchors[source.name] = slots[0]
+            elif value.dtype in DOUBLE:
+                self._anchors[source.name] = self._sum(slots, self._weights_of_one())
             else:
                 self._anchors[source.name] = self.weighted_sum(slots, ANCHOR_WEIGHT)
         return self._anchors[source.name]
@@ -163,9 +168,29 @@ class Insertion:
 
     def weighted_sum(self, terms: Sequence[fx.Node], table: str, first: int = 0) -> fx.Node:
         """sum_k w_k terms_k with the weights of this step from `first` on."""
+        places = range(first, first + len(terms))
+        return self._sum(terms, [self.weight(table, place) for place in places])
+
+    def _weights_of_one(self) -> list[fx.Node]:
+        """Weights of the kept refreshes in float64, the newest being what the others leave of 1.
+
+        A step's weights are float32 numbers, whose sum is off 1 by 1e-8. In float64 that would
+        show: y* + W (x - x*) is y for any weights, but only where they sum to 1.
+        """
+        if not self._exact_weights:
+            older = [self.weight(ANCHOR_WEIGHT, back) for back in range(1, self.history)]
+            placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+            with self.graph.inserting_before(placeholders[-1].next):
+                wide = [self.unary(aten._to_copy.default, w, dtype=torch.float64) for w in older]
+                total = reduce(lambda a, b: self.call(aten.add.Tensor, a, b), wide)
+                self._exact_weights = [self.unary(aten.rsub.Scalar, total, 1.0), *wide]
+        return self._exact_weights
+
+    def _sum(self, terms: Sequence[fx.Node], weights: Sequence[fx.Node]) -> fx.Node:
+        """sum_k weights_k terms_k."""
         total: fx.Node | None = None
-        for place, term in enumerate(terms, start=first):
-            scaled = self.call(aten.mul.Tensor, term, self.weight(table, place))
+        for term, weight in zip(terms, weights, strict=True):
+            scaled = self.call(aten.mul.Tensor, term, weight)
             total = scaled if total is None else self.call(aten.add.Tensor, total, scaled)
         assert total is not None
         return total

@@ -56,7 +56,7 @@ class SamplerSteps:
 
 
 def find_latent(call: Call, output: Tensor, classes: Mapping[str, Dependence]) -> str:
-    """The input that the sampler makes from the output: of its shape, but for extra channels.
+    """The floating-point input that the sampler makes from the output: of its shape, or less wide.
 
     Raises:
         NoSampler: no input is, or several.
@@ -64,7 +64,9 @@ def find_latent(call: Call, output: Tensor, classes: Mapping[str, Dependence]) -
     candidates = [
         name
         for name, value in call.items()
-        if classes[name] is Dependence.LATENT and _holds_channels(output, value)
+        if classes[name] is Dependence.LATENT
+        and value.is_floating_point()
+        and _holds_channels(output, value)
     ]
     if len(candidates) != 1:
         shape = tuple(output.shape)

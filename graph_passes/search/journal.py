@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from calicache.graph_passes.common.arguments import path_of
 from calicache.graph_passes.common.bounds import Digest
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import PlanError
@@ -120,7 +121,7 @@ class Journal:
         """
         if path is None:
             return Journal(None)
-        folder = Path(path)
+        folder = path_of(path, PlanError)
         own = _Head(hashlib.sha256(key.encode()).hexdigest())
         try:
             folder.mkdir(parents=True, exist_ok=True)

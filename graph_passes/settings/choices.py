@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TypeVar
 
+from calicache.graph_passes.common.arguments import of_kind, whole_number
 from calicache.graph_passes.common.errors import PlanError
 
 
@@ -99,6 +100,9 @@ class SiteRule:
         mode: what a CALIBRATE step does there.
         rank: r for CALIBRATE; the plan's where None.
         granularity: for CALIBRATE; the plan's where None.
+
+    Raises:
+        PlanError: a value of another kind.
     """
 
     pattern: str
@@ -107,10 +111,13 @@ class SiteRule:
     granularity: Granularity | None = None
 
     def __post_init__(self) -> None:
+        of_kind("pattern", self.pattern, str, PlanError)
         # Strings are taken for the enumerations' members; frozen fields are set in this way alone.
         object.__setattr__(self, "mode", member(SiteMode, self.mode))
         if self.granularity is not None:
             object.__setattr__(self, "granularity", member(Granularity, self.granularity))
+        if self.rank is not None:
+            object.__setattr__(self, "rank", whole_number("rank", self.rank, PlanError, 0))
 
 
 class Weighting(StrEnum):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from calicache.graph_passes.common.arguments import number, of_kind, path_of, whole_number
 from calicache.graph_passes.common.bounds import Count
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import PlanError
@@ -67,7 +68,7 @@ class LatencyTable:
         environment: machine and versions.
 
     Raises:
-        PlanError: seconds that are not above 0 and finite.
+        PlanError: seconds that are not above 0 and finite, or another value of a wrong kind.
     """
 
     weights_hash: str
@@ -79,9 +80,14 @@ class LatencyTable:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for row in self.rows:
+            of_kind("row", row, LatencyRow, PlanError)
+        whole_number("order", self.order, PlanError, 0)
         seconds = [self.plain, self.forecast]
         seconds += [value for row in self.rows for value in (row.refresh, row.step)]
-        wrong = [value for value in seconds if not 0 < value < math.inf]
+        wrong = [
+            value for value in seconds if not 0 < number("seconds", value, PlanError) < math.inf
+        ]
         if wrong:
             raise PlanError(
                 "seconds", expected="above 0 and finite", got=str(wrong[0]), fix="Measure again."
@@ -143,7 +149,7 @@ class LatencyTable:
         Raises:
             PlanError: something else than a latency table is there, or it cannot be written.
         """
-        with atomic_path(Path(path), _TARGET) as temporary:
+        with atomic_path(path_of(path, PlanError), _TARGET) as temporary:
             temporary.write_text(_DOCUMENT.dumps(self))
 
     @staticmethod
@@ -153,7 +159,7 @@ class LatencyTable:
         Raises:
             PlanError: the file is missing, damaged, of another version, or something else.
         """
-        return _DOCUMENT.read(Path(path))
+        return _DOCUMENT.read(path_of(path, PlanError))
 
 
 _DOCUMENT = DocumentKind(

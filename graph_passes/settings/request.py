@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from calicache.graph_passes.common.arguments import number, of_kind, texts, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.latency import LatencyTable
 
@@ -14,7 +15,8 @@ class SearchRequest:
     """What is asked for; see `Plan.search`.
 
     Raises:
-        PlanError: not exactly one of budget and max_error, or a number that makes no sense.
+        PlanError: not exactly one of budget and max_error, a value of another kind, or a number
+            that makes no sense.
     """
 
     budget: float | None
@@ -32,12 +34,17 @@ class SearchRequest:
                 got="both" if self.budget is not None else "neither",
                 fix="Give one of them.",
             )
-        _check_between("budget", self.budget, 1.0, "a share above 0 and below 1")
-        _check_between("max_error", self.max_error, math.inf, "an error above 0")
-        if self.effort < 1:
-            raise PlanError(
-                "effort", expected="1 or more", got=str(self.effort), fix="Raise the effort."
-            )
+        values = {
+            "budget": _between("budget", self.budget, 1.0, "a share above 0 and below 1"),
+            "max_error": _between("max_error", self.max_error, math.inf, "an error above 0"),
+            "effort": whole_number("effort", self.effort, PlanError, 1),
+            "include": texts("include", self.include, PlanError),
+            "exclude": texts("exclude", self.exclude, PlanError),
+        }
+        if self.latency is not None:
+            of_kind("latency", self.latency, LatencyTable, PlanError)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # frozen fields are set in this way alone
 
     @property
     def text(self) -> str:
@@ -47,6 +54,10 @@ class SearchRequest:
         return f"max_error {self.max_error:g}"
 
 
-def _check_between(name: str, value: float | None, below: float, expected: str) -> None:
-    if value is not None and not 0 < value < below:
-        raise PlanError(name, expected=expected, got=f"{value:g}", fix="Choose such a number.")
+def _between(name: str, value: float | None, below: float, expected: str) -> float | None:
+    if value is None:
+        return None
+    wish = number(name, value, PlanError)
+    if not 0 < wish < below:
+        raise PlanError(name, expected=expected, got=f"{wish:g}", fix="Choose such a number.")
+    return wish

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from calicache.graph_passes.common.arguments import number, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import StepMode
 
@@ -13,17 +14,17 @@ Table = tuple[Row, ...]
 
 
 def uniform_schedule(
-    steps: int, interval: int, mode: StepMode = StepMode.CALIBRATE
+    steps: int, interval: int, mode: StepMode | str = StepMode.CALIBRATE
 ) -> tuple[StepMode, ...]:
     """A REFRESH every `interval` steps and `mode` between: 5, 3 gives R C C R C.
 
     Raises:
-        PlanError: steps or interval are below 1.
+        PlanError: steps or interval are no whole numbers from 1 on, or the mode is unknown.
     """
-    for name, value in (("steps", steps), ("interval", interval)):
-        if value < 1:
-            raise PlanError(name, expected="1 or more", got=str(value), fix=f"Raise {name}.")
-    return tuple(mode if k % interval else StepMode.REFRESH for k in range(steps))
+    steps = whole_number("steps", steps, PlanError, 1)
+    interval = whole_number("interval", interval, PlanError, 1)
+    between = StepMode.of(mode)
+    return tuple(between if k % interval else StepMode.REFRESH for k in range(steps))
 
 
 def named_schedule(
@@ -39,7 +40,7 @@ def named_schedule(
     Raises:
         PlanError: an unknown mode, an interval below 1, or a mode beside a whole schedule.
     """
-    if isinstance(schedule, int) and not isinstance(schedule, bool):
+    if isinstance(schedule, int) and not isinstance(schedule, bool | StepMode):
         between = StepMode.CALIBRATE if mode is None else StepMode.of(mode)
         return uniform_schedule(steps, schedule, between)
     if mode is not None:
@@ -60,7 +61,7 @@ def named_schedule(
 
 
 def spread_schedule(
-    steps: int, refreshes: int, power: float = 1.0, mode: StepMode = StepMode.CALIBRATE
+    steps: int, refreshes: int, power: float = 1.0, mode: StepMode | str = StepMode.CALIBRATE
 ) -> tuple[StepMode, ...]:
     """`refreshes` REFRESH steps, the i-th at (i / n)^power of the run, and `mode` between.
 
@@ -68,12 +69,12 @@ def spread_schedule(
     9, 3 gives R C C C R C C C R.
 
     Raises:
-        PlanError: there are fewer steps than refreshes, no refresh, or power is not positive.
+        PlanError: there are fewer steps than refreshes, no refresh, power is not positive, or
+            the mode is unknown.
     """
-    if not 1 <= refreshes <= steps:
-        raise PlanError(
-            "refreshes", expected=f"1 .. {steps}", got=str(refreshes), fix="Ask for fewer."
-        )
+    steps = whole_number("steps", steps, PlanError, 1)
+    refreshes = whole_number("refreshes", refreshes, PlanError, 1, steps)
+    power, between = number("power", power, PlanError), StepMode.of(mode)
     if not power > 0:
         raise PlanError("power", expected="above 0", got=str(power), fix="Raise power.")
     last, gaps = steps - 1, max(1, refreshes - 1)
@@ -82,7 +83,7 @@ def spread_schedule(
         wished = round(last * (place / gaps) ** power)
         lowest = marks[-1] + 1 if marks else 0
         marks.append(min(max(wished, lowest), steps - refreshes + place))
-    return tuple(StepMode.REFRESH if k in marks else mode for k in range(steps))
+    return tuple(StepMode.REFRESH if k in marks else between for k in range(steps))
 
 
 def count_modes(schedule: Sequence[StepMode]) -> str:
@@ -121,8 +122,7 @@ def anchor_table(schedule: Sequence[StepMode], order: int) -> Table:
     Raises:
         PlanError: the order is not 0, 1 or 2.
     """
-    if not 0 <= order <= MAX_ORDER:
-        raise PlanError("order", expected="0, 1 or 2", got=str(order), fix="Choose one of these.")
+    order = whole_number("order", order, PlanError, 0, MAX_ORDER)
     rows = []
     for step, mode in enumerate(schedule):
         kept = kept_refreshes(schedule, step, order + 1)

@@ -11,7 +11,8 @@ from math import prod
 import torch
 from torch import fx
 
-from calicache.graph_passes.common.errors import SiteError
+from calicache.graph_passes.common.arguments import texts
+from calicache.graph_passes.common.errors import PlanError, SiteError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.operations import LINEAR, MATRIX_PRODUCTS
@@ -79,7 +80,12 @@ def find_sites(
         classes: class of every node, from `classify_nodes`.
         include: shell patterns; a site needs to match one.
         exclude: shell patterns; a site may match none.
+
+    Raises:
+        PlanError: the patterns are no texts.
     """
+    include = texts("include", include, PlanError)
+    exclude = texts("exclude", exclude, PlanError)
     branches, rejections = find_branches(captured.graph, classes)
     owner = {node: branch.name for branch in branches for node in branch.nodes}
     between = _between_branches(captured.graph, branches)

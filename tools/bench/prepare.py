@@ -49,10 +49,12 @@ def make_artifacts(settings: BenchSettings) -> int:
         )
         plan.save(plan_folder(settings.folder / name))
         fast = optimize(module, plan)
-        export_onnx(fast, settings.folder / name)
-    export_onnx(fast, settings.folder / "pair", layout=Layout.PAIR)  # of the last: CALIBRATE
-    sampler = read_sampler(fast, recording)
-    export_onnx(fast, settings.folder / "sampler", layout=Layout.SAMPLER, sampler=sampler)
+        export_onnx(fast, settings.folder / name, check=False)
+    # The last one is CALIBRATE's.
+    samplers = {Layout.PAIR: None, Layout.SAMPLER: read_sampler(fast, recording)}
+    for layout, sampler in samplers.items():
+        path = settings.folder / layout.value
+        export_onnx(fast, path, layout=layout, sampler=sampler, check=False)
     return sum(value.nbytes for value in module.parameters())
 
 

@@ -408,6 +408,18 @@ def test_missing_input_is_named(session) -> None:
         session.sample(CALL["noise"])
 
 
+@pytest.mark.parametrize("scale", ["7.5", [7.5, 1.0], True, torch.ones(2)])
+def test_guidance_that_is_no_number_is_refused(scale: Any, session) -> None:
+    with pytest.raises(RunError, match="guidance_scale: expected a number, got"):
+        session.sample(**CALL, guidance_scale=scale)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_guidance_that_is_not_finite_is_refused(scale: float, session) -> None:
+    with pytest.raises(RunError, match=f"guidance_scale: expected a finite number, got {scale}"):
+        session.sample(**CALL, guidance_scale=scale)
+
+
 def test_step_of_a_sampler_artifact_is_refused(session) -> None:
     with pytest.raises(RunError, match=r"layout step or pair, got layout sampler.*sample\(\)"):
         session.step(0, **CALL)

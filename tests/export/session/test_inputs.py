@@ -147,6 +147,15 @@ def test_what_is_like_an_array_is_taken_as_one() -> None:
     assert feed["timestep"].tolist() == [5, 5]
 
 
+def test_gradients_and_views_of_tensors_stay_behind() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    feed = checked_inputs(SPECS, {"x": x.T, "timestep": torch.tensor([5, 5])})
+    assert np.array_equal(feed["x"], x.detach().T.numpy())
+    z = torch.randn(2, 3, dtype=torch.complex64)
+    (spec,) = (TensorSpec("z", (2, 3), "complex64"),)
+    assert np.array_equal(checked_inputs([spec], {"z": z.conj()})["z"], z.numpy().conj())
+
+
 @pytest.mark.parametrize(
     ("change", "name", "got"),
     [
@@ -155,8 +164,17 @@ def test_what_is_like_an_array_is_taken_as_one() -> None:
         ({"x": draw(3, 2)}, "x", r"float32 \(3, 2\)"),
         ({"x": draw(2, 3).astype(np.float64)}, "x", r"float64 \(2, 3\)"),
         ({"timestep": 5}, "timestep", r"int64 \(\)"),
+        ({"x": torch.zeros(2, 3).bfloat16()}, "x", r"no array \(TypeError: .*BFloat16"),
+        ({"x": torch.zeros(2, 3).to_sparse()}, "x", r"no array \(TypeError: .*[sS]parse"),
+        ({"x": torch.zeros(2, 3, device="meta")}, "x", r"no array \(\w+Error: .*[mM]eta"),
+        ({"x": [[1.0], [1.0, 2.0]]}, "x", r"no array \(ValueError: .*inhomogeneous"),
+        ({"x": object()}, "x", r"object \(\)"),
+        ({"x": "text"}, "x", r"<U4 \(\)"),
     ],
-    ids=["unknown", "missing", "shape", "dtype", "no dimension"],
+    ids=[
+        *("unknown", "missing", "shape", "dtype", "no dimension", "bfloat16", "sparse", "meta"),
+        *("ragged", "object", "text"),
+    ],
 )
 def test_wrong_inputs_are_named(change: dict[str, Any], name: str, got: str) -> None:
     inputs = {n: value for n, value in (good() | change).items() if value is not None}

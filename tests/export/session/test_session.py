@@ -33,7 +33,7 @@ from calicache.graph_passes import (
     record,
     uniform_schedule,
 )
-from calicache.graph_passes.common.errors import ExportError, RunError
+from calicache.graph_passes.common.errors import ArtifactError, ExportError, RunError
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +50,8 @@ SCHEDULES = {
 # The bound of the issue. float32 rounding gives about 3e-7; on these models a wrong variant or
 # a stale cache is off by 1e-2.
 SAME = 1e-4
+
+WRONG_X = np.zeros((4, 1, 28, 28))  # float64
 
 Exported = tuple[OptimizedModel, Path]
 
@@ -440,8 +442,32 @@ def test_cheap_step_before_any_refresh_is_refused(name: str, exports, calls) -> 
 
 @pytest.mark.parametrize("step", [-1, STEPS, 10**9])
 def test_step_out_of_range_is_refused(step: int, session, calls) -> None:
-    with pytest.raises(RunError, match=rf"step {step}: expected 0 \.\. 34, got {step}"):
+    with pytest.raises(RunError, match=rf"step: expected 0 \.\. 34, got {step}"):
         session.step(step, **calls[0])
+
+
+@pytest.mark.parametrize("step", [1.0, "1", None, True])
+def test_step_that_is_no_whole_number_is_refused(step: Any, session, calls) -> None:
+    with pytest.raises(RunError, match=rf"step: expected a whole number, 0 \.\. 34, got {step!r}"):
+        session.step(step, **calls[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (1, r"call: expected 0 \.\. 0, got 1\. Record and plan with as many calls in a step\."),
+        (-1, r"call: expected 0 \.\. 0, got -1\."),
+        ("0", r"call: expected a whole number, 0 \.\. 0, got '0'\."),
+    ],
+)
+def test_call_that_no_step_has_is_refused(call: Any, message: str, session, calls) -> None:
+    with pytest.raises(RunError, match=message):
+        session.step(0, call, **calls[0])
+
+
+def test_steps_may_be_numpys_whole_numbers(session, calls) -> None:
+    expected = session.step(0, **calls[0])
+    assert np.array_equal(session.step(np.int64(0), np.int32(0), **calls[0]), expected)
 
 
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
@@ -496,6 +522,38 @@ def test_model_that_the_provider_cannot_run_is_refused_with_the_reason(tmp_path:
     _, folder = export_residual((R, C), 1, tmp_path / "d", torch.float64)
     with pytest.raises(ExportError, match=r"CPUExecutionProvider.*Erf"):
         Session(folder)
+
+
+@pytest.mark.parametrize("path", [3, None, "a\0b", b"d"])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(ArtifactError, match=r"path: expected a path as text"):
+        Session(path)
+
+
+def test_options_of_another_kind_are_refused(exports) -> None:
+    with pytest.raises(ExportError, match=r"options: expected a value of the class SessionOptions"):
+        Session(exports["refresh"][1], options={"threads": 2})
+
+
+def test_what_onnx_runtime_raises_is_told_and_the_run_is_over(
+    exports, calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value of another dtype than the model's, which only ONNX Runtime itself looks at."""
+    session = Session(exports["calibrate"][1])
+    session.step(0, **calls[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(session._inputs, "fill", lambda *_: ort.OrtValue.ortvalue_from_numpy(WRONG_X))
+        with pytest.raises(RunError, match=r"step 3: expected a model that ONNX Runtime can run"):
+            session.step(3, **calls[3])
+    with pytest.raises(RunError, match=r"step 4: expected a REFRESH step before it"):
+        session.step(4, **calls[4])
+    first = session.step(0, **calls[0])
+    assert np.array_equal(first, Session(exports["calibrate"][1]).step(0, **calls[0]))
+
+
+def test_a_session_that_is_not_profiled_has_no_profiles(exports) -> None:
+    with pytest.raises(RunError, match="end_profiling: expected a session that is profiled"):
+        Session(exports["refresh"][1]).end_profiling()
 
 
 def test_session_options_reach_onnx_runtime(exports, tmp_path: Path) -> None:

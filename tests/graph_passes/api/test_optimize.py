@@ -312,3 +312,28 @@ def test_statistics_of_other_steps_than_the_schedule_are_refused(
     assert plan.statistics == {}
     with pytest.raises(PlanError, match="with the steps it will run"):
         optimize(dit, plan.with_schedule((REFRESH, CALIBRATE)))
+
+
+class Scaled(nn.Module):
+    """No parameter at all; the factor is a buffer, or a number."""
+
+    def __init__(self, *, buffer: bool) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(0.5) if buffer else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (0.5 if self.factor is None else self.factor)
+
+
+@pytest.mark.parametrize("buffer", [True, False], ids=["buffer", "number"])
+def test_a_model_without_parameters_can_be_forecast(buffer: bool) -> None:
+    model = Scaled(buffer=buffer).eval()
+    with record(model) as recording:
+        for step in range(3):
+            model(torch.tensor([[4.0 - step, step]]))
+    plan = Plan.from_trajectory(
+        model, recording, schedule="RFR", weighting="none", order=0, correct=False
+    )
+    fast = optimize(model, plan)
+    got = [fast(**call) for call in recording.calls]
+    assert [float(value[0, 0]) for value in got] == [2.0, 2.0, 1.0]  # halves: exact

@@ -602,7 +602,8 @@ def test_what_was_fitted_is_dropped_with_what_it_was_fitted_to(
 def test_order_must_be_known(
     dit: FashionDiT, dit_recording: Recording, dit_plan: Plan, order: int
 ) -> None:
-    message = f"plan: order: expected 0, 1 or 2, got {order}. Choose one of these."
+    change = "Raise" if order < 0 else "Lower"
+    message = f"plan: order: expected 0 .. 2, got {order}. {change} order."
     with refuses(message):
         replace(dit_plan.recipe, order=order)
     with refuses(message):

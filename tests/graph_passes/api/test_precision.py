@@ -1,20 +1,22 @@
-"""float16 and bfloat16 models in every layout: what is stored, what stays float32, what agrees."""
+"""Models of other dtypes than float32: what is stored, what stays float32, what agrees."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
-from support.models import relative
-from torch import Tensor
+from support.models import relative, shake
+from torch import Tensor, nn
 
 from calicache.export import Layout, Session, export_onnx, read_sampler
 from calicache.export.artifact.manifest import model_file
-from calicache.graph_passes import Plan, StepMode, optimize, record
+from calicache.graph_passes import Plan, Recording, StepMode, Weighting, optimize, record
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import ExportError
 
@@ -115,3 +117,72 @@ def test_bfloat16_is_refused_by_the_cpu_with_a_way_out(exports, layout: Layout) 
         Session(folder / layout)
     assert "another dtype" in caught.value.fix
     assert ("layout pair" in caught.value.fix) == (layout is not Layout.PAIR)
+
+
+class Attended(nn.Module):
+    """Attention and a perceptron, of operations that ONNX Runtime's CPU provider has in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = self.embed(x) + timestep[:, None, None]
+        q, k, v = (p(x).unflatten(2, (2, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(x + self.fc2(self.fc1(x).relu()))
+
+
+# float64 rounds at 1e-16; anchors weigh kept values by 31 at most, in two branches of 16 channels.
+EXACT = 1e-12
+# REFRESH steps between which an anchor's weights are thirds, which no float32 number is.
+THIRDS = (R, C, C, R, C, C)
+
+
+@pytest.fixture(scope="module")
+def double() -> tuple[nn.Module, Recording]:
+    torch.manual_seed(0)
+    model = shake(Attended(), 0.2).double()
+    x = draw(1)[:, :, 0].double()
+    with record(model) as recording, torch.no_grad():
+        for now in torch.linspace(1, 0, len(SCHEDULE), dtype=torch.float64):
+            x = x - 0.1 * model(x, now.expand(2))
+        recording.finish(x)
+    return model, recording
+
+
+@pytest.mark.parametrize("correct", [False, True], ids=["plain", "fitted"])
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("weighting", list(Weighting))
+def test_full_rank_in_float64_is_the_original(
+    double: tuple[nn.Module, Recording], weighting: Weighting, order: int, correct: bool
+) -> None:
+    model, recording = double
+    plan = Plan.from_trajectory(
+        model,
+        recording,
+        schedule=THIRDS,
+        rank=16,
+        order=order,
+        weighting=weighting,
+        correct=correct,
+    )
+    fast = optimize(model, plan)
+    for call in recording.calls:
+        with torch.no_grad():
+            assert relative(fast(**call), model(**call)) < EXACT
+
+
+@pytest.mark.parametrize("layout", [Layout.STEP, Layout.PAIR])
+def test_float64_attention_runs_and_agrees_with_torch(
+    double: tuple[nn.Module, Recording], layout: Layout, tmp_path: Path
+) -> None:
+    model, recording = double
+    plan = Plan.from_trajectory(model, recording, schedule=THIRDS, rank=16, correct=False)
+    export_onnx(optimize(model, plan), tmp_path / "d", layout=layout)
+    session = Session(tmp_path / "d")
+    for step, call in enumerate(recording.calls):
+        with torch.no_grad():
+            assert relative(torch.from_numpy(session.step(step, **call)), model(**call)) < EXACT

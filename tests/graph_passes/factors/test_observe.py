@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT
 from support.analyses import analysis_of, part, replaced, seen_by
-from support.models import STEPS, diffusers_calls, half_precision, modes, relative
-from torch import Tensor, nn
+from support.models import STEPS, diffusers_calls, half_precision, modes, relative, shake
+from torch import Tensor, fx, nn
 
 from calicache.graph_passes import (
     Recording,
@@ -96,6 +97,58 @@ def test_statistics_are_float32_shares_on_the_cpu(
             assert values.dtype == torch.float32
             assert values.device.type == "cpu"
             assert 0.0 <= float(values.min()) < float(values.max()) <= 1.0
+
+
+class Attended(nn.Module):
+    """torch's own attention, whose last layer takes rows (N B, C), and a latent of no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x, x, x, need_weights=False)[0] if x.ndim == 3 else x
+        return x + self.fc2(self.fc1(x).relu())
+
+
+@pytest.mark.parametrize("weighting", MEASURED)
+@pytest.mark.parametrize(
+    ("shape", "name"), [((3, 5, 8), "attn.out_proj"), ((3, 8), "fc1"), ((3, 8), "fc2")]
+)
+def test_a_row_without_tokens_is_a_sample_of_one(
+    weighting: Weighting, shape: tuple[int, ...], name: str
+) -> None:
+    model = shake(Attended(), 0.3)
+    with record(model) as recording:
+        for _ in range(STEPS):
+            model(torch.randn(shape))
+    analysis = analysis_of(model, recording)
+    statistics = seen_by(analysis, recording, weighting)
+    x, y = rows_of(analysis, recording, name)
+    if weighting is Weighting.INCREMENT:
+        x, y = x.diff(dim=0), y.diff(dim=0)
+    # Values of 0 .. 1 from float32 activations, whose small differences cancel.
+    assert_same(statistics[name], (magnitude(x), magnitude(y)), atol=2e-6)
+
+
+def rows_of(analysis: Analysis, recording: Recording, name: str) -> tuple[Tensor, Tensor]:
+    """What goes into a layer and comes out of it, (steps, rows, 1, C) in float64."""
+    site = next(site for site in analysis.sites.linears if site.name == name)
+    values: dict[str, list[Tensor]] = {site.input_node: [], site.node: []}
+
+    class Seen(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name in values:
+                values[n.name].append(value)
+            return value
+
+    for call in recording.calls:
+        with torch.no_grad():
+            Seen(analysis.captured.module).run(*call.values())
+    x, y = (torch.stack(values[node]).double()[:, :, None] for node in (site.input_node, site.node))
+    return x, y
 
 
 def test_increments_never_cross_from_one_run_to_the_next(

@@ -268,6 +268,12 @@ def test_no_or_several_latents_are_refused_with_their_number(
         find_latent(call, noise(), dict.fromkeys(call, LATENT))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_latent_that_no_weights_apply_to_is_none(dtype: torch.dtype) -> None:
+    with pytest.raises(NoSampler, match="0 inputs have the output's shape"):
+        find_latent({"x": noise().to(dtype)}, noise(), {"x": LATENT})
+
+
 def test_channels_of_a_learned_variance_are_cut() -> None:
     latent, output = noise(), torch.cat([noise(2), noise(3)], 1)
     assert torch.equal(latent_channels(output, latent), noise(2))

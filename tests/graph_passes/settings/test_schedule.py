@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import modes
@@ -100,11 +103,40 @@ def test_evenly_spread_gaps_differ_by_one_at_most(steps: int, data: st.DataObjec
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize("refreshes", [-1, 0, 6])
-def test_spread_schedule_refuses_a_count_that_does_not_fit(refreshes: int) -> None:
+@pytest.mark.parametrize(
+    ("refreshes", "message"),
+    [
+        (-1, "expected 1 .. 5, got -1. Raise"),
+        (0, "expected 1 .. 5, got 0. Raise"),
+        (6, "expected 1 .. 5, got 6. Lower"),
+    ],
+)
+def test_spread_schedule_refuses_a_count_that_does_not_fit(refreshes: int, message: str) -> None:
     with pytest.raises(PlanError) as caught:
         spread_schedule(5, refreshes)
-    assert str(caught.value).startswith(f"plan: refreshes: expected 1 .. 5, got {refreshes}.")
+    assert str(caught.value) == f"plan: refreshes: {message} refreshes."
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, None, True, torch.ones(2)])
+def test_counts_that_are_no_whole_numbers_are_refused(value: Any) -> None:
+    for name, make in (
+        ("steps", lambda: uniform_schedule(value, 2)),
+        ("interval", lambda: uniform_schedule(4, value)),
+        ("refreshes", lambda: spread_schedule(4, value)),
+    ):
+        with pytest.raises(PlanError, match=f"^plan: {name}: expected a whole number, 1"):
+            make()
+
+
+@pytest.mark.parametrize("mode", ["X", 1, None])
+def test_schedules_of_an_unknown_mode_are_refused(mode: Any) -> None:
+    for make in (uniform_schedule, spread_schedule):
+        with pytest.raises(PlanError, match=r"^plan: step mode: expected REFRESH"):
+            make(4, 2, mode=mode)
+
+
+def test_whole_numbers_may_be_numpys() -> None:
+    assert uniform_schedule(np.int64(4), np.int32(2)) == modes("RCRC")
 
 
 @pytest.mark.parametrize("power", [0.0, -1.0, math.nan])
@@ -157,7 +189,7 @@ def test_named_schedule_refuses_a_mode_beside_every_steps(mode: StepMode | str) 
     )
 
 
-@pytest.mark.parametrize("schedule", [True, 3.0, None, {"R"}])
+@pytest.mark.parametrize("schedule", [True, 2.5, None, {"R"}, CALIBRATE])
 def test_named_schedule_refuses_what_is_neither_interval_nor_steps(schedule: object) -> None:
     with pytest.raises(PlanError) as caught:
         named_schedule(schedule, 6)  # type: ignore[arg-type]
@@ -279,13 +311,20 @@ def test_anchor_rows_are_the_weights_of_what_is_kept(
         assert math.fsum(row) == pytest.approx(1.0, rel=0, abs=1e-12)
 
 
-@pytest.mark.parametrize("order", [-1, 3])
-def test_unknown_order_is_refused(order: int) -> None:
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (-1, "expected 0 .. 2, got -1. Raise order."),
+        (3, "expected 0 .. 2, got 3. Lower order."),
+        ("1", "expected a whole number, 0 .. 2, got '1'. Give such a value as order."),
+        (1.0, "expected a whole number, 0 .. 2, got 1.0. Give such a value as order."),
+        (None, "expected a whole number, 0 .. 2, got None. Give such a value as order."),
+    ],
+)
+def test_unknown_order_is_refused(order: Any, message: str) -> None:
     with pytest.raises(PlanError) as caught:
         anchor_table(modes("RC"), order)
-    assert str(caught.value) == (
-        f"plan: order: expected 0, 1 or 2, got {order}. Choose one of these."
-    )
+    assert str(caught.value) == f"plan: order: {message}"
 
 
 def test_output_table_forecasts_forecast_steps_alone() -> None:

@@ -324,9 +324,32 @@ def test_rank_too_large_for_a_branch_is_refused_with_its_name(dit_analysis: Anal
     assert message.startswith("plan: rank of blocks.0.attn: expected 0 .. 32 for 32 -> 32, got 33.")
 
 
+class Narrow(nn.Module):
+    """Keys and values of grouped queries: 8 to 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return x + self.out(torch.cat([self.k(x), self.v(x)], -1).relu())
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [(4, {"k": 4, "v": 4, "out": 4}), (8, {"k": 4, "v": 4, "out": 8}), (3, {"k+v": 4, "out": 3})],
+)
+def test_siblings_that_are_exact_apart_are_not_made_inexact_together(
+    rank: int, expected: dict[str, int]
+) -> None:
+    targets = targets_of(noise_analysis(Narrow()), rank, joint=True)
+    assert {name: target.rank for name, target in targets.items()} == expected
+
+
 def test_negative_rank_is_refused(dit_analysis: Analysis) -> None:
-    message = refusal(dit_analysis, rank=4, rules=[SiteRule("*.fc1", CALIBRATE, rank=-1)])
-    assert message.startswith("plan: rank of blocks.0.mlp.fc1: expected 0 .. 32 for 32 -> 128")
+    assert refusal(dit_analysis, rank=-1) == "plan: rank: expected 0 or more, got -1. Raise rank."
 
 
 # --- branches that are not token-wise -----------------------------------------------------------

@@ -1,0 +1,86 @@
+"""ONNX Runtime opening and running a model, with what it raises told in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnxruntime as ort
+
+from calicache.export.artifact.manifest import Layout
+from calicache.graph_passes.common.errors import ExportError, RunError, reason_of
+
+
+@contextmanager
+def running(where: str) -> Iterator[None]:
+    """What ONNX Runtime raises while it runs a model, in words.
+
+    Args:
+        where: what is run.
+
+    Raises:
+        RunError: it raised anything.
+    """
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime has no common base for its errors
+        raise RunError(
+            where,
+            expected="a model that ONNX Runtime can run with these inputs",
+            got=reason_of(error),
+            fix="Use another provider, export in another dtype, or use less memory.",
+        ) from error
+
+
+def check_cuda_graphs(layout: Layout, provider: str) -> None:
+    """Refuse CUDA graphs where there are none.
+
+    Raises:
+        ExportError: of another layout or provider.
+    """
+    if layout is Layout.PAIR and provider == "CUDAExecutionProvider":
+        return
+    raise ExportError(
+        "cuda_graphs",
+        expected="layout pair on CUDAExecutionProvider",
+        got=f"layout {layout.value} on {provider}",
+        fix="Export with layout='pair', which has no control flow, or leave cuda_graphs off.",
+    )
+
+
+def open_model(
+    file: Path,
+    layout: Layout,
+    provider: tuple[str, dict[str, str]],
+    options: ort.SessionOptions | None,
+) -> ort.InferenceSession:
+    """A model ready to run.
+
+    Args:
+        file: of the model.
+        layout: of its artifact.
+        provider: name and settings of an execution provider.
+        options: for ONNX Runtime; None for the usual ones.
+
+    Raises:
+        ExportError: the provider cannot run it.
+    """
+    try:
+        return ort.InferenceSession(file, options or _default_options(), providers=[provider])
+    except Exception as error:  # ONNX Runtime has no common base for its errors
+        control_flow = layout is not Layout.PAIR
+        flat = ", or in the layout pair, which has no control flow" if control_flow else ""
+        raise ExportError(
+            f"provider {provider[0]}",
+            expected="a model that it can run",
+            got=str(error),
+            fix=f"Use another provider, export in another dtype{flat}.",
+        ) from error
+
+
+def _default_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    # Threads that go on spinning after a run would slow down the session of the next mode.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options

@@ -1,0 +1,1 @@
+"""Random DiT-like models under random plans: equal to the plain model, or refused in words."""
