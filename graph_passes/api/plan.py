@@ -15,6 +15,7 @@ from calicache.graph_passes.api.planner import (
     fit_to_sampler,
     planned_calls,
 )
+from calicache.graph_passes.common.arguments import of_kind, texts, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
@@ -36,7 +37,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.request import SearchRequest
-from calicache.graph_passes.settings.schedule import named_schedule
+from calicache.graph_passes.settings.schedule import MAX_ORDER, named_schedule
 
 OTHER_WEIGHTS = "then given other weights, with which the error was not measured"
 
@@ -115,15 +116,17 @@ class Plan:
         Raises:
             CalicacheError: whatever stage refuses names itself.
         """
+        of_kind("model", model, nn.Module, PlanError)
+        of_kind("recording", recording, Recording, PlanError)
         recipe = Recipe(
             schedule=named_schedule(schedule, recording.steps, mode),
-            rank=rank,
-            order=order,
+            rank=whole_number("rank", rank, PlanError, 0),
+            order=whole_number("order", order, PlanError, 0, MAX_ORDER),
             weighting=member(Weighting, weighting),
             granularity=member(Granularity, granularity),
             rules=tuple(rules),
-            include=tuple(include),
-            exclude=tuple(exclude),
+            include=texts("include", include, PlanError),
+            exclude=texts("exclude", exclude, PlanError),
         )
         return Plan._of_recipe(model, recording, recipe, correct, on_progress)
 
@@ -182,7 +185,8 @@ class Plan:
         Raises:
             CalicacheError: the request cannot be met, or a stage refuses; it names itself.
         """
-        request = SearchRequest(budget, max_error, latency, effort, tuple(include), tuple(exclude))
+        patterns = texts("include", include, PlanError), texts("exclude", exclude, PlanError)
+        request = SearchRequest(budget, max_error, latency, effort, *patterns)
         workspace = Workspace()
         searched = search_plan(model, recording, request, workspace, path, on_progress)
         return Plan(
@@ -234,7 +238,7 @@ class Plan:
         Raises:
             PlanError: the rank is negative.
         """
-        return self._with(rank=rank, ranks={})
+        return self._with(rank=whole_number("rank", rank, PlanError, 0), ranks={})
 
     def rebind(
         self,

@@ -80,9 +80,9 @@ def texts(name: str, values: Any, error: Error) -> tuple[str, ...]:
         CalicacheError: of the kind `error`.
     """
     if isinstance(values, Iterable) and not isinstance(values, str):
-        found = tuple(values)
-        if all(isinstance(value, str) for value in found):
-            return found
+        given = tuple(values)
+        if all(isinstance(value, str) for value in given):
+            return given
     raise _refused(name, "a list or tuple of texts", values, error)
 
 

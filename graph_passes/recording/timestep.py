@@ -37,15 +37,15 @@ class Timestep:
         Raises:
             RunError: rows at different timesteps.
         """
-        first, *others = tensors[self.name].flatten().tolist()
-        if any(other != first for other in others):
+        values = set(tensors[self.name].flatten().tolist())
+        if len(values) != 1:
             raise RunError(
                 f"argument {self.name}",
                 expected="one timestep in a call",
-                got=f"{len({first, *others})} different ones",
+                got=f"{len(values)} different ones",
                 fix="Call the model once for every timestep, each run inside its own start_run().",
             )
-        return float(first)
+        return float(values.pop())
 
     def turns_back(self, before: float, now: float) -> bool:
         """Whether a new run starts between two values."""
@@ -65,7 +65,8 @@ def find_timestep(
     """The input that is one number in every call and moves most often one way; None without one.
 
     A timestep moves one way within a run. A class label that alternates between the calls of a
-    step changes more often, and as often up as down.
+    step changes more often, and as often up as down; where ends of runs are known, what always
+    moves one way comes first, before labels such as 0, 1, 2 of three calls.
 
     Args:
         names: of the tensors of every call.
@@ -73,17 +74,18 @@ def find_timestep(
         ends: numbers of calls after which a run is known to have ended.
     """
     best: Timestep | None = None
-    most = (0, 0)
+    most = (False, 0, 0)
     for name in names:
         values = [one_number(call[name]) for call in calls]
         if None in values:
             continue
-        pairs = list(pairwise(values))
+        pairs = [p for number, p in enumerate(pairwise(values), start=1) if number not in ends]
         changes = [b - a for a, b in pairs if a != b]  # type: ignore[operator]
         falls = sum(change < 0 for change in changes)
         one_way = abs(2 * falls - len(changes))
-        if changes and (best is None or (one_way, -len(changes)) > most):
-            most = one_way, -len(changes)
+        always = bool(ends) and one_way == len(changes)
+        if changes and (best is None or (always, one_way, -len(changes)) > most):
+            most = always, one_way, -len(changes)
             best = Timestep(name, 2 * falls >= len(changes), repeats=len(changes) < len(pairs))
     if best is None:
         return None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from calicache.graph_passes.common.errors import RunError
 from calicache.graph_passes.recording.timestep import Timestep, cut_runs, find_timestep, one_number
 
 DOWN = [9.0, 7.0, 4.0, 1.0]
@@ -37,6 +38,22 @@ def lengths(times: Sequence[float], *ends: int) -> list[int]:
 
 def repeated(times: Sequence[float], each: int) -> list[float]:
     return [time for time in times for _ in range(each)]
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_labels_of_three_calls_are_no_timestep_where_ends_are_known(steps: int) -> None:
+    times = repeated(DOWN[:steps], 3) * 2
+    series = calls(times, label=[0.0, 1.0, 2.0] * (len(times) // 3))
+    ends = (len(times) // 2, len(times))
+    timestep = find_timestep((*NAMES, "label"), series, ends)
+    assert timestep is not None
+    assert (timestep.name, timestep.calls) == ("timestep", 3)
+
+
+@pytest.mark.parametrize("rows", [[], [1.0, 2.0]])
+def test_a_call_has_one_timestep(rows: list[float]) -> None:
+    with pytest.raises(RunError, match=f"one timestep in a call, got {len(rows)}"):
+        Timestep("t", True).value({"t": torch.tensor(rows)})
 
 
 # --- the input -----------------------------------------------------------------------------------
