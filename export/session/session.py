@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from calicache.export.artifact.folder import load_artifact
 from calicache.export.artifact.manifest import Layout, model_file
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, STEP_INPUT, next_name
-from calicache.export.session.inputs import InputBuffers, checked_inputs, in_pairs, wrong_input
-from calicache.export.session.kept_refreshes import KeptRefreshes, no_refreshes
+from calicache.export.session.inputs import checked_inputs, in_pairs, wrong_input
+from calicache.export.session.kept_refreshes import KeptRefreshes
 from calicache.export.session.opening import check_cuda_graphs, open_model, running
+from calicache.export.session.run import SessionRun
+from calicache.graph_passes.api.runs import binding_run, started_run
 from calicache.graph_passes.common.arguments import number, of_kind, path_of, whole_number
 from calicache.graph_passes.common.errors import ArtifactError, ExportError, RunError
 from calicache.graph_passes.common.replacing import standing
@@ -80,9 +83,7 @@ class Session:
             for file in sorted({*files.values()})
         }
         self._sessions = {mode: sessions[file] for mode, file in files.items()}
-        self._inputs = InputBuffers(self._device)
-        self.reset()
-        self._outputs: dict[StepMode, dict[str, ort.OrtValue]] = {}
+        self._own_run = SessionRun.empty(self.manifest, self._device)
         self._graphs: dict[tuple[int, ...], int] | None = {} if cuda_graphs else None
 
     def sample(
@@ -139,8 +140,8 @@ class Session:
         self, step: int, call: int = 0, /, **inputs: Any
     ) -> tuple[np.ndarray[Any, Any], ...]:
         """Run one step; returns all of the model's outputs. See `step`."""
-        mode = self._mode(step, call)
-        session, kept = self._sessions[mode], self._kept[call]
+        run, mode = self._run, self._mode(step, call)
+        session, kept = self._sessions[mode], run.kept[call]
         binding = session.io_binding()
         bound = self._bind_inputs(binding, session, step, inputs, mode, kept)
         targets = self._bind_outputs(binding, session, mode, kept)
@@ -156,14 +157,27 @@ class Session:
             caches = self.manifest.caches
             kept.keep({cache.name: values[next_name(cache.name)] for cache in caches})
         if self.manifest.layout is Layout.PAIR:
-            self._outputs[mode] = {name: values[name] for name in self.manifest.outputs}
+            run.outputs[mode] = {name: values[name] for name in self.manifest.outputs}
         return tuple(values[name].numpy().copy() for name in self.manifest.outputs)
+
+    def start_run(self, run: SessionRun | None = None) -> AbstractContextManager[SessionRun]:
+        """A denoising of its own, for the steps of this thread or asyncio task inside `with`.
+
+        Without it all threads share one denoising.
+
+        Args:
+            run: to go on with one, as servers do that take steps of many runs in turn; a new
+                one where None.
+        """
+        return binding_run(self, run or SessionRun.empty(self.manifest, self._device))
+
+    @property
+    def _run(self) -> SessionRun:
+        return started_run(self, SessionRun) or self._own_run
 
     def reset(self) -> None:
         """Drop the caches; the next step must be a REFRESH."""
-        self._kept = [
-            no_refreshes(self.manifest, self._device) for _ in range(self.manifest.calls_per_step)
-        ]
+        self._run.kept = SessionRun.empty(self.manifest, self._device).kept
 
     def end_profiling(self) -> tuple[Path, ...]:
         """Write the profiles of a session opened with `enable_profiling`; returns their files.
@@ -194,7 +208,7 @@ class Session:
         call = whole_number("call", call, RunError, 0, self.manifest.calls_per_step - 1, fix)
         fix = "Export a plan with this many steps."
         mode = schedule[whole_number("step", step, RunError, 0, len(schedule) - 1, fix)]
-        if mode is not StepMode.REFRESH and self.manifest.caches and not self._kept[call].count:
+        if mode is not StepMode.REFRESH and self.manifest.caches and not self._run.kept[call].count:
             raise RunError(
                 f"step {step}",
                 expected="a REFRESH step before it",
@@ -222,7 +236,7 @@ class Session:
         if mode is StepMode.REFRESH:
             self._check_fixed(feed)
         feed[STEP_INPUT] = np.array(step, np.int64)
-        bound = {name: self._inputs.fill(name, v) for name, v in feed.items() if name in used}
+        bound = {name: self._run.inputs.fill(name, v) for name, v in feed.items() if name in used}
         if step == 0:  # a new run: weight 0 times a NaN of the run before would be NaN
             kept.start()
         reads = self.manifest.mode(mode).reads
@@ -246,7 +260,7 @@ class Session:
         kept: KeptRefreshes,
     ) -> list[ort.OrtValue | None]:
         """Where the outputs go: None where ONNX Runtime allocates."""
-        buffers: dict[str, ort.OrtValue | None] = {**self._outputs.get(mode, {})}
+        buffers: dict[str, ort.OrtValue | None] = {**self._run.outputs.get(mode, {})}
         if mode is StepMode.REFRESH:
             buffers |= {next_name(c.name): kept.buffer(c) for c in self.manifest.caches}
         targets = [buffers.get(output.name) for output in session.get_outputs()]

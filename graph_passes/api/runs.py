@@ -6,10 +6,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 from calicache.graph_passes.sampler.run_state import RunState
 
-_STARTED: ContextVar[tuple[tuple[object, RunState], ...]] = ContextVar("_STARTED", default=())
+Run = TypeVar("Run")
+_STARTED: ContextVar[tuple[tuple[object, object], ...]] = ContextVar("_STARTED", default=())
 
 
 class ThreadRun(threading.local):
@@ -22,14 +24,15 @@ class ThreadRun(threading.local):
         return ThreadRun, (), {"state": self.state}  # of the thread that copies
 
 
-def started_run(model: object) -> RunState | None:
-    """The denoising of a model that was started here by hand; None without one."""
-    return next((run for owner, run in reversed(_STARTED.get()) if owner is model), None)
+def started_run(model: object, kind: type[Run]) -> Run | None:
+    """The denoising of a model or session that was started here by hand; None without one."""
+    runs = (run for owner, run in reversed(_STARTED.get()) if owner is model)
+    return next((run for run in runs if isinstance(run, kind)), None)
 
 
 @contextmanager
-def binding_run(model: object, run: RunState) -> Iterator[RunState]:
-    """Bind a denoising of a model to the current thread or asyncio task."""
+def binding_run(model: object, run: Run) -> Iterator[Run]:
+    """Bind a denoising of a model or session to the current thread or asyncio task."""
     token = _STARTED.set((*_STARTED.get(), (model, run)))
     try:
         yield run

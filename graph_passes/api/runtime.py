@@ -128,7 +128,7 @@ class OptimizedModel(nn.Module):
     @property
     def state(self) -> RunState:
         """The running denoising: the one started here by hand, or this thread's own."""
-        return started_run(self) or self._thread_run.state
+        return started_run(self, RunState) or self._thread_run.state
 
     @property
     def step(self) -> int:

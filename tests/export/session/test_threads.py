@@ -12,7 +12,9 @@ import torch
 from support.small_subjects import small_model, small_plan, small_runs
 
 from calicache.export import Session, export_onnx
+from calicache.export.session.run import SessionRun
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize
+from calicache.graph_passes.common.errors import RunError
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +82,32 @@ def test_one_session_of_whole_runs_serves_all_threads(
     alone = run(0)
     for results in together(run):
         assert bitwise(results, alone)
+
+
+@pytest.mark.parametrize("layout", ["step", "pair"])
+def test_runs_of_one_session_in_turn_and_in_threads_are_as_alone(
+    plan: Plan, recording: Recording, tmp_path: Path, layout: str
+) -> None:
+    export_onnx(optimize(small_model(), plan), tmp_path / "d", layout=layout)
+    session = Session(tmp_path / "d")
+    scales = [1.0 + number for number in range(THREADS)]
+    name = recording.signature.tensors[0].name
+
+    def step(number: int, k: int) -> np.ndarray:
+        call = dict(recording.calls[k])
+        return session.step(k, **{**call, name: call[name] * scales[number]})
+
+    def run(number: int) -> list[np.ndarray]:
+        with session.start_run():
+            return [step(number, k) for _ in range(RUNS) for k in range(recording.steps)]
+
+    expected = [run(number) for number in range(THREADS)]
+    for results, alone in zip(together(run), expected, strict=True):
+        assert bitwise(results, alone)
+    states: list[SessionRun | None] = [None] * THREADS
+    for k in range(recording.steps):
+        for number in range(THREADS):
+            with session.start_run(states[number]) as states[number]:
+                assert np.array_equal(step(number, k), expected[number][k])
+    with pytest.raises(RunError, match="a REFRESH step before it"):
+        session.step(1, **recording.calls[1])  # the session's own run has not begun

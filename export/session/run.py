@@ -1,0 +1,33 @@
+"""All that one running denoising of a session changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnxruntime as ort
+
+from calicache.export.artifact.manifest import Manifest
+from calicache.export.session.inputs import InputBuffers
+from calicache.export.session.kept_refreshes import KeptRefreshes, no_refreshes
+from calicache.graph_passes.settings.choices import StepMode
+
+
+@dataclass(slots=True)
+class SessionRun:
+    """The running denoising of a session.
+
+    Attributes:
+        kept: refreshes by call of a step.
+        inputs: buffers on the device.
+        outputs: where the outputs of every mode go, in the layout `pair`.
+    """
+
+    kept: list[KeptRefreshes]
+    inputs: InputBuffers
+    outputs: dict[StepMode, dict[str, ort.OrtValue]] = field(default_factory=dict)
+
+    @staticmethod
+    def empty(manifest: Manifest, device: str) -> SessionRun:
+        """Nothing is kept yet: the first step must be a REFRESH."""
+        calls = range(manifest.calls_per_step)
+        return SessionRun([no_refreshes(manifest, device) for _ in calls], InputBuffers(device))
