@@ -111,12 +111,9 @@ class FormTable:
 
     def _compile(self, analysis: Analysis) -> Compiled:
         assignment = _same_targets(self.own, analysis)
-        weight = next(analysis.captured.module.parameters())
-        factors = {
-            target.name: self.own.factors[target.name].to(weight)
-            for target in assignment.targets
-            if target.name in self.own.factors
-        }
+        known = [t.name for t in assignment.targets if t.name in self.own.factors]
+        like = next(analysis.captured.module.parameters(), None)  # a model may have none
+        factors = {name: self.own.factors[name].to(like) for name in known if like is not None}
         return compile_graphs(analysis, self.plan.recipe, assignment, factors)
 
     def __getstate__(self) -> dict[str, Any]:

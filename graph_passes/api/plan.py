@@ -90,6 +90,7 @@ class Plan:
         correct: bool = True,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        workspace: Workspace | None = None,
         on_progress: OnProgress | None = None,
     ) -> Plan:
         """Plan for a model from what its sampler was seen to do.
@@ -111,6 +112,7 @@ class Plan:
                 update cannot be recovered, `recipe.correction` says why.
             include: shell patterns; sites to calibrate.
             exclude: shell patterns; sites to leave alone.
+            workspace: of an earlier plan for this model: what was made there is not made again.
             on_progress: told how many calls of the model were run.
 
         Raises:
@@ -128,18 +130,22 @@ class Plan:
             include=texts("include", include, PlanError),
             exclude=texts("exclude", exclude, PlanError),
         )
-        return Plan._of_recipe(model, recording, recipe, correct, on_progress)
+        return Plan._of_recipe(
+            model, recording, recipe, workspace or Workspace(), on_progress, correct=correct
+        )
 
     @staticmethod
     def _of_recipe(
         model: nn.Module,
         recording: Recording,
         recipe: Recipe,
-        correct: bool,
+        workspace: Workspace,
         on_progress: OnProgress | None,
+        *,
+        correct: bool,
     ) -> Plan:
         """Collect statistics for a recipe, and fit its weights."""
-        binding, workspace = bind(model, recording), Workspace()
+        binding = bind(model, recording)
         meter = Meter(planned_calls(recording, correct=correct), on_progress)
         task = PlanningTask(model, recording, binding, workspace, meter)
         statistics = collect_statistics(task, recipe)
@@ -264,7 +270,9 @@ class Plan:
         if recording is not None:
             unfitted = self._with().recipe
             fitted = self.recipe.output_weights is not None
-            return Plan._of_recipe(model, recording, unfitted, fitted, on_progress)
+            return Plan._of_recipe(
+                model, recording, unfitted, Workspace(), on_progress, correct=fitted
+            )
         return replace(
             self,
             binding=replace(self.binding, weights_hash=hash_weights(model)),

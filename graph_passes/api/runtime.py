@@ -183,14 +183,14 @@ class OptimizedModel(nn.Module):
             compiled = (self._whole or self._forms).for_call(call)
             run.make_room(arrival, binding.calls)
             place = start_place(arrival, binding)
-            self._know(place, int(place))
+            self._check_place(place, int(place))
             return _Step(run, None, compiled, arrival, StepMode.REFRESH, place, tensors)
         before, place = follows
-        self._know(place, int(before.place) + 1)
+        self._check_place(place, int(before.place) + 1)
         mode = recipe.mode_at(before.place, place, before.refreshes[0])
         return _Step(run, before, before.compiled, arrival, mode, place, tensors)
 
-    def _know(self, place: float, recorded: int) -> None:
+    def _check_place(self, place: float, recorded: int) -> None:
         """Say that a step is none of the recorded ones, or refuse it."""
         if place == recorded:
             return

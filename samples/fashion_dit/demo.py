@@ -129,6 +129,7 @@ def prepare(arguments: argparse.Namespace, progress: bars.Progress, clock: Clock
     }
     sessions: dict[str, Session] = {}
     export = progress.add_task("plan, optimise and export", total=len(schedules))
+    workspace = None
     for name, schedule in schedules.items():
         with clock.stage("plan"):
             plan = Plan.from_trajectory(
@@ -139,8 +140,10 @@ def prepare(arguments: argparse.Namespace, progress: bars.Progress, clock: Clock
                 order=arguments.order,
                 weighting=arguments.weighting,
                 correct=name != "full",
+                workspace=workspace,
                 on_progress=tick(progress, f"plan {name}"),
             )
+        workspace = plan.workspace  # all four have the same graph and the same decompositions
         with clock.stage("optimise"):
             fast = optimize(model, plan, on_progress=tick(progress, f"optimise {name}"))
         sessions[name] = exported(fast, arguments.out / f"{name.lower()}.onnx.d", clock)

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from calicache.export import Layout, export_onnx, read_sampler
-from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, uniform_schedule
+from calicache.graph_passes import Plan, Recording, optimize, record
 from calicache.tools.bench.models import find_model
 from calicache.tools.bench.rows import SEED, BenchSettings, plan_folder
 
@@ -32,17 +32,14 @@ def make_artifacts(settings: BenchSettings) -> int:
     recording = Recording.load(settings.folder / RECORDING)
     model = find_model(settings.model)
     module = model.build()
-    steps, interval = settings.steps, settings.interval
-    modes = {
-        "plain": uniform_schedule(steps, 1),
-        "reuse": uniform_schedule(steps, interval, StepMode.REUSE),
-        "step": uniform_schedule(steps, interval, StepMode.CALIBRATE),
-    }
-    for name, schedule in modes.items():
+    modes = {"plain": (1, None), "reuse": (settings.interval, "REUSE")}
+    modes["step"] = (settings.interval, "CALIBRATE")
+    for name, (interval, mode) in modes.items():
         plan = Plan.from_trajectory(
             module,
             recording,
-            schedule=schedule,
+            schedule=interval,
+            mode=mode,
             rank=settings.rank or round(model.width / 9),
             order=settings.order,
             correct=False,

@@ -149,6 +149,15 @@ def test_another_rank_is_cut_from_the_same_decompositions(work: Work) -> None:
     assert +counts == {}
 
 
+def test_a_second_plan_with_the_workspace_of_the_first_captures_nothing(work: Work) -> None:
+    with counting(work.model) as counts:
+        plan = Plan.from_trajectory(
+            work.model, work.recording, schedule=2, rank=4, workspace=work.plan.workspace
+        )
+        optimize(work.model, plan)
+    assert counts[CAPTURE] == 0
+
+
 def test_another_batch_size_is_one_more_capture(work: Work) -> None:
     call = {name: value[:1] for name, value in work.recording.calls[0].items()}
     with counting(work.model) as counts:
