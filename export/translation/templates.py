@@ -53,7 +53,7 @@ class Templates:
     """
 
     held: dict[tuple[Dialect, str], ir.Model] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def of(self, forms: Iterable[Form], dialect: Dialect) -> dict[str, ir.Model]:
         """The template of every form by its text; those that are new are translated together.

@@ -56,7 +56,10 @@ def translate(modules: Mapping[Name, fx.GraphModule]) -> dict[Name, ir.Model]:
     Raises:
         ExportError: an operation has no ONNX form; with the exporter's reason.
     """
-    lowered = {name: lower_graph(module, *LOWERINGS) for name, module in modules.items()}
+    with (
+        TEMPLATES.lock
+    ):  # the values of a graph's nodes are fake tensors, which threads cannot share
+        lowered = {name: lower_graph(module, *LOWERINGS) for name, module in modules.items()}
     opset = BFLOAT16_OPSET if any(_holds_bfloat16(module) for module in lowered.values()) else None
     dialect = Dialect(opset, device_of(next(iter(modules.values()))))
     forms = {name: forms_of(module) for name, module in lowered.items()}

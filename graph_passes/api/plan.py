@@ -236,7 +236,13 @@ class Plan:
         changed = self._with(schedule=named_schedule(schedule, len(schedule)))
         if len(changed.schedule) == len(self.schedule):
             return changed
-        return replace(changed, sampler=None, no_sampler="the plan was given another length")
+        grid = self.binding.grid.counted(len(changed.schedule))
+        return replace(
+            changed,
+            binding=replace(self.binding, grid=grid),
+            sampler=None,
+            no_sampler="the plan was given another length",
+        )
 
     def with_rank(self, rank: int) -> Plan:
         """The same plan with another rank, and without what was fitted to the old one.

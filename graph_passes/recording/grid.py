@@ -33,7 +33,8 @@ class Grid:
     """Steps of the recorded runs.
 
     Attributes:
-        timesteps: of every step of the longest run; empty where nothing counts the steps.
+        timesteps: of every step of the longest run; empty where nothing counts the steps, and for
+            a plan that was given another number of them: steps are then counted.
         changes: by step, the largest relative L2 change of the latents since the step before;
             0 for the first.
 
@@ -85,7 +86,7 @@ class Grid:
             before: its timestep; None where nothing counts the steps.
             now: timestep of the call.
         """
-        if before is None or now is None:
+        if not self.timesteps or before is None or now is None:
             return place + 1 if place + 1 < self.steps else None
         after = int(place) + 1
         repeats = place == int(place) and 0 < after < self.steps
@@ -101,12 +102,23 @@ class Grid:
         Farther than in any recorded run by `SLACK` is another run: another image, other noise.
         Where the recorded steps are long themselves, that cannot be told.
         """
+        change = self._change(before, place)
+        return inf if change >= FAR else min(max(SLACK * change, STILL), FAR)
+
+    def counted(self, steps: int) -> Grid:
+        """The grid of a sampler with another number of steps: which timesteps, is not known."""
+        pace = (self.steps - 1) / max(steps - 1, 1)
+        changes = (self._change((step - 1) * pace, step * pace) for step in range(1, steps))
+        return Grid((), (0.0, *changes))
+
+    def _change(self, before: float, place: float) -> float:
+        """How far latents moved between two places, in steps of even pace between the recorded."""
         last = self.steps - 1
         change = 0.0
         for step in range(floor(before) + 1, ceil(place) + 1):
             share = min(place, step) - max(before, step - 1)
             change += share * self.changes[min(max(step, min(1, last)), last)]
-        return inf if change >= FAR else min(max(SLACK * change, STILL), FAR)
+        return change
 
     def _along(self, timestep: float) -> float:
         """The timestep counted so that it rises along a run."""

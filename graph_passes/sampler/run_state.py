@@ -200,9 +200,11 @@ def _nearness(option: _Option) -> tuple[float, float]:
 
 
 def _options(states: Sequence[CallState], arrival: Arrival, binding: Binding) -> Iterator[_Option]:
-    grid = binding.grid
+    grid, timestep = binding.grid, binding.timestep
     for state in states:
         last = state.arrival
+        if timestep and timestep.turns_back(last.timestep or 0.0, arrival.timestep or 0.0):
+            continue
         place = grid.following(state.place, last.timestep, arrival.timestep)
         if place is None or not _may_follow(last, arrival):
             continue
@@ -218,4 +220,5 @@ def _may_follow(last: Arrival, arrival: Arrival) -> bool:
 
 def start_place(arrival: Arrival, binding: Binding) -> float:
     """Place of a call that begins anew."""
-    return 0.0 if arrival.timestep is None else binding.grid.place(arrival.timestep)
+    counted = arrival.timestep is None or not binding.grid.timesteps
+    return 0.0 if counted else binding.grid.place(arrival.timestep or 0.0)

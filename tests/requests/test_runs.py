@@ -31,9 +31,7 @@ def steps_of(model: nn.Module, seed: int, images: int = 2) -> Iterator[Tensor]:
     """Latents after every step of one run."""
     noise = torch.randn(images, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
     labels = torch.arange(images) + seed % 3
-    for latents in GuidedDDIM(STEPS, 1.5, 10).latents(model, noise, labels):
-        with torch.no_grad():
-            yield latents
+    yield from GuidedDDIM(STEPS, 1.5, 10).latents(model, noise, labels)
 
 
 def whole(model: nn.Module, seed: int) -> Tensor:
@@ -74,7 +72,7 @@ def test_started_runs_in_turn_are_as_alone(fast: OptimizedModel, alone: list[Ten
 
 def test_runs_in_turn_that_nobody_started_are_computed_in_full() -> None:
     # The trained sample: latents of random weights move as far as from one noise to another.
-    model = load_weights(FashionDiT(), DIT_WEIGHTS)
+    model = load_weights(FashionDiT(), DIT_WEIGHTS).requires_grad_(False)
     with record(model) as recording:
         whole(model, 5)
     plan = Plan.from_trajectory(model, recording, schedule=3, rank=8, correct=False)

@@ -57,7 +57,7 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 def kept_refreshes(session: Session, call: int = 0) -> list[dict[str, ort.OrtValue]]:
     """What a session keeps on its device, newest refresh first."""
-    kept, caches = session._kept[call], session.manifest.caches
+    kept, caches = session._run.kept[call], session.manifest.caches
     return [
         {cache.name: kept.read(cache, back) for cache in caches if back < kept.depths[cache.name]}
         for back in range(min(kept.count, session.manifest.history))

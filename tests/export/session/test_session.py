@@ -355,7 +355,7 @@ def test_refresh_not_yet_there_has_weight_zero(forecast, calls) -> None:
     session.step(0, **calls[0])
     expected = session.step(first_cheap, **calls[first_cheap])
     # Any values may stand for the older refreshes.
-    for kept in session._kept[0]._kept.values():
+    for kept in session._run.kept[0]._kept.values():
         noise = ort.OrtValue.ortvalue_from_numpy(np.full_like(kept[0].numpy(), 3.0))
         kept.extend([noise, noise])
     assert np.array_equal(session.step(first_cheap, **calls[first_cheap]), expected)
@@ -542,7 +542,9 @@ def test_what_onnx_runtime_raises_is_told_and_the_run_is_over(
     session = Session(exports["calibrate"][1])
     session.step(0, **calls[0])
     with monkeypatch.context() as patch:
-        patch.setattr(session._inputs, "fill", lambda *_: ort.OrtValue.ortvalue_from_numpy(WRONG_X))
+        patch.setattr(
+            session._run.inputs, "fill", lambda *_: ort.OrtValue.ortvalue_from_numpy(WRONG_X)
+        )
         with pytest.raises(RunError, match=r"step 3: expected a model that ONNX Runtime can run"):
             session.step(3, **calls[3])
     with pytest.raises(RunError, match=r"step 4: expected a REFRESH step before it"):

@@ -139,4 +139,5 @@ def test_threads_translate_side_by_side(templates: Templates) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(models) == len(threads)
     assert len({ir.to_proto(model).SerializeToString() for model in models}) == 1

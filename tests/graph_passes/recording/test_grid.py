@@ -78,6 +78,16 @@ def test_without_a_timestep_steps_are_counted_to_the_last() -> None:
     assert [grid.following(step, None, None) for step in (0.0, 1.0, 2.0)] == [1.0, 2.0, None]
 
 
+def test_another_number_of_steps_is_counted() -> None:
+    grid = DOWN.counted(7)
+    assert (grid.timesteps, grid.steps) == ((), 7)
+    # Half of a recorded step each.
+    assert grid.changes == pytest.approx((0.0, 0.05, 0.05, 0.1, 0.1, 0.15, 0.15), abs=1e-12)
+    assert DOWN.counted(2).changes == pytest.approx((0.0, 0.6), abs=1e-12)
+    assert DOWN.counted(1).changes == (0.0,)
+    assert [grid.following(k, 9.0, 3.0) for k in (0.0, 5.0, 6.0)] == [1.0, 6.0, None]
+
+
 @pytest.mark.parametrize(
     ("before", "place", "change"),
     [

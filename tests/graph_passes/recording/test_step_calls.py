@@ -139,5 +139,5 @@ def test_session_keeps_the_calls_of_a_step_apart(case: PipelineCase, tmp_path: P
         got = session.step(number // 2, number % 2, **call)
         expected = fast(**recording.signature.unflatten([*call.values()]))[0]
         assert relative(torch.from_numpy(got), expected) < SAME, number
-    with pytest.raises(RunError, match=r"call 2: expected 0 \.\. 1"):
+    with pytest.raises(RunError, match=r"call: expected 0 \.\. 1, got 2"):
         session.step(0, 2, **recording.calls[0])
