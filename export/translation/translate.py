@@ -56,9 +56,8 @@ def translate(modules: Mapping[Name, fx.GraphModule]) -> dict[Name, ir.Model]:
     Raises:
         ExportError: an operation has no ONNX form; with the exporter's reason.
     """
-    with (
-        TEMPLATES.lock
-    ):  # the values of a graph's nodes are fake tensors, which threads cannot share
+    # Nodes describe their values by fake tensors, which threads cannot share.
+    with TEMPLATES.lock:
         lowered = {name: lower_graph(module, *LOWERINGS) for name, module in modules.items()}
     opset = BFLOAT16_OPSET if any(_holds_bfloat16(module) for module in lowered.values()) else None
     dialect = Dialect(opset, device_of(next(iter(modules.values()))))
