@@ -70,6 +70,7 @@ def test_started_runs_in_turn_are_as_alone(fast: OptimizedModel, alone: list[Ten
     assert_all_equal([latest[seed] for seed in range(RUNS)], alone)
 
 
+@pytest.mark.slow
 def test_runs_in_turn_that_nobody_started_are_computed_in_full() -> None:
     # The trained sample: latents of random weights move as far as from one noise to another.
     model = load_weights(FashionDiT(), DIT_WEIGHTS).requires_grad_(False)

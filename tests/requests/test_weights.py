@@ -13,6 +13,8 @@ from support.models import relative, sample_dit
 from calicache.graph_passes import Plan, Recording, optimize, record
 from calicache.graph_passes.common.errors import PlanError, RunError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tuned(dit: FashionDiT) -> FashionDiT:

@@ -19,6 +19,8 @@ from calicache.graph_passes.common.documents import sum_of
 from calicache.graph_passes.common.errors import ArtifactError
 from calicache.graph_passes.common.hashing import sha256_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -397,7 +397,7 @@ def test_schedule_must_start_with_refresh(
 
 
 def test_rank_must_not_be_negative(dit_plan: Plan) -> None:
-    with refuses("plan: rank: expected 0 or more, got -1. Raise the rank."):
+    with pytest.raises(PlanError, match="rank: expected 0 or more, got -1"):
         dit_plan.with_rank(-1)
 
 

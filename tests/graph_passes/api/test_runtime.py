@@ -168,6 +168,7 @@ def test_run_broken_off_is_forgotten(fast: OptimizedModel, calls: Calls, broken_
     assert_equal(whole_run(fast, calls), expected)
 
 
+@pytest.mark.slow
 def test_run_that_fails_goes_on_where_it_was(fast: OptimizedModel, calls: Calls) -> None:
     expected = whole_run(fast, calls)
     fast.reset()

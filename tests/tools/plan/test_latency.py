@@ -109,6 +109,7 @@ def test_table_is_saved_and_shown(measured: tuple[Result, Path], given: tuple[st
     assert ("something else ran on this machine" in words(done.stdout)) == moved
 
 
+@pytest.mark.slow
 def test_output_is_plain_fits_80_columns_and_tells_every_row(
     measured: tuple[Result, Path],
 ) -> None:
