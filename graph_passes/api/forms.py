@@ -146,9 +146,8 @@ class WholeTable:
         for compiled in self._forms:
             if compiled.analysis.binding.signature == signature:
                 return compiled
-        binding = self.plan.binding
-        binding = replace(binding, signature=signature, dependence=binding.classes_of(signature))
-        analysis = analyse_whole(self.original, replace(binding, run_values={}), call.tensors)
+        binding = self.plan.binding.with_signature(signature)
+        analysis = analyse_whole(self.original, binding, call.tensors)
         compiled = compile_graphs(analysis, self.plan.recipe, Assignment(()), {})
         self._forms = [*self._forms, compiled][-self.limit :]
         return compiled

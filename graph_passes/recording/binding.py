@@ -73,8 +73,14 @@ class Binding:
         return calls_of(self.timestep)
 
     def with_signature(self, signature: CallSignature) -> Binding:
-        """The same for calls of another form."""
-        return replace(self, signature=signature)
+        """The same for calls of another form.
+
+        Raises:
+            RunError: the form differs in more than sizes, constants and lengths of lists.
+        """
+        classes = self.classes_of(signature)
+        values = {name: known for name, known in self.run_values.items() if name in classes}
+        return replace(self, signature=signature, dependence=classes, run_values=values)
 
     def classes_of(self, signature: CallSignature) -> dict[str, Dependence]:
         """Class of every tensor of another form of call.
@@ -98,11 +104,10 @@ class Binding:
             RunError: the call differs in more than that.
         """
         signature = call.signature()
-        dependence = self.classes_of(signature)
-        changed = replace(self, signature=signature, dependence=dependence, run_values={})
+        changed = replace(self.with_signature(signature), run_values={})
         if self.reads in (NOTHING, DIFFERENT):
             return changed
-        names = (name for name, kind in dependence.items() if kind is Dependence.RUN)
+        names = (name for name, kind in changed.dependence.items() if kind is Dependence.RUN)
         return replace(
             changed,
             reads=read_call(model, signature, call.tensors),

@@ -100,15 +100,15 @@ class Recipe:
         kept, count = tuple(kept[: self.order + 1]), self.order + 1
         anchors = (1.0,) if mode is StepMode.REFRESH else lagrange_weights(kept, place)
         anchors += (0.0,) * (count - len(anchors))
-        table = self.outputs
-        if table is None:
-            return anchors, None
-        step = int(place)
-        recorded = 0 <= place < len(table) and place == step and mode is self.schedule[step]
-        if recorded and kept == kept_refreshes(self.schedule, step, count):
-            return anchors, table[step]
         own = (0.0, *anchors) if mode is StepMode.FORECAST else (1.0, *(0.0,) * count)
-        return anchors, own + (0.0,) * (len(table[0]) - len(own))
+        fitted = self.output_weights
+        if fitted is None:
+            return anchors, own if StepMode.FORECAST in self.schedule else None
+        step = int(place)
+        recorded = 0 <= place < len(fitted) and place == step and mode is self.schedule[step]
+        if recorded and kept == kept_refreshes(self.schedule, step, count):
+            return anchors, fitted[step]
+        return anchors, (*own, 0.0)
 
     @property
     def interval(self) -> int:

@@ -10,7 +10,6 @@ from diffusion import GuidedDDIM
 from model import FashionDiT
 from support.models import relative
 from torch import Tensor, nn
-from weights import DIT_WEIGHTS, load_weights
 
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 from calicache.graph_passes.common.errors import CalicacheWarning, RunError
@@ -24,12 +23,6 @@ def sample(model: nn.Module, steps: int, seed: int = 7) -> Tensor:
     noise = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         return GuidedDDIM(steps, 1.5, 10).sample(model, noise, torch.arange(4))
-
-
-@pytest.fixture(scope="module")
-def model() -> FashionDiT:
-    """The trained sample: what an error is worth shows on a trained model alone."""
-    return load_weights(FashionDiT(), DIT_WEIGHTS)
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,12 @@ from diffusion import GuidedDDIM, add_noise, ddim_timesteps
 from model import FashionDiT
 from support.models import relative
 from torch import Tensor, nn
-from weights import DIT_WEIGHTS, load_weights
 
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def model() -> FashionDiT:
-    """The trained sample: what an error is worth shows on a trained model alone."""
-    return load_weights(FashionDiT(), DIT_WEIGHTS)
 
 
 @pytest.fixture(scope="module")

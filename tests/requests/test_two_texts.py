@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
-from support.models import relative, shake
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
+from support.models import relative
 from support.tiny_pipelines import flow_vae
 from torch import Tensor
+from zoo.drive import make_model
+from zoo.report import ENTRIES
 
 from calicache.graph_passes import Plan, Recording, optimize, record
 from calicache.graph_passes.common.errors import CalicacheWarning, RecordError
 
 pytestmark = pytest.mark.slow
 
-TEXT, STEPS = 16, 6
+TEXT, STEPS = 16, 6  # channels of the zoo's text
 
 
 class Lumina(Lumina2Pipeline):
@@ -37,22 +39,8 @@ def embedding(text: str) -> Tensor:
 @cache
 def pipeline() -> Any:
     """Lumina 2 with its own loop."""
-    torch.manual_seed(0)
-    transformer = Lumina2Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        hidden_size=32,
-        num_layers=2,
-        num_refiner_layers=2,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=(4, 6, 6),
-        axes_lens=(32, 16, 16),
-        cap_feat_dim=TEXT,
-    )
     pipe = Lumina(
-        transformer=shake(transformer),
+        transformer=make_model(ENTRIES["Lumina2Transformer2DModel"]),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=flow_vae(),
         text_encoder=None,
