@@ -182,6 +182,7 @@ def _manifest(
         files=files,
         schedule=recipe.schedule,
         rank=recipe.rank,
+        branch=recipe.branch,
         order=recipe.order,
         weighting=recipe.weighting,
         output_weights=recipe.outputs,
@@ -236,6 +237,7 @@ def _target_record(compiled: Compiled, target: CalibrationTarget) -> TargetRecor
     return TargetRecord(
         name=target.name,
         granularity=target.granularity,
+        branch=target.branch,
         sites=target.sites,
         in_features=target.in_features,
         out_features=target.out_features,

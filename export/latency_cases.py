@@ -11,7 +11,7 @@ import torch
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.settings.choices import Granularity, SiteMode, SiteRule
+from calicache.graph_passes.settings.choices import BranchKind, Granularity, SiteMode, SiteRule
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, group_of
 from calicache.graph_passes.sites.sites import LinearSite, Sites
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
@@ -71,6 +71,9 @@ def latency_cases(
                 if whole and case.macs not in seen:
                     yield case
                 seen.add(case.macs)
+        integers = _case(captured, sites, group, BranchChoice.INT8, 0, names)
+        if integers.targets:
+            yield integers
         yield _case(captured, sites, group, BranchChoice.REUSE, 0, names)
 
 
@@ -83,11 +86,12 @@ def _case(
     names: Sequence[str],
 ) -> Case:
     mode = SiteMode.REUSE if choice is BranchChoice.REUSE else SiteMode.CALIBRATE
+    kind = BranchKind.INT8 if choice is BranchChoice.INT8 else None
     others = [branch.name for branch in sites.branches if branch.name not in names]
     stream = [site.name for site in sites.linears if site.branch is None]
     rules = (
         *(SiteRule(glob.escape(name), SiteMode.FULL) for name in (*others, *stream)),
-        *(SiteRule(glob.escape(name), mode, None, _LEVELS.get(choice)) for name in names),
+        *(SiteRule(glob.escape(name), mode, None, _LEVELS.get(choice), kind) for name in names),
     )
     # `joint` as in a plan: q, k and v together take less time than apart.
     targets, _ = assign(captured, sites, rank=rank, rules=rules, joint=True)

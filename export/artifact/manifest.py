@@ -13,11 +13,11 @@ from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import ArtifactError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import TensorSpec
-from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
+from calicache.graph_passes.settings.choices import BranchKind, Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.schedule import Table
 
-FORMAT = 7
+FORMAT = 8
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
@@ -51,6 +51,7 @@ class TargetRecord:
 
     name: str
     granularity: Granularity
+    branch: BranchKind
     sites: tuple[str, ...]
     in_features: Count
     out_features: tuple[Count, ...]
@@ -105,8 +106,8 @@ class Manifest:
         calicache: version that wrote it.
         layout: how the variants are packed.
         files: all other files of the folder.
-        schedule, rank, order, weighting, output_weights, correction, weights_hash: from the plan;
-            output weights as in `Recipe.outputs`.
+        schedule, rank, branch, order, weighting, output_weights, correction, weights_hash: from
+            the plan; output weights as in `Recipe.outputs`.
         inputs: the model's own tensors; `outputs` its outputs by name.
         calls_per_step: how often a step calls the model, each call with caches of its own.
         fixed: digests of the values that an input can have, for inputs that decide sizes.
@@ -126,6 +127,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     schedule: tuple[StepMode, ...]
     rank: Count
+    branch: BranchKind
     order: Count
     weighting: Weighting
     output_weights: Table | None

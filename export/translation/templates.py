@@ -22,6 +22,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, fx
 
 from calicache.export.translation.forms import Form, value_of
+from calicache.export.translation.quantised import OWN_TEMPLATES
 from calicache.export.translation.scatter import widen_scattered_sums
 from calicache.export.translation.where import lower_boolean_where
 from calicache.graph_passes.common.errors import ExportError, reason_of
@@ -79,10 +80,13 @@ class Templates:
 
 
 def _translated(forms: Sequence[Form], dialect: Dialect) -> dict[str, ir.Model]:
+    own = [form for form in forms if form.node.target in OWN_TEMPLATES]
+    others = [form for form in forms if form.node.target not in OWN_TEMPLATES]
+    templates = {form.text: OWN_TEMPLATES[form.node.target](form) for form in own}
     try:
-        return translate_forms(forms, dialect)
+        return templates | (translate_forms(others, dialect) if others else {})
     except Exception:
-        for form in forms:  # which one is it?
+        for form in others:  # which one is it?
             _try(form, dialect)
         raise
 

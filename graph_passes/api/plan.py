@@ -27,6 +27,7 @@ from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import (
+    BranchKind,
     Granularity,
     SiteRule,
     StepMode,
@@ -86,6 +87,7 @@ class Plan:
         order: int = 2,
         weighting: Weighting | str = Weighting.COVARIANCE,
         granularity: Granularity | str = Granularity.LINEAR,
+        branch: BranchKind | str = BranchKind.LOW_RANK,
         rules: Sequence[SiteRule] = (),
         correct: bool = True,
         include: Sequence[str] = ("*",),
@@ -107,6 +109,8 @@ class Plan:
             order: of the polynomial that forecasts anchors from kept refreshes: 0, 1 or 2.
             weighting: `none`, `activation`, `increment` or `covariance`.
             granularity: `linear` layers or whole residual branches are calibrated.
+            branch: calibration branches are `low_rank`, as in the paper, or all of a layer's
+                weight in `int8`, which needs neither rank nor weighting.
             rules: what to do with some sites and branches instead.
             correct: fit output weights along the corrected trajectory; where the sampler's
                 update cannot be recovered, `recipe.correction` says why.
@@ -126,6 +130,7 @@ class Plan:
             order=whole_number("order", order, PlanError, 0, MAX_ORDER),
             weighting=member(Weighting, weighting),
             granularity=member(Granularity, granularity),
+            branch=member(BranchKind, branch),
             rules=tuple(rules),
             include=texts("include", include, PlanError),
             exclude=texts("exclude", exclude, PlanError),

@@ -82,7 +82,7 @@ class _PlanJson:
 
 _DOCUMENT = DocumentKind(
     "plan",
-    8,
+    9,
     TypeAdapter(_PlanJson),
     PlanError,
     "a folder written by Plan.save",

@@ -81,11 +81,7 @@ def _schedule_facts(schedule: Sequence[StepMode]) -> list[tuple[str, str]]:
 
 
 def _recipe_line(recipe: Recipe) -> str:
-    return (
-        f"rank {recipe.rank}, order {recipe.order}, weighting {recipe.weighting}, "
-        f"granularity {recipe.granularity}, {len(recipe.rules)} rules, "
-        f"{len(recipe.ranks)} ranks of their own"
-    )
+    return f"{recipe.branches}, {len(recipe.rules)} rules, {len(recipe.ranks)} ranks of their own"
 
 
 def _front_table(front: Front) -> str:

@@ -18,11 +18,13 @@ from calicache.graph_passes.factors.decompose import (
     Decomposition,
     decompose_weight,
 )
+from calicache.graph_passes.factors.quantise import QuantisedWeight, quantise_weight
 from calicache.graph_passes.factors.statistics import SecondMoments, Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.settings.choices import Granularity
+from calicache.graph_passes.settings.choices import BranchKind, Granularity
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
+Factors = CalibrationFactors | QuantisedWeight
 MOST_BYTES = 256 << 20  # held at once; what does not fit is decomposed again when it is asked for
 
 
@@ -80,8 +82,8 @@ def make_factors(
     statistics: Mapping[str, Statistics],
     decompositions: Decompositions,
     meter: Meter | None = None,
-) -> dict[str, CalibrationFactors]:
-    """Factors by target name; targets of rank 0 need none and get none.
+) -> dict[str, Factors]:
+    """What calibration branches multiply by, by target name; a target without one gets none.
 
     Args:
         captured: where the weights are.
@@ -94,16 +96,16 @@ def make_factors(
         DecomposeError: weight or statistics are not finite, or a rank is too large; with the
             target's name.
     """
-    ranked = [target for target in targets if target.rank]
+    corrected = [target for target in targets if target.corrects]
 
-    def factors_of(target: CalibrationTarget) -> CalibrationFactors:
+    def factors_of(target: CalibrationTarget) -> Factors:
         return _factors(captured, target, statistics.get(target.name), decompositions)
 
-    if meter and len(ranked) < len(targets):
-        meter.add(len(targets) - len(ranked))
-    factors: dict[str, CalibrationFactors] = {}
+    if meter and len(corrected) < len(targets):
+        meter.add(len(targets) - len(corrected))
+    factors: dict[str, Factors] = {}
     with single_threads() as workers:
-        for target, result in zip(ranked, workers.map(factors_of, ranked), strict=True):
+        for target, result in zip(corrected, workers.map(factors_of, corrected), strict=True):
             factors[target.name] = result
             if meter:
                 meter.add()
@@ -131,7 +133,10 @@ def _factors(
     target: CalibrationTarget,
     statistics: Statistics | None,
     decompositions: Decompositions,
-) -> CalibrationFactors:
+) -> Factors:
+    if target.branch is BranchKind.INT8:
+        with _naming(target):
+            return quantise_weight(captured.attribute(target.weights[0]))
     if any(parameter.is_meta for parameter in captured.module.parameters()):
         return _meta_factors(captured, target)
     decomposition = decompositions.of(captured, target, statistics)

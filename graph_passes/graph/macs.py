@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from calicache.graph_passes.graph.operations import quantised_product
 from calicache.graph_passes.graph.surgery import shape_of
 from calicache.graph_passes.graph.whole import is_whole
 
@@ -59,6 +60,7 @@ FORMULAS: Mapping[Any, Callable[[fx.Node], int]] = {
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), lambda node: _dense(node, 1)),
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _convolution),
     aten.scaled_dot_product_attention.default: _attention,
+    quantised_product: lambda node: _dense(node, 0),
 }
 
 
@@ -101,4 +103,5 @@ def _on_meta(node: fx.Node) -> Any:
 
 
 def _is_product(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in PRODUCTS
+    is_one = getattr(node.target, "overloadpacket", None) in PRODUCTS
+    return is_one or node.target is quantised_product

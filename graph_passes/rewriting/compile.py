@@ -11,8 +11,7 @@ from torch import fx
 
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.common.rejection import Rejection
-from calicache.graph_passes.factors.decompose import CalibrationFactors
-from calicache.graph_passes.factors.factors import Decompositions, make_factors
+from calicache.graph_passes.factors.factors import Decompositions, Factors, make_factors
 from calicache.graph_passes.factors.statistics import Statistics, check_statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.rewriting.checks import verify_variants
@@ -57,7 +56,7 @@ class Compiled:
     analysis: Analysis
     recipe: Recipe
     assignment: Assignment
-    factors: Mapping[str, CalibrationFactors]
+    factors: Mapping[str, Factors]
     variant_set: VariantSet
     cost: ModelCost
 
@@ -92,6 +91,7 @@ def assign_targets(analysis: Analysis, recipe: Recipe) -> Assignment:
             analysis.sites,
             rank=recipe.rank,
             granularity=recipe.granularity,
+            branch=recipe.branch,
             rules=recipe.rules,
             joint=recipe.weighting is Weighting.COVARIANCE,
             ranks=recipe.ranks,
@@ -103,7 +103,7 @@ def compile_graphs(
     analysis: Analysis,
     recipe: Recipe,
     assignment: Assignment,
-    factors: Mapping[str, CalibrationFactors],
+    factors: Mapping[str, Factors],
     modes: Collection[StepMode] | None = None,
 ) -> Compiled:
     """Rewrite, check and count.

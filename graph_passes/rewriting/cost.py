@@ -15,7 +15,7 @@ from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.macs import graph_macs
 from calicache.graph_passes.rewriting.fold import fold_macs
 from calicache.graph_passes.rewriting.variants import VariantSet
-from calicache.graph_passes.settings.choices import Granularity, StepMode
+from calicache.graph_passes.settings.choices import BranchKind, Granularity, StepMode
 from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.sites import LinearSite, Sites
 from calicache.graph_passes.sites.targets import CalibrationTarget
@@ -29,9 +29,9 @@ class TargetCost:
 
     Attributes:
         full_macs: of what it stands for: its layers, or the whole residual branch.
-        calibrate_macs: of the calibration branch, T r (in + out).
+        calibrate_macs: of the calibration branch, T r (in + out), or T in out in integers.
         fold_macs: of A x (or K y) on a REFRESH step, where the target is folded.
-        full_bytes: of the layers' W and b; `factor_bytes` of A and B.
+        full_bytes: of the layers' W and b; `factor_bytes` of A and B, or of Q(W).
         cache_bytes: of y_ref, and of z_ref or x_ref; a shared x_ref counts at its first reader.
     """
 
@@ -128,6 +128,13 @@ def _target_cost(
         calibrate_macs=target.calibrate_macs,
         fold_macs=fold_macs(target) * folds,
         full_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        factor_bytes=target.rank * (target.in_features + sum(target.out_features)) * itemsize,
+        factor_bytes=_factor_bytes(target, itemsize),
         cache_bytes=cache_bytes,
     )
+
+
+def _factor_bytes(target: CalibrationTarget, itemsize: int) -> int:
+    outputs = sum(target.out_features)
+    if target.branch is BranchKind.INT8:
+        return target.in_features * outputs + outputs * torch.float32.itemsize
+    return target.rank * (target.in_features + outputs) * itemsize

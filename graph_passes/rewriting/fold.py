@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from calicache.graph_passes.settings.choices import Granularity, StepMode
+from calicache.graph_passes.settings.choices import BranchKind, Granularity, StepMode
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
 # Floating-point operations of a float32 GEMM in the time one byte of memory moves. Measured
@@ -71,7 +71,8 @@ def fold_groups(targets: Sequence[CalibrationTarget], itemsize: int) -> list[Fol
         rank, channels = sum(target.rank for target in group), group[0].in_features
         operations = 2 * sum(_macs_of_a_token(target) for target in group)
         threshold = math.inf
-        if operations > 0 and rank <= channels:
+        whole = any(target.branch is BranchKind.INT8 for target in group)  # needs x itself
+        if operations > 0 and rank <= channels and not whole:
             threshold = operations / (itemsize * FLOPS_PER_BYTE * channels)
         groups.append(FoldGroup(tuple(group), threshold))
     return groups

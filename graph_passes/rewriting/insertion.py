@@ -137,8 +137,12 @@ class Insertion:
 
     def kept(self, like: fx.Node) -> fx.Node:
         """The newest kept value of a node, in the node's own shape."""
-        slot = self.slot(CacheSource.of(like), 0, cached_form(like))
-        return self.shaped(slot, like) if like.target is LINEAR else slot
+        newest = self.newest(like)
+        return self.shaped(newest, like) if like.target is LINEAR else newest
+
+    def newest(self, like: fx.Node) -> fx.Node:
+        """The newest kept value of a node as it is cached: rows (T, out) for a linear layer."""
+        return self.slot(CacheSource.of(like), 0, cached_form(like))
 
     def anchor_rows(self, like: fx.Node) -> fx.Node:
         """The anchor of a value as it is cached: rows (T, out) for a linear layer."""
@@ -213,18 +217,20 @@ class Insertion:
     ) -> fx.Node:
         """Multiply rows (T, in) by a factor (out, in) of a site, and add a bias (out,)."""
         value = source.meta["val"]
-        tensors = [self._constant(source, site, f"{part}_factor", weight)]
+        tensors = [self.constant(source, site, f"{part}_factor", weight)]
         if bias is not None:
-            tensors.append(self._constant(source, site, f"{part}_bias", bias))
+            tensors.append(self.constant(source, site, f"{part}_bias", bias))
         product = self.graph.create_node("call_function", LINEAR, (source, *tensors))
         shape = (*value.shape[:-1], weight.shape[0])
         return self._finish(product, value.new_empty(shape), source, site)
 
-    def _constant(self, source: fx.Node, site: str, name: str, value: Tensor) -> fx.Node:
+    def constant(self, source: fx.Node, site: str, name: str, value: Tensor) -> fx.Node:
+        """A tensor of a site that the model does not have."""
         target = f"calibration.{site}.{name}"
         self.attributes[target] = value
         node = self.graph.get_attr(target)
-        return self._finish(node, source.meta["val"].new_empty(value.shape), source, site)
+        form = source.meta["val"].new_empty(value.shape, dtype=value.dtype)
+        return self._finish(node, form, source, site)
 
     def call(
         self, op: Callable[..., Tensor], left: fx.Node, right: fx.Node, site: str | None = None
@@ -233,6 +239,11 @@ class Insertion:
         node = self.graph.call_function(op, (left, right))
         source = left if left.meta.get("nn_module_stack") else right
         return self._finish(node, left.meta["val"], source, site)
+
+    def operation(self, op: Callable[..., Tensor], site: str, *values: fx.Node) -> fx.Node:
+        """An operation of a calibration branch on some values."""
+        node = self.graph.call_function(op, values)
+        return self._finish(node, op(*(value.meta["val"] for value in values)), values[0], site)
 
     def unary(
         self, op: Callable[..., Tensor], source: fx.Node, *args: Any, **kwargs: Any

@@ -15,6 +15,7 @@ from torch import fx
 
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.factors.decompose import CalibrationFactors
+from calicache.graph_passes.factors.factors import Factors
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.operations import LINEAR
 from calicache.graph_passes.graph.surgery import copy_graph, finish, graph_outputs, read_attribute
@@ -48,7 +49,7 @@ class _Rewrite:
     captured: CapturedGraph
     sites: Sites
     targets: Sequence[CalibrationTarget]
-    factors: Mapping[str, CalibrationFactors]
+    factors: Mapping[str, Factors]
     folded: frozenset[str]
     history: int
     outputs: Table | None
@@ -65,7 +66,7 @@ def rewrite(
     captured: CapturedGraph,
     sites: Sites,
     targets: Sequence[CalibrationTarget],
-    factors: Mapping[str, CalibrationFactors],
+    factors: Mapping[str, Factors],
     modes: Collection[StepMode],
     *,
     folded: frozenset[str] = frozenset(),
@@ -129,22 +130,22 @@ def _cheap_variants(plan: _Rewrite, modes: Collection[StepMode]) -> dict[StepMod
 
 def _caches(plan: _Rewrite, slots: Iterable[CacheSlot]) -> tuple[CacheSpec, ...]:
     """What is read of a REFRESH step, in the order of the plain graph."""
-    forms = {slot.source: (slot.shape, slot.dtype) for slot in slots}
+    forms: dict[CacheSource, tuple[tuple[int, ...], torch.dtype]] = {}
+    history: dict[CacheSource, int] = {}
+    for slot in slots:
+        forms[slot.source] = slot.shape, slot.dtype
+        history[slot.source] = max(history.get(slot.source, 0), slot.back + 1)
     if plan.outputs is not None:  # REFRESH itself mixes its outputs with the kept ones
         for node in output_nodes(plan.captured):
             value = cached_form(node)
-            forms[CacheSource.of(node)] = (tuple(value.shape), value.dtype)
+            source = CacheSource.of(node)
+            forms[source] = tuple(value.shape), value.dtype
+            history[source] = plan.history
     order = {node.name: number for number, node in enumerate(plan.captured.graph.nodes)}
     # Of one place the folded value comes first.
     sources = sorted(forms, key=lambda source: (order[source.place], source.folded is None))
     return tuple(
-        CacheSpec(
-            source.name,
-            source.node,
-            source.folded,
-            *forms[source],
-            1 if source.node in plan.run_values else plan.history,
-        )
+        CacheSpec(source.name, source.node, source.folded, *forms[source], history[source])
         for source in sources
     )
 
@@ -159,6 +160,7 @@ def _refresh_variant(plan: _Rewrite, caches: Sequence[CacheSpec]) -> Variant:
         value = copies[cache.node]
         if cache.folded is not None:
             factors = plan.factors[cache.folded]
+            assert isinstance(factors, CalibrationFactors)
             value = folded_value(insert, plan.captured, copies, targets[cache.folded], factors)
         elif value.target is LINEAR:
             value = insert.linear_over_rows(value)
@@ -169,7 +171,8 @@ def _refresh_variant(plan: _Rewrite, caches: Sequence[CacheSpec]) -> Variant:
 def _calibrate_variant(plan: _Rewrite, tapped: Collection[str]) -> Variant:
     """Every target becomes y* + B A (x - x*), or y* + B (A x - z*) where folded.
 
-    Targets that share x share x - x*. At rank 0 a target is just y*. Linear layers in
+    Branches in integers are y_ref + Q(W) Q(x - x_ref). Targets that share x share its increment,
+    and its levels. At rank 0 a target is just y*. Linear layers in
     `tapped` that are no targets run over rows as in REFRESH, so that both read one weight
     layout.
     """

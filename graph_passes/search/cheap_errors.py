@@ -36,11 +36,15 @@ def cheap_errors(
     Returns:
         By mode: |e_mode - e| over the product of the lags, by number of kept refreshes and step
         (K, T), the root mean square over the parts of e and the sum over the runs. Steps where
-        an order was not tried take their neighbours' values.
+        an order was not tried take their neighbours' values. K is 1 for a mode that looks at the
+        newest refresh alone.
     """
     history = variant_set.history
     views = [variant_set.scheduled(anchor_table(schedule, order)) for order in range(history)]
-    squares = {mode: [defaultdict[int, float](float) for _ in views] for mode in modes}
+    squares = {
+        mode: [defaultdict[int, float](float) for _ in range(_reach(variant_set, mode))]
+        for mode in modes
+    }
     for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
         kept: Kept = ()
         for step, call in enumerate(run):
@@ -52,10 +56,16 @@ def cheap_errors(
                 for mode in modes:
                     own, _ = run_step(views[order], mode, kept, step, tensors, history)
                     off = (latent_channels(own, latent) - outputs[step]).double()
-                    squares[mode][order][step] += float(off.square().sum()) / recorded.steps.parts
+                    row = squares[mode][min(order, len(squares[mode]) - 1)]
+                    row[step] += float(off.square().sum()) / recorded.steps.parts
             if meter:
                 meter.add()
     return {mode: _scales(orders, schedule) for mode, orders in squares.items()}
+
+
+def _reach(variant_set: VariantSet, mode: StepMode) -> int:
+    """How many kept refreshes a mode looks at."""
+    return 1 + max((slot.back for slot in variant_set.variants[mode].slots.values()), default=0)
 
 
 def _scales(squares: Sequence[Mapping[int, float]], schedule: Sequence[StepMode]) -> Scales:

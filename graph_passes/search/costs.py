@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,13 @@ from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.fold import fold_groups, fold_macs, reads_per_refresh
 from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve
-from calicache.graph_passes.settings.choices import Granularity, StepMode
+from calicache.graph_passes.settings.choices import (
+    BranchKind,
+    Granularity,
+    SiteMode,
+    SiteRule,
+    StepMode,
+)
 from calicache.graph_passes.settings.latency import BranchChoice, LatencyTable, group_of
 from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.branches import ResidualBranch
@@ -102,6 +109,38 @@ def branch_options(
         if branch_of[target.sites[0]] is None:
             options[target.name] = _outside_options(analysis, survey, target, latency)
     return options
+
+
+def int8_allocation(analysis: Analysis, latency: LatencyTable) -> Allocation | None:
+    """CALIBRATE steps in integers: every branch that takes less time so, all else in full.
+
+    By MACs there is no such step: integers multiply as often.
+
+    Returns:
+        None where the table knows of no branch that does.
+    """
+    branches = analysis.sites.branches
+    members = Counter(group_of(branch.name) for branch in branches)
+    choices = {site.name: BranchChoice.FULL for site in analysis.sites.linears if not site.branch}
+    cost = latency.full_step / latency.plain
+    for branch in branches:
+        group = group_of(branch.name)
+        change = latency.step_change(group, BranchChoice.INT8, 0)
+        pays = change is not None and change < 0
+        choices[branch.name] = BranchChoice.INT8 if pays else BranchChoice.FULL
+        cost += change / members[group] / latency.plain if change is not None and pays else 0.0
+    if BranchChoice.INT8 not in choices.values():
+        return None
+    kinds = {
+        BranchChoice.INT8: (SiteMode.CALIBRATE, BranchKind.INT8),
+        BranchChoice.FULL: (SiteMode.FULL, None),
+    }
+    rules = [
+        SiteRule(glob.escape(name), mode, branch=kind)
+        for name, choice in choices.items()
+        for mode, kind in [kinds[choice]]
+    ]
+    return Allocation(tuple(rules), {}, choices, cost, 0.0)
 
 
 def macs_shares(compiled: Compiled) -> StepShares:

@@ -25,6 +25,7 @@ from calicache.graph_passes.search.costs import (
     StepShares,
     TargetSurvey,
     branch_options,
+    int8_allocation,
     latency_shares,
     macs_shares,
 )
@@ -113,7 +114,7 @@ class Family:
 def find_families(
     ground: Ground, latency: LatencyTable | None, budget: float | None, effort: int
 ) -> tuple[list[Family], TargetSurvey | None]:
-    """FORECAST and REUSE at every order, and CALIBRATE steps at some costs.
+    """FORECAST and REUSE at every order, CALIBRATE steps in int8 and low-rank ones at some costs.
 
     Args:
         ground: model and runs.
@@ -130,11 +131,16 @@ def find_families(
     if ground.analysis.sites.branches:
         ground.meter.stage("measure REUSE steps", CHEAP_WORK)
         families.append(build_family(ground, FamilySpec("reuse", reuse, orders), latency))
+    base = families[-1]
+    modes = base.spec.modes | {StepMode.CALIBRATE}
+    integers = None if latency is None else int8_allocation(ground.analysis, latency)
+    if integers is not None:
+        ground.meter.stage("measure CALIBRATE steps in int8", CHEAP_WORK)
+        spec = FamilySpec("calibrate-int8", modes, highest, integers)
+        families.append(build_family(ground, spec, latency, scales=base.scales))
     survey = survey_targets(ground)
     if survey is None:
         return families, None
-    base = families[-1]
-    modes = base.spec.modes | {StepMode.CALIBRATE}
     for level, allocation in _allocations(ground, survey, latency, budget, effort):
         ground.meter.stage(f"measure CALIBRATE steps at {level:g}", CHEAP_WORK)
         spec = FamilySpec(f"calibrate-{level:g}", modes, highest, allocation)

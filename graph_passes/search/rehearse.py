@@ -86,7 +86,7 @@ class Rehearsal:
         span: the runs.
         answers: of every step (T,).
         scales: by cheap mode that has an output of its own: c, its error over the product of
-            lags, by number of kept refreshes and step, (orders, T).
+            the lags of the refreshes that it looks at, by their number and step, (orders, T).
     """
 
     span: Span
@@ -179,9 +179,9 @@ def _own(rehearsal: Rehearsal, walk: _Walk, mode: Tensor, step: int) -> Tensor:
 
 def _added(walk: _Walk, scales: Scales, step: int) -> Tensor:
     """C prod_j(k - p_j), (S,)."""
-    lags = torch.where(walk.is_kept, step - walk.places, 1.0).prod(dim=1)
+    lags = torch.where(walk.is_kept, step - walk.places, 1.0)[:, : len(scales)].prod(dim=1)
     by_count = torch.tensor([row[step] for row in scales], dtype=torch.float64)
-    return by_count[walk.counts - 1] * lags
+    return by_count[walk.counts.clamp(max=len(scales)) - 1] * lags
 
 
 def _anchors(walk: _Walk, step: int) -> Tensor:

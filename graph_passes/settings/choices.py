@@ -14,7 +14,7 @@ class StepMode(IntEnum):
     """What a step of the sampler does.
 
     REFRESH computes everything and overwrites the caches. CALIBRATE corrects the anchors of
-    linear layers, or of whole residual branches, with low-rank branches. REUSE returns the
+    linear layers, or of whole residual branches, with calibration branches. REUSE returns the
     anchors of whole residual branches. FORECAST returns the anchor of the model's output:
     nothing inside runs.
     """
@@ -87,6 +87,17 @@ class SiteMode(StrEnum):
     FULL = "full"
 
 
+class BranchKind(StrEnum):
+    """What a calibration branch maps the increment of x by.
+
+    LOW_RANK is the paper's: B A, of few directions, in floating point. INT8 is ours: all of W, in
+    integers. It sits at linear layers alone, and needs no statistics and no rank.
+    """
+
+    LOW_RANK = "low_rank"
+    INT8 = "int8"
+
+
 @dataclass(frozen=True, slots=True)
 class SiteRule:
     """What to do with the sites that a shell pattern names; the first rule that fits counts.
@@ -100,15 +111,17 @@ class SiteRule:
         mode: what a CALIBRATE step does there.
         rank: r for CALIBRATE; the plan's where None.
         granularity: for CALIBRATE; the plan's where None.
+        branch: kind of the calibration branches, for CALIBRATE; the plan's where None.
 
     Raises:
-        PlanError: a value of another kind.
+        PlanError: a value of another kind, or INT8 for whole residual branches.
     """
 
     pattern: str
     mode: SiteMode
     rank: int | None = None
     granularity: Granularity | None = None
+    branch: BranchKind | None = None
 
     def __post_init__(self) -> None:
         of_kind("pattern", self.pattern, str, PlanError)
@@ -116,8 +129,26 @@ class SiteRule:
         object.__setattr__(self, "mode", member(SiteMode, self.mode))
         if self.granularity is not None:
             object.__setattr__(self, "granularity", member(Granularity, self.granularity))
+        if self.branch is not None:
+            object.__setattr__(self, "branch", member(BranchKind, self.branch))
+        check_branch(self.branch, self.granularity)
         if self.rank is not None:
             object.__setattr__(self, "rank", whole_number("rank", self.rank, PlanError, 0))
+
+
+def check_branch(branch: BranchKind | None, granularity: Granularity | None) -> None:
+    """Refuse a kind of calibration branch at a place that it cannot have.
+
+    Raises:
+        PlanError: INT8 at whole residual branches, which have no weight of their own.
+    """
+    if branch is BranchKind.INT8 and granularity is Granularity.BRANCH:
+        raise PlanError(
+            "branch",
+            expected="low_rank where whole residual branches are calibrated",
+            got="int8, which needs the weight of a linear layer",
+            fix="Choose granularity='linear', or branch='low_rank'.",
+        )
 
 
 class Weighting(StrEnum):

@@ -23,12 +23,13 @@ EVERY = "*"  # the group of the row in which no branch is treated
 class BranchChoice(StrEnum):
     """What a CALIBRATE step does with a whole residual branch.
 
-    FULL computes it, LINEAR calibrates its layers, BRANCH calibrates it as one map, REUSE
-    returns its anchor.
+    FULL computes it, LINEAR calibrates its layers at a rank, INT8 in integers, BRANCH calibrates
+    it as one map, REUSE returns its anchor.
     """
 
     FULL = "full"
     LINEAR = "linear"
+    INT8 = "int8"
     BRANCH = "branch"
     REUSE = "reuse"
 

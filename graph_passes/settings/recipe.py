@@ -9,7 +9,14 @@ from math import ceil, floor
 
 from calicache.graph_passes.common.bounds import MAX_STEPS, MAX_WEIGHT, Count
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.settings.choices import Granularity, SiteRule, StepMode, Weighting
+from calicache.graph_passes.settings.choices import (
+    BranchKind,
+    Granularity,
+    SiteRule,
+    StepMode,
+    Weighting,
+    check_branch,
+)
 from calicache.graph_passes.settings.schedule import (
     Row,
     Table,
@@ -32,6 +39,7 @@ class Recipe:
         order: of the anchors; order + 1 refreshes are kept.
         weighting: what the factors of linear layers are made from.
         granularity: where calibration branches sit.
+        branch: kind of every calibration branch that no rule gives another.
         rules: exceptions for some sites and branches.
         include, exclude: shell patterns over site names.
         ranks: r of some calibration targets, by name, in the place of `rank` and of rules.
@@ -46,6 +54,7 @@ class Recipe:
     order: int
     weighting: Weighting
     granularity: Granularity = Granularity.LINEAR
+    branch: BranchKind = BranchKind.LOW_RANK
     rules: tuple[SiteRule, ...] = ()
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -58,6 +67,7 @@ class Recipe:
         _check_schedule(self.schedule)
         if self.rank < 0:
             raise PlanError("rank", expected="0 or more", got=str(self.rank), fix="Raise the rank.")
+        check_branch(self.branch, self.granularity)
         anchor_table(self.schedule, self.order)  # refuses an unknown order
         _check_output_weights(self)
 
@@ -122,6 +132,14 @@ class Recipe:
         if self.output_weights is None and StepMode.FORECAST in self.schedule:
             return output_table(self.schedule, self.order)
         return self.output_weights
+
+    @property
+    def branches(self) -> str:
+        """The calibration branches that no rule says otherwise of, in words."""
+        if self.branch is BranchKind.INT8:
+            return f"{self.branch}, order {self.order}"
+        words = f"rank {self.rank}, order {self.order}, weighting {self.weighting}"
+        return f"{words}, granularity {self.granularity}"
 
     @property
     def touches_nothing(self) -> bool:

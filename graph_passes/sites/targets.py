@@ -13,7 +13,7 @@ from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import shape_of
-from calicache.graph_passes.settings.choices import Granularity, SiteMode, SiteRule
+from calicache.graph_passes.settings.choices import BranchKind, Granularity, SiteMode, SiteRule
 from calicache.graph_passes.sites.branches import ResidualBranch
 from calicache.graph_passes.sites.sites import LinearSite, Sites
 
@@ -31,7 +31,8 @@ class CalibrationTarget:
         weights: `get_attr` targets of W, one a node; none for a branch.
         in_features: channels of x; `out_features` of every y.
         tokens: rows of x in one call.
-        rank: r; 0 returns the anchors as they are.
+        rank: r of a low-rank branch; 0 returns the anchors as they are.
+        branch: kind of the calibration branch; one of INT8 has no rank.
     """
 
     name: str
@@ -44,11 +45,20 @@ class CalibrationTarget:
     out_features: tuple[int, ...]
     tokens: int
     rank: int
+    branch: BranchKind = BranchKind.LOW_RANK
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it has a calibration branch at all."""
+        return self.branch is BranchKind.INT8 or self.rank > 0
 
     @property
     def calibrate_macs(self) -> int:
-        """Multiply-accumulates of the calibration branch, T r (in + sum of out)."""
-        return self.tokens * self.rank * (self.in_features + sum(self.out_features))
+        """Of the calibration branch: T r (in + sum of out), or T in (sum of out) in integers."""
+        outputs = sum(self.out_features)
+        if self.branch is BranchKind.INT8:
+            return self.tokens * self.in_features * outputs
+        return self.tokens * self.rank * (self.in_features + outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +69,14 @@ class Treatment:
         mode: correct the anchor, return it, or compute all.
         rank: r of a calibration branch there; 0 for REUSE.
         granularity: where the calibration branches of a residual branch sit.
+        branch: kind of the calibration branches.
         capped: whether the rank falls to what the place allows, rather than be refused.
     """
 
     mode: SiteMode
     rank: int
     granularity: Granularity
+    branch: BranchKind = BranchKind.LOW_RANK
     capped: bool = True
 
     def under(self, rule: SiteRule | None) -> Treatment:
@@ -76,6 +88,7 @@ class Treatment:
             mode=rule.mode,
             rank=0 if rule.mode is SiteMode.REUSE else rank,
             granularity=rule.granularity or self.granularity,
+            branch=rule.branch or self.branch,
             capped=self.capped and rule.rank is None,
         )
 
@@ -86,7 +99,9 @@ class Treatment:
     @property
     def is_whole(self) -> bool:
         """Whether a branch with it is one calibration target."""
-        return self.mode is SiteMode.REUSE or self.granularity is Granularity.BRANCH
+        if self.mode is SiteMode.REUSE:
+            return True
+        return self.granularity is Granularity.BRANCH and self.branch is BranchKind.LOW_RANK
 
 
 def assign(
@@ -95,6 +110,7 @@ def assign(
     *,
     rank: int,
     granularity: Granularity = Granularity.LINEAR,
+    branch: BranchKind = BranchKind.LOW_RANK,
     rules: Sequence[SiteRule] = (),
     joint: bool = False,
     ranks: Mapping[str, int] = MappingProxyType({}),
@@ -106,6 +122,7 @@ def assign(
         sites: layers and branches of it.
         rank: r where no rule gives one; the smaller side of a layer where that is less.
         granularity: of the calibration branches where no rule says otherwise.
+        branch: kind of the calibration branches where no rule says otherwise.
         rules: exceptions; the first that fits a name counts.
         joint: solve sibling sites together, at the rank that costs the same MACs.
         ranks: r of some targets, by name; before all else.
@@ -119,7 +136,7 @@ def assign(
     """
     rank = whole_number("rank", rank, PlanError, 0)
     _check_rules(rules, sites)
-    default = Treatment(SiteMode.CALIBRATE, rank, granularity)
+    default = Treatment(SiteMode.CALIBRATE, rank, granularity, branch)
     branches = [branch.name for branch in sites.branches]
     by_branch = {name: default.under(_rule_for(rules, name)) for name in branches}
     whole, rejections = _whole_targets(captured, sites, by_branch)
@@ -177,16 +194,20 @@ def _layer_targets(
 ) -> list[CalibrationTarget]:
     """Targets of single layers, or of sibling layers of one branch and one rank."""
     groups: dict[tuple[str | None, str, int], list[LinearSite]] = {}
+    integers: list[CalibrationTarget] = []
     for site in sites:
         treatment = treatments[site.name]
         if treatment.mode is SiteMode.FULL:
+            continue
+        if treatment.mode is SiteMode.CALIBRATE and treatment.branch is BranchKind.INT8:
+            integers.append(replace(_layer_target([site], 0), branch=BranchKind.INT8))
             continue
         rank = treatment.rank_at(site.in_features, site.out_features)
         # Before the ranks of siblings are merged: the error names the layer.
         _check_bounds(site.name, site.in_features, site.out_features, rank)
         siblings = site.input_node if joint else site.name
         groups.setdefault((site.branch, siblings, rank), []).append(site)
-    return [
+    return integers + [
         target
         for (_, _, rank), members in groups.items()
         for target in _sibling_targets(members, rank)
@@ -275,6 +296,13 @@ def _with_ranks(
             )
     ranked = [replace(target, rank=ranks.get(target.name, target.rank)) for target in targets]
     for target in ranked:
+        if target.rank and target.branch is BranchKind.INT8:
+            raise PlanError(
+                f"rank of {target.name}",
+                expected="none for a calibration branch of int8",
+                got=str(target.rank),
+                fix="Leave it out, or choose branch='low_rank' there.",
+            )
         _check_bounds(target.name, target.in_features, sum(target.out_features), target.rank)
     return ranked
 

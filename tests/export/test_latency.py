@@ -29,7 +29,7 @@ from calicache.graph_passes.sites.analysis import analyse
 
 BATCH, TOKENS, WIDTH, STEPS = 2, 6, 8, 6
 ROWS, BLOCKS, RANK = BATCH * TOKENS, 2, 4
-FULL, LINEAR, BRANCH, REUSE = BranchChoice
+FULL, LINEAR, INT8, BRANCH, REUSE = BranchChoice
 R, C, U, F = StepMode
 FF, MIX = "blocks.*.ff", "blocks.*.mix"
 
@@ -144,9 +144,11 @@ def test_every_group_and_treatment_has_a_row(measured: Measured) -> None:
     assert [(row.group, row.choice) for row in measured.table.rows] == [
         (EVERY, FULL),
         (MIX, LINEAR),  # and no BRANCH: two latent values go in
+        (MIX, INT8),
         (MIX, REUSE),
         (FF, LINEAR),
         (FF, BRANCH),
+        (FF, INT8),
         (FF, REUSE),
     ]
 
@@ -167,9 +169,11 @@ def test_macs_are_those_of_the_calibration_branches(measured: Measured) -> None:
     assert macs == {
         (EVERY, FULL): 0,
         (MIX, LINEAR): ROWS * BLOCKS * mixed,
+        (MIX, INT8): ROWS * BLOCKS * 3 * WIDTH * WIDTH,
         (MIX, REUSE): 0,
         (FF, LINEAR): ROWS * BLOCKS * layers,
         (FF, BRANCH): ROWS * BLOCKS * RANK * (WIDTH + WIDTH),
+        (FF, INT8): ROWS * BLOCKS * 2 * WIDTH * 2 * WIDTH,
         (FF, REUSE): 0,
     }
 

@@ -169,7 +169,12 @@ def outcome_of(case: Case) -> Outcome:
     try:
         if case.correct:
             plan = Plan.from_trajectory(
-                model, recording, schedule=case.schedule, rank=case.rank, order=order
+                model,
+                recording,
+                schedule=case.schedule,
+                rank=case.rank,
+                order=order,
+                workspace=plan.workspace,
             )
         else:
             plan = plan.with_schedule(case.schedule).with_rank(case.rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from inspect import isroutine
 from pathlib import Path
 
 from torch import Tensor, fx
@@ -29,7 +30,8 @@ def graph_text(graph: fx.Graph) -> str:
         value = node.meta["val"]
         kind = f"{str(value.dtype)[6:]} {list(value.shape)}" if isinstance(value, Tensor) else "-"
         options = "".join(f", {key}={option}" for key, option in node.kwargs.items())
-        name = str(node.target).replace("<built-in function getitem>", "getitem")
+        own = node.target if node.op == "call_function" else None
+        name = own.__name__ if isroutine(own) else str(node.target)
         operation = {"placeholder": "input", "get_attr": f"weight {node.target}"}.get(
             node.op, f"{name}({', '.join(map(str, node.args))}{options})"
         )

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from pydantic import computed_field
 
-from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.choices import BranchKind, StepMode
 from calicache.tools.inspect.facts import Mode, ScheduleFacts
 from calicache.tools.inspect.layers import LayerFacts, LayerWork
 
@@ -71,6 +71,7 @@ class TargetState:
 
     rank: int | None
     energy: float | None
+    branch: BranchKind = BranchKind.LOW_RANK
 
 
 @dataclass(frozen=True, slots=True)

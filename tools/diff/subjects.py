@@ -21,7 +21,7 @@ from calicache.tools.inspect.artifact import ArtifactFacts
 from calicache.tools.inspect.plan import PlanFacts
 
 _BELONGING = ("calicache", "format", "weights_hash")
-_SETTINGS = ("rank", "order", "weighting", "correction", "calls_per_step", "fixed")
+_SETTINGS = ("rank", "branch", "order", "weighting", "correction", "calls_per_step", "fixed")
 # Shown in other sections than the settings or the structure, or in other words.
 _ELSEWHERE: tuple[str, ...] = (
     "schedule",
@@ -92,7 +92,10 @@ def diff_artifacts(a: ArtifactFacts, b: ArtifactFacts) -> Difference:
             *changed_fronts(first.front, second.front),
         ),
         targets=diff_states(
-            *({t.name: TargetState(t.rank, t.energy) for t in m.targets} for m in (first, second))
+            *(
+                {t.name: TargetState(t.rank, t.energy, t.branch) for t in m.targets}
+                for m in (first, second)
+            )
         ),
         layers=diff_layers(a.layers, b.layers),
         costs=(

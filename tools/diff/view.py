@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from calicache.graph_passes.settings.choices import BranchKind
 from calicache.tools.diff.difference import (
     Change,
     Difference,
@@ -94,6 +95,7 @@ def _state(state: TargetState | None) -> str:
     if state is None:
         return "-"
     rank = "a target" if state.rank is None else f"rank {state.rank}"
+    rank = rank if state.branch is BranchKind.LOW_RANK else state.branch
     return rank if state.energy is None else f"{rank}, energy {state.energy:.3f}"
 
 

@@ -53,7 +53,7 @@ def in_words(value: Any) -> str:
     if isinstance(value, Enum):
         return value.name if isinstance(value, int) else str(value.value)
     if isinstance(value, SiteRule):
-        parts = (value.pattern, value.mode, value.granularity)
+        parts = (value.pattern, value.mode, value.granularity, value.branch)
         rank = "" if value.rank is None else f" rank {value.rank}"
         return " ".join(part for part in parts if part) + rank
     if isinstance(value, TensorSpec):

@@ -21,7 +21,7 @@ from calicache.export.artifact.manifest import (
     TargetRecord,
 )
 from calicache.export.artifact.validity import cache_slots
-from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.choices import BranchKind, StepMode
 from calicache.tools.inspect.facts import (
     Caution,
     Mode,
@@ -130,11 +130,14 @@ def _mode_facts(manifest: Manifest, record: ModeRecord) -> ModeFacts:
 
 def _cautions(manifest: Manifest, path: Path, cache_bytes: int) -> Iterator[Caution]:
     yield from schedule_cautions(manifest.schedule, manifest.order, manifest.correction)
-    if manifest.run_share >= 1 and set(manifest.schedule) != {StepMode.REFRESH}:
+    # Integers multiply as often: what they save is time.
+    low_rank = [t for t in manifest.targets if t.branch is BranchKind.LOW_RANK]
+    saves = manifest.run_share < 1 or len(low_rank) < len(manifest.targets)
+    if not saves and set(manifest.schedule) != {StepMode.REFRESH}:
         yield Caution(
             "no-saving", f"A run takes {manifest.run_share:.3f} of the plain model's MACs."
         )
-    calibrated = manifest.targets if StepMode.CALIBRATE in manifest.schedule else ()
+    calibrated = low_rank if StepMode.CALIBRATE in manifest.schedule else ()
     low = [t for t in calibrated if t.energy is not None and t.energy < LOW_ENERGY and t.rank]
     if low:
         named = [f"{target.name} ({target.energy:.2f})" for target in low]
@@ -184,7 +187,7 @@ def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
         yield "built in", f"the recorded values of {', '.join(manifest.fixed)}"
     if manifest.calls_per_step > 1:
         yield "calls", f"{manifest.calls_per_step} of the model a step"
-    yield "plan", f"rank {manifest.rank}, order {manifest.order}, weighting {manifest.weighting}"
+    yield "plan", _branches(manifest)
     yield "output weights", manifest.correction
     kept = f"{manifest.history} refresh{'es' if manifest.history > 1 else ''} of each at most"
     yield "caches", f"{len(manifest.caches)} values, {kept}, {format_count(facts.cache_bytes, 'B')}"
@@ -196,13 +199,19 @@ def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
         yield "sampler", some_of(given)
 
 
+def _branches(manifest: Manifest) -> str:
+    if manifest.branch is BranchKind.INT8:
+        return f"{manifest.branch}, order {manifest.order}"
+    return f"rank {manifest.rank}, order {manifest.order}, weighting {manifest.weighting}"
+
+
 def _target_table(targets: Sequence[TargetRecord]) -> Table:
     rows = (
         (
             target.name,
             str(target.in_features),
             str(sum(target.out_features)),
-            str(target.rank),
+            str(target.rank) if target.branch is BranchKind.LOW_RANK else target.branch,
             "-" if target.energy is None else f"{target.energy:.3f}",
             format_count(target.full_macs),
             format_count(target.calibrate_macs),

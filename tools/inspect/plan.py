@@ -18,7 +18,7 @@ from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATIS
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.factors.statistics import statistics_tensors
 from calicache.graph_passes.recording.binding import Binding
-from calicache.graph_passes.settings.choices import Weighting
+from calicache.graph_passes.settings.choices import BranchKind, Weighting
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.tools.inspect.facts import (
@@ -153,7 +153,8 @@ def _without_statistics(plan: Plan) -> list[str]:
     if not recipe.calibrates or recipe.weighting is Weighting.NONE:
         return []
     named = [name for name, rank in recipe.ranks.items() if rank]
-    if not named and not plan.statistics and recipe.rank:
+    ranked = recipe.rank and recipe.branch is BranchKind.LOW_RANK
+    if not named and not plan.statistics and ranked:
         return ["any target"]
     return [name for name in named if name not in plan.statistics]
 
@@ -164,7 +165,6 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
     statistics = [target for target in facts.targets if target.statistics]
     size = format_count(sum(target.bytes for target in statistics), "B")
     binding, recipe = facts.binding, facts.recipe
-    rank = f"rank {recipe.rank}, order {recipe.order}"
     yield fact_grid(
         [
             ("weights", binding.weights_hash[:16]),
@@ -172,7 +172,7 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
             ("inputs", some_of([str(spec) for spec in facts.inputs])),
             ("arguments", constants_in_words(binding.signature.constants)),
             ("steps told by", binding.timestep.name if binding.timestep else "their number"),
-            ("plan", f"{rank}, weighting {recipe.weighting}, granularity {recipe.granularity}"),
+            ("plan", recipe.branches),
             ("include", ", ".join(recipe.include)),
             ("exclude", ", ".join(recipe.exclude) or "nothing"),
             ("output weights", recipe.correction),
@@ -199,10 +199,10 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
 
 def _rule_table(facts: PlanFacts) -> Table:
     rows = (
-        (rule.pattern, rule.mode, _number(rule.rank), rule.granularity or "-")
+        (rule.pattern, rule.mode, _number(rule.rank), rule.branch or rule.granularity or "-")
         for rule in facts.recipe.rules
     )
-    return plain_table(["pattern", "there"], ["rank", "granularity"], rows)
+    return plain_table(["pattern", "there"], ["rank", "branches"], rows)
 
 
 def _target_table(facts: PlanFacts) -> Table:

@@ -13,7 +13,7 @@ from typing import Any
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.describe.blocks import fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import ModelGraphs
-from calicache.graph_passes.settings.choices import StepMode
+from calicache.graph_passes.settings.choices import BranchKind, StepMode
 from calicache.graph_passes.settings.front import CONFIDENCE
 from calicache.graph_passes.settings.schedule import count_modes
 from calicache.tools.compare.comparison import Comparison
@@ -100,7 +100,8 @@ def _layers(data: ReportData) -> dict[str, str]:
     targets = data.facts.manifest.targets if isinstance(data.facts, ArtifactFacts) else ()
     for target in targets:
         of = "" if len(target.sites) == 1 else f" of {target.name}"
-        layers |= dict.fromkeys(target.sites, f"calibrated at rank {target.rank}{of}")
+        how = f"at rank {target.rank}" if target.branch is BranchKind.LOW_RANK else "in int8"
+        layers |= dict.fromkeys(target.sites, f"calibrated {how}{of}")
     return layers
 
 

@@ -22,7 +22,7 @@ from calicache.graph_passes.search.allocate import (
 )
 from calicache.graph_passes.settings.latency import BranchChoice
 
-FULL, LINEAR, BRANCH, REUSE = BranchChoice
+FULL, LINEAR, INT8, BRANCH, REUSE = BranchChoice
 seeds = st.integers(0, 2**31)
 # Sums of fewer than 20 doubles; a price within 1e-15 of where two choices tie may take either.
 EXACT = {"rel_tol": 1e-9, "abs_tol": 1e-12}

@@ -37,7 +37,7 @@ from calicache.graph_passes.settings.latency import BranchChoice
 from calicache.graph_passes.sites.targets import assign
 
 R, C, U, FORECAST = StepMode
-FULL, LINEAR, BRANCH, REUSE = BranchChoice
+FULL, LINEAR, INT8, BRANCH, REUSE = BranchChoice
 TEXT_MACS = 2 * 2 * 2 * 7 * 20 * 24  # k and v of 2 blocks, of 2 samples of 7 tokens
 # Sums of fewer than 100 doubles.
 EXACT = {"rel_tol": 1e-9, "abs_tol": 1e-12}

@@ -15,7 +15,7 @@ from calicache.graph_passes.search.costs import latency_shares
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, LatencyRow, group_of
 
 R, C, U, FORECAST = StepMode
-FULL, LINEAR, BRANCH, REUSE = BranchChoice
+FULL, LINEAR, INT8, BRANCH, REUSE = BranchChoice
 # Sums of fewer than 100 doubles.
 EXACT = {"rel_tol": 1e-9, "abs_tol": 1e-12}
 

@@ -19,6 +19,7 @@ from calicache.graph_passes import (
     SiteRule,
 )
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.settings.choices import BranchKind
 from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.targets import assign
 
@@ -474,3 +475,38 @@ def test_rules_name_layers_between_branches() -> None:
     assert ranks_of(analysis, SiteRule("between", REUSE)) == {"first": 4, "between": 0, "second": 4}
     assert list(ranks_of(analysis, SiteRule("between", FULL))) == ["first", "second"]
     assert ranks_of(analysis, SiteRule("between", CALIBRATE, rank=7))["between"] == 7
+
+
+def test_int8_calibrates_every_layer_by_itself(dit_analysis: Analysis) -> None:
+    """Siblings share no factors there, whatever `joint` says, and there is no rank."""
+    targets = targets_of(dit_analysis, branch=BranchKind.INT8, joint=True)
+    assert list(targets) == [f"blocks.{n}.{layer}" for n in (0, 1) for layer in LAYERS]
+    assert {(t.rank, t.branch, t.granularity) for t in targets.values()} == {
+        (0, BranchKind.INT8, LINEAR)
+    }
+    query = targets["blocks.0.attn.q"]
+    assert query.corrects
+    assert query.calibrate_macs == query.tokens * query.in_features * query.out_features[0]
+
+
+def test_rules_choose_the_kind_of_branch(dit_analysis: Analysis) -> None:
+    rules = (
+        SiteRule("blocks.0.attn", CALIBRATE, branch=BranchKind.INT8),
+        SiteRule("blocks.0.mlp", REUSE, branch=BranchKind.INT8),
+        SiteRule("blocks.1.attn", CALIBRATE, granularity=BRANCH),
+    )
+    targets = targets_of(dit_analysis, rules=rules)
+    kinds = {name: (t.branch.value, t.granularity.value, t.rank) for name, t in targets.items()}
+    assert kinds == {
+        **{f"blocks.0.{layer}": ("int8", "linear", 0) for layer in LAYERS[:4]},
+        "blocks.0.mlp": ("low_rank", "branch", 0),
+        "blocks.1.attn": ("low_rank", "branch", 4),
+        **{f"blocks.1.{layer}": ("low_rank", "linear", 4) for layer in LAYERS[4:]},
+    }
+
+
+def test_int8_has_no_rank_and_no_whole_branch(dit_analysis: Analysis) -> None:
+    text = refusal(dit_analysis, rank=4, branch=BranchKind.INT8, ranks={"blocks.0.attn.q": 2})
+    assert "none for a calibration branch of int8" in text
+    with pytest.raises(PlanError, match="needs the weight of a linear layer"):
+        SiteRule("*", CALIBRATE, granularity=BRANCH, branch=BranchKind.INT8)

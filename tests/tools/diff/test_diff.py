@@ -25,6 +25,7 @@ from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.grid import Grid
 from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.settings.choices import BranchKind
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.tools.cli import app
 from calicache.tools.diff.command import diff_subjects
@@ -131,6 +132,7 @@ def test_every_setting_counts(home: Path, plan: Plan) -> None:
         "order": 0,
         "weighting": Weighting.INCREMENT,
         "granularity": Granularity.BRANCH,
+        "branch": BranchKind.INT8,
         "rules": (),
         "include": (),
         "exclude": ("x",),
@@ -334,6 +336,7 @@ def test_every_field_of_the_manifest_counts(home: Path, manifest: Manifest) -> N
         "files": manifest.files[1:],
         "schedule": modes("RCRUFF"),
         "rank": 1,
+        "branch": BranchKind.INT8,
         "order": 0,
         "weighting": Weighting.NONE,
         "output_weights": None,
