@@ -65,8 +65,12 @@ def load_training_state(
     for part, module in modules.items():
         module.load_state_dict(parts[part])
     saved = optimizer.state_dict()
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
     for name, value in parts["optimizer"].items():
         index, _, moment = name.partition(".")
-        saved["state"].setdefault(int(index), {})[moment] = value
+        parameter = parameters[int(index)]
+        # Fused optimizers walk through memory: moments must lie in it as their parameter does.
+        laid = value if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
+        saved["state"].setdefault(int(index), {})[moment] = laid
     optimizer.load_state_dict(saved)
     return int(tensors["step"])

@@ -10,26 +10,30 @@ from scene_model import SceneDiT
 from shared import half, save_atomic
 from torch import Tensor
 
-SCENE_DIT_WEIGHTS = tuple(WEIGHTS_FOLDER / f"scenes_dit_{part}.safetensors" for part in (1, 2))
+
+def scene_dit_files(folder: Path = WEIGHTS_FOLDER) -> tuple[Path, Path]:
+    """The two files of a folder."""
+    return folder / "scenes_dit_1.safetensors", folder / "scenes_dit_2.safetensors"
 
 
-def save_scene_dit(state: dict[str, Tensor]) -> tuple[Path, ...]:
-    """Write a state dict in two halves of about the same size; returns their paths."""
+def save_scene_dit(state: dict[str, Tensor], folder: Path = WEIGHTS_FOLDER) -> None:
+    """Write a state dict in two halves of about the same size."""
     rounded = half(state)
-    sizes = {name: value.nbytes for name, value in rounded.items()}
-    parts: tuple[dict[str, Tensor], ...] = ({}, {})
+    total = sum(value.nbytes for value in rounded.values())
+    parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     written = 0
     for name, value in rounded.items():
-        parts[2 * written >= sum(sizes.values())][name] = value
-        written += sizes[name]
-    for part, path in zip(parts, SCENE_DIT_WEIGHTS, strict=True):
+        parts[2 * written >= total][name] = value
+        written += value.nbytes
+    for part, path in zip(parts, scene_dit_files(folder), strict=True):
         save_atomic(part, path)
-    return SCENE_DIT_WEIGHTS
 
 
-def load_scene_dit() -> SceneDiT:
+def load_scene_dit(folder: Path = WEIGHTS_FOLDER) -> SceneDiT:
     """The trained transformer in float32 and eval mode, without gradients."""
     model = SceneDiT()
-    state = {name: value for path in SCENE_DIT_WEIGHTS for name, value in load_file(path).items()}
-    model.load_state_dict({name: value.float() for name, value in state.items()})
+    state: dict[str, Tensor] = {}
+    for path in scene_dit_files(folder):
+        state |= {name: value.float() for name, value in load_file(path).items()}
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "fashion_dit"))
 
-from data import CLASS_NAMES, DEBIAN_FOLDER, Split, load_split
+from classifier import load_classifier
+from data import Split, load_split
 from model import Mlp, TimestepEmbedder, modulate, sine_cosine_positions
 from weights import half, load_training_state, load_weights, save_atomic, training_state
 
 __all__ = [
-    "CLASS_NAMES",
-    "DEBIAN_FOLDER",
+    "load_classifier",
     "Split",
     "load_split",
     "Mlp",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from autoencoder import Autoencoder, latent_noise, load_autoencoder
+from autoencoder import WEIGHTS_FOLDER, Autoencoder, latent_noise, load_autoencoder
 from flow import TIME_SCALE, add_noise, draw_times
 from safetensors.torch import load_file
 from scene_model import SceneDiT, SceneDiTConfig
@@ -115,15 +115,8 @@ class SceneTrainer:
         return {"model": self.model, "average": self.average}
 
 
-def release(out: Path) -> str:
-    """Write the moving average of a folder's checkpoint as the sample's weights.
-
-    Args:
-        out: folder of the checkpoint.
-
-    Returns:
-        What was written, in words.
-    """
+def release(out: Path, folder: Path = WEIGHTS_FOLDER) -> int:
+    """Write the moving average of a folder's checkpoint as weights; returns its step."""
     tensors = load_file(out / CHECKPOINT)
     prefix = "average."
     average = {
@@ -131,8 +124,8 @@ def release(out: Path) -> str:
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
-    paths = save_scene_dit(average)
-    return f"step {int(tensors['step'])}: {', '.join(str(path) for path in paths)}"
+    save_scene_dit(average, folder)
+    return int(tensors["step"])
 
 
 def main() -> None:
@@ -159,7 +152,7 @@ def main() -> None:
         save_minutes, minutes = arguments.save_minutes, arguments.minutes
         over = run(trainer, config.steps, arguments.out, save_minutes=save_minutes, minutes=minutes)
     if over:
-        print(f"wrote {release(arguments.out)}")
+        print(f"step {release(arguments.out)}, wrote {WEIGHTS_FOLDER}")
 
 
 if __name__ == "__main__":
