@@ -8,10 +8,10 @@ INSTALLED = $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test fuzz lint format docs train classifier card plan fidelity performance models clean
+.PHONY: help demo check test fuzz lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 21
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,15 @@ classifier: $(INSTALLED) ## Train the sample classifier (minutes)
 
 card: $(INSTALLED) ## Write the sample grid of the model card
 	$(BIN)/python samples/fashion_dit/card.py
+
+scenes-autoencoder: $(INSTALLED) ## Train the autoencoder of the scenes sample (minutes; goes on where it stopped)
+	$(BIN)/python samples/scenes_dit/train_autoencoder.py
+
+scenes: $(INSTALLED) ## Train the scenes DiT, which reads captions (days; goes on where it stopped)
+	$(BIN)/python samples/scenes_dit/train_scenes.py
+
+scenes-card: $(INSTALLED) ## Write the sample grid of the scenes DiT's model card
+	$(BIN)/python samples/scenes_dit/scene_card.py
 
 plan: $(INSTALLED) ## Search the plan that ships with the sample DiT (a minute)
 	$(BIN)/python samples/fashion_dit/search_plan.py

@@ -24,7 +24,7 @@ from model import FashionDiT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from weights import DIT_WEIGHTS, half, save_atomic
+from weights import DIT_WEIGHTS, half, load_training_state, save_atomic, training_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,28 +98,14 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a later run needs, as flat tensors."""
-        tensors = {"step": torch.tensor(self.step)}
-        for part, module in (("model", self.model), ("average", self.average)):
-            tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-        return tensors
+        return training_state(self.step, self._modules(), self.optimizer)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a state written by `state`."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            if rest:
-                parts[part][rest] = value
-        self.model.load_state_dict(parts["model"])
-        self.average.load_state_dict(parts["average"])
-        saved = self.optimizer.state_dict()
-        for name, value in parts["optimizer"].items():
-            index, _, moment = name.partition(".")
-            saved["state"].setdefault(int(index), {})[moment] = value
-        self.optimizer.load_state_dict(saved)
-        self.step = int(tensors["step"])
+        self.step = load_training_state(tensors, self._modules(), self.optimizer)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "average": self.average}
 
 
 def train(config: TrainConfig, data_folder: Path | None, out: Path, save_every: int) -> None:

@@ -39,3 +39,38 @@ def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
         name: value.to(torch.float16) if value.is_floating_point() else value
         for name, value in state.items()
     }
+
+
+def training_state(
+    step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Everything that a later run needs, as flat tensors: `part.name` for each module's values."""
+    tensors = {"step": torch.tensor(step)}
+    for part, module in modules.items():
+        tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    return tensors
+
+
+def load_training_state(
+    tensors: dict[str, Tensor], modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> int:
+    """Load what `training_state` wrote into modules and optimizer; returns the step."""
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*modules, "optimizer")}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        if rest:
+            parts[part][rest] = value
+    for part, module in modules.items():
+        module.load_state_dict(parts[part])
+    saved = optimizer.state_dict()
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    for name, value in parts["optimizer"].items():
+        index, _, moment = name.partition(".")
+        parameter = parameters[int(index)]
+        # Fused optimizers walk through memory: moments must lie in it as their parameter does.
+        laid = value if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
+        saved["state"].setdefault(int(index), {})[moment] = laid
+    optimizer.load_state_dict(saved)
+    return int(tensors["step"])
