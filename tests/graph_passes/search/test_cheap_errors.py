@@ -32,6 +32,7 @@ from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.search.candidates import step_answers
 from calicache.graph_passes.search.cheap_errors import cheap_errors, spread_over
 from calicache.graph_passes.search.rehearse import Rehearsal, Span
+from calicache.graph_passes.settings.choices import BranchKind
 from calicache.graph_passes.settings.schedule import anchor_table
 from calicache.graph_passes.sites.targets import assign
 
@@ -66,10 +67,16 @@ def recorded(blocks: Blocks, ended: Recording) -> RecordedSampler:
     return recover_sampler(graph, ended, ended.dependence, STEPS)
 
 
-def variants_of(model: nn.Module, recording: Recording, rank: int, history: int = 3) -> VariantSet:
+def variants_of(
+    model: nn.Module,
+    recording: Recording,
+    rank: int,
+    history: int = 3,
+    branch: BranchKind = BranchKind.LOW_RANK,
+) -> VariantSet:
     graph = capture(model, recording.signature)
     sites = find_sites(graph, classify_nodes(graph, recording.dependence))
-    targets, _ = assign(graph, sites, rank=rank)
+    targets, _ = assign(graph, sites, rank=rank, branch=branch)
     anchors = anchor_table(modes("R" * STEPS), history - 1)
     factors = factors_of(graph, targets, {})
     return rewrite(graph, sites, targets, factors, (C, U), anchors=anchors)
@@ -126,6 +133,25 @@ def test_scales_are_errors_of_the_optimised_model_over_the_lags(
         assert row == pytest.approx(expected.tolist(), rel=1e-12)
         tried |= set(known)
     assert tried == {k for k in range(STEPS) if letters[k] != "R"}  # each step in some order
+
+
+def test_int8_errs_by_the_lag_of_the_newest_refresh(
+    blocks: Blocks, ended: Recording, recorded: RecordedSampler
+) -> None:
+    """One row, whatever the order, and no other lag in it."""
+    variants = variants_of(blocks, ended, rank=0, branch=BranchKind.INT8)
+    rows = cheap_errors(variants, recorded, modes(UNEVEN), [C])[C]
+    plan = Plan.from_trajectory(
+        blocks, ended, schedule=UNEVEN, branch="int8", order=2, correct=False
+    )
+    fast, squares = optimize(blocks, plan), np.zeros(STEPS)
+    for run in ended.runs:
+        squares += np.array([(fast(**c) - blocks(**c)).square().sum().item() / 2 for c in run])
+    cheap = [step for step in range(STEPS) if UNEVEN[step] != "R"]
+    scales = [squares[step] ** 0.5 / (step - refreshes(UNEVEN, step)[-1]) for step in cheap]
+    assert len(rows) == 1
+    # Both run the same graph on the same values, in float64.
+    assert [rows[0][step] for step in cheap] == pytest.approx(scales, rel=1e-6)
 
 
 def test_forecast_steps_are_not_run(recorded: RecordedSampler, variants: VariantSet) -> None:

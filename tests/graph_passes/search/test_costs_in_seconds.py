@@ -11,8 +11,10 @@ from support.search.known import ORDER, Known
 
 from calicache.graph_passes import LatencyTable, StepMode
 from calicache.graph_passes.search.allocate import Allocation, BranchOption, allocate
-from calicache.graph_passes.search.costs import latency_shares
+from calicache.graph_passes.search.costs import int8_allocation, latency_shares
+from calicache.graph_passes.settings.choices import BranchKind
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, LatencyRow, group_of
+from calicache.graph_passes.sites.targets import assign
 
 R, C, U, FORECAST = StepMode
 FULL, LINEAR, INT8, BRANCH, REUSE = BranchChoice
@@ -160,3 +162,45 @@ def test_shares_in_seconds_are_never_negative(dit_known: Known) -> None:
     )
     assert min(shares.steps.values()) == 0.0
     assert (shares.caches[U], shares.steps[C], shares.steps[U]) == (0.0, 0.0, 0.0)
+
+
+def test_int8_is_taken_where_it_gains(dit_known: Known) -> None:
+    """Attention gains a fifth of a step in both blocks together, the perceptrons lose."""
+    gains = LatencyRow("blocks.*.attn", INT8, 70_000, 1.05, 0.78)
+    loses = LatencyRow("blocks.*.mlp", INT8, 90_000, 1.05, 0.99)
+    table = table_of(gains, loses)
+    allocation = int8_allocation(dit_known.analysis, table)
+    assert allocation is not None
+    assert allocation.choices == {
+        "blocks.0.attn": INT8,
+        "blocks.0.mlp": FULL,
+        "blocks.1.attn": INT8,
+        "blocks.1.mlp": FULL,
+    }
+    assert math.isclose(allocation.cost, 0.78, **EXACT)
+    shares = latency_shares(dit_known.sites, table, {C}, allocation)
+    assert math.isclose(shares.steps[C], 0.78, **EXACT)
+    assert math.isclose(shares.caches[C], 0.03, **EXACT)  # 1.05 where a REFRESH takes 1.02
+    targets, rejections = assign(
+        dit_known.captured, dit_known.sites, rank=8, rules=allocation.rules, joint=True
+    )
+    assert rejections == ()
+    assert {(t.sites[0].rpartition(".")[0], t.branch) for t in targets} == {
+        ("blocks.0.attn", BranchKind.INT8),
+        ("blocks.1.attn", BranchKind.INT8),
+    }
+
+
+@pytest.mark.parametrize(
+    "rows", [(), (LatencyRow("blocks.*.attn", INT8, 70_000, 1.05, 0.98),)], ids=["none", "slow"]
+)
+def test_int8_is_left_where_nothing_gains(dit_known: Known, rows: tuple[LatencyRow, ...]) -> None:
+    assert int8_allocation(dit_known.analysis, table_of(*rows)) is None
+
+
+def test_int8_leaves_sites_outside_of_branches_alone(text_known: Known) -> None:
+    groups = {group_of(branch.name) for branch in text_known.sites.branches}
+    table = table_of(*(LatencyRow(group, INT8, 70_000, 1.05, 0.78) for group in groups))
+    allocation = int8_allocation(text_known.analysis, table)
+    assert allocation is not None
+    assert allocation.choices["between"] is FULL

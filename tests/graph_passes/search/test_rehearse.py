@@ -358,6 +358,14 @@ def test_cheap_step_adds_its_scale_times_the_lags(
     assert rehearsal.errors([schedule], order) == pytest.approx([expected], rel=1e-5)
 
 
+def test_mode_that_looks_at_the_newest_refresh_alone_has_one_lag() -> None:
+    scales = {C: random_scales(4, 2)[:1]}
+    rehearsal = Rehearsal(orthonormal(4), (EXACT,) * 4, scales)
+    s = scales[C][0][-1]  # at a lag of 1, where three refreshes are kept; see above
+    expected = s / math.sqrt(1 + s**2) / math.sqrt(1 + 4)
+    assert rehearsal.errors([(R, R, R, C)], 2) == pytest.approx([expected], rel=1e-5)
+
+
 def test_steps_between_two_refreshes_err_in_one_direction() -> None:
     scales: dict[StepMode, Scales] = {C: ((0.0, 0.1, 0.1, 0.1),)}
     span, answers = orthonormal(4), (EXACT,) * 4

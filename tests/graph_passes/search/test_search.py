@@ -28,9 +28,20 @@ from support.tiny_pipelines import CASES, PipelineCase
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.graph_passes import Plan, Recording, StepMode, optimize, record, spread_schedule
+from calicache.graph_passes import (
+    LatencyTable,
+    OptimizedModel,
+    Plan,
+    Recording,
+    StepMode,
+    optimize,
+    record,
+    spread_schedule,
+)
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.settings.choices import BranchKind
 from calicache.graph_passes.settings.front import ErrorSummary, FrontPoint
+from calicache.graph_passes.settings.latency import BranchChoice, LatencyRow, group_of
 
 pytestmark = pytest.mark.slow
 
@@ -247,6 +258,32 @@ def test_calibration_is_found_where_forecasts_fail() -> None:
     assert {t.name: t.rank for t in fast.compiled.targets} == choice_of(plan).ranks
     errors = sample_errors(euler(fast, REPORT), euler(model, REPORT))
     assert_summary(plan.front.held_out, errors)
+
+
+def test_int8_is_found_where_seconds_say_so() -> None:
+    """A table that measured nothing else of CALIBRATE steps; forecasts fail on this model."""
+    model, recording = flicker()
+    plain = Plan.from_trajectory(model, recording, rank=0, correct=False)
+    groups = {group_of(name) for name in branch_names(optimize(model, plain))}
+    rows = tuple(LatencyRow(group, BranchChoice.INT8, 1000, 0.1, 0.06) for group in groups)
+    table = LatencyTable(plain.binding.weights_hash, "a runtime", 2, 0.1, 0.001, rows)
+    plan = Plan.search(model, recording, budget=0.75, latency=table)
+    assert C in plan.schedule
+    fast = optimize(model, plan)
+    assert {target.branch for target in fast.compiled.targets} == {BranchKind.INT8}
+    assert plan.statistics == {}
+    assert plan.front is not None
+    assert choice_of(plan).cost <= 0.75
+    errors = sample_errors(euler(fast, REPORT), euler(model, REPORT))
+    assert_summary(plan.front.held_out, errors)
+    schedule = ("RRRF" * recording.steps)[: recording.steps]  # takes 0.75 as well
+    forecast = optimize(model, Plan.from_trajectory(model, recording, schedule=schedule))
+    others = sample_errors(euler(forecast, REPORT), euler(model, REPORT))
+    assert fmean(errors) < 0.1 * fmean(others)
+
+
+def branch_names(fast: OptimizedModel) -> list[str]:
+    return [branch.name for branch in fast.compiled.analysis.sites.branches]
 
 
 def build(case: PipelineCase) -> Any:
