@@ -77,8 +77,8 @@ def _own_files(folder: Path) -> set[str]:
 
 def _names(content: Mapping[str, Any]) -> list[str]:
     records = content.get("files")
-    found = [record.get("name") for record in records] if isinstance(records, list) else []
-    return [name for name in found if isinstance(name, str)]
+    names = [record.get("name") for record in records] if isinstance(records, list) else []
+    return [name for name in names if isinstance(name, str)]
 
 
 ARTIFACT = Target("an artifact", ExportError, lambda path: foreign_folder(path, _own_files))

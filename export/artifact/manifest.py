@@ -153,6 +153,13 @@ class Manifest:
         return next(record for record in self.modes if record.mode is mode)
 
     @property
+    def branch_words(self) -> str:
+        """The calibration branches that no rule says otherwise of, in words."""
+        if self.branch is BranchKind.INT8:
+            return f"{self.branch}, order {self.order}"
+        return f"rank {self.rank}, order {self.order}, weighting {self.weighting}"
+
+    @property
     def run_share(self) -> float:
         """MACs of a whole run against the plain model's."""
         used = sum(self.mode(mode).macs for mode in self.schedule)

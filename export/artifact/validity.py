@@ -150,12 +150,12 @@ def _check_outputs(
         names = {*manifest.outputs, *expected}
     if set(model.outputs) != names:
         raise ValueError(f"{name} gives other outputs: {min(set(model.outputs) ^ names)}")
-    found = {output: form for output, form in model.outputs.items() if output in expected}
-    _check_forms(f"{name} gives", found, expected)
+    forms = {output: form for output, form in model.outputs.items() if output in expected}
+    _check_forms(f"{name} gives", forms, expected)
 
 
-def _check_forms(words: str, found: Mapping[str, Form], expected: Mapping[str, Form]) -> None:
-    for name, (dtype, shape) in found.items():
+def _check_forms(words: str, forms: Mapping[str, Form], expected: Mapping[str, Form]) -> None:
+    for name, (dtype, shape) in forms.items():
         if name not in expected:
             raise ValueError(f"{words} {name}, which the manifest does not have")
         wanted, sizes = expected[name]

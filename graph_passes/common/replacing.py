@@ -96,12 +96,12 @@ def _exchange(one: Path, other: Path) -> bool:
 def _held_folder(path: Path) -> tuple[Path, int | None]:
     """A new folder that no other process takes for a leftover; unheld where nothing can hold."""
     for _ in range(_TRIES):
-        made = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
-        held = _hold(Path(made))
+        folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
+        held = _hold(Path(folder))
         if held is None:
-            return Path(made), None
-        if os.path.exists(made):  # else another save took it for a leftover just before
-            return Path(made), held
+            return Path(folder), None
+        if os.path.exists(folder):  # else another save took it for a leftover just before
+            return Path(folder), held
         os.close(held)
     raise OSError(errno.EBUSY, "other saves are in the way", str(path))
 

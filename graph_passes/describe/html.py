@@ -81,7 +81,9 @@ def _schedule_facts(schedule: Sequence[StepMode]) -> list[tuple[str, str]]:
 
 
 def _recipe_line(recipe: Recipe) -> str:
-    return f"{recipe.branches}, {len(recipe.rules)} rules, {len(recipe.ranks)} ranks of their own"
+    return (
+        f"{recipe.branch_words}, {len(recipe.rules)} rules, {len(recipe.ranks)} ranks of their own"
+    )
 
 
 def _front_table(front: Front) -> str:

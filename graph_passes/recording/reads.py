@@ -96,14 +96,14 @@ def read_answers(answers: str) -> list[Answer]:
         CaptureError: it is no record of answers.
     """
     try:
-        found = from_json(answers)
+        record = from_json(answers)
     except ValueError as error:
         raise _no_answers(reason_of(error)) from error
-    if found is None:
+    if record is None:
         return []
-    if not isinstance(found, list) or not _is_answer(found):
+    if not isinstance(record, list) or not _is_answer(record):
         raise _no_answers(f"{answers:.40}")
-    return found
+    return record
 
 
 def fits_fixed(fixed: Mapping[str, Sequence[str]], values: Mapping[str, Tensor]) -> bool:

@@ -134,7 +134,7 @@ class Recipe:
         return self.output_weights
 
     @property
-    def branches(self) -> str:
+    def branch_words(self) -> str:
         """The calibration branches that no rule says otherwise of, in words."""
         if self.branch is BranchKind.INT8:
             return f"{self.branch}, order {self.order}"

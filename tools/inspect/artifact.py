@@ -187,7 +187,7 @@ def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
         yield "built in", f"the recorded values of {', '.join(manifest.fixed)}"
     if manifest.calls_per_step > 1:
         yield "calls", f"{manifest.calls_per_step} of the model a step"
-    yield "plan", _branches(manifest)
+    yield "plan", manifest.branch_words
     yield "output weights", manifest.correction
     kept = f"{manifest.history} refresh{'es' if manifest.history > 1 else ''} of each at most"
     yield "caches", f"{len(manifest.caches)} values, {kept}, {format_count(facts.cache_bytes, 'B')}"
@@ -197,12 +197,6 @@ def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
         if record.guidance is not None:
             given.append(f"guidance scale {record.guidance:g}")
         yield "sampler", some_of(given)
-
-
-def _branches(manifest: Manifest) -> str:
-    if manifest.branch is BranchKind.INT8:
-        return f"{manifest.branch}, order {manifest.order}"
-    return f"rank {manifest.rank}, order {manifest.order}, weighting {manifest.weighting}"
 
 
 def _target_table(targets: Sequence[TargetRecord]) -> Table:

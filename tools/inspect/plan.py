@@ -172,7 +172,7 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
             ("inputs", some_of([str(spec) for spec in facts.inputs])),
             ("arguments", constants_in_words(binding.signature.constants)),
             ("steps told by", binding.timestep.name if binding.timestep else "their number"),
-            ("plan", recipe.branches),
+            ("plan", recipe.branch_words),
             ("include", ", ".join(recipe.include)),
             ("exclude", ", ".join(recipe.exclude) or "nothing"),
             ("output weights", recipe.correction),

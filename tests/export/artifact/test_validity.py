@@ -144,7 +144,7 @@ def test_weights_inside_a_branch_or_an_attribute_are_seen(tmp_path: Path) -> Non
     function = onnx.helper.make_function("own", "f", [], ["y"], [constant], [])
     model = onnx.helper.make_model(graph, functions=[function])
     onnx.save(model, tmp_path / "a.onnx")
-    found = read_interface(tmp_path / "a.onnx")
-    assert found.external == {"top", "inside", "attribute"}
-    assert found.inputs == {"c": ("bool", ())}
-    assert set(found.branches) == {"inner"}
+    interface = read_interface(tmp_path / "a.onnx")
+    assert interface.external == {"top", "inside", "attribute"}
+    assert interface.inputs == {"c": ("bool", ())}
+    assert set(interface.branches) == {"inner"}

@@ -26,15 +26,15 @@ def nested(depth: int) -> Any:
     return [nested(depth - 1)] if depth else 1
 
 
-def test_a_value_is_taken_apart_and_made_again_by_way_of_json() -> None:
+def test_a_value_is_taken_apart_and_rebuilt_again_by_way_of_json() -> None:
     tree, leaves = flatten(VALUE)
     assert tree is not None
     assert leaves == {"a.0": 1, "3.0.b": None, "3.1": "x"}
     again = TREES.validate_json(TREES.dump_json(tree), strict=True)
     assert again == tree
     assert [*leaf_names(again)] == [*leaves]
-    made = unflatten(again, iter(leaves.values()))
-    assert repr(made) == repr(VALUE)  # lists stay lists, keys and their order what they are
+    rebuilt = unflatten(again, iter(leaves.values()))
+    assert repr(rebuilt) == repr(VALUE)  # lists stay lists, keys and their order what they are
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,8 @@ def test_caches_hold_whole_values_of_the_newest_refresh() -> None:
     compiled = fast_of(walk(), order=2).compiled
     caches = {cache.node: (cache.folded, cache.history) for cache in compiled.variant_set.caches}
     read = {target.input_node for target in compiled.targets}
-    made = {node for target in compiled.targets for node in target.nodes}
-    assert caches == dict.fromkeys(read | made, (None, 1))
+    outputs = {node for target in compiled.targets for node in target.nodes}
+    assert caches == dict.fromkeys(read | outputs, (None, 1))
     assert compiled.variant_set.tables == {}
 
 
