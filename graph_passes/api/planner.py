@@ -8,10 +8,12 @@ from dataclasses import replace
 from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import Statistics
+from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import assign_targets, compile_recipe
 from calicache.graph_passes.rewriting.workspace import PlanningTask
-from calicache.graph_passes.sampler.recover import recover_sampler
+from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.settings.choices import Weighting
@@ -72,10 +74,8 @@ def fit_to_sampler(
             analysis = analyse_whole(task.model, form, whole.calls[0])
         else:
             analysis = task.workspace.analysis(task.model, form, recipe.include, recipe.exclude)
-        task.meter.stage("run the recorded calls", calls)
-        recorded = recover_sampler(
-            analysis.captured, whole, form.dependence, len(recipe.schedule), task.meter
-        )
+        length = len(recipe.schedule)
+        recorded = _recorded_sampler(task, analysis.captured, whole, form.dependence, length)
     except NoSampler as unknown:
         return replace(recipe, correction=f"not fitted: {unknown.reason}"), None, unknown.reason
     compiled = compile_recipe(analysis, recipe, statistics, task.workspace.decompositions)
@@ -88,3 +88,29 @@ def fit_to_sampler(
         return fitted, recover_tables(recorded, form.dependence), ""
     except NoSampler as unknown:
         return fitted, None, unknown.reason
+
+
+def _recorded_sampler(
+    task: PlanningTask,
+    captured: CapturedGraph,
+    whole: Recording,
+    dependence: Mapping[str, Dependence],
+    length: int,
+) -> RecordedSampler:
+    """The plain model along the recorded runs; run once for all plans of one workspace.
+
+    Raises:
+        NoSampler: the sampler's update cannot be told from the recording.
+    """
+    meter = task.meter
+    meter.stage("run the recorded calls", task.binding.calls)
+    before = meter.done
+    recorded = task.workspace.seen(
+        task.model,
+        task.recording,
+        ("sampler", length, task.binding.weights_hash),
+        lambda: recover_sampler(captured, whole, dependence, length, meter),
+    )
+    if meter.done == before:  # an earlier plan has run them
+        meter.add(sum(map(len, recorded.runs)))
+    return recorded

@@ -1,13 +1,15 @@
 """What has been made of a model in this process: a plan hands it on, so that nothing is made twice.
 
-It holds analyses by model, as long as the model lives, and decompositions as far as they are small.
-It is no part of a plan's value: copies and files begin with an empty one.
+It holds analyses by model, as long as the model lives, what was seen along recordings, as long as
+these live, and decompositions as far as they are small. It is no part of a plan's value: copies and
+files begin with an empty one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +22,7 @@ from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.sites.analysis import Analysis, analyse
 
+Seen = TypeVar("Seen")
 Place = frozenset[tuple[torch.device, torch.dtype]]
 
 
@@ -30,6 +33,7 @@ class Workspace:
         self._analyses: WeakKeyDictionary[nn.Module, list[tuple[Place, Analysis]]]
         self._analyses = WeakKeyDictionary()
         self.decompositions = Decompositions()
+        self._seen: WeakKeyDictionary[Recording, dict[Hashable, Any]] = WeakKeyDictionary()
 
     def analysis(
         self,
@@ -57,6 +61,24 @@ class Workspace:
                 return analysis
         analyses.append((place, analyse(model, *wish)))
         return analyses[-1][1]
+
+    def seen(
+        self, model: nn.Module, recording: Recording, name: Hashable, look: Callable[[], Seen]
+    ) -> Seen:
+        """What is seen of a model along a recording, looked for at the first request.
+
+        Args:
+            model: of the checkpoint that the workspace is for.
+            recording: of its calls.
+            name: of what is looked for, and all else that decides it.
+            look: runs the model.
+        """
+        seen = self._seen.setdefault(recording, {})
+        key = (name, id(model), _place(model))
+        if key not in seen:
+            seen[key] = look()
+        known: Seen = seen[key]
+        return known
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
         return Workspace, ()

@@ -149,13 +149,16 @@ def test_another_rank_is_cut_from_the_same_decompositions(work: Work) -> None:
     assert +counts == {}
 
 
-def test_a_second_plan_with_the_workspace_of_the_first_captures_nothing(work: Work) -> None:
+def test_a_second_plan_with_the_workspace_of_the_first_captures_and_recovers_nothing(
+    work: Work,
+) -> None:
     with counting(work.model) as counts:
         plan = Plan.from_trajectory(
             work.model, work.recording, schedule=2, rank=4, workspace=work.plan.workspace
         )
         optimize(work.model, plan)
-    assert counts[CAPTURE] == 0
+    assert counts[CAPTURE] == counts[PLAIN] == 0
+    assert plan.sampler.updates == work.plan.sampler.updates
 
 
 def test_another_batch_size_is_one_more_capture(work: Work) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import cache
 
 import pytest
@@ -206,3 +208,25 @@ def test_costs_are_those_of_whole_products_and_of_bytes() -> None:
     assert target.calibrate_macs == target.full_macs == tokens * 8 * 16
     assert target.factor_bytes == 8 * 16 + 4 * 16
     assert target.fold_macs == 0
+
+
+def test_other_batches_have_the_same_integers() -> None:
+    """Of a batch of three, each sample is what it is by itself: scales belong to tokens."""
+    model, inputs = block(), walk()
+    fast = optimize(model, plan_of(model, inputs))
+    alone = optimize(model, plan_of(model, inputs))
+    with torch.no_grad():
+        for x in inputs:
+            together = fast(torch.cat([x, x[:1]]))
+            # The same integers; sums of float32 in another order elsewhere.
+            torch.testing.assert_close(together[:2], alone(x), rtol=1e-4, atol=1e-4)
+
+
+def test_copies_and_pickles_run_alike() -> None:
+    inputs = walk()
+    fast = fast_of(inputs)
+    others = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))]
+    with torch.no_grad():
+        for x in inputs:
+            expected = fast(x)
+            assert all(torch.equal(other(x), expected) for other in others)
