@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT, FashionDiTConfig
-from support.analyses import analyse_once, analysis_of, quick_captures
-from support.artifacts import RUN_FOLDER
+from support.analyses import analyse_once, analysis_of
+from support.artifacts import RUN_FOLDER, quick_exports
 from support.models import diffusers_calls, sample_dit, shake
 
 from calicache.graph_passes import Plan, Recording, StepMode, record
@@ -40,7 +40,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_analysis_a_model() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, quick_captures():
+    with pytest.MonkeyPatch.context() as patch, quick_exports():
         for user in (workspace, forms):
             patch.setattr(user, "analyse", analyse_once)
         yield

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import pytest
 import torch
 from support.models import modes, shake
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from calicache.graph_passes import Recording, StepMode, record
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import Statistics
-from calicache.graph_passes.graph import capture
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.sites.analysis import Analysis, analyse
@@ -53,42 +49,6 @@ def analyse_once(
             return replace(analysis, binding=binding)
     known.append((key, analyse(model, binding, include, exclude)))
     return known[-1][1]
-
-
-@contextmanager
-def quick_captures() -> Iterator[None]:
-    """torch.export without what nobody reads: two fifths of the time that a capture takes.
-
-    It notes a stack for every node, and makes code of some 25 graphs on its way that never run.
-    A graph that runs after all gets its code then.
-    """
-    export, recompile, capturing = capture._export, fx.GraphModule.recompile, threading.local()
-
-    def export_lazily(*arguments: Any) -> Any:
-        capturing.now = True
-        try:
-            return export(*arguments)
-        finally:
-            capturing.now = False
-
-    def forward(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        recompile(module)
-        return type(module).forward(module, *args, **kwargs)
-
-    def recompile_later(module: fx.GraphModule) -> Any:
-        if not getattr(capturing, "now", False):
-            return recompile(module)
-        if tree := getattr(module.graph._codegen, "pytree_info", None):
-            module._in_spec, module._out_spec = tree.in_spec, tree.out_spec
-        vars(module).setdefault("_code", "")
-        type(module).forward = forward
-        return None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fx.config, "do_not_emit_stack_traces", True)
-        patch.setattr(capture, "_export", export_lazily)
-        patch.setattr(fx.GraphModule, "recompile", recompile_later)
-        yield
 
 
 def analysis_of(model: nn.Module, recording: Recording, exclude: Collection[str] = ()) -> Analysis:
