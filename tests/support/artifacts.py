@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.graph import capture
 from calicache.graph_passes.sampler.tables import SamplerTables
 
+RECOMPILE = fx.GraphModule.recompile  # torch's own
 RUN_FOLDER = "CALICACHE_TEST_RUN"  # in the environment: of all processes of a test run
 
 
@@ -63,7 +65,7 @@ def quick_exports() -> Iterator[None]:
     run; one that runs after all gets its code then. torch.onnx parses its 500 functions whenever
     it is called, and both look through all operations that there are.
     """
-    export, recompile, capturing = capture._export, fx.GraphModule.recompile, threading.local()
+    export, capturing = capture._export, threading.local()
 
     def export_lazily(*arguments: Any) -> Any:
         capturing.now = True
@@ -72,15 +74,22 @@ def quick_exports() -> Iterator[None]:
         finally:
             capturing.now = False
 
-    def forward(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        recompile(module)
-        return type(module).forward(module, *args, **kwargs)
-
     def recompile_later(module: fx.GraphModule) -> Any:
         if not getattr(capturing, "now", False):
-            return recompile(module)
+            return RECOMPILE(module)
+
+        def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            RECOMPILE(self)
+            return type(self).forward(self, *args, **kwargs)
+
+        names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
         if tree := getattr(module.graph._codegen, "pytree_info", None):
             module._in_spec, module._out_spec = tree.in_spec, tree.out_spec
+            names = tree.orig_args
+        # torch.export calls its inputs as the arguments are called.
+        own = [name for name in names if name != "self"]
+        kind = Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = Signature([Parameter(name, kind) for name in ("self", *own)])
         vars(module).setdefault("_code", "")
         type(module).forward = forward
         return None
