@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -12,10 +13,11 @@ import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT, FashionDiTConfig
 from support.analyses import analyse_once, analysis_of
-from support.artifacts import RUN_FOLDER
+from support.artifacts import RUN_FOLDER, quick_exports
 from support.models import diffusers_calls, sample_dit, shake
 
 from calicache.graph_passes import Plan, Recording, StepMode, record
+from calicache.graph_passes.api import forms
 from calicache.graph_passes.rewriting import workspace
 from calicache.graph_passes.sites.analysis import Analysis, analyse
 
@@ -30,18 +32,26 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ.pop(RUN_FOLDER), ignore_errors=True)
 
 
+def pytest_collection_finish() -> None:
+    """Half a million objects of libraries stay: looking through them is a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_analysis_a_model() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workspace, "analyse", analyse_once)
+    with pytest.MonkeyPatch.context() as patch, quick_exports():
+        for user in (workspace, forms):
+            patch.setattr(user, "analyse", analyse_once)
         yield
 
 
 @pytest.fixture(scope="module")
 def own_captures() -> Iterator[None]:
-    """Every workspace captures for itself, as for a user."""
+    """Every workspace and every table of forms captures for itself, as for a user."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workspace, "analyse", analyse)
+        for user in (workspace, forms):
+            patch.setattr(user, "analyse", analyse)
         yield
 
 

@@ -198,7 +198,7 @@ def test_diffusers_own_names_of_calls(name: str) -> None:
 
 def test_a_changed_weight_is_noticed() -> None:
     case = BY_NAME["dit"]
-    pipe: DiTPipeline = case.build()
+    pipe: DiTPipeline = case.make()
     model = pipe.transformer
     with record(model) as recording:
         case.latents(pipe, "A dog")

@@ -1,21 +1,32 @@
-"""Artifacts that are exported once in a test run, and looking into graphs and sessions."""
+"""Artifacts that are exported once in a test run, quickly, and looking into graphs and sessions."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from inspect import Parameter, Signature
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime as ort
+import pytest
 from filelock import FileLock
+from torch import fx
+from torch._export import utils
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from calicache.export import Layout, Session, export_onnx
 from calicache.graph_passes import OptimizedModel
 from calicache.graph_passes.common.hashing import hash_weights
+from calicache.graph_passes.graph import capture
 from calicache.graph_passes.sampler.tables import SamplerTables
 
+RECOMPILE = fx.GraphModule.recompile  # torch's own
 RUN_FOLDER = "CALICACHE_TEST_RUN"  # in the environment: of all processes of a test run
 
 
@@ -44,6 +55,53 @@ def exported(
     return shared_artifact(
         name, lambda path: export_onnx(fast, path, layout=layout, sampler=sampler)
     )
+
+
+@contextmanager
+def quick_exports() -> Iterator[None]:
+    """torch.export and torch.onnx without what nobody reads: about half of the time they take.
+
+    A capture notes a stack for every node, and makes code of some 25 graphs on its way that never
+    run; one that runs after all gets its code then. torch.onnx parses its 500 functions whenever
+    it is called, and both look through all operations that there are.
+    """
+    export, capturing = capture._export, threading.local()
+
+    def export_lazily(*arguments: Any) -> Any:
+        capturing.now = True
+        try:
+            return export(*arguments)
+        finally:
+            capturing.now = False
+
+    def recompile_later(module: fx.GraphModule) -> Any:
+        if not getattr(capturing, "now", False):
+            return RECOMPILE(module)
+
+        def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            RECOMPILE(self)
+            return type(self).forward(self, *args, **kwargs)
+
+        names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
+        if tree := getattr(module.graph._codegen, "pytree_info", None):
+            module._in_spec, module._out_spec = tree.in_spec, tree.out_spec
+            names = tree.orig_args
+        # torch.export calls its inputs as the arguments are called.
+        own = [name for name in names if name != "self"]
+        kind = Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = Signature([Parameter(name, kind) for name in ("self", *own)])
+        vars(module).setdefault("_code", "")
+        type(module).forward = forward
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fx.config, "do_not_emit_stack_traces", True)
+        patch.setattr(capture, "_export", export_lazily)
+        patch.setattr(fx.GraphModule, "recompile", recompile_later)
+        registry = staticmethod(cache(ONNXRegistry.from_torchlib))
+        patch.setattr(ONNXRegistry, "from_torchlib", registry)
+        patch.setattr(utils, "_materialize_cpp_cia_ops", cache(utils._materialize_cpp_cia_ops))
+        yield
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

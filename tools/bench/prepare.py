@@ -14,6 +14,7 @@ from calicache.tools.bench.models import find_model
 from calicache.tools.bench.rows import SEED, BenchSettings, plan_folder
 
 RECORDING = "recording.safetensors"
+PRELOADED = ["calicache.tools.bench.run"]  # modules that every process begins with
 
 
 def record_run(settings: BenchSettings) -> None:
@@ -56,8 +57,15 @@ def make_artifacts(settings: BenchSettings) -> int:
 
 
 def own_process() -> ProcessPoolExecutor:
-    """A fresh process for some work, so that its memory is its own and is given back."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    """A fresh process for some work, so that its memory is its own and is given back.
+
+    Where there can be a process to copy it from, the libraries are read once for all of them.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return ProcessPoolExecutor(1, context)
 
 
 def peak_memory() -> Callable[[], int]:

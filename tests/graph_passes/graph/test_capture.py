@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model import FashionDiT
+from support.artifacts import RECOMPILE
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -316,3 +317,19 @@ def test_a_model_that_leaves_a_change_behind_is_refused(model: nn.Module, place:
     assert type(model).__name__ in message
     assert "changes no input and no buffer" in message
     assert f"got a change of {place}" in message
+
+
+def described(captured: CapturedGraph) -> list[str]:
+    """The code, and what the nodes say of themselves."""
+    nodes = [(n.name, n.meta.get("val"), [*n.meta], module_path(n)) for n in captured.graph.nodes]
+    return [captured.module.code, *map(str, nodes)]
+
+
+@pytest.mark.slow
+def test_tests_capture_what_a_user_does(
+    diffusers_recording: Recording, diffusers_dit: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They leave out code that never runs: see `quick_exports`."""
+    quick = capture(diffusers_dit, diffusers_recording.signature)
+    monkeypatch.setattr(fx.GraphModule, "recompile", RECOMPILE)
+    assert described(capture(diffusers_dit, diffusers_recording.signature)) == described(quick)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from support.tiny_bench import BLOCKS, build, tiny
 from torch import Tensor
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from calicache.graph_passes import StepMode
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError
 from calicache.graph_passes.common.progress import Meter
-from calicache.tools.bench import compile_time
+from calicache.tools.bench import compile_time, prepare
 from calicache.tools.bench import run as bench
 from calicache.tools.bench.compile_time import STAGES
 from calicache.tools.bench.models import MODELS, BenchModel, find_model
@@ -40,7 +41,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> BenchSettings:
 @pytest.fixture(scope="module")
 def result(settings: BenchSettings) -> dict:
     """Of a whole bench, which leaves plans and artifacts of every kind in its folder."""
-    return run_bench(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        # Read once, not by every process.
+        patch.setattr(prepare, "PRELOADED", [*prepare.PRELOADED, DiTTransformer2DModel.__module__])
+        return run_bench(settings)
 
 
 @pytest.fixture

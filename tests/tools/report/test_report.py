@@ -255,19 +255,29 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture
-def opened(browser: Any, page: Path) -> Iterator[Any]:
-    """The page in a browser; nothing may be said on its console or asked of a network."""
+@pytest.fixture(scope="module")
+def tab(browser: Any, page: Path) -> Iterator[Any]:
+    """The page in a browser, drawn once, and what it says on its console or asks of a network."""
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
-    said: list[str] = []
+    tab.said = said = []
     tab.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("request", lambda request: said.append(request.url) if "http" in request.url else None)
     tab.goto(page.as_uri())
     tab.wait_for_selector("#chart-front-0 .main-svg")
+    assert tab.locator("#mode").input_value() == "CALIBRATE"
     yield tab
-    assert said == []
     tab.close()
+
+
+@pytest.fixture
+def opened(tab: Any) -> Any:
+    """The page with its graphs as when it was opened; nothing may be said or asked for."""
+    tab.select_option("#mode", "CALIBRATE")
+    tab.select_option("#part", index=0)  # empties the field
+    tab.evaluate("delete document.querySelector('#after').dataset.aimed")
+    yield tab
+    assert tab.said == []
 
 
 def test_charts_are_drawn_and_a_hover_tells_the_value(opened: Any) -> None:
@@ -314,7 +324,7 @@ def test_graph_zooms_by_key_and_finds_a_layer(opened: Any) -> None:
 def test_name_of_a_layer_leads_to_its_calibration_branch(opened: Any) -> None:
     """From the top of the page, by what a newcomer sees: one field, one name."""
     assert "blocks.2.fc2" in opened.locator("#layers").inner_html()
-    assert opened.locator("#mode").input_value() == "CALIBRATE"
+    opened.evaluate("scrollTo(0, 0)")
     opened.fill("#node", "blocks.2.fc2")
     opened.keyboard.press("Enter")
     inserted = opened.locator("#after .looked-for[data-mark=inserted]")
@@ -374,6 +384,8 @@ def test_theme_is_the_readers_choice(opened: Any) -> None:
     opened.click("#theme")
     assert opened.evaluate(paper) != light
     assert opened.locator("#theme").get_attribute("aria-pressed") == "true"
+    opened.click("#theme")
+    assert opened.evaluate(paper) == light
 
 
 def test_screenshot_is_kept(opened: Any) -> None:
