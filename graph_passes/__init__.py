@@ -28,6 +28,7 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.cost import ModelCost, TargetCost, model_cost
 from calicache.graph_passes.settings.choices import (
+    BranchKind,
     Granularity,
     SiteMode,
     SiteRule,
@@ -56,6 +57,7 @@ __all__ = [
     "StepMode",
     "Weighting",
     "Granularity",
+    "BranchKind",
     "SiteMode",
     "SiteRule",
     "uniform_schedule",
