@@ -94,7 +94,7 @@ def test_both_calls_are_exact_at_full_rank() -> None:
         transformer, recorded(), schedule=3, rank=64, weighting="none", correct=False
     )
     fast = optimize(transformer, plan)
-    for seed, texts in ((1, ("A red dog", "grey")), (2, ("A cat", "grey, blurred"))):
+    for seed, texts in ((1, ("A red dog", "grey")), (2, ("A cat", "grey"))):
         fast.reset()
         # float32 through two orders of the same products, over a run.
         got = sample(fast, seed, *texts)

@@ -81,7 +81,7 @@ def trained() -> FashionDiT:
 def trained_plan(trained: FashionDiT) -> Plan:
     """35 steps of DDIM, interval 3, FORECAST between; fitted on seed 1."""
     with record(trained) as recording:
-        last_latents(trained, LONG, seed=1, batch=4)
+        last_latents(trained, LONG, seed=1)
     return Plan.from_trajectory(trained, recording, schedule=3, mode=FORECAST)
 
 
@@ -91,18 +91,18 @@ def test_fitted_weights_bring_the_recorded_run_nearer_to_the_full_one(
 ) -> None:
     plain = without_weights(trained_plan)
     for place in (-2, -1):  # the last recorded latent, and the image after it
-        corrected = error(trained, trained_plan, place, seed=1, batch=4)
+        corrected = error(trained, trained_plan, place, seed=1)
         # Nearer by a margin: about a half here; both errors are far above rounding (1e-6).
-        assert corrected <= 0.8 * error(trained, plain, place, seed=1, batch=4)
+        assert corrected <= 0.8 * error(trained, plain, place, seed=1)
 
 
 @pytest.mark.slow
 def test_fitted_weights_help_on_a_seed_that_was_not_recorded(
     trained: FashionDiT, trained_plan: Plan
 ) -> None:
-    corrected = error(trained, trained_plan, seed=20, batch=4)
+    corrected = error(trained, trained_plan, seed=20)
     # The bound of the issue; both errors are per cents, far above rounding.
-    assert corrected <= 0.8 * error(trained, without_weights(trained_plan), seed=20, batch=4)
+    assert corrected <= 0.8 * error(trained, without_weights(trained_plan), seed=20)
 
 
 @pytest.mark.slow
