@@ -1,8 +1,7 @@
 """Caching methods of 2025 and 2026 at the model's final output, each written from its formula.
 
-A peer says what a skipped step returns, from the outputs of the steps before it: a function of a
-`History`, without state. `PeerRun` is one denoising: called like the model, step by step, it calls
-the model on the computed steps and the peer on all others. y_k is the output of step k below.
+A peer says what a skipped step returns, from the outputs of the steps before. It has no state:
+`PeerRun` is one denoising, called like the model, step by step. y_k is the output of step k.
 """
 
 from __future__ import annotations
@@ -64,16 +63,12 @@ class Peer(Protocol):
 
 @dataclass(slots=True)
 class PeerRun:
-    """One denoising with a peer, called like the model; a next run needs a new one.
+    """One denoising with a peer, called like the model; the next run is another one.
 
     Attributes:
-        model: called on the computed steps alone.
-        peer: asked on all others.
-        computed: steps; the first step, 0, is among them.
+        model: called on the computed steps; the peer is asked on all others.
+        computed: steps; a RunError without step 0.
         outputs: (B, ...) of the steps so far.
-
-    Raises:
-        RunError: the first step is not among them.
     """
 
     model: Denoiser
@@ -108,15 +103,13 @@ class TaylorSeerLite:
         y_t = y_a + (t - a) (y_a - y_b) / (a - b),   a and b the newest computed steps
 
     Applied at the final output, there as here. After one computed step y_t = y_a; OpenVINO
-    computes at least two. Its own schedule (by default the first six steps and the last two are
-    computed, and every third between) is not used: all peers here share the schedules.
+    computes at least two, by default the first six, the last two and every third between.
     """
 
     def forecast(self, history: History) -> Tensor:
         """The output (B, ...) of a skipped step."""
-        if history.slope is None:
-            return history.anchor
-        return history.anchor + history.since * history.slope
+        slope = history.slope
+        return history.anchor if slope is None else history.anchor + history.since * slope
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +121,7 @@ class Spectrum:
     X holds T_0 .. T_degree at all computed steps so far, Y their outputs. The paper forecasts the
     output of the last block; here it is the final output. `share` is the weight against the line
     through the newest two, which the authors added later and set to 0.5 .. 1. While fewer than
-    degree + 1 outputs are computed, the degree is one less than their number; the paper computes
-    the first five steps instead.
+    degree + 1 outputs are computed, that line alone; the paper computes the first five steps.
 
     Attributes:
         steps: of the whole run.
@@ -230,10 +222,11 @@ class ForecastCalibrate:
 
     def forecast(self, history: History) -> Tensor:
         """The output (B, ...) of a skipped step."""
-        if history.slope is None:
+        far = history.slope
+        if far is None:
             return history.anchor
-        before, newest = history.computed[-2:]
-        far = history.slope if self.per_step else history.slope * (newest - before)
+        if not self.per_step:
+            far = far * (history.computed[-1] - history.computed[-2])
         near = history.outputs[-1] - history.outputs[-2]
         reach = min(history.since, self.horizon) * min(1, self.horizon / history.since)
         return history.anchor + reach / 2 * (far + near)
@@ -285,10 +278,9 @@ def fit_weights(
     weights = torch.zeros_like(products)
     for step in range(1, len(values)):
         used = [k for k in range(step) if computed is None or k in computed]
-        reuse = torch.zeros(len(used), dtype=products.dtype)
-        reuse[-1] = 1
-        normal = products[used][:, used] + pull * torch.eye(len(used), dtype=products.dtype)
-        wanted = products[used, step] + pull * reuse
+        identity = torch.eye(len(used), dtype=products.dtype)
+        normal = products[used][:, used] + pull * identity
+        wanted = products[used, step] + pull * identity[-1]  # the last of them: reuse
         # The shortest of all solutions, where outputs depend on one another.
         weights[step, used] = torch.linalg.pinv(normal, hermitian=True) @ wanted
     return weights

@@ -10,6 +10,7 @@ import pytest
 import torch
 from data import DEBIAN_FOLDER, load_split
 from diffusion import alpha_bar_table, ddim_timesteps
+from fidelity_report import RECENT as RECENT_FAMILIES
 from fidelity_report import write_report
 from methods import BUDGETS, ERRORS, SHARES, STEPS, methods, sample_dpm
 from PIL import Image
@@ -64,6 +65,7 @@ def test_recent_peers_call_the_model_as_often_as_ours() -> None:
             assert calls == [ddim_timesteps(STEPS)[step] for step in row.calls]
             assert len(calls) == refreshes
             assert row.plain
+            assert row.family.startswith(RECENT_FAMILIES)
 
 
 def test_searched_plans_stand_beside_even_schedules_at_the_same_budget() -> None:
