@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from fidelity_report import write_report
-from methods import STEPS, Method, methods
+from methods import STEPS, Method, computed_steps, methods
 from model import FashionDiT
 from safetensors.torch import load_file
 from scores import SetScores, distance, sample_errors
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from weights import DIT_WEIGHTS, load_weights, save_atomic
 
-from calicache import Plan, Recording, Session, StepMode, export_onnx, optimize, record
+from calicache import Plan, Recording, Session, export_onnx, optimize, record
 from calicache.graph_passes import uniform_schedule
 from calicache.graph_passes.common.environment import environment
 
@@ -57,8 +57,8 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = Settings(arguments.images, arguments.repeats, arguments.out)
     model = load_weights(FashionDiT(), DIT_WEIGHTS)
-    rows = methods()
     recording = record_runs(model, [RECORD_SEED])
+    rows = methods(recorded_outputs(model, recording))
     searched = record_runs(model, SEARCH_SEEDS)
     for method in tqdm(rows, desc="plan and export"):
         prepare(method, model, searched if method.searched else recording, settings.out)
@@ -81,6 +81,12 @@ def record_runs(model: nn.Module, seeds: Sequence[int]) -> Recording:
     return recording
 
 
+def recorded_outputs(model: nn.Module, recording: Recording) -> Tensor:
+    """What the model returned in one recorded run, (STEPS, 2 B, 1, 28, 28)."""
+    with torch.no_grad():
+        return torch.stack([model(**call) for call in recording.calls])
+
+
 def draw(seed: int) -> tuple[Tensor, Tensor]:
     """Noise (B, 1, 28, 28) and labels (B,), every class in turn."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +99,7 @@ def prepare(method: Method, model: nn.Module, recording: Recording, out: Path) -
         return
     if method.searched:
         plan = search(method, model, recording, out)
-    elif method.schedules is None:
+    elif method.plain:
         plan = Plan.from_trajectory(
             model, recording, schedule=uniform_schedule(STEPS, 1), rank=1, correct=False
         )
@@ -102,7 +108,7 @@ def prepare(method: Method, model: nn.Module, recording: Recording, out: Path) -
             Plan.from_trajectory(
                 model, recording, schedule=schedule, **{"rank": 1, **method.options}
             )
-            for schedule in method.schedules
+            for schedule in method.schedules or ()
         ]
         plan = plans[0] if len(plans) == 1 else choose(method, model, plans)
     export_onnx(optimize(model, plan), artifact(method, out))
@@ -136,7 +142,7 @@ def artifact(method: Method, out: Path) -> Path:
 
 def sample(method: Method, session: Session, seed: int) -> Tensor:
     """One batch of images (B, 1, 28, 28) in ONNX Runtime."""
-    calls = iter(range(method.steps))
+    calls = iter(method.calls)
 
     def model(**inputs: Tensor) -> Tensor:
         step = next(calls)
@@ -202,11 +208,11 @@ def collect(rows: Sequence[Method], seconds: dict[str, float], settings: Setting
     for method in rows:
         manifest = Session(artifact(method, settings.out)).manifest
         if method.plain:
-            macs = method.steps / STEPS
-            marks = list(range(method.steps))
+            macs = len(method.calls) / STEPS
+            marks = list(method.calls)
         else:
             macs = manifest.run_share
-            marks = [k for k, m in enumerate(manifest.schedule) if m is StepMode.REFRESH]
+            marks = computed_steps(manifest.schedule)
         table.append(
             {
                 "family": method.family,

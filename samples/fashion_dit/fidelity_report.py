@@ -24,6 +24,7 @@ COLUMNS = (
     "FID",
     "IS",
 )
+RECENT = ("TaylorSeer-Lite", "Spectrum", "DMD", "FoCa", "L2P")  # families of peers.py
 
 
 def write_report(result: Mapping[str, Any], docs: Path) -> None:
@@ -141,7 +142,7 @@ def _checks(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
 def _search_checks(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
     """What searches are asked for: against even schedules, and in time."""
     checks = []
-    even = ("REUSE", "paper", "ours, CALIBRATE", "uniform", "final-output")
+    even = ("REUSE", "paper", "ours, CALIBRATE", "uniform", "final-output", *RECENT)
     searched = [row for row in rows if row["family"] == "searched"]
     for row in searched:
         if row.get("budget") is not None:
@@ -184,12 +185,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             (row["time_share"], _error(row)) for row in rows[1:] if row["family"] == family
         )
         ours = family.startswith(("ours", "searched"))
+        paper, recent = family.startswith("paper"), family.startswith(RECENT)
         axes.plot(
             *zip(*points, strict=True),
             label=family,
             marker="o" if ours else ".",
             linewidth=2.5 if ours else 1,
-            linestyle="-" if ours or not family.startswith("paper") else "--",
+            linestyle="--" if paper else ":" if recent else "-",
         )
     axes.set_yscale("log")
     axes.set_xlabel("time, share of the full run")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusion import GuidedDDIM
+from peers import (
+    DynamicModes,
+    ForecastCalibrate,
+    LinearPredictor,
+    Peer,
+    PeerRun,
+    Spectrum,
+    TaylorSeerLite,
+    fit_weights,
+)
 from torch import Tensor
 
 from calicache import StepMode
@@ -38,6 +48,7 @@ class Method:
         options: of `Plan.from_trajectory`.
         budget: of a plan that is searched, a share of the full run's MACs.
         max_error: of a plan that is searched, in the place of a budget.
+        peer: gives the outputs of the steps that its one schedule leaves out.
     """
 
     family: str
@@ -48,6 +59,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
     max_error: float | None = None
+    peer: Peer | None = None
 
     @property
     def searched(self) -> bool:
@@ -56,8 +68,15 @@ class Method:
 
     @property
     def plain(self) -> bool:
-        """Whether it runs the model as it is."""
-        return self.schedules is None and not self.searched
+        """Whether it runs the model as it is, on all steps or beside a peer."""
+        return self.peer is not None or (self.schedules is None and not self.searched)
+
+    @property
+    def calls(self) -> Sequence[int]:
+        """The steps that call the model or its plan: all but those of a peer."""
+        if self.peer is None or self.schedules is None:
+            return range(self.steps)
+        return computed_steps(self.schedules[0])
 
     @property
     def key(self) -> str:
@@ -67,16 +86,23 @@ class Method:
 
     def sample(self, model: Denoiser, noise: Tensor, labels: Tensor) -> Tensor:
         """Images (B, 1, 28, 28)."""
+        if self.peer is not None:
+            model = PeerRun(model, self.peer, self.calls)
         if self.sampler == "dpm":
             return sample_dpm(model, noise, labels, self.steps)
         return GuidedDDIM(self.steps, GUIDANCE, NULL_CLASS).sample(model, noise, labels)
 
 
-def methods() -> list[Method]:
-    """All rows, the full run first."""
+def methods(outputs: Tensor) -> list[Method]:
+    """All rows, the full run first.
+
+    Args:
+        outputs: of the model at every step of recorded runs, (STEPS, ...).
+    """
     rows = [Method("full", f"DDIM, {STEPS} steps")]
     for refreshes, interval in BUDGETS.items():
-        rows += _peers(refreshes, interval) + _ours(refreshes, interval)
+        rows += _peers(refreshes, interval) + _recent_peers(refreshes, interval, outputs)
+        rows += _ours(refreshes, interval)
     for share in SHARES:
         rows += _searched(share)
     for limit in ERRORS:
@@ -123,6 +149,26 @@ def _peers(refreshes: int, interval: int) -> list[Method]:
     return rows
 
 
+def _recent_peers(refreshes: int, interval: int, outputs: Tensor) -> list[Method]:
+    """Caching methods of 2025 and 2026 at the final output, see peers.py.
+
+    Spectrum and L2P stand as published, and in the form that was better on the seeds for choices.
+    """
+    schedules = _evenly(interval, StepMode.FORECAST)
+    computed = computed_steps(schedules[0])
+    peers: dict[str, Peer] = {
+        "TaylorSeer-Lite": TaylorSeerLite(),
+        "Spectrum": Spectrum(STEPS),
+        "Spectrum, small ridge": Spectrum(STEPS, ridge=0.001, share=0.75),
+        "DMD": DynamicModes(),
+        "FoCa": ForecastCalibrate(),
+        "L2P": LinearPredictor(fit_weights(outputs, ridge=0.0003)),
+        "L2P, computed outputs": LinearPredictor(fit_weights(outputs, computed)),
+    }
+    label = f"{refreshes} REFRESH of {STEPS}"
+    return [Method(name, label, schedules=schedules, peer=peer) for name, peer in peers.items()]
+
+
 def _ours(refreshes: int, interval: int) -> list[Method]:
     label = f"{refreshes} REFRESH of {STEPS}"
     mode = StepMode.FORECAST
@@ -150,6 +196,11 @@ def _searched(share: float) -> list[Method]:
         Method("uniform, FORECAST", label, schedules=even),
         Method("searched", f"budget {share:g}", budget=share),
     ]
+
+
+def computed_steps(schedule: Schedule) -> list[int]:
+    """The steps that compute the model in full, ascending."""
+    return [step for step, mode in enumerate(schedule) if mode is StepMode.REFRESH]
 
 
 def sample_dpm(model: Denoiser, noise: Tensor, labels: Tensor, steps: int) -> Tensor:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from data import DEBIAN_FOLDER, load_split
-from diffusion import alpha_bar_table
+from diffusion import alpha_bar_table, ddim_timesteps
+from fidelity_report import RECENT as RECENT_FAMILIES
 from fidelity_report import write_report
 from methods import BUDGETS, ERRORS, SHARES, STEPS, methods, sample_dpm
 from PIL import Image
@@ -17,18 +18,28 @@ from scores import SetScores, distance
 
 from calicache.graph_passes import StepMode
 
+ROWS = methods(torch.randn(STEPS, 4, 8, generator=torch.Generator().manual_seed(0)))
+RECENT = {
+    "TaylorSeer-Lite",
+    "Spectrum",
+    "Spectrum, small ridge",
+    "DMD",
+    "FoCa",
+    "L2P",
+    "L2P, computed outputs",
+}
+
 
 def test_every_budget_has_the_peers_the_paper_and_ours() -> None:
-    rows = methods()
-    assert len({row.key for row in rows}) == len(rows)
-    assert [row.family for row in rows].count("ours, FORECAST") == len(BUDGETS)
+    assert len({row.key for row in ROWS}) == len(ROWS)
+    assert [row.family for row in ROWS].count("ours, FORECAST") == len(BUDGETS)
     assert len(BUDGETS) >= 4
-    papers = [row.family for row in rows if row.family.startswith("paper")]
+    papers = [row.family for row in ROWS if row.family.startswith("paper")]
     assert papers == ["paper, none", "paper, activation", "paper, increment"] * 2
 
 
 def test_schedules_have_the_refreshes_that_their_rows_name() -> None:
-    for row in methods():
+    for row in ROWS:
         for schedule in row.schedules or ():
             assert len(schedule) == STEPS
             count = schedule.count(StepMode.REFRESH)
@@ -37,12 +48,32 @@ def test_schedules_have_the_refreshes_that_their_rows_name() -> None:
             assert count <= int(named[2]) if named[1] else count == int(named[2])
 
 
+def test_recent_peers_call_the_model_as_often_as_ours() -> None:
+    noise, labels = torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long)
+    for refreshes in BUDGETS:
+        name = f"{refreshes} REFRESH of {STEPS}"
+        peers = [row for row in ROWS if row.peer is not None and row.name == name]
+        assert {row.family for row in peers} == RECENT
+        for row in peers:
+            calls: list[int] = []
+
+            def model(calls: list[int] = calls, **inputs: torch.Tensor) -> torch.Tensor:
+                calls.append(int(inputs["timestep"][0]))
+                return inputs["hidden_states"]
+
+            row.sample(model, noise, labels)
+            assert calls == [ddim_timesteps(STEPS)[step] for step in row.calls]
+            assert len(calls) == refreshes
+            assert row.plain
+            assert row.family.startswith(RECENT_FAMILIES)
+
+
 def test_searched_plans_stand_beside_even_schedules_at_the_same_budget() -> None:
-    rows = {row.family: row for row in methods()}
-    searched = [row for row in methods() if row.searched]
+    rows = {row.family: row for row in ROWS}
+    searched = [row for row in ROWS if row.searched]
     assert [row.budget for row in searched if row.budget] == list(SHARES)
     assert [row.max_error for row in searched if row.max_error] == list(ERRORS)
-    even = [row for row in methods() if row.family == "uniform, FORECAST"]
+    even = [row for row in ROWS if row.family == "uniform, FORECAST"]
     for row, share in zip(even, SHARES, strict=True):
         most = max(s.count(StepMode.REFRESH) for s in row.schedules or ())
         assert most == int(share * STEPS)  # a step that forecasts costs nothing
