@@ -64,6 +64,11 @@ class TargetRecord:
     factor_bytes: Count
     cache_bytes: Count
 
+    @property
+    def corrects(self) -> bool:
+        """Whether it has a calibration branch at all."""
+        return self.branch is BranchKind.INT8 or self.rank > 0
+
 
 @dataclass(frozen=True, slots=True)
 class ModeRecord:

@@ -61,9 +61,8 @@ def own_process() -> ProcessPoolExecutor:
 
     Where there can be a process to copy it from, the libraries are read once for all of them.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    context = multiprocessing.get_context("forkserver")
+    known = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     context.set_forkserver_preload(PRELOADED)
     return ProcessPoolExecutor(1, context)
 

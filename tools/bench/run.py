@@ -14,12 +14,7 @@ from calicache.export import Session, read_manifest
 from calicache.graph_passes.common.errors import BenchError, reason_of
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.tools.bench.models import find_model
-from calicache.tools.bench.prepare import (
-    available_memory,
-    make_artifacts,
-    own_process,
-    peak_memory,
-)
+from calicache.tools.bench.prepare import available_memory, make_artifacts, own_process, peak_memory
 from calicache.tools.bench.rows import (
     BenchRow,
     BenchSettings,

@@ -30,13 +30,7 @@ from calicache.tools.compare.pictures import (
     picture_kind,
 )
 from calicache.tools.compare.recorded_runs import RecordedRun, matching_runs
-from calicache.tools.compare.side_by_side import (
-    Classes,
-    SideBySide,
-    run_steps,
-    run_whole,
-    warm_up,
-)
+from calicache.tools.compare.side_by_side import Classes, SideBySide, run_steps, run_whole, warm_up
 from calicache.tools.inspect.facts import Mode
 
 WHOLE_RUN = (
@@ -177,10 +171,7 @@ def _run_beside(
 
 
 def _summary(
-    manifest: Manifest,
-    provider: str,
-    beside: Sequence[SideBySide],
-    decoder: Decoder | None,
+    manifest: Manifest, provider: str, beside: Sequence[SideBySide], decoder: Decoder | None
 ) -> Comparison:
     full, cached = (torch.cat([getattr(b, name) for b in beside]) for name in ("full", "cached"))
     pictures = make_pictures(full, cached, decoder)

@@ -134,9 +134,8 @@ def _cautions(manifest: Manifest, path: Path, cache_bytes: int) -> Iterator[Caut
     low_rank = [t for t in manifest.targets if t.branch is BranchKind.LOW_RANK]
     saves = manifest.run_share < 1 or len(low_rank) < len(manifest.targets)
     if not saves and set(manifest.schedule) != {StepMode.REFRESH}:
-        yield Caution(
-            "no-saving", f"A run takes {manifest.run_share:.3f} of the plain model's MACs."
-        )
+        text = f"A run takes {manifest.run_share:.3f} of the plain model's MACs."
+        yield Caution("no-saving", text)
     calibrated = low_rank if StepMode.CALIBRATE in manifest.schedule else ()
     low = [t for t in calibrated if t.energy is not None and t.energy < LOW_ENERGY and t.rank]
     if low:

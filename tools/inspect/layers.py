@@ -11,7 +11,7 @@ from itertools import groupby
 
 from calicache.export.artifact.manifest import TargetRecord
 from calicache.graph_passes.describe.graphs import GraphView, ModelGraphs
-from calicache.graph_passes.settings.choices import BranchKind, StepMode
+from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
 _LINEAR = "linear"
@@ -80,8 +80,7 @@ def _without(mode: StepMode, target: Target | None) -> LayerWork:
     """What stands for a layer that does not run."""
     if mode is not StepMode.CALIBRATE or target is None:
         return LayerWork.SKIPPED
-    corrects = target.rank or target.branch is BranchKind.INT8
-    return LayerWork.CALIBRATE if corrects else LayerWork.REUSE
+    return LayerWork.CALIBRATE if target.corrects else LayerWork.REUSE
 
 
 def _weights(graph: GraphView) -> Mapping[str, str]:

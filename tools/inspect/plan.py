@@ -153,8 +153,7 @@ def _without_statistics(plan: Plan) -> list[str]:
     if not recipe.calibrates or recipe.weighting is Weighting.NONE:
         return []
     named = [name for name, rank in recipe.ranks.items() if rank]
-    ranked = recipe.rank and recipe.branch is BranchKind.LOW_RANK
-    if not named and not plan.statistics and ranked:
+    if not named and not plan.statistics and recipe.rank and recipe.branch is BranchKind.LOW_RANK:
         return ["any target"]
     return [name for name in named if name not in plan.statistics]
 
