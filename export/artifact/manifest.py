@@ -15,6 +15,7 @@ from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.choices import BranchKind, Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.recipe import branch_words
 from calicache.graph_passes.settings.schedule import Table
 
 FORMAT = 8
@@ -160,9 +161,7 @@ class Manifest:
     @property
     def branch_words(self) -> str:
         """The calibration branches that no rule says otherwise of, in words."""
-        if self.branch is BranchKind.INT8:
-            return f"{self.branch}, order {self.order}"
-        return f"rank {self.rank}, order {self.order}, weighting {self.weighting}"
+        return branch_words(self.branch, self.rank, self.order, self.weighting)
 
     @property
     def run_share(self) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calicache.graph_passes.settings.choices import Granularity, SiteMode, SiteRule
+from calicache.graph_passes.settings.choices import BranchKind, Granularity, SiteMode, SiteRule
 from calicache.graph_passes.settings.latency import BranchChoice
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
@@ -64,10 +64,10 @@ class BranchOption:
     """One way to treat a branch.
 
     Attributes:
-        choice: FULL, LINEAR, BRANCH or REUSE.
+        choice: FULL, LINEAR, INT8, BRANCH or REUSE.
         cost: change of the step's cost against computing it in full, at rank 0.
         per_mac: cost of one multiply-accumulate of a calibration branch.
-        curves: of its targets; none for FULL.
+        curves: of its targets; none for FULL and INT8.
         patterns: of the branch, or of the sites that FULL leaves alone.
     """
 
@@ -154,5 +154,7 @@ def _rules(option: BranchOption) -> Iterator[SiteRule]:
             yield SiteRule(pattern, SiteMode.REUSE)
         elif option.choice is BranchChoice.BRANCH:
             yield SiteRule(pattern, SiteMode.CALIBRATE, granularity=Granularity.BRANCH)
+        elif option.choice is BranchChoice.INT8:
+            yield SiteRule(pattern, SiteMode.CALIBRATE, branch=BranchKind.INT8)
         elif option.choice is BranchChoice.FULL:
             yield SiteRule(pattern, SiteMode.FULL)

@@ -5,21 +5,15 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.fold import fold_groups, fold_macs, reads_per_refresh
-from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve
-from calicache.graph_passes.settings.choices import (
-    BranchKind,
-    Granularity,
-    SiteMode,
-    SiteRule,
-    StepMode,
-)
+from calicache.graph_passes.search.allocate import Allocation, BranchOption, RankCurve, allocate
+from calicache.graph_passes.settings.choices import Granularity, StepMode
 from calicache.graph_passes.settings.latency import BranchChoice, LatencyTable, group_of
 from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.branches import ResidualBranch
@@ -119,28 +113,22 @@ def int8_allocation(analysis: Analysis, latency: LatencyTable) -> Allocation | N
     Returns:
         None where the table knows of no branch that does.
     """
-    branches = analysis.sites.branches
-    members = Counter(group_of(branch.name) for branch in branches)
-    choices = {site.name: BranchChoice.FULL for site in analysis.sites.linears if not site.branch}
-    cost = latency.full_step / latency.plain
-    for branch in branches:
-        group = group_of(branch.name)
-        change = latency.step_change(group, BranchChoice.INT8, 0)
-        pays = change is not None and change < 0
-        choices[branch.name] = BranchChoice.INT8 if pays else BranchChoice.FULL
-        cost += change / members[group] / latency.plain if change is not None and pays else 0.0
-    if BranchChoice.INT8 not in choices.values():
-        return None
-    kinds = {
-        BranchChoice.INT8: (SiteMode.CALIBRATE, BranchKind.INT8),
-        BranchChoice.FULL: (SiteMode.FULL, None),
+    members = Counter(group_of(branch.name) for branch in analysis.sites.branches)
+    outside = [site.name for site in analysis.sites.linears if site.branch is None]
+    branches = [branch.name for branch in analysis.sites.branches]
+    options = {
+        name: [BranchOption(BranchChoice.FULL, 0.0, patterns=(glob.escape(name),))]
+        for name in (*outside, *branches)
     }
-    rules = [
-        SiteRule(glob.escape(name), mode, branch=kind)
-        for name, choice in choices.items()
-        for mode, kind in [kinds[choice]]
-    ]
-    return Allocation(tuple(rules), {}, choices, cost, 0.0)
+    for name in branches:
+        group = group_of(name)
+        line = _latency_line(latency, group, BranchChoice.INT8, members[group])
+        if line is not None:
+            full = options[name][0]
+            options[name].append(replace(full, choice=BranchChoice.INT8, cost=line[0]))
+    # Nothing is left out of an increment, so that the cheapest is the best.
+    allocation = allocate(options, 0.0, latency.full_step / latency.plain)
+    return allocation if BranchChoice.INT8 in allocation.choices.values() else None
 
 
 def macs_shares(compiled: Compiled) -> StepShares:

@@ -136,9 +136,9 @@ class Recipe:
     @property
     def branch_words(self) -> str:
         """The calibration branches that no rule says otherwise of, in words."""
+        words = branch_words(self.branch, self.rank, self.order, self.weighting)
         if self.branch is BranchKind.INT8:
-            return f"{self.branch}, order {self.order}"
-        words = f"rank {self.rank}, order {self.order}, weighting {self.weighting}"
+            return words
         return f"{words}, granularity {self.granularity}"
 
     @property
@@ -150,6 +150,19 @@ class Recipe:
     def calibrates(self) -> bool:
         """Whether any step is CALIBRATE."""
         return StepMode.CALIBRATE in self.schedule
+
+
+def branch_words(branch: BranchKind, rank: int, order: int, weighting: Weighting) -> str:
+    """Words for calibration branches: `rank 32, order 2, weighting none`, or `int8, order 2`.
+
+    Args:
+        branch: their kind.
+        rank, weighting: of low-rank ones.
+        order: of the anchors.
+    """
+    if branch is BranchKind.INT8:
+        return f"{branch}, order {order}"
+    return f"rank {rank}, order {order}, weighting {weighting}"
 
 
 def _check_schedule(schedule: Sequence[StepMode]) -> None:
