@@ -157,8 +157,9 @@ def branch_words(branch: BranchKind, rank: int, order: int, weighting: Weighting
 
     Args:
         branch: their kind.
-        rank, weighting: of low-rank ones.
+        rank: of low-rank ones.
         order: of the anchors.
+        weighting: of low-rank ones.
     """
     if branch is BranchKind.INT8:
         return f"{branch}, order {order}"
