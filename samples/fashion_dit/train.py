@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from data import Split, load_split
+from descent import descend, falling_rate, make_optimizer, update_average
 from diffusion import TRAIN_STEPS, add_noise, alpha_bar_table
 from model import FashionDiT
 from safetensors.torch import load_file
@@ -44,9 +45,13 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, constant, linear decay to zero."""
-        decay_from = self.steps * (1.0 - self.decay_share)
-        left = (self.steps - step) / max(self.steps - decay_from, 1.0)
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
+        return falling_rate(
+            self.learning_rate,
+            step,
+            steps=self.steps,
+            warmup=self.warmup,
+            decay_share=self.decay_share,
+        )
 
 
 class Trainer:
@@ -57,9 +62,7 @@ class Trainer:
         self.config, self.data = config, data
         self.model = FashionDiT()
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-        )
+        self.optimizer = make_optimizer(self.model, config.weight_decay)
         self.step = 0
         snr = alpha_bar_table() / (1.0 - alpha_bar_table())
         # min-SNR weighting for epsilon prediction (Hang et al. 2023, eq. 6).
@@ -78,23 +81,10 @@ class Trainer:
         output = self.model(add_noise(images, noise, timestep), timestep, labels)
         error = F.mse_loss(output, noise, reduction="none").mean(dim=(1, 2, 3))  # (B,)
         (error * self.loss_weight[timestep]).mean().backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.rate(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._update_average()
+        descend(self.model, self.optimizer, config.rate(self.step))
+        update_average(self.average, self.model, config.ema_decay, self.step)
         self.step += 1
         return float(error.detach().mean())
-
-    def _update_average(self) -> None:
-        # A short memory early on keeps the first, random weights out of the average.
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(
-            list(self.average.parameters()),
-            [value.detach() for value in self.model.parameters()],
-            1.0 - decay,
-        )
 
     def state(self) -> dict[str, Tensor]:
         """Everything a later run needs, as flat tensors."""

@@ -9,6 +9,7 @@ sys.path.append(str(Path(__file__).parents[1] / "fashion_dit"))
 
 from classifier import load_classifier
 from data import Split, load_split
+from descent import descend, falling_rate, make_optimizer, update_average
 from model import Mlp, TimestepEmbedder, modulate, sine_cosine_positions
 from weights import half, load_training_state, load_weights, save_atomic, training_state
 
@@ -16,6 +17,10 @@ __all__ = [
     "load_classifier",
     "Split",
     "load_split",
+    "descend",
+    "falling_rate",
+    "make_optimizer",
+    "update_average",
     "Mlp",
     "TimestepEmbedder",
     "modulate",

@@ -18,8 +18,17 @@ import torch
 import torch.nn.functional as F
 from autoencoder import AUTOENCODER_WEIGHTS, Autoencoder, latent_noise, load_autoencoder
 from scenes import draw_scenes, render
-from shared import Split, half, load_split, load_training_state, save_atomic, training_state
-from torch import Tensor, nn
+from shared import (
+    Split,
+    descend,
+    half,
+    load_split,
+    load_training_state,
+    make_optimizer,
+    save_atomic,
+    training_state,
+)
+from torch import Tensor
 from training import run
 
 
@@ -48,9 +57,7 @@ class AutoencoderTrainer:
         self.config, self.data = config, data
         # Convolutions on a CPU are faster with the channels last.
         self.model = Autoencoder().to(memory_format=torch.channels_last).train()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-        )
+        self.optimizer = make_optimizer(self.model, config.weight_decay)
         self.step = 0
 
     def train_step(self) -> float:
@@ -63,11 +70,7 @@ class AutoencoderTrainer:
         error = F.mse_loss(output, images)
         # The absolute error keeps edges sharp once the squared one is small.
         (error + 0.1 * F.l1_loss(output, images)).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.rate(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        descend(self.model, self.optimizer, config.rate(self.step))
         self.step += 1
         return float(error.detach())
 

@@ -26,7 +26,16 @@ from safetensors.torch import load_file
 from scene_model import SceneDiT, SceneDiTConfig
 from scene_weights import save_scene_dit
 from scenes import PADDING, captions, draw_scenes, render
-from shared import Split, load_split, load_training_state, training_state
+from shared import (
+    Split,
+    descend,
+    falling_rate,
+    load_split,
+    load_training_state,
+    make_optimizer,
+    training_state,
+    update_average,
+)
 from torch import Tensor, nn
 from training import CHECKPOINT, run
 
@@ -47,9 +56,13 @@ class SceneTrainConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, constant, linear decay to zero."""
-        decay_from = self.steps * (1.0 - self.decay_share)
-        left = (self.steps - step) / max(self.steps - decay_from, 1.0)
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
+        return falling_rate(
+            self.learning_rate,
+            step,
+            steps=self.steps,
+            warmup=self.warmup,
+            decay_share=self.decay_share,
+        )
 
 
 class SceneTrainer:
@@ -66,9 +79,7 @@ class SceneTrainer:
         self.config, self.data, self.autoencoder = config, data, autoencoder
         self.model = SceneDiT(sizes)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-        )
+        self.optimizer = make_optimizer(self.model, config.weight_decay)
         self.step = 0
 
     def train_step(self) -> float:
@@ -85,23 +96,10 @@ class SceneTrainer:
         output = self.model(add_noise(latents, noise, time), TIME_SCALE * time, caption)
         error = F.mse_loss(output, noise - latents)
         error.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.rate(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._update_average()
+        descend(self.model, self.optimizer, config.rate(self.step))
+        update_average(self.average, self.model, config.ema_decay, self.step)
         self.step += 1
         return float(error.detach())
-
-    def _update_average(self) -> None:
-        # A short memory early on keeps the first, random weights out of the average.
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(
-            list(self.average.parameters()),
-            [value.detach() for value in self.model.parameters()],
-            1.0 - decay,
-        )
 
     def state(self) -> dict[str, Tensor]:
         """Everything a later run needs, as flat tensors."""
