@@ -129,8 +129,25 @@ class SceneDiT(nn.Module):
         Returns:
             The predicted velocity, noise minus latent, (B, 4, 16, 16).
         """
-        x = self.latent_embed(hidden_states.flatten(2).transpose(1, 2))  # (B, N, C)
-        x = x + self.positions
+        tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, N, 4)
+        velocity = self.token_velocity(tokens, self.positions, timestep, caption)
+        return velocity.transpose(1, 2).reshape(hidden_states.shape)
+
+    def token_velocity(
+        self, tokens: Tensor, positions: Tensor, timestep: Tensor, caption: Tensor
+    ) -> Tensor:
+        """Predict the velocity of some or all places of the latents.
+
+        Args:
+            tokens: noisy latents at those places, float (B, N, 4).
+            positions: where they are, rows of `self.positions`, float (B or 1, N, C).
+            timestep: as in `forward`, (B,).
+            caption: as in `forward`, int64 (B, L).
+
+        Returns:
+            The predicted velocity at those places, (B, N, 4).
+        """
+        x = self.latent_embed(tokens) + positions  # (B, N, C)
         time = self.time_embed(timestep)  # (B, C)
         modulation = self.modulation(F.silu(time)).view(-1, 6, self.config.width)  # (B, 6, C)
         words = self.caption_norm(self.word_embed(caption) + self.word_positions)  # (B, L, C)
@@ -139,8 +156,7 @@ class SceneDiT(nn.Module):
         for block in self.blocks:
             x = block(x, modulation, words, visible)
         shift, scale = (time.unsqueeze(1) + self.final_table).unbind(1)  # (B, C) twice
-        x = self.final_proj(modulate(self.final_norm(x), shift, scale))  # (B, N, 4)
-        return x.transpose(1, 2).reshape(hidden_states.shape)
+        return self.final_proj(modulate(self.final_norm(x), shift, scale))  # (B, N, 4)
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -29,6 +29,7 @@ from scenes import (
     render,
 )
 from support.models import relative, shake
+from torch import Tensor
 from train_autoencoder import AutoencoderConfig, AutoencoderTrainer, measure
 from train_scenes import SceneTrainConfig, SceneTrainer, release
 from weights import save_atomic
@@ -214,7 +215,7 @@ def test_a_shift_spends_steps_on_the_noisy_part() -> None:
 
 def scene_trainer(data: Split) -> SceneTrainer:
     torch.manual_seed(0)
-    config = SceneTrainConfig(steps=3, batch=2, warmup=1)
+    config = SceneTrainConfig(steps=3, batch=2, warmup=1, thin_share=0.5)
     return SceneTrainer(config, data, Autoencoder().eval().requires_grad_(False), SMALL)
 
 
@@ -239,6 +240,38 @@ def test_training_broken_off_at_every_step_equals_training_in_one_go(
     for name, value in whole.state().items():
         # The same operations on the same numbers; threads may sum in another order.
         torch.testing.assert_close(resumed.state()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_thin_steps_train_some_places_and_the_last_steps_all(
+    squares: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = scene_trainer(squares)
+    forward, counts = SceneDiT.token_velocity, []
+
+    def watch(model: SceneDiT, tokens: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+        counts.append(tokens.shape[1])
+        # A row of the table is one place: as many rows as places, none of them twice.
+        assert [len(rows.unique(dim=0)) for rows in positions] == [tokens.shape[1]] * 2
+        return forward(model, tokens, positions, *rest)
+
+    monkeypatch.setattr(SceneDiT, "token_velocity", watch)
+    for _ in range(3):
+        trainer.train_step()
+    assert counts == [64, 64, 256]
+
+
+def test_order_of_places_does_not_matter_to_the_model() -> None:
+    model = shake(SceneDiT(SMALL)).eval()
+    latents, order = latent_noise(2, draw()), torch.randperm(256, generator=draw())
+    timestep, caption = torch.tensor([100.0, 900.0]), encode_words(CAPTION, CAPTION)
+    tokens = latents.flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        expected = model(latents, timestep, caption).flatten(2).transpose(1, 2)
+        actual = model.token_velocity(
+            tokens[:, order], model.positions[:, order], timestep, caption
+        )
+    # Attention sums over places in another order: float32 rounding.
+    torch.testing.assert_close(actual, expected[:, order], rtol=1e-4, atol=1e-5)
 
 
 def test_a_release_is_the_moving_average_in_two_files(squares: Split, tmp_path: Path) -> None:
