@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 
+from calicache.lazy_names import lazy_names
+
 _HOMES = {
     "record": "calicache.graph_passes.recording.recorder",
     "Recording": "calicache.graph_passes.recording.recording",
@@ -32,16 +34,15 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
+_names, _dir = lazy_names(__name__, _HOMES)
+
+
 def __getattr__(name: str) -> object:
-    """The public object of that name (PEP 562)."""
+    """The public object of that name."""
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("calicache")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    return _names(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*_dir(), *__all__})

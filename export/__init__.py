@@ -3,22 +3,20 @@
 if __name__ == "export":
     raise ImportError("import calicache.export: the bare name makes a second copy of every class")
 
-from calicache.export.artifact.folder import load_artifact, read_manifest
-from calicache.export.artifact.manifest import Layout, Manifest
-from calicache.export.export import export_onnx
-from calicache.export.latency import measure_latency
-from calicache.export.samplers import read_sampler
-from calicache.export.session.session import Session
-from calicache.graph_passes.sampler.tables import SamplerTables
+from calicache.lazy_names import lazy_names
 
-__all__ = [
-    "export_onnx",
-    "measure_latency",
-    "Layout",
-    "SamplerTables",
-    "read_sampler",
-    "Session",
-    "Manifest",
-    "load_artifact",
-    "read_manifest",
-]
+_HOMES = {
+    "export_onnx": "calicache.export.export",
+    "measure_latency": "calicache.export.latency",
+    "Layout": "calicache.export.artifact.manifest",
+    "SamplerTables": "calicache.graph_passes.sampler.tables",
+    "read_sampler": "calicache.export.samplers",
+    "Session": "calicache.export.session.session",
+    "Manifest": "calicache.export.artifact.manifest",
+    "load_artifact": "calicache.export.artifact.folder",
+    "read_manifest": "calicache.export.artifact.folder",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -38,6 +38,7 @@ from calicache.graph_passes.common.arguments import of_kind, path_of
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.compile import Compiled
@@ -47,6 +48,8 @@ from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
+_STAGES = 3
+
 
 def export_onnx(
     optimized: OptimizedModel,
@@ -55,6 +58,7 @@ def export_onnx(
     layout: Layout | str = Layout.STEP,
     sampler: SamplerTables | None = None,
     check: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Write an optimised model as an artifact folder; an existing artifact is replaced.
 
@@ -66,6 +70,7 @@ def export_onnx(
             All calls of a step are one batch there.
         check: open what was written on the CPU provider, as a session does, before it takes its
             place. An operation that this provider has no kernel for is no error: others may.
+        on_progress: told how many of the stages are done.
 
     Raises:
         ExportError: an unknown layout, no sampler where one is needed, or one where none is,
@@ -75,9 +80,13 @@ def export_onnx(
     of_kind("optimized", optimized, OptimizedModel, ExportError)
     path, layout = path_of(path, ExportError), _layout(layout)
     tables = _sampler(optimized, layout, sampler)
+    meter = Meter(_STAGES, on_progress)
+    meter.stage("translate the graphs")
     compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
     with atomic_path(path, ARTIFACT) as folder:
         models = _models(compiled, layout, tables)
+        meter.add()
+        meter.stage("write weights and models")
         weights = plan_weight_file(models.values())
         folder.mkdir()
         if weights.places:  # small tensors are in the models themselves
@@ -90,8 +99,11 @@ def export_onnx(
         files = tuple(_file_record(folder / name, weights) for name in names)
         manifest = _manifest(compiled, layout, files, tables, optimized.plan.front)
         write_manifest(manifest, folder)
+        meter.add()
         if check:
+            meter.stage("open what was written")
             _check_opens(folder)
+            meter.add()
     return manifest
 
 

@@ -22,7 +22,7 @@ from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.arguments import of_kind, path_of, whole_number
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError, ExportError
-from calicache.graph_passes.common.progress import OnProgress, Progress, check_listener
+from calicache.graph_passes.common.progress import Meter, OnProgress, check_listener
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.settings.choices import StepMode
@@ -84,15 +84,16 @@ def measure_latency(
     # One at a time: the moments of a large model take as much memory as its weights.
     plans = chain([plan.with_schedule(forecast)], (case_plan(plan, case) for case in cases))
     times: list[_Times] = []
+    rows = 1 + len(cases)
+    meter = Meter(rows, on_progress)
+    meter.stage("export the plain model")
     with tempfile.TemporaryDirectory() as scratch:
         stand = _Stand(model, run, folder or Path(scratch), provider, repeats)
         plain = stand.open("plain", plan.with_schedule(uniform_schedule(len(schedule), 1)))
-        for row_plan in plans:
+        for number, row_plan in enumerate(plans, 1):
+            meter.stage(f"time steps, row {number} of {rows}")
             times.append(stand.measure(plain, row_plan))
-            if on_progress:
-                done, total = len(times), 1 + len(cases)
-                stage = f"time steps, {done} of {total} rows"
-                on_progress(Progress(done, total, stage))
+            meter.add()
     return _table(plan, provider, cases, times)
 
 

@@ -10,82 +10,55 @@ Record what a sampler does, make a plan, optimise:
 if __name__ == "graph_passes":
     raise ImportError("import calicache.graph_passes: the bare name makes a second copy")
 
-from calicache.graph_passes.api.optimize import optimize
-from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.api.runtime import OptimizedModel
-from calicache.graph_passes.common.errors import CalicacheError
-from calicache.graph_passes.common.progress import Progress
-from calicache.graph_passes.common.rejection import Rejection
-from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block
-from calicache.graph_passes.describe.graphs import ModelGraphs, view_graphs
-from calicache.graph_passes.factors.observe import observe
-from calicache.graph_passes.graph.capture import CapturedGraph, capture
-from calicache.graph_passes.graph.dependence import classify_nodes
-from calicache.graph_passes.recording.binding import Binding, bind
-from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.recorder import record
-from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.rewriting.compile import Compiled
-from calicache.graph_passes.rewriting.cost import ModelCost, TargetCost, model_cost
-from calicache.graph_passes.settings.choices import (
-    BranchKind,
-    Granularity,
-    SiteMode,
-    SiteRule,
-    StepMode,
-    Weighting,
-)
-from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoint
-from calicache.graph_passes.settings.latency import LatencyTable
-from calicache.graph_passes.settings.recipe import Recipe
-from calicache.graph_passes.settings.schedule import spread_schedule, uniform_schedule
-from calicache.graph_passes.sites.analysis import Analysis, analyse
-from calicache.graph_passes.sites.sites import Sites, find_sites
-from calicache.graph_passes.sites.targets import CalibrationTarget, assign
+from calicache.lazy_names import lazy_names
 
-__all__ = [
-    "record",
-    "Recording",
-    "Plan",
-    "Recipe",
-    "Binding",
-    "Progress",
-    "Front",
-    "FrontPoint",
-    "ErrorSummary",
-    "LatencyTable",
-    "StepMode",
-    "Weighting",
-    "Granularity",
-    "BranchKind",
-    "SiteMode",
-    "SiteRule",
-    "uniform_schedule",
-    "spread_schedule",
-    "optimize",
-    "OptimizedModel",
-    "bind",
-    "analyse",
-    "Analysis",
-    "Compiled",
-    "capture",
-    "CapturedGraph",
-    "Dependence",
-    "classify_nodes",
-    "find_sites",
-    "Sites",
-    "Rejection",
-    "assign",
-    "CalibrationTarget",
-    "observe",
-    "model_cost",
-    "ModelCost",
-    "TargetCost",
-    "view_graphs",
-    "ModelGraphs",
-    "view_block",
-    "BlockView",
-    "fold_blocks",
-    "FoldedView",
-    "CalicacheError",
-]
+_HOMES = {
+    "record": "calicache.graph_passes.recording.recorder",
+    "Recording": "calicache.graph_passes.recording.recording",
+    "Plan": "calicache.graph_passes.api.plan",
+    "Recipe": "calicache.graph_passes.settings.recipe",
+    "Binding": "calicache.graph_passes.recording.binding",
+    "Progress": "calicache.graph_passes.common.progress",
+    "Front": "calicache.graph_passes.settings.front",
+    "FrontPoint": "calicache.graph_passes.settings.front",
+    "ErrorSummary": "calicache.graph_passes.settings.front",
+    "LatencyTable": "calicache.graph_passes.settings.latency",
+    "StepMode": "calicache.graph_passes.settings.choices",
+    "Weighting": "calicache.graph_passes.settings.choices",
+    "Granularity": "calicache.graph_passes.settings.choices",
+    "BranchKind": "calicache.graph_passes.settings.choices",
+    "SiteMode": "calicache.graph_passes.settings.choices",
+    "SiteRule": "calicache.graph_passes.settings.choices",
+    "uniform_schedule": "calicache.graph_passes.settings.schedule",
+    "spread_schedule": "calicache.graph_passes.settings.schedule",
+    "optimize": "calicache.graph_passes.api.optimize",
+    "OptimizedModel": "calicache.graph_passes.api.runtime",
+    "bind": "calicache.graph_passes.recording.binding",
+    "analyse": "calicache.graph_passes.sites.analysis",
+    "Analysis": "calicache.graph_passes.sites.analysis",
+    "Compiled": "calicache.graph_passes.rewriting.compile",
+    "capture": "calicache.graph_passes.graph.capture",
+    "CapturedGraph": "calicache.graph_passes.graph.capture",
+    "Dependence": "calicache.graph_passes.recording.input_classes",
+    "classify_nodes": "calicache.graph_passes.graph.dependence",
+    "find_sites": "calicache.graph_passes.sites.sites",
+    "Sites": "calicache.graph_passes.sites.sites",
+    "Rejection": "calicache.graph_passes.common.rejection",
+    "assign": "calicache.graph_passes.sites.targets",
+    "CalibrationTarget": "calicache.graph_passes.sites.targets",
+    "observe": "calicache.graph_passes.factors.observe",
+    "model_cost": "calicache.graph_passes.rewriting.cost",
+    "ModelCost": "calicache.graph_passes.rewriting.cost",
+    "TargetCost": "calicache.graph_passes.rewriting.cost",
+    "view_graphs": "calicache.graph_passes.describe.graphs",
+    "ModelGraphs": "calicache.graph_passes.describe.graphs",
+    "view_block": "calicache.graph_passes.describe.blocks",
+    "BlockView": "calicache.graph_passes.describe.blocks",
+    "fold_blocks": "calicache.graph_passes.describe.blocks",
+    "FoldedView": "calicache.graph_passes.describe.blocks",
+    "CalicacheError": "calicache.graph_passes.common.errors",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from calicache.graph_passes.common.errors import CalicacheError
-from calicache.tools.bench.command import bench
-from calicache.tools.compare.command import compare_command
-from calicache.tools.diff.command import diff
-from calicache.tools.graph.command import graph
-from calicache.tools.inspect.command import inspect
-from calicache.tools.plan.latency import latency
-from calicache.tools.plan.search import plan_app
-from calicache.tools.report.command import report
+from calicache.tools import commands
+
+# Where the work of a command is done, loaded when it is called: it stands on torch, which takes
+# seconds that nobody should wait for a page of help or a typing error.
+WORK: dict[Callable[..., None], str] = {
+    commands.search: "calicache.tools.make.search",
+    commands.take: "calicache.tools.make.take",
+    commands.export: "calicache.tools.make.export",
+    commands.latency: "calicache.tools.make.latency",
+    commands.inspect: "calicache.tools.inspect.command",
+    commands.diff: "calicache.tools.diff.command",
+    commands.graph: "calicache.tools.graph.command",
+    commands.report: "calicache.tools.report.command",
+    commands.compare: "calicache.tools.compare.command",
+    commands.bench: "calicache.tools.bench.command",
+}
 
 
-class _Commands(TyperGroup):
+class _FlagsHaveNoType:
+    """Help says nothing after an option that takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Arguments and options."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_FlagsHaveNoType, TyperCommand):
+    """One of the commands."""
+
+
+class _Commands(_FlagsHaveNoType, TyperGroup):
     """Tells what calicache refuses on the error stream, with exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -31,6 +58,16 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from error
 
 
+def _later(command: Callable[..., None], module: str) -> Callable[..., None]:
+    """A command whose work is loaded when it is called."""
+
+    @wraps(command)
+    def call(**arguments: Any) -> None:
+        getattr(importlib.import_module(module), command.__name__)(**arguments)
+
+    return call
+
+
 app = typer.Typer(
     name="calicache",
     cls=_Commands,
@@ -40,16 +77,23 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"calicache {importlib.import_module('calicache').__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
     """Plan what calicache does to a diffusion transformer, look at it, and measure it."""
 
 
-app.add_typer(plan_app)
-app.command()(latency)
-app.command()(inspect)
-app.command()(diff)
-app.command()(graph)
-app.command()(report)
-app.command("compare")(compare_command)
-app.command()(bench)
+for _command, _module in WORK.items():
+    app.command(cls=_Command)(_later(_command, _module))

@@ -211,18 +211,31 @@ class Plan:
         )
 
     def take(self, place: int) -> Plan:
-        """The plan of another point of the front, numbered from 0.
+        """The plan of another point of the front.
+
+        Args:
+            place: of the point, from 0: points stand by rising cost, and so by falling error.
 
         Raises:
             PlanError: the plan has no front, or no such point.
         """
-        points = self.front.points if self.front else ()
-        if self.front is None or not 0 <= place < len(points):
+        if self.front is None:
             raise PlanError(
                 f"point {place}",
-                expected=f"0 .. {len(points) - 1}" if points else "a plan from Plan.search",
-                got=str(place) if points else "a plan without a front",
-                fix="Choose one of these." if points else "Search for a plan first.",
+                expected="a plan that a search made, with its front",
+                got="a plan without a front",
+                fix="Search for one: Plan.search, or calicache search.",
+            )
+        points = self.front.points
+        if not 0 <= place < len(points):
+            first, last = points[0], points[-1]
+            raise PlanError(
+                f"point {place}",
+                expected=f"0 .. {len(points) - 1}, by rising cost: {first.cost:.3f} of the full "
+                f"run with error {first.error.mean:.2g}, to {last.cost:.3f} with "
+                f"{last.error.mean:.2g}",
+                got=str(place),
+                fix="Choose one of these.",
             )
         return replace(
             self,

@@ -33,6 +33,7 @@ from calicache.graph_passes.search.candidates import (
 from calicache.graph_passes.search.families import Family, find_families
 from calicache.graph_passes.search.ground import (
     Ground,
+    check_budget,
     check_latency,
     check_least,
     check_runs,
@@ -84,6 +85,7 @@ def search_plan(
     Raises:
         CalicacheError: the request cannot be met, or a stage refuses; it names itself.
     """
+    check_budget(request, recording.steps)
     binding = bind(model, recording)
     check_runs(recording, binding)
     check_latency(request.latency, binding)

@@ -3,7 +3,7 @@
     python samples/fashion_dit/search_plan.py
 
 Records the full sampler on seeds of its own, searches under a budget of 0.35, and writes
-`plan/`. The front inside holds plans for other budgets: `calicache plan show PLAN`.
+`plan/`. The front inside holds plans for other budgets: `calicache inspect PLAN`.
 """
 
 from __future__ import annotations

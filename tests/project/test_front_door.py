@@ -7,10 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import calicache
+import calicache.export
+import calicache.graph_passes
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
@@ -63,17 +66,23 @@ def test_another_name_is_an_attribute_error() -> None:
         _ = calicache.Trajectory
 
 
-def test_type_checkers_see_the_same_names() -> None:
-    stub = ast.parse((ROOT / "calicache" / "__init__.pyi").read_text())
-    imported = {
-        a.asname for node in stub.body if isinstance(node, ast.ImportFrom) for a in node.names
-    }
+@pytest.mark.parametrize("front", [calicache, calicache.graph_passes, calicache.export])
+def test_type_checkers_see_the_same_names(front: ModuleType) -> None:
+    assert front.__file__ is not None
+    stub = ast.parse(Path(front.__file__).with_suffix(".pyi").read_text())
     declared = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
-    assert imported | declared == set(NAMES)
     homes = {
         a.asname: node.module
         for node in stub.body
         if isinstance(node, ast.ImportFrom)
         for a in node.names
     }
-    assert homes == calicache._HOMES
+    assert homes == front._HOMES
+    assert sorted({*homes, *declared}) == sorted(front.__all__)
+
+
+@pytest.mark.parametrize(
+    "front", ["calicache.graph_passes", "calicache.export", "calicache.tools.cli"]
+)
+def test_rooms_are_loaded_when_they_are_needed(front: str) -> None:
+    assert "torch" not in loaded_by(f"import {front}")

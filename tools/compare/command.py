@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from calicache.graph_passes.common.errors import CompareError
 from calicache.graph_passes.recording.recording import Recording
-from calicache.tools.compare.comparison import Comparison, compare
+from calicache.tools.compare import comparison
+from calicache.tools.compare.comparison import Comparison
 from calicache.tools.compare.pictures import ImageGrid, check_grid, picture_kind, save_grid
 from calicache.tools.compare.view import comparison_json, describe_comparison
 from calicache.tools.terminal.model_file import call_in_file
-from calicache.tools.terminal.options import CPU, Json, Provider, Runs, show
 from calicache.tools.terminal.progress import progress_shown
+from calicache.tools.terminal.text import show
 
 
-def compare_command(
-    artifact: Annotated[Path, typer.Argument(help="An artifact written by export_onnx.")],
-    recording: Annotated[
-        Path, typer.Option(help="Recorded runs with their results, from Recording.save.")
-    ],
-    runs: Runs = None,
-    grid: Annotated[
-        Path | None, typer.Option(help="PNG to draw: full, optimised, difference.")
-    ] = None,
-    decoder: Annotated[
-        str | None,
-        typer.Option(
-            help="FILE.py:FUNCTION that returns a function from latents to images "
-            "(B, C, H, W) in -1 .. 1."
-        ),
-    ] = None,
-    provider: Provider = CPU,
-    json: Json = False,
+def compare(
+    artifact: Path,
+    recording: Path,
+    runs: int | None,
+    grid: Path | None,
+    decoder: str | None,
+    provider: str,
+    json: bool,
 ) -> None:
-    """Run an artifact beside the full model along recorded runs: error and time of every step.
-
-    Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid compare.png
-    """
+    """Run side by side, draw the grid, print what came of it."""
     recorded = Recording.load(recording)
     decode = call_in_file(decoder, "a decoder of latents", callable) if decoder else None
     first = next((end for end in recorded.ends if end is not None), None)
@@ -47,7 +34,7 @@ def compare_command(
         channels = first.shape[1] if first.ndim > 1 else 0
         check_grid(grid, picture_kind(first.shape, decode), channels)
     with progress_shown() as on_progress:
-        comparison = compare(
+        result = comparison.compare(
             artifact,
             recorded,
             runs=runs,
@@ -55,19 +42,19 @@ def compare_command(
             provider=provider,
             on_progress=on_progress,
         )
-    drawn = None if grid is None else _draw(comparison, grid)
+    drawn = None if grid is None else _draw(result, grid)
     if json:
-        typer.echo(comparison_json(comparison, drawn))
+        typer.echo(comparison_json(result, drawn))
     else:
-        show(describe_comparison(comparison, drawn))
+        show(describe_comparison(result, drawn))
 
 
-def _draw(comparison: Comparison, path: Path) -> ImageGrid:
-    if comparison.pictures is None:
+def _draw(result: Comparison, path: Path) -> ImageGrid:
+    if result.pictures is None:
         raise CompareError(
             f"grid {path}",
             expected="results that can be drawn",
-            got=str(comparison.no_measures),
+            got=str(result.no_measures),
             fix="Leave the grid out, and look at the errors by step.",
         )
-    return save_grid(comparison.pictures, path)
+    return save_grid(result.pictures, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -15,23 +14,14 @@ from calicache.tools.diff.subjects import diff_artifacts, diff_plans
 from calicache.tools.diff.view import describe_difference
 from calicache.tools.inspect.artifact import artifact_facts
 from calicache.tools.inspect.plan import plan_facts
-from calicache.tools.terminal.options import Json, show_value
 from calicache.tools.terminal.subject import kind_in_words, read_subject
+from calicache.tools.terminal.text import show_value
 
 DIFFERENT = 3  # exit code; 1 is for what is refused
 
 
-def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The folder of a plan or an artifact.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another of the same kind.")],
-    json: Json = False,
-) -> None:
-    """Print what differs between two plans, or between two artifacts, in cost and structure.
-
-    Example: calicache diff out/plan out/other-plan
-
-    Exit codes: 0 where they are equal, 3 where they differ, 1 for what cannot be compared.
-    """
+def diff(a: Path, b: Path, json: bool) -> None:
+    """Print the difference of two."""
     difference = diff_subjects(a, b)
     show_value(difference, describe_difference, json=json)
     if not difference.equal:

@@ -48,7 +48,7 @@ def describe_difference(difference: Difference) -> RenderableType:
     if difference.schedule.steps:
         parts += _schedules(difference.schedule)
     if difference.targets:
-        parts += [title("Targets"), _target_table(difference.targets)]
+        parts += [title("Calibration targets"), _target_table(difference.targets)]
     if difference.layers:
         parts += [title("Linear layers"), _layer_table(difference.layers)]
     if difference.costs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -31,31 +30,10 @@ class GraphFormat(StrEnum):
 
 
 def graph(
-    artifact: Annotated[Path, typer.Argument(help="An artifact written by export_onnx.")],
-    block: Annotated[
-        str | None,
-        typer.Option(help="Name or number of a block; left out, the model is folded by block."),
-    ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            help="plain, or a mode of the schedule; if left out its first one that is not refresh."
-        ),
-    ] = None,
-    form: Annotated[
-        GraphFormat, typer.Option("--format", help="How the graph is written.")
-    ] = GraphFormat.TEXT,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write; printed if left out.")
-    ] = None,
+    artifact: Path, block: str | None, mode: str | None, form: str, output: Path | None
 ) -> None:
-    """Show a rewritten graph beside the plain one: what was inserted, removed, read and kept.
-
-    Example: calicache graph out/dit.onnx.d --block 3 --mode calibrate
-
-    As a drawing: calicache graph out/dit.onnx.d --block 3 --format svg -o block.svg
-    """
-    text = view_text(artifact, block, mode, form)
+    """Print a view, or write it."""
+    text = view_text(artifact, block, mode, GraphFormat(form))
     if output is None:
         typer.echo(text, nl=False)
         return

@@ -161,10 +161,11 @@ def describe_artifact(facts: ArtifactFacts) -> Iterator[RenderableType]:
     """What `calicache inspect` prints of an artifact."""
     yield Text(f"calicache artifact, layout {facts.manifest.layout}", style="bold")
     yield fact_grid(_heading(facts))
-    yield title(f"Schedule, interval {facts.schedule.interval}")
+    yield title(f"Schedule, {facts.schedule.spacing}")
     yield from schedule_strip(facts.schedule.modes)
-    yield title("Targets, with MACs and cache bytes of one call")
-    yield _target_table(facts.manifest.targets)
+    if StepMode.CALIBRATE in facts.schedule.modes:
+        yield title("Calibration targets, with MACs and cache bytes of one call")
+        yield _target_table(facts.manifest.targets)
     yield title("Linear layers by step mode")
     yield _layer_table(facts)
     yield title("Left alone")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
@@ -14,31 +13,16 @@ from calicache.graph_passes.api.plan import Plan
 from calicache.tools.inspect.artifact import ArtifactFacts, artifact_facts, describe_artifact
 from calicache.tools.inspect.plan import PlanFacts, describe_plan, plan_facts
 from calicache.tools.inspect.recording import RecordingFacts, describe_recording, recording_facts
-from calicache.tools.terminal.options import Json, show_value
 from calicache.tools.terminal.subject import read_subject
-from calicache.tools.terminal.text import title
+from calicache.tools.terminal.text import show_value, title
 
 WARNINGS = 2  # exit code; 1 is for what is refused
 
 Facts = PlanFacts | ArtifactFacts | RecordingFacts
 
 
-def inspect(
-    path: Annotated[
-        Path,
-        typer.Argument(help="The folder of a plan or an artifact, or the file of a recording."),
-    ],
-    json: Json = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with code 2 where there are warnings.")
-    ] = False,
-) -> None:
-    """Print what a plan, an artifact or a recording is, and what is odd about it.
-
-    Example: calicache inspect out/dit.onnx.d
-
-    Exit codes: 1 for what is refused; with --strict 2 where there are warnings.
-    """
+def inspect(path: Path, json: bool, strict: bool) -> None:
+    """Print the facts of what a path is."""
     facts = inspect_subject(path)
     show_value(facts, describe_facts, json=json)
     if strict and facts.warnings:

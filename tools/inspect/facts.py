@@ -49,6 +49,14 @@ class ScheduleFacts:
     interval: int
     order: int
 
+    @property
+    def spacing(self) -> str:
+        """Its intervals in words."""
+        gaps = {b - a for a, b in pairwise(_marks(self.modes))}
+        if gaps <= {self.interval}:
+            return f"interval {self.interval}"
+        return f"REFRESH steps at most {self.interval} apart"
+
 
 @dataclass(frozen=True, slots=True)
 class InputFacts:
@@ -80,10 +88,14 @@ def input_facts(
 
 def schedule_facts(schedule: Sequence[StepMode], order: int) -> ScheduleFacts:
     """Facts of a schedule that starts with REFRESH."""
-    marks = [k for k, mode in enumerate(schedule) if mode is StepMode.REFRESH]
-    interval = max(b - a for a, b in pairwise([*marks, len(schedule)]))
+    interval = max(b - a for a, b in pairwise([*_marks(schedule), len(schedule)]))
     strip = "".join(STEP_LETTERS[mode] for mode in schedule)
     return ScheduleFacts(tuple(schedule), strip, interval, order)
+
+
+def _marks(schedule: Sequence[StepMode]) -> list[int]:
+    """The REFRESH steps."""
+    return [k for k, mode in enumerate(schedule) if mode is StepMode.REFRESH]
 
 
 def schedule_cautions(

@@ -29,7 +29,7 @@ from calicache.tools.inspect.facts import (
     schedule_cautions,
     schedule_facts,
 )
-from calicache.tools.terminal.front import front_lines
+from calicache.tools.terminal.front import front_lines, front_shapes
 from calicache.tools.terminal.text import (
     constants_in_words,
     fact_grid,
@@ -179,17 +179,17 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
             ("statistics", f"of {len(statistics)} targets, {size}"),
         ]
     )
-    yield title(f"Schedule, interval {facts.schedule.interval}")
+    yield title(f"Schedule, {facts.schedule.spacing}")
     yield from schedule_strip(facts.schedule.modes)
     if recipe.rules:
         yield title("Rules for CALIBRATE steps, the first that fits counts")
         yield _rule_table(facts)
-    if facts.targets:
-        yield title("Targets")
+    if facts.targets and recipe.calibrates:
+        yield title("Calibration targets")
         yield _target_table(facts)
     if facts.front is not None:
         yield from front_lines(facts.front)
-        yield Text("Schedules and a chart: calicache plan show PLAN", style="dim")
+        yield from front_shapes(facts.front)
     yield Text(
         "\nA plan alone has no model: sites, MACs and energy kept are told by an artifact.",
         style="dim",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -12,28 +11,19 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.report.data import gather_report
 from calicache.tools.report.page import write_report
 from calicache.tools.terminal.model_file import load_model
-from calicache.tools.terminal.options import AlsoModel, Output, Runs, check_output
+from calicache.tools.terminal.options import check_output
 from calicache.tools.terminal.progress import progress_shown
 
 
 def report(
-    path: Annotated[Path, typer.Argument(help="An artifact, or a plan.")],
-    output: Output,
-    recording: Annotated[
-        Path | None, typer.Option(help="Recorded runs: adds errors by step, times, pictures.")
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="That the artifact was made from; goes with --model.")
-    ] = None,
-    model: AlsoModel = None,
-    runs: Runs = None,
+    path: Path,
+    output: Path,
+    recording: Path | None,
+    plan: Path | None,
+    model: str | None,
+    runs: int | None,
 ) -> None:
-    """Write one HTML file that works offline: schedule, errors, costs, graphs, pictures.
-
-    A model, with a plan and recorded runs, adds the error by branch and step.
-
-    Example: calicache report out/dit.onnx.d -o report.html --recording runs.safetensors
-    """
+    """Gather, and write the page."""
     is_page = output.suffix.lower() in (".html", ".htm") and not output.is_dir()
     check_output(output, is_page, "the name of an HTML file, such as report.html")
     recorded = Recording.load(recording) if recording else None

@@ -31,7 +31,7 @@ from calicache.tools.inspect.recording import RecordingFacts
 NO_RECORDING = "No recording was given: --recording T."
 NO_MODEL = "No plan and model were given: --plan PLAN --model FILE.py:FUNCTION."
 PROFILED = 1  # recorded runs
-_NO_FRONT = "The plan was not searched for: Plan.search, or calicache plan search, gives a front."
+_NO_FRONT = "The plan was not searched for: Plan.search, or calicache search, gives a front."
 _NO_COSTS = "A plan alone has no costs: report on an artifact."
 _NOWHERE = "A plan runs nowhere by itself: export it, and report on the artifact."
 _STAGES = 6  # at the most, drawing included

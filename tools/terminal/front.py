@@ -20,33 +20,27 @@ _LETTERS = next(schedule_strip(tuple(StepMode))).plain.split()[1]
 _CHART_HEIGHT = 18
 
 
-def describe_front(front: Front) -> RenderableType:
-    """Everything `calicache plan show` prints, top to bottom."""
-    return Group(
-        Text("Front of a plan search", style="bold"),
-        fact_grid(
-            [
-                ("asked for", front.request),
-                ("cost", f"share of the full run, {_unit(front)}"),
-                ("error", "relative L2 of the final latents against the full run's"),
-                ("taken", f"point {front.choice}"),
-                *held_out_fact(front, " at the point that the search took"),
-            ]
-        ),
-        Text("\nPoints", style="bold"),
-        front_table(front),
-        Text("\nSchedules", style="bold"),
-        *_schedules(front.points),
-        Text("\nError against cost", style="bold"),
-        front_chart(front),
-    )
-
-
 def front_lines(front: Front) -> Iterator[RenderableType]:
-    """What `calicache inspect` prints of the front that a plan was searched with."""
+    """The front that a plan was searched with: what was asked for, and all points."""
     yield title("Front of the search that made it")
-    yield fact_grid([("asked for", front.request), *held_out_fact(front)])
+    yield fact_grid(
+        [
+            ("asked for", front.request),
+            ("cost", f"share of the full run, {_unit(front)}"),
+            ("error", "relative L2 of the final latents against the full run's"),
+            ("taken", f"point {front.choice}"),
+            *_held_out(front, " at the point that the search took"),
+        ]
+    )
     yield front_table(front)
+
+
+def front_shapes(front: Front) -> Iterator[RenderableType]:
+    """The schedules of all points, and a chart of them."""
+    yield title("Schedules of its points")
+    yield from _schedules(front.points)
+    yield title("Error against cost")
+    yield front_chart(front)
 
 
 def describe_point(front: Front, *, searched: bool) -> RenderableType:
@@ -67,14 +61,14 @@ def describe_point(front: Front, *, searched: bool) -> RenderableType:
                 ("steps", f"{point.label}, order {point.order}"),
                 ("cost", f"{point.cost:.3f} of the full run, {_unit(front)}"),
                 ("error", _in_words(point.error)),
-                *(held_out_fact(front) if searched else ()),
+                *(_held_out(front) if searched else ()),
                 ("point", f"{front.choice} of 0 .. {len(front.points) - 1} on the front"),
             ]
         ),
     )
 
 
-def held_out_fact(front: Front, where: str = "") -> Iterator[tuple[str, str]]:
+def _held_out(front: Front, where: str = "") -> Iterator[tuple[str, str]]:
     """Name and value of the held-out error, where there is one."""
     if front.held_out is not None:
         yield "held-out error", _in_words(front.held_out) + where

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from calicache.graph_passes.common.errors import ModelError, reason_of
-from calicache.tools.terminal.options import import_library
+from calicache.tools.terminal.options import file_and_function, import_library
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -52,15 +52,7 @@ def call_in_file(spec: str, what: str, fits: Callable[[Any], bool]) -> Any:
     Raises:
         ModelError: there is no such file or function, it fails or returns something else.
     """
-    file, separator, name = spec.rpartition(":")
-    path = Path(file)
-    if not separator or path.suffix != ".py" or not path.is_file():
-        raise ModelError(
-            spec,
-            expected="FILE.py:FUNCTION, or the folder of a model that diffusers saved",
-            got=f"no Python file {file!r}" if separator else "neither of them",
-            fix="Name a file that is there and the function in it that makes the model.",
-        )
+    path, name = file_and_function(spec)
     with _neighbours(path), _failures_told(spec, path):
         module = _import_file(path)
         function = getattr(module, name, None)

@@ -1,9 +1,11 @@
-"""How far a piece of work is: a bar on a terminal, lines in a log."""
+"""How far a piece of work is: a bar on a terminal, one line in a log."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -13,14 +15,15 @@ from calicache.graph_passes.common.progress import OnProgress, Progress
 
 _SPEED_SECONDS = 1800.0  # one call of a large model may take minutes
 _BAR_COLUMNS = 20
+_SOON = 5.0  # seconds; nobody asks how long shorter work takes
 
 
 @contextmanager
 def progress_shown() -> Iterator[OnProgress]:
-    """Give a listener that shows work on the error stream; a bar is gone afterwards, lines stay."""
+    """Give a listener that shows work on the error stream, and takes a bar away afterwards."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield _Lines(console)
+        yield _OneLine(console)
         return
     columns = (  # the stage last: its length changes
         BarColumn(bar_width=_BAR_COLUMNS),
@@ -50,15 +53,21 @@ class _Bar:
         self._bars.update(self._task, description=now.stage, total=now.total, completed=now.done)
 
 
-class _Lines:
-    """Prints a line for every stage and tenth: for logs, which no bar can move in."""
+class _OneLine:
+    """Prints one line when work takes long: for logs, which no bar can move in."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._last = ("", -1)
+        self._console, self._begun = console, time.monotonic()
+        self._before: float | None = None  # what an earlier, interrupted search did
+        self._told = False
 
     def __call__(self, now: Progress) -> None:
-        share = min(1.0, now.done / now.total) if now.total else 0.0
-        if (now.stage, int(10 * share)) != self._last:
-            self._last = (now.stage, int(10 * share))
-            self._console.print(f"{share:4.0%}  {now.stage}", markup=False, highlight=False)
+        if self._before is None:
+            self._before = now.done
+        seconds, gained = time.monotonic() - self._begun, now.done - self._before
+        if self._told or seconds < _SOON or not gained:
+            return
+        self._told = True
+        left = timedelta(seconds=round(seconds * (now.total - now.done) / gained))
+        share = now.done / now.total
+        self._console.print(f"{share:.0%} done, {left} left: {now.stage}", markup=False)

@@ -13,12 +13,9 @@ from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATIS
 from calicache.graph_passes.common.errors import SubjectError, reason_of
 from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.recording.recording import Recording
+from calicache.tools.terminal.options import KINDS
 from calicache.tools.terminal.text import some_names
 
-KINDS = (
-    "a plan (the folder of Plan.save), an artifact (the folder of export_onnx) "
-    "or a recording (the file of Recording.save)"
-)
 _ONNX, _SAFETENSORS = ".onnx", ".safetensors"
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _FOLDERS = {

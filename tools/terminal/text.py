@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import typer
 from pydantic import TypeAdapter
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from calicache.export.artifact.manifest import FileRecord
 from calicache.graph_passes.recording.signature import ConstantSpec
 from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
+
+T = TypeVar("T")
 
 _STYLES = {
     StepMode.REFRESH: "bold red",
@@ -64,6 +68,19 @@ def plain_table(
     for row in rows:
         table.add_row(*map(Text, row))  # Text: what looks like rich's markup is none
     return table
+
+
+def show(shown: RenderableType) -> None:
+    """Print what rich lays out; into a file without colours."""
+    Console(highlight=False).print(shown)
+
+
+def show_value(value: T, describe: Callable[[T], RenderableType], *, json: bool) -> None:
+    """Print a dataclass as JSON, or as it is described."""
+    if json:
+        typer.echo(json_text(value))
+    else:
+        show(describe(value))
 
 
 def json_text(value: Any) -> str:

@@ -102,7 +102,7 @@ def test_it_is_not_the_original_model_that_is_shown(model: nn.Module, plan: Plan
 @pytest.mark.slow
 def test_showing_a_plan_needs_no_tools() -> None:
     script = (
-        "import sys; import calicache.graph_passes; "
+        "import sys; from calicache.graph_passes import OptimizedModel, Plan; "
         "print([n for n in sys.modules if n.startswith(('calicache.tools', 'calicache.export'))])"
     )
     done = subprocess.run(

@@ -7,13 +7,19 @@ import math
 import re
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
 from support.search.fronts import front_of
 
+from calicache.graph_passes.settings.front import Front
 from calicache.tools.terminal.error_chart import axis_ticks
-from calicache.tools.terminal.front import describe_front, describe_point, front_chart
+from calicache.tools.terminal.front import describe_point, front_chart, front_lines, front_shapes
 
 COSTS, ERRORS = (0.21, 0.4, 0.52, 0.93), (0.31, 0.042, 0.0071, 0.0002)
+
+
+def whole(front: Front) -> Group:
+    """What is printed of a front."""
+    return Group(*front_lines(front), *front_shapes(front))
 
 
 def printed(shown: object, width: int = 80, encoding: str = "utf-8") -> list[str]:
@@ -82,7 +88,7 @@ def test_chart_is_drawn_anew_every_time() -> None:
 
 
 def test_everything_prints_where_box_characters_do_not() -> None:
-    lines = printed(describe_front(front_of(COSTS, ERRORS, choice=2)), encoding="latin-1")
+    lines = printed(whole(front_of(COSTS, ERRORS, choice=2)), encoding="latin-1")
     assert any("+----" in line for line in lines)
 
 
@@ -90,7 +96,7 @@ def test_table_and_chart_fit_80_columns() -> None:
     costs = [0.02 * k for k in range(1, 51)]
     errors = [math.exp(-k / 3) for k in range(50)]
     front = front_of(costs, errors, choice=49, steps=210)
-    assert max(map(len, printed(describe_front(front)))) <= 80
+    assert max(map(len, printed(whole(front)))) <= 80
     assert max(map(len, printed(describe_point(front, searched=True)))) <= 80
 
 

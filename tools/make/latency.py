@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
@@ -16,25 +15,17 @@ from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.terminal.model_file import load_model
-from calicache.tools.terminal.options import CPU, Model, Output, Provider, check_output, show
+from calicache.tools.terminal.options import check_output
 from calicache.tools.terminal.progress import progress_shown
-from calicache.tools.terminal.text import format_count, plain_table
+from calicache.tools.terminal.text import format_count, plain_table, show
 
 STEADY = 0.1  # share that the plain step may move by while others are measured
 
 
 def latency(
-    model: Model,
-    recording: Annotated[Path, typer.Argument(help="A recorded run, from Recording.save.")],
-    output: Output,
-    order: Annotated[int, typer.Option(help="Of the anchors, 0 to 2.")] = 2,
-    provider: Provider = CPU,
-    repeats: Annotated[int, typer.Option(help="Timed steps of every kind.")] = 7,
+    model: str, recording: Path, output: Path, order: int, provider: str, repeats: int
 ) -> None:
-    """Time the steps of a model on this machine, so that a plan search counts in seconds.
-
-    Example: calicache latency dit.py:build runs.safetensors -o out/latency.json
-    """
+    """Measure, save and show the table."""
     fits = not output.exists() or _is_table(output)
     check_output(output, fits, "a new file, or a latency table to replace")
     runs = Recording.load(recording)
@@ -51,9 +42,7 @@ def latency(
     show(Group(*_described(table)))
     typer.echo(f"\nTable written: {output}")
     named = shlex.quote(str(output))
-    typer.echo(
-        f"Use it: calicache plan search MODEL RECORDING -o PLAN --budget 0.5 --latency {named}"
-    )
+    typer.echo(f"Use it: calicache search MODEL RECORDING -o PLAN --budget 0.5 --latency {named}")
 
 
 def _described(table: LatencyTable) -> Iterator[RenderableType]:

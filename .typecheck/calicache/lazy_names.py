@@ -1,0 +1,1 @@
+../../calicache/lazy_names.py

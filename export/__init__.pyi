@@ -1,0 +1,9 @@
+from calicache.export.artifact.folder import load_artifact as load_artifact
+from calicache.export.artifact.folder import read_manifest as read_manifest
+from calicache.export.artifact.manifest import Layout as Layout
+from calicache.export.artifact.manifest import Manifest as Manifest
+from calicache.export.export import export_onnx as export_onnx
+from calicache.export.latency import measure_latency as measure_latency
+from calicache.export.samplers import read_sampler as read_sampler
+from calicache.export.session.session import Session as Session
+from calicache.graph_passes.sampler.tables import SamplerTables as SamplerTables

@@ -1,0 +1,268 @@
+"""The command line: what every command takes, and what its help says.
+
+Nothing here does the work: that is a function of the same name and arguments in the module that
+`calicache.tools.cli` names for it, loaded when the command is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from calicache.tools.terminal.options import (
+    ARTIFACT,
+    CPU,
+    KINDS,
+    PLAN,
+    RECORDING,
+    TABLE,
+    AlsoModel,
+    Artifact,
+    Json,
+    Model,
+    Order,
+    Output,
+    PlanFolder,
+    Provider,
+    Runs,
+    there,
+)
+
+OUT = Path("out")
+BENCH_MODELS = "dit-s, dit-b, dit-xl"
+
+
+def search(
+    model: Model,
+    recording: Annotated[
+        Path,
+        typer.Argument(
+            help="Three recorded runs or more, from Recording.save.", callback=there(RECORDING)
+        ),
+    ],
+    output: Output,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the full run's cost, above 0 and below 1.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Relative L2 error that new samples stay below.")
+    ] = None,
+    latency: Annotated[
+        Path | None,
+        typer.Option(
+            help="Count the cost in these seconds, from calicache latency.", callback=there(TABLE)
+        ),
+    ] = None,
+    effort: Annotated[
+        int, typer.Option(help="Candidates run for every one at effort 1, which is usual.")
+    ] = 1,
+) -> None:
+    """Search for the best plan under a budget, or the cheapest one under an error.
+
+    Ctrl-C stops it; the same command goes on later.
+
+    Example: calicache search dit.py:build runs.safetensors -o out/plan --budget 0.5
+    """
+
+
+def take(
+    plan: PlanFolder,
+    point: Annotated[int, typer.Argument(help="Its number on the front, from the cheapest, 0.")],
+    output: Output,
+) -> None:
+    """Save the plan of another point of a plan's front; calicache inspect prints the front.
+
+    Example: calicache take out/plan 3 -o out/other
+    """
+
+
+def export(
+    model: Model,
+    plan: PlanFolder,
+    output: Output,
+    layout: Annotated[
+        Literal["step", "pair", "sampler"],
+        typer.Option(
+            help="One model of a step, one model for every mode, or one model of a whole run."
+        ),
+    ] = "step",
+) -> None:
+    """Optimise a model under a plan, and write it as an artifact for ONNX Runtime.
+
+    Example: calicache export dit.py:build out/plan -o out/dit.onnx.d --layout sampler
+    """
+
+
+def latency(
+    model: Model,
+    recording: Annotated[
+        Path,
+        typer.Argument(help="A recorded run, from Recording.save.", callback=there(RECORDING)),
+    ],
+    output: Output,
+    order: Order = 2,
+    provider: Provider = CPU,
+    repeats: Annotated[int, typer.Option(help="Timed steps of every kind.")] = 7,
+) -> None:
+    """Time the steps of a model on this machine, so that a search counts in seconds.
+
+    Example: calicache latency dit.py:build runs.safetensors -o out/latency.json
+    """
+
+
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of a plan or an artifact, or the file of a recording.",
+            callback=there(KINDS),
+        ),
+    ],
+    json: Json = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with code 2 where there are warnings.")
+    ] = False,
+) -> None:
+    """Print what a plan, an artifact or a recording is, and what is odd about it.
+
+    Example: calicache inspect out/dit.onnx.d
+
+    Exit codes: 1 for what is refused; with --strict 2 where there are warnings.
+    """
+
+
+def diff(
+    a: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A", help="The folder of a plan or an artifact.", callback=there(KINDS)
+        ),
+    ],
+    b: Annotated[
+        Path, typer.Argument(metavar="B", help="Another of the same kind.", callback=there(KINDS))
+    ],
+    json: Json = False,
+) -> None:
+    """Print what differs between two plans, or between two artifacts, in cost and structure.
+
+    Example: calicache diff out/plan out/other-plan
+
+    Exit codes: 0 where they are equal, 3 where they differ, 1 for what cannot be compared.
+    """
+
+
+def graph(
+    artifact: Artifact,
+    block: Annotated[
+        str | None,
+        typer.Option(help="Name or number of a block; left out, the model is folded by block."),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="plain, or a mode of the schedule; if left out its first one that is not refresh."
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["text", "svg", "mermaid", "json"],
+        typer.Option("--format", help="How the graph is written."),
+    ] = "text",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write; printed if left out.")
+    ] = None,
+) -> None:
+    """Show a rewritten graph beside the plain one: what was inserted, removed, read and kept.
+
+    Example: calicache graph out/dit.onnx.d --block 3 --mode calibrate
+
+    As a drawing: calicache graph out/dit.onnx.d --block 3 --format svg -o block.svg
+    """
+
+
+def report(
+    path: Annotated[
+        Path,
+        typer.Argument(help="An artifact, or a plan.", callback=there(f"{PLAN} or {ARTIFACT}")),
+    ],
+    output: Output,
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recorded runs: adds errors by step, times, pictures.", callback=there(RECORDING)
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="That the artifact was made from; goes with --model.", callback=there(PLAN)
+        ),
+    ] = None,
+    model: AlsoModel = None,
+    runs: Runs = None,
+) -> None:
+    """Write one HTML file that works offline: schedule, errors, costs, graphs, pictures.
+
+    A model, with a plan and recorded runs, adds the error by branch and step.
+
+    Example: calicache report out/dit.onnx.d -o report.html --recording runs.safetensors
+    """
+
+
+def compare(
+    artifact: Artifact,
+    recording: Annotated[
+        Path,
+        typer.Option(
+            help="Recorded runs with their results, from Recording.save.", callback=there(RECORDING)
+        ),
+    ],
+    runs: Runs = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG to draw: full, optimised, difference.")
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE.py:FUNCTION that returns a function from latents to images "
+            "(B, C, H, W) in -1 .. 1."
+        ),
+    ] = None,
+    provider: Provider = CPU,
+    json: Json = False,
+) -> None:
+    """Run an artifact beside the full model along recorded runs: error and time of every step.
+
+    Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid compare.png
+    """
+
+
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(help=f"{BENCH_MODELS}, or FILE.py:FUNCTION that gives a BenchModel."),
+    ],
+    interval: Annotated[int, typer.Option(help="Steps from REFRESH to REFRESH.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 9,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the branches; width / 9 if left out.")
+    ] = None,
+    order: Order = 0,
+    repeats: Annotated[int, typer.Option(help="Timed runs of every row.")] = 5,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Measure this row alone; may be given several times.")
+    ] = None,
+    compile_only: Annotated[
+        bool, typer.Option("--compile", help="Measure what compiling takes, and nothing else.")
+    ] = False,
+    provider: Provider = CPU,
+    work: Annotated[Path, typer.Option(help="For plans and artifacts.")] = OUT / "bench",
+    docs: Annotated[Path, typer.Option(help="For performance.md and performance.json.")] = OUT,
+) -> None:
+    """Run a model with and without calicache, side by side, and write the figures.
+
+    Example: calicache bench dit-s --repeats 3
+
+    What is in performance.json already and not measured now stays there.
+    """

@@ -1,0 +1,1 @@
+"""What leads from a model to an artifact: measured seconds, a plan, another point of it, ONNX."""

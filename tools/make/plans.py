@@ -1,0 +1,36 @@
+"""What the commands that write a plan have in common."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import typer
+
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.plan_file import PLAN_FILE
+from calicache.tools.terminal.front import describe_point
+from calicache.tools.terminal.options import check_output
+from calicache.tools.terminal.text import show
+
+
+def check_plan_output(output: Path) -> None:
+    """Refuse to replace anything but a plan.
+
+    Raises:
+        SubjectError: something else is there.
+    """
+    empty = output.is_dir() and not any(output.iterdir())
+    fits = not output.exists() or empty or (output / PLAN_FILE).is_file()
+    check_output(output, fits, "a new folder, or a plan to replace")
+
+
+def show_saved(plan: Plan, output: Path, *, searched: bool) -> None:
+    """Print the point that a plan has taken, and what can be done with the plan."""
+    assert plan.front is not None
+    show(describe_point(plan.front, searched=searched))
+    named = shlex.quote(str(output))
+    typer.echo(f"\nPlan written: {output}")
+    typer.echo(f"The whole front: calicache inspect {named}")
+    typer.echo(f"Another point of it: calicache take {named} NUMBER -o OTHER")
+    typer.echo(f"For ONNX Runtime: calicache export MODEL {named} -o ARTIFACT")

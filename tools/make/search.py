@@ -1,0 +1,65 @@
+"""`calicache search`: the best plan under a budget, or the cheapest one under an error."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import typer
+
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.common.errors import CalicacheError
+from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.search.ground import check_budget
+from calicache.graph_passes.settings.latency import LatencyTable
+from calicache.graph_passes.settings.request import SearchRequest
+from calicache.tools.make.plans import check_plan_output, show_saved
+from calicache.tools.terminal.model_file import load_model
+from calicache.tools.terminal.progress import progress_shown
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def search(
+    model: str,
+    recording: Path,
+    output: Path,
+    budget: float | None,
+    max_error: float | None,
+    latency: Path | None,
+    effort: int,
+) -> None:
+    """Search, save and show what was found; what was done before Ctrl-C is kept."""
+    check_plan_output(output)
+    place = output.resolve()  # `.` has no name of its own
+    folder = place.with_name(f"{place.name}.search")
+    # The small files first: what is wrong with them shows before a large model is read.
+    table = LatencyTable.load(latency) if latency else None
+    request = SearchRequest(budget, max_error, table, effort, ("*",), ())
+    runs = Recording.load(recording)
+    check_budget(request, runs.steps)
+    begun_before = folder.exists()
+    try:
+        with progress_shown() as on_progress:
+            plan = Plan.search(
+                load_model(model),
+                runs,
+                budget=budget,
+                max_error=max_error,
+                latency=table,
+                effort=effort,
+                path=folder,
+                on_progress=on_progress,
+            )
+        plan.save(output)
+    except KeyboardInterrupt as interrupt:
+        kept = f"What is done lies in {folder}; the same command goes on from there."
+        typer.echo(f"Stopped. {kept if folder.exists() else 'Nothing was done yet.'}", err=True)
+        raise typer.Exit(INTERRUPTED) from interrupt
+    except CalicacheError:
+        # What is refused once is refused again; kept, it would stand in the way of other requests.
+        if not begun_before:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    show_saved(plan, output, searched=True)

@@ -1,1 +1,0 @@
-"""Searching for a plan, and looking at its front."""
