@@ -180,7 +180,7 @@ def comparison_of(
         steps=steps,
         modes=modes,
         final=ErrorSummary.of([errors[-1], 1.5 * errors[-1]]),
-        full_seconds=None if whole else 0.01 * len(schedule),
+        full_seconds=0.01 * len(schedule),
         cached_seconds=sum(seconds[mode] for mode in schedule),
         no_steps="no steps are seen" if whole else None,
         measures=measures,

@@ -32,7 +32,7 @@ def compare(
     first = next((end for end in recorded.ends if end is not None), None)
     if grid is not None and first is not None:  # before anything is run
         channels = first.shape[1] if first.ndim > 1 else 0
-        check_grid(grid, picture_kind(first.shape, decode), channels)
+        check_grid(grid, picture_kind(first, decode), channels)
     with progress_shown() as on_progress:
         result = comparison.compare(
             artifact,

@@ -30,12 +30,19 @@ from calicache.tools.compare.pictures import (
     picture_kind,
 )
 from calicache.tools.compare.recorded_runs import RecordedRun, matching_runs
-from calicache.tools.compare.side_by_side import Classes, SideBySide, run_steps, run_whole, warm_up
+from calicache.tools.compare.side_by_side import (
+    Classes,
+    SideBySide,
+    full_share,
+    run_steps,
+    run_whole,
+    warm_up,
+)
 from calicache.tools.inspect.facts import Mode
 
 WHOLE_RUN = (
-    "the layout sampler runs all steps in one call and holds no full model: "
-    "no error by step, and no time of a step or of the full model"
+    "the layout sampler runs all steps in one call: no error and no time by step; the full run is "
+    "reckoned from what ONNX Runtime's profile says of a REFRESH step"
 )
 
 
@@ -82,7 +89,8 @@ class Comparison:
         steps, modes: errors are None where `no_steps` says why, seconds also.
         final: error of the results.
         full_seconds: of a whole run of the full model in ONNX Runtime, median over the runs. Every
-            step is the artifact's own REFRESH, which also writes the caches.
+            step is the artifact's own REFRESH, which also writes the caches; in the layout
+            `sampler`, as long as a profile says that these take.
         cached_seconds: of a whole run of the artifact, median over the runs.
         no_steps: why there are no errors and times of steps; None where there are.
         measures: PSNR and SSIM of the results; None where `no_measures` says why.
@@ -102,7 +110,7 @@ class Comparison:
     steps: tuple[StepComparison, ...]
     modes: tuple[ModeTime, ...]
     final: ErrorSummary
-    full_seconds: float | None
+    full_seconds: float
     cached_seconds: float
     no_steps: str | None
     measures: ImageMeasures | None
@@ -114,9 +122,9 @@ class Comparison:
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def speedup(self) -> float | None:
+    def speedup(self) -> float:
         """Seconds of the full run over those of the artifact's."""
-        return None if self.full_seconds is None else self.full_seconds / self.cached_seconds
+        return self.full_seconds / self.cached_seconds
 
 
 def compare(
@@ -150,24 +158,37 @@ def compare(
     """
     session = Session(path, provider=provider)
     recorded = matching_runs(session.manifest, recording, runs)
-    if not isinstance(picture_kind(recorded[0].end.shape, decoder), NoPictures):
+    if not isinstance(picture_kind(recorded[0].end, decoder), NoPictures):
         measure_functions()  # before anything is run
-    beside = _run_beside(session, recorded, recording.dependence, on_progress)
+    if session.manifest.layout is Layout.SAMPLER:
+        beside = _run_whole(session, path, provider, recorded, on_progress)
+    else:
+        beside = _run_steps(session, recorded, recording.dependence, on_progress)
     return _summary(session.manifest, provider, beside, decoder)
 
 
-def _run_beside(
+def _run_steps(
     session: Session, runs: Sequence[RecordedRun], classes: Classes, on_progress: OnProgress | None
 ) -> list[SideBySide]:
-    """Every recorded run beside the artifact's own."""
-    whole = session.manifest.layout is Layout.SAMPLER
-    pieces = 1 if whole else 2 * len(session.manifest.schedule)
-    meter = Meter(pieces * len(runs), on_progress)
+    meter = Meter(2 * len(session.manifest.schedule) * len(runs), on_progress)
     meter.stage("run full and optimised")
-    if whole:
-        return [run_whole(session, run, meter) for run in runs]
     warm_up(session, runs[0])  # the first call of everything takes longer than all others
     return [run_steps(session, run, classes, meter) for run in runs]
+
+
+def _run_whole(
+    session: Session,
+    path: Path | str,
+    provider: str,
+    runs: Sequence[RecordedRun],
+    on_progress: OnProgress | None,
+) -> list[SideBySide]:
+    meter = Meter(1 + len(runs), on_progress)
+    meter.stage("profile a REFRESH step")
+    share = full_share(path, provider, runs[0])
+    meter.add()
+    meter.stage("run the artifact")
+    return [run_whole(session, run, share, meter) for run in runs]
 
 
 def _summary(
@@ -175,7 +196,6 @@ def _summary(
 ) -> Comparison:
     full, cached = (torch.cat([getattr(b, name) for b in beside]) for name in ("full", "cached"))
     pictures = make_pictures(full, cached, decoder)
-    totals = [sum(run.full_seconds) for run in beside if run.full_seconds is not None]
     return Comparison(
         layout=manifest.layout,
         schedule=manifest.schedule,
@@ -186,7 +206,7 @@ def _summary(
         steps=tuple(_steps(manifest.schedule, beside)),
         modes=tuple(_modes(manifest.schedule, beside)),
         final=ErrorSummary.of(relative_errors(cached, full)),
-        full_seconds=median(totals) if totals else None,
+        full_seconds=median(sum(run.full_seconds) for run in beside),
         cached_seconds=median(sum(run.cached_seconds) for run in beside),
         no_steps=WHOLE_RUN if manifest.layout is Layout.SAMPLER else None,
         measures=None if isinstance(pictures, NoPictures) else measure_pictures(pictures),
@@ -219,8 +239,7 @@ def _seconds(
     beside: Sequence[SideBySide], places: Sequence[int]
 ) -> tuple[float | None, float | None]:
     """Medians over some steps of all runs, full and cached; None where steps are not seen."""
-    seen = [run for run in beside if run.full_seconds is not None]
-    if not seen:
+    if any(run.errors is None for run in beside):
         return None, None
-    full = [run.full_seconds[k] for run in seen if run.full_seconds for k in places]
-    return median(full), median(run.cached_seconds[k] for run in seen for k in places)
+    full = median(run.full_seconds[k] for run in beside for k in places)
+    return full, median(run.cached_seconds[k] for run in beside for k in places)

@@ -17,6 +17,7 @@ from calicache.graph_passes import StepMode
 
 CONTROL = {"If", "Loop"}  # their time is that of the nodes inside
 RUNS = 2
+AROUND = "run"  # what stands outside of the steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class OperatorTime:
 
 def profile(
     artifact: Path | str,
-    run_once: Callable[[Session], None],
+    run_once: Callable[[Session], object],
     *,
     runs: int = RUNS,
     provider: str = "CPUExecutionProvider",
@@ -76,7 +77,7 @@ def profile(
 def _mode(node: str) -> str:
     """The mode whose graph a node is from; its name starts with it."""
     name = node.partition("/")[0].upper()
-    return name if name in StepMode.__members__ else "run"
+    return name if name in StepMode.__members__ else AROUND
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from calicache.tools.terminal.options import import_library
 
 IMAGE_CHANNELS = (1, 3)
 IMAGE_RANGE = (-1.0, 1.0)
+_NEAR, _MOST_BEYOND = 1.25, 0.05  # samplers that do not clamp leave images a little beyond -1 .. 1
 _WINDOW = 11  # of SSIM, in pixels
 MOST_COLUMNS = 8
 _MARGIN, _GAP, _SMALLEST = 96, 4, 96  # pixels: of the row names, between cells, of a cell's side
@@ -30,8 +31,8 @@ Decoder = Callable[[Tensor], Tensor]
 class PictureKind(StrEnum):
     """What is compared.
 
-    IMAGES are results of 1 or 3 channels, taken as they are; DECODED is what a decoder made of
-    results; LATENTS are results of other channels, each channel in a range of its own.
+    IMAGES are results of 1 or 3 channels in -1 .. 1, taken as they are; DECODED is what a decoder
+    made of results; LATENTS are all other results, each channel in a range of its own.
     """
 
     IMAGES = "images"
@@ -82,19 +83,21 @@ class ImageMeasures:
     ssim_worst: float | None
 
 
-def picture_kind(shape: Sequence[int], decoder: Decoder | None) -> PictureKind | NoPictures:
-    """What results of a shape are compared as, or why they cannot be.
+def picture_kind(results: Tensor, decoder: Decoder | None) -> PictureKind | NoPictures:
+    """What results are compared as, or why they cannot be.
 
     Args:
-        shape: (B, ...) of the results.
+        results: (B, ...) of a full run.
         decoder: makes images of them; None for none.
     """
     if decoder is not None:
         return PictureKind.DECODED
-    if len(shape) != 4:
-        form = f"results of the shape {tuple(shape)} are no (B, C, H, W)"
+    if results.ndim != 4:
+        form = f"results of the shape {tuple(results.shape)} are no (B, C, H, W)"
         return NoPictures(f"{form}, and there is no decoder")
-    return PictureKind.IMAGES if shape[1] in IMAGE_CHANNELS else PictureKind.LATENTS
+    beyond = float((results.abs() > _NEAR).float().mean())
+    images = results.shape[1] in IMAGE_CHANNELS and beyond < _MOST_BEYOND
+    return PictureKind.IMAGES if images else PictureKind.LATENTS
 
 
 def make_pictures(full: Tensor, cached: Tensor, decoder: Decoder | None) -> Pictures | NoPictures:
@@ -108,7 +111,7 @@ def make_pictures(full: Tensor, cached: Tensor, decoder: Decoder | None) -> Pict
     Raises:
         CompareError: the decoder fails or returns something else.
     """
-    kind = picture_kind(full.shape, decoder)
+    kind = picture_kind(full, decoder)
     if isinstance(kind, NoPictures):
         return kind
     if not bool(torch.isfinite(cached).all()):
@@ -220,7 +223,8 @@ def check_grid(path: Path, kind: PictureKind | NoPictures, channels: int) -> Non
         CompareError: no images, no PNG, or nowhere to put it.
         LibraryError: pillow is missing.
     """
-    if isinstance(kind, NoPictures) or kind is PictureKind.LATENTS:
+    grey_or_colour = kind is PictureKind.DECODED or channels in IMAGE_CHANNELS
+    if isinstance(kind, NoPictures) or not grey_or_colour:
         latents = f"latents of {channels} channels, and there is no decoder"
         raise CompareError(
             f"grid {path}",
@@ -245,7 +249,7 @@ def save_grid(pictures: Pictures, path: Path) -> ImageGrid:
     which none goes beyond white.
 
     Args:
-        pictures: images, not latents.
+        pictures: of 1 or 3 channels; what is beyond -1 .. 1 is clamped.
         path: of the PNG; an existing one is replaced.
 
     Raises:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from calicache.export.artifact.folder import read_manifest
 from calicache.export.artifact.manifest import Manifest
 from calicache.export.session.session import Session
 from calicache.graph_passes.common.errors import CompareError
@@ -24,6 +27,8 @@ from calicache.graph_passes.sampler.update import (
     recorded_next,
     relative_errors,
 )
+from calicache.graph_passes.settings.choices import StepMode
+from calicache.tools.compare.operators import AROUND, profile
 from calicache.tools.compare.recorded_runs import RecordedRun
 
 Classes = Mapping[str, Dependence]
@@ -39,14 +44,14 @@ class SideBySide:
         cached: the artifact's, alike.
         errors: relative L2 error of every sample's latent after each step, (T, B); None where
             the steps cannot be seen.
-        full_seconds: of the full model by step; None where the artifact has no such step.
-        cached_seconds: of the artifact by step; one number where the steps cannot be seen.
+        full_seconds: of the full model by step; one number where the steps cannot be seen.
+        cached_seconds: of the artifact, alike.
     """
 
     full: Tensor
     cached: Tensor
     errors: tuple[tuple[float, ...], ...] | None
-    full_seconds: tuple[float, ...] | None
+    full_seconds: tuple[float, ...]
     cached_seconds: tuple[float, ...]
 
 
@@ -149,12 +154,29 @@ def warm_up(session: Session, run: RecordedRun) -> None:
         _call(session, schedule.index(mode), run.calls[0])
 
 
-def run_whole(session: Session, run: RecordedRun, meter: Meter) -> SideBySide:
+def full_share(path: Path | str, provider: str, run: RecordedRun) -> float:
+    """A run of REFRESH steps alone against the artifact's own, in the layout `sampler`.
+
+    Both are added up from the times of operators in one profile; what is computed once for all
+    steps is part of both.
+    """
+    times = profile(path, lambda session: _sample(session, run), runs=1, provider=provider)
+    schedule = read_manifest(path).schedule
+    spent: dict[str, float] = defaultdict(float)
+    for entry in times:
+        spent[entry.mode] += entry.milliseconds
+    own = spent[AROUND] + sum(spent[mode.name] for mode in schedule)
+    full = spent[AROUND] + len(schedule) * spent[StepMode.REFRESH.name]
+    return full / own
+
+
+def run_whole(session: Session, run: RecordedRun, share: float, meter: Meter) -> SideBySide:
     """A whole run in the layout `sampler`, from the recorded noise.
 
     Args:
         session: of the artifact.
         run: of the artifact's form.
+        share: what a full run takes of this one's time.
         meter: counts the run.
 
     Raises:
@@ -171,14 +193,19 @@ def run_whole(session: Session, run: RecordedRun, meter: Meter) -> SideBySide:
             got=str(tuple(run.end.shape)),
             fix="Call recording.finish with the latents, before they are decoded.",
         )
-    first = run.whole[0]
-    inputs: dict[str, Any] = {spec.name: first[spec.name] for spec in record.inputs}
-    noise = (first[record.latent][:rows].float() / record.scale).numpy()
     begun = time.perf_counter()
-    cached = torch.from_numpy(session.sample(noise, **inputs))
+    cached = _sample(session, run)
     spent = time.perf_counter() - begun
     meter.add()
-    return SideBySide(end, cached, None, None, (spent,))
+    return SideBySide(end, cached, None, (share * spent,), (spent,))
+
+
+def _sample(session: Session, run: RecordedRun) -> Tensor:
+    record, first = session.manifest.sampler, run.whole[0]
+    assert record is not None
+    inputs: dict[str, Any] = {spec.name: first[spec.name] for spec in record.inputs}
+    noise = first[record.latent][: record.noise.shape[0]].float() / record.scale
+    return torch.from_numpy(session.sample(noise, **inputs))
 
 
 def _call(session: Session, step: int, calls: Run) -> tuple[Tensor, float]:

@@ -55,7 +55,7 @@ def _facts(comparison: Comparison, grid: ImageGrid | None) -> Table:
         ("runs", f"{runs}, {count_modes(comparison.schedule)}"),
         ("artifact", f"layout {comparison.layout}, {comparison.provider}"),
         ("MACs", f"{comparison.macs_share:.3f} of the full run"),
-        ("time", _time_in_words(comparison)),
+        ("time", f"{1 / comparison.speedup:.3f} of the full run"),
         ("final error", f"{error}, relative L2 of the recorded result"),
         *_measures(comparison.measures, comparison.no_measures),
     ]
@@ -65,13 +65,6 @@ def _facts(comparison: Comparison, grid: ImageGrid | None) -> Table:
         shown = f"first {grid.columns} samples; rows full, cached, difference x {grid.factor}"
         facts.append(("image grid", f"{grid.path}: {shown}"))
     return fact_grid(facts)
-
-
-def _time_in_words(comparison: Comparison) -> str:
-    if comparison.full_seconds is None:
-        return f"{_milliseconds(comparison.cached_seconds)} ms a run"
-    share = comparison.cached_seconds / comparison.full_seconds
-    return f"{share:.3f} of the full run"
 
 
 def _measures(measures: ImageMeasures | None, reason: str | None) -> Iterator[tuple[str, str]]:
@@ -115,8 +108,11 @@ def _mode_table(comparison: Comparison) -> Table:
 
 def _total_table(comparison: Comparison) -> Table:
     full, cached = comparison.full_seconds, comparison.cached_seconds
-    rows = [("full, ONNX Runtime", _milliseconds(full), _share(full, full))] if full else []
-    rows.append(("optimised, ONNX Runtime", _milliseconds(cached), _share(cached, full)))
+    names = ("full, ONNX Runtime", "optimised, ONNX Runtime")
+    rows = [
+        (name, _milliseconds(seconds), _share(seconds, full))
+        for name, seconds in zip(names, (full, cached), strict=True)
+    ]
     return plain_table(("model",), ("ms a run", "of full"), rows)
 
 

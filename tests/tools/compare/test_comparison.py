@@ -255,9 +255,17 @@ def test_sampler_layout_has_the_result_alone(
     for row in comparison.steps:
         assert (row.error, row.full_seconds, row.cached_seconds) == (None, None, None)
     assert {row.full_seconds for row in comparison.modes} == {None}
-    assert (comparison.full_seconds, comparison.speedup) == (None, None)
     assert comparison.cached_seconds > 0
     assert comparison.no_steps == WHOLE_RUN
+
+
+def test_full_run_of_the_sampler_layout_is_reckoned_from_its_refresh_steps(
+    comparisons: dict[Layout, Comparison],
+) -> None:
+    whole, steps = comparisons[Layout.SAMPLER], comparisons[Layout.STEP]
+    # Measured times of a small model on a busy machine: the same but for a factor of 3.
+    assert whole.full_seconds == pytest.approx(steps.full_seconds, rel=2)
+    assert whole.speedup > 1
 
 
 def test_refresh_at_every_step_has_no_error_but_rounding(guided: Case, plain_folder: Path) -> None:
@@ -286,7 +294,7 @@ def untimed(comparison: Comparison) -> Comparison:
         comparison,
         steps=tuple(replace(row, **none) for row in comparison.steps),
         modes=tuple(replace(row, **none) for row in comparison.modes),
-        full_seconds=None,
+        full_seconds=0.0,
         cached_seconds=0.0,
     )
 
@@ -385,7 +393,7 @@ def test_times_of_steps_modes_and_runs_belong_together(
     assert set(comparison.environment) == {"machine", "versions"}
 
 
-@pytest.mark.parametrize(("layout", "total"), [("step", 24), ("sampler", 2)])
+@pytest.mark.parametrize(("layout", "total"), [("step", 24), ("sampler", 3)])
 def test_progress_counts_every_step(layout: str, total: int, guided: Case) -> None:
     seen: list[tuple[float, float]] = []
     compare(
@@ -393,7 +401,7 @@ def test_progress_counts_every_step(layout: str, total: int, guided: Case) -> No
         guided.recording,
         on_progress=lambda now: seen.append((now.done, now.total)),
     )
-    assert seen == [(k, total) for k in range(total + 1)]
+    assert list(dict.fromkeys(seen)) == [(k, total) for k in range(total + 1)]
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -423,12 +431,11 @@ def latent_case(diffusers_dit, tmp_path_factory) -> Case:
     return case_of(diffusers_dit, denoise, noises, (R, FORECAST) * 3, folder, TWO)
 
 
-def test_images_are_measured_in_their_range(
-    guided: Case, comparisons: dict[Layout, Comparison]
-) -> None:
-    measures = comparisons[Layout.STEP].measures
+def test_images_are_measured_in_their_range(guided: Case) -> None:
+    # The results of a model that nobody trained lie far beyond those of images.
+    measures = compare(guided.folder / "step", guided.recording, decoder=Tensor.float).measures
     assert measures is not None
-    assert (measures.kind, measures.data_range) == (PictureKind.IMAGES, 2.0)
+    assert (measures.kind, measures.data_range) == (PictureKind.DECODED, 2.0)
     wanted, got = (
         torch.cat([latents[-1] for latents in runs]).clamp(-1, 1)
         for runs in (guided.wanted, guided.got)

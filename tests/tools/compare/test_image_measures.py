@@ -44,17 +44,26 @@ def measured(full: Tensor, cached: Tensor, decoder: Decoder | None = None) -> Im
     ],
 )
 def test_one_or_three_channels_are_images(channels: int, kind: PictureKind) -> None:
-    assert picture_kind((2, channels, 8, 8), None) is kind
-    assert picture_kind((2, channels, 8, 8), lambda latents: latents) is PictureKind.DECODED
+    assert picture_kind(torch.zeros(2, channels, 8, 8), None) is kind
+    assert (
+        picture_kind(torch.zeros(2, channels, 8, 8), lambda latents: latents) is PictureKind.DECODED
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_far_beyond_images_are_latents(channels: int) -> None:
+    images = draw(1, 2, channels, 16, 16).clamp(-1.2, 1.2)  # of a sampler that does not clamp
+    assert picture_kind(images, None) is PictureKind.IMAGES
+    assert picture_kind(draw(1, 2, channels, 16, 16), None) is PictureKind.LATENTS
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 4, 8, 8)])
 def test_other_dimensions_are_none_without_a_decoder(shape: tuple[int, ...]) -> None:
-    assert picture_kind(shape, None) == NoPictures(
+    assert picture_kind(torch.zeros(shape), None) == NoPictures(
         f"results of the shape {shape} are no (B, C, H, W), and there is no decoder"
     )
     assert isinstance(make_pictures(torch.zeros(shape), torch.zeros(shape), None), NoPictures)
-    assert picture_kind(shape, lambda latents: latents) is PictureKind.DECODED
+    assert picture_kind(torch.zeros(shape), lambda latents: latents) is PictureKind.DECODED
 
 
 def test_psnr_of_images_is_that_of_the_formula() -> None:

@@ -61,8 +61,7 @@ def test_steps_and_modes_have_their_rows() -> None:
 def test_layout_without_steps_says_why() -> None:
     shown = text(describe_comparison(comparison_of(ERRORS, SCHEDULE, layout=Layout.SAMPLER)))
     assert "not shown no steps are seen" in shown
-    assert "time 33 ms a run" in shown
-    assert "optimised, ONNX Runtime 33 -" in shown
+    assert "optimised, ONNX Runtime 33 0.550" in shown
     assert "Steps by mode" not in shown
     assert "Error of the latent" not in shown
 
@@ -163,5 +162,3 @@ def test_numbers_that_are_not_finite_are_none_in_data() -> None:
     assert data["final"]["mean"] is None
     assert data["steps"][1]["error"]["worst"] is None
     assert data["grid"] is None
-    whole = comparison_of(ERRORS, SCHEDULE, layout=Layout.SAMPLER)
-    assert json.loads(comparison_json(whole))["speedup"] is None

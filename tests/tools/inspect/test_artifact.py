@@ -166,3 +166,9 @@ def test_files_that_the_manifest_does_not_know_are_warned_of(copy: Path) -> None
 )
 def test_names_that_differ_in_one_number_are_one(names: list[str], folded: str) -> None:
     assert fold_names(names) == folded
+
+
+def test_targets_are_shown_where_steps_calibrate(home: Path, manifest: Manifest) -> None:
+    assert "Calibration targets" in printed(facts_of_artifact(home, manifest))
+    uncalibrated = facts_of_artifact(home, manifest, schedule=(R, F, R, F))
+    assert "Calibration targets" not in printed(uncalibrated)
