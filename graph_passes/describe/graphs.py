@@ -15,8 +15,9 @@ from calicache.graph_passes.describe.parts import (
     BETWEEN,
     RESTS,
     WHOLE,
+    BlockPaths,
     dotted_place,
-    find_block_lists,
+    find_blocks,
     find_parts,
     target_part,
 )
@@ -147,8 +148,8 @@ def view_graphs(captured: CapturedGraph, variant_set: VariantSet) -> ModelGraphs
         VerifyError: the names of a variant do not agree with the plain graph.
     """
     calls = [node for node in captured.graph.nodes if node.op == "call_function"]
-    lists = find_block_lists(module_path(node).split("@")[0] for node in calls)
-    parts, macs = find_parts(captured.graph, lists), count_macs(captured.graph)
+    paths = find_blocks(module_path(node).split("@")[0] for node in calls)
+    parts, macs = find_parts(captured.graph, paths), count_macs(captured.graph)
     nodes = tuple(
         _node_view(node, parts[node.name], macs.get(node.name, 0))
         for node in captured.graph.nodes
@@ -156,7 +157,7 @@ def view_graphs(captured: CapturedGraph, variant_set: VariantSet) -> ModelGraphs
     )
     plain = GraphView(PLAIN, nodes, _names(graph_outputs(captured.graph)))
     modes = {
-        mode: _view_variant(variant, plain, variant_set, lists)
+        mode: _view_variant(variant, plain, variant_set, paths)
         for mode, variant in sorted(variant_set.variants.items())
     }
     ran = dict.fromkeys((*(parts[node.name] for node in calls), *parts.values()))
@@ -168,13 +169,13 @@ def _view_variant(
     variant: Variant,
     plain: GraphView,
     variant_set: VariantSet,
-    lists: Sequence[str],
+    paths: BlockPaths,
 ) -> GraphView:
     graph, known = variant.module.graph, {node.name: node for node in plain.nodes}
     marks = _marks(variant, known, variant_set.slots())
-    places = _cache_places(graph, known, variant_set, lists)
+    places = _cache_places(graph, known, variant_set, paths)
     given = {name: node.block for name, node in known.items()}
-    parts = find_parts(graph, lists, given | {name: part for name, (part, _) in places.items()})
+    parts = find_parts(graph, paths, given | {name: part for name, (part, _) in places.items()})
     counts = count_macs(graph)
     views: dict[str, NodeView] = {}
     for node in graph.nodes:
@@ -197,7 +198,7 @@ def _view_variant(
 
 
 def _cache_places(
-    graph: fx.Graph, known: Mapping[str, NodeView], variant_set: VariantSet, lists: Sequence[str]
+    graph: fx.Graph, known: Mapping[str, NodeView], variant_set: VariantSet, paths: BlockPaths
 ) -> dict[str, tuple[str, str]]:
     """Part and module of every kept value that a variant reads: those of what is kept."""
     slots = variant_set.slots()
@@ -207,7 +208,7 @@ def _cache_places(
             cache, _ = slots[str(node.target)]
             source = known[cache.node]
             target = cache.folded or source.module
-            places[node.name] = (target_part(target, source.block, lists), target)
+            places[node.name] = (target_part(target, source.block, paths), target)
     return places
 
 

@@ -2,13 +2,15 @@
 
 Blocks are found by the module paths alone. A numbered path component makes a list, as
 nn.ModuleList and nn.Sequential do; a list holds the blocks if most of its elements are alike and
-have modules of their own. No class names.
+have modules of their own. A module beside a list that is like its elements, as the middle of a
+model with skip connections, is a block that stands alone. No class names.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -17,6 +19,59 @@ from calicache.graph_passes.graph.surgery import module_path
 BEFORE, BETWEEN, AFTER = "before", "between", "after"
 RESTS = (BEFORE, BETWEEN, AFTER)
 WHOLE = "model"  # of a model without repeated blocks
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPaths:
+    """Where the blocks of a model are.
+
+    Attributes:
+        lists: dotted paths of the lists whose elements are blocks, the main one first.
+        alone: dotted paths of the blocks that stand alone.
+    """
+
+    lists: tuple[str, ...]
+    alone: tuple[str, ...] = ()
+
+    def block(self, path: str) -> str | None:
+        """The block that a path is in."""
+        names = path.split(".")
+        for name in self.lists:
+            depth = name.count(".") + 1 if name else 0
+            inside = ".".join(names[:depth]) == name
+            if inside and names[depth : depth + 1] and names[depth].isdigit():
+                return ".".join(names[: depth + 1])
+        return next((name for name in self.alone if _nested(path, name)), None)
+
+
+def find_blocks(paths: Iterable[str]) -> BlockPaths:
+    """The lists of blocks, and the blocks beside them.
+
+    Args:
+        paths: module paths of the nodes, in graph order.
+    """
+    known = tuple(paths)
+    lists = find_block_lists(known)
+    parents = {name.rpartition(".")[0] for name in lists if name}
+    elements: dict[str, set[str]] = {}
+    others: dict[str, set[str]] = {}
+    for path in known:
+        block = BlockPaths(lists).block(path)
+        if block is not None:
+            elements.setdefault(block, set()).add(path[len(block) :])
+        for parent in parents if block is None else ():
+            if parent == "" or _nested(path, parent):
+                depth = parent.count(".") + 1 if parent else 0
+                name = ".".join(path.split(".")[: depth + 1])
+                others.setdefault(name, set()).add(path[len(name) :])
+    alone = [n for n, own in others.items() if any(_like(own, e) for e in elements.values())]
+    return BlockPaths(lists, tuple(alone))
+
+
+def _like(one: set[str], other: set[str]) -> bool:
+    """Whether two modules have most of their modules in common, and more than a layer."""
+    common = len((one & other) - {""})
+    return common > 1 and 2 * common > max(len(one), len(other))
 
 
 def find_block_lists(paths: Iterable[str]) -> tuple[str, ...]:
@@ -60,7 +115,7 @@ def _nested(inner: str, outer: str) -> bool:
 
 
 def find_parts(
-    graph: fx.Graph, lists: Sequence[str], known: Mapping[str, str] | None = None
+    graph: fx.Graph, blocks: BlockPaths, known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """The part of every node but the output: a block such as `blocks.3`, or a rest.
 
@@ -69,16 +124,16 @@ def find_parts(
 
     Args:
         graph: the plain graph, or that of a variant.
-        lists: from `find_block_lists`.
+        blocks: from `find_blocks`.
         known: parts of some of the nodes by name.
     """
     nodes = [node for node in graph.nodes if node.op != "output"]
-    if not lists:
+    if not blocks.lists:
         return {node.name: WHOLE for node in nodes}
     parts = dict(known or {})
     for node in nodes:
         if node.name not in parts:
-            part = _block_of(node, lists) or _source_part(node, parts)
+            part = _block_of(node, blocks) or _source_part(node, parts)
             parts |= {node.name: part} if part else {}
     leads, comes = _to_blocks(nodes, parts), _from_blocks(nodes, parts)
     for node in nodes:
@@ -93,36 +148,26 @@ def find_parts(
     return {node.name: parts[node.name] for node in nodes}
 
 
-def target_part(target: str, part: str, lists: Sequence[str]) -> str:
+def target_part(target: str, part: str, blocks: BlockPaths) -> str:
     """The part of a calibration target whose input or output is in a part.
 
     The two differ where a block reads its input as it comes from the block before. The target's
     name does not tell which call of the block it is in, the part does.
     """
-    element = _element(target.partition("@")[0], lists)
+    element = blocks.block(target.partition("@")[0])
     return part if element in (None, part.partition("@")[0]) else element
 
 
-def _block_of(node: fx.Node, lists: Sequence[str]) -> str | None:
+def _block_of(node: fx.Node, blocks: BlockPaths) -> str | None:
     """The block whose module or weight a node is, or whose target it calibrates."""
-    element = _element(str(node.target), lists) if node.op == "get_attr" else None
+    element = blocks.block(str(node.target)) if node.op == "get_attr" else None
     for key, (module, _) in (node.meta.get("nn_module_stack") or {}).items():
         if element is None:
-            element = _element(str(module), lists)
+            element = blocks.block(str(module))
             _, at, call = str(key).rpartition("@")
             element = f"{element}@{call}" if at and element == module else element
     target = node.meta.get("calibrates")
-    return target_part(target, element or "", lists) or None if target else element
-
-
-def _element(path: str, lists: Sequence[str]) -> str | None:
-    """The element of one of the lists that a path is in."""
-    names = path.split(".")
-    for name in lists:
-        depth = name.count(".") + 1 if name else 0
-        if ".".join(names[:depth]) == name and names[depth : depth + 1] and names[depth].isdigit():
-            return ".".join(names[: depth + 1])
-    return None
+    return target_part(target, element or "", blocks) or None if target else element
 
 
 def _source_part(node: fx.Node, parts: Mapping[str, str]) -> str | None:

@@ -74,6 +74,26 @@ class Stack(nn.Module):
         return x
 
 
+class Skips(nn.Module):
+    """Blocks on the way down and up, one between them, and skip connections from side to side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(Mix() for _ in range(2))
+        self.mid = Mix()
+        self.up = nn.ModuleList(Mix() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for layer in self.down:
+            x = layer(x)
+            kept.append(x)
+        x = self.mid(x)
+        for layer in self.up:
+            x = layer(x + kept.pop())
+        return x
+
+
 class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

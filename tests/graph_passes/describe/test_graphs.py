@@ -11,6 +11,7 @@ from support.small_graphs import (
     REFRESH,
     REUSE,
     Mix,
+    Skips,
     Stack,
     compiled,
     named,
@@ -29,7 +30,7 @@ from calicache.graph_passes import (
 )
 from calicache.graph_passes.common.errors import VerifyError
 from calicache.graph_passes.describe.graphs import Mark
-from calicache.graph_passes.describe.parts import find_block_lists
+from calicache.graph_passes.describe.parts import find_block_lists, find_blocks
 from calicache.graph_passes.rewriting.insertion import slot_name
 
 
@@ -185,6 +186,31 @@ def test_inserted_nodes_and_caches_are_in_the_block_of_what_they_stand_for(
 )
 def test_block_lists_are_found_by_structure(paths: list[str], lists: tuple[str, ...]) -> None:
     assert find_block_lists(paths) == lists
+
+
+@pytest.mark.parametrize(
+    ("around", "alone"),
+    [
+        (["mid.attn.q", "mid.mlp.fc"], ("mid",)),
+        (["mid.attn.q", "mid.mlp.fc", "mid.skip"], ("mid",)),  # and what joins the skips
+        (["mid.conv", "embed.attn.q", "head"], ()),
+        (["refine.0.attn.q", "refine.0.mlp.fc"], ()),  # a list of its own
+    ],
+)
+def test_a_module_like_the_blocks_is_a_block(around: list[str], alone: tuple[str, ...]) -> None:
+    layers = [f"{k}.{name}" for k in (0, 1) for name in ("attn.q", "mlp.fc")]
+    inside = [f"{side}.{layer}" for side in ("down", "up") for layer in layers]
+    blocks = find_blocks([*inside[:4], *around, *inside[4:]])
+    assert (blocks.lists[:2], blocks.alone) == (("down", "up"), alone)
+    assert blocks.block("mid.attn.q") == ("mid" if alone else None)
+    assert blocks.block("middle.attn.q") is None
+
+
+def test_middle_of_a_model_with_skips_has_its_place() -> None:
+    model = compiled(Skips(), 2, 5, 8)
+    graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
+    assert graphs.parts == ("before", "down.0", "down.1", "mid", "up.0", "up.1", "after")
+    assert view_block(graphs, "mid", CALIBRATE).count(Mark.INSERTED) > 0
 
 
 def test_branch_that_reads_the_block_before_is_in_its_own_block() -> None:
