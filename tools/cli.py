@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
@@ -63,6 +64,8 @@ def _later(command: Callable[..., None], module: str) -> Callable[..., None]:
 
     @wraps(command)
     def call(**arguments: Any) -> None:
+        # When it is loaded, ONNX Runtime would write a database of what it counts below HOME.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         getattr(importlib.import_module(module), command.__name__)(**arguments)
 
     return call

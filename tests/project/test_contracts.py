@@ -101,7 +101,7 @@ def test_no_folder_has_more_entries_than_one_sees_at_a_glance() -> None:
 
 FORBIDDEN_CODE = {
     "TID251": "from typing import TYPE_CHECKING\n",
-    "TID253": "import plotly\n",
+    "TID253": "import pygraphviz\n",
     "PLC0415": "def draw() -> None:\n    import numpy\n",
 }
 

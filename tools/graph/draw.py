@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -25,6 +30,7 @@ _FILL = "26"  # alpha: the page shines through, so that the text has the page's 
 _SVG = "http://www.w3.org/2000/svg"
 # A file of its own follows the reader's theme; inside a page this matches nothing.
 _STYLE = "svg:root{color-scheme:light dark;color:CanvasText}"
+STDERR = 2
 _FONT = {"fontname": "Helvetica,Arial,sans-serif", "fontsize": "10"}
 _SHAPES: Mapping[Kind, dict[str, str]] = {
     Kind.OPERATION: {"shape": "box", "style": "filled,rounded"},
@@ -119,6 +125,7 @@ def _mermaid_edge(edge: DrawnEdge, ids: Mapping[str, str]) -> str:
 def _layout(drawing: Drawing, legend: Sequence[DrawnNode]) -> bytes:
     """The drawing as Graphviz's `dot` lays it out, as SVG."""
     pygraphviz = import_library("pygraphviz", "pygraphviz", "lays the graph out")
+    _load_fonts()
     graph = pygraphviz.AGraph(name=drawing.title, directed=True, strict=False)
     graph.graph_attr.update(bgcolor="transparent", ranksep="0.35", nodesep="0.2")
     graph.node_attr.update(_FONT, margin="0.1,0.05", height="0.3")
@@ -137,6 +144,28 @@ def _layout(drawing: Drawing, legend: Sequence[DrawnNode]) -> bytes:
         graph.add_edge(edge.source, edge.target, **look)
     drawn: bytes = graph.draw(format="svg", prog="dot")
     return drawn
+
+
+@cache
+def _load_fonts() -> None:
+    """Let Graphviz find its fonts, once in a process, without a trace.
+
+    Its library for fonts makes folders for a cache wherever HOME is said to be, and warns, on the
+    error stream of the process itself, of what a newer configuration of the system has.
+    """
+    graph = importlib.import_module("pygraphviz").AGraph("graph { a }")
+    cache_home, errors = os.environ.get("XDG_CACHE_HOME"), os.dup(STDERR)
+    with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "told").open("w") as told:
+        os.environ["XDG_CACHE_HOME"] = scratch
+        os.dup2(told.fileno(), STDERR)
+        try:
+            graph.draw(format="svg", prog="dot")
+        finally:
+            os.dup2(errors, STDERR)
+            os.close(errors)
+            del os.environ["XDG_CACHE_HOME"]
+            if cache_home is not None:
+                os.environ["XDG_CACHE_HOME"] = cache_home
 
 
 def _add_legend(graph: Any, legend: Sequence[DrawnNode]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +11,8 @@ from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import Front
 from calicache.tools.compare.comparison import Comparison
 from calicache.tools.compare.operators import OperatorTime
-from calicache.tools.compare.site_errors import SiteErrors
 from calicache.tools.inspect.artifact import ArtifactFacts, ModeFacts
-from calicache.tools.report.data import EnergyCurve, ReportData
-from calicache.tools.terminal.options import import_library
+from calicache.tools.report.data import EnergyCurve, PlanPoint, ReportData
 
 COLOURS = {
     StepMode.REFRESH: "#d1495b",
@@ -25,21 +22,10 @@ COLOURS = {
 }
 _FAINTEST = 1e-8  # below this an error is rounding
 _MOST_OPERATORS = 8
-_ROW, _AROUND = 22, 140  # pixels
 
 _LOGARITHMS = {"type": "log", "exponentformat": "power"}  # of an axis
 
 Chart = dict[str, Any]
-
-
-def plotly_script() -> str:
-    """Plotly's own JavaScript, for a page that works offline.
-
-    Raises:
-        LibraryError: plotly is missing.
-    """
-    offline = import_library("plotly.offline", "plotly", "draws the charts")
-    return str(offline.get_plotlyjs())
 
 
 def report_charts(data: ReportData) -> dict[str, tuple[Chart, ...]]:
@@ -48,8 +34,8 @@ def report_charts(data: ReportData) -> dict[str, tuple[Chart, ...]]:
     modes: Sequence[ModeFacts] = facts.modes if isinstance(facts, ArtifactFacts) else ()
     charts: dict[str, tuple[Chart, ...]]
     charts = {"schedule": (schedule_chart(facts.schedule.modes, modes),)}
-    if data.errors is not None:
-        charts["errors"] = (site_error_chart(data.errors),)
+    if data.front is not None or data.points:
+        charts["tradeoff"] = (tradeoff_chart(data.front, data.points),)
     if comparison is not None and comparison.no_steps is None:
         charts["steps"] = (step_error_chart(comparison), time_chart(comparison))
     if data.curves:
@@ -58,8 +44,6 @@ def report_charts(data: ReportData) -> dict[str, tuple[Chart, ...]]:
         charts["cost"] = (cost_chart(facts),)
     if data.operators is not None:
         charts["operators"] = (operator_chart(data.operators),)
-    if data.front is not None:
-        charts["front"] = (front_chart(data.front),)
     return charts
 
 
@@ -80,38 +64,9 @@ def schedule_chart(schedule: Sequence[StepMode], modes: Sequence[ModeFacts]) -> 
         for mode, steps in places.items()
         if steps
     ]
-    return _chart(bars, "step", "MACs, share of the plain step", barmode="overlay", height=260)
-
-
-def site_error_chart(errors: SiteErrors) -> Chart:
-    """Relative error by site and step, on a logarithmic colour scale."""
-    steps = list(range(len(errors.schedule)))
-    values = [
-        [None if v is None else math.log10(max(v, _FAINTEST)) for v in row] for row in errors.errors
-    ]
-    texts = [
-        [
-            f"{site}<br>step {k}: {errors.schedule[k].name}<br>"
-            + ("not computed" if value is None else f"relative error {value:.3g}")
-            for k, value in zip(steps, row, strict=True)
-        ]
-        for site, row in zip(errors.sites, errors.errors, strict=True)
-    ]
-    known = [v for row in values for v in row if v is not None]
-    ticks = list(range(math.floor(min(known)), math.ceil(max(known)) + 1))
-    heat = {
-        "type": "heatmap",
-        "x": steps,
-        "y": list(errors.sites),
-        "z": values,
-        "text": texts,
-        "hovertemplate": "%{text}<extra></extra>",
-        "hoverongaps": False,
-        "colorscale": "Viridis",
-        "colorbar": {"tickvals": ticks, "ticktext": [f"1e{tick}" for tick in ticks]},
-    }
-    axis = {"autorange": "reversed", "automargin": True}
-    return _chart([heat], "step", "", axis, height=_AROUND + _ROW * len(errors.sites))
+    chart = _chart(bars, "step", "MACs, share of the plain step", barmode="overlay", height=260)
+    chart["layout"]["xaxis"]["range"] = [-0.6, len(schedule) - 0.4]
+    return chart
 
 
 def step_error_chart(comparison: Comparison) -> Chart:
@@ -181,7 +136,7 @@ def operator_chart(operators: Sequence[OperatorTime]) -> Chart:
         )
         for name, by_mode in spent.items()
     ]
-    return _chart(bars, "ms of one step", "", {"automargin": True}, barmode="stack")
+    return _chart(bars, "ms of one step", "", barmode="stack", height=420)
 
 
 def cost_chart(facts: ArtifactFacts) -> Chart:
@@ -190,7 +145,7 @@ def cost_chart(facts: ArtifactFacts) -> Chart:
     macs = [facts.manifest.plain_macs, *(mode.macs for mode in facts.modes)]
     colours = ["#888", *(COLOURS[mode.mode] for mode in facts.modes)]
     bar = _trace("bar", "MACs", names, macs, "%{x}<br>%{y:.3s} MACs", marker={"color": colours})
-    return _chart([bar], "", "MACs of one call")
+    return _chart([bar], "", "MACs of one call", {"exponentformat": "SI"})
 
 
 def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
@@ -210,26 +165,48 @@ def energy_chart(curves: Sequence[EnergyCurve]) -> Chart:
     return _chart(lines, "rank", "share of the energy left out", _LOGARITHMS)
 
 
-def front_chart(front: Front) -> Chart:
-    """Error against cost of a search's points, the taken one larger."""
-    points, chosen = front.points, front.points[front.choice]
-    dots = _trace(
-        "scatter",
-        "points",
-        [point.cost for point in points],
-        [max(point.error.mean, _FAINTEST) for point in points],
-        "%{text}<br>cost %{x:.3f}, error %{y:.3g}",
-        mode="lines+markers",
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [max(0.0, point.error.worst - point.error.mean) for point in points],
-            "arrayminus": [0.0 for _ in points],
-        },
-        marker={"size": [16 if point is chosen else 9 for point in points]},
-        text=[f"point {k}: {point.label}" for k, point in enumerate(points)],
-    )
-    return _chart([dots], f"cost, share of the full run ({front.unit})", "error", _LOGARITHMS)
+def tradeoff_chart(front: Front | None, measured: Sequence[PlanPoint]) -> Chart:
+    """Error against cost: what a search found, and this plan, searched and measured."""
+    traces = []
+    if front is not None:
+        points, taken = front.points, front.points[front.choice]
+        found = _trace(
+            "scatter",
+            "found by the search",
+            [point.cost for point in points],
+            [max(point.error.mean, _FAINTEST) for point in points],
+            f"%{{text}}<br>cost %{{x:.3f}} in {front.unit}, error %{{y:.3g}}",
+            mode="lines+markers",
+            line={"color": "#888"},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [max(0.0, point.error.worst - point.error.mean) for point in points],
+                "arrayminus": [0.0 for _ in points],
+            },
+            marker={"size": 9},
+            text=[f"point {k}: {point.label}" for k, point in enumerate(points)],
+        )
+        traces += [found, _place("this plan in the search", taken.cost, taken.error.mean, "circle")]
+    symbols = ("diamond", "star")
+    traces += [
+        _place(point.name, point.share, point.error, symbol)
+        for point, symbol in zip(measured, symbols, strict=False)
+    ]
+    full = {"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1}
+    dotted = {**full, "line": {"dash": "dot", "color": "#888"}}
+    chart = _chart(traces, "cost, share of the full run", "error", _LOGARITHMS, shapes=[dotted])
+    costs = [cost for trace in traces for cost in trace["x"]]
+    chart["layout"]["xaxis"]["range"] = [0, 1.05 * max(1.0, *costs)]
+    return chart
+
+
+def _place(name: str, share: float, error: float, symbol: str) -> Chart:
+    """Where this plan is, as a marker of its own."""
+    hover = f"{name}<br>cost %{{x:.3f}}, error %{{y:.3g}}"
+    marker = {"size": 16, "symbol": symbol}
+    errors = [max(error, _FAINTEST)]
+    return _trace("scatter", name, [share], errors, hover, mode="markers", marker=marker)
 
 
 def _trace(
@@ -245,13 +222,13 @@ def _chart(
 ) -> Chart:
     """A chart of traces; `axis` is what is said of that of y, `more` of the layout."""
     layout = {
-        "xaxis": {"title": {"text": x}},
-        "yaxis": {"title": {"text": y}, **(axis or {})},
-        "margin": {"l": 70, "r": 20, "t": 20, "b": 50},
+        "xaxis": {"title": {"text": x}, "automargin": True},
+        "yaxis": {"title": {"text": y}, "automargin": True, **(axis or {})},
+        "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "height": 360,
-        "legend": {"orientation": "h", "y": -0.25},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         **more,
     }
     chart = {"data": list(data), "layout": layout}

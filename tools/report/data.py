@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.settings.front import Front
 from calicache.tools.compare.comparison import Comparison, compare
 from calicache.tools.compare.operators import OperatorTime, profile
+from calicache.tools.compare.pictures import PictureKind
 from calicache.tools.compare.site_errors import SiteErrors, site_errors
 from calicache.tools.inspect.artifact import ArtifactFacts
 from calicache.tools.inspect.command import inspect_subject
@@ -28,12 +29,10 @@ from calicache.tools.inspect.layers import Target
 from calicache.tools.inspect.plan import PlanFacts
 from calicache.tools.inspect.recording import RecordingFacts
 
-NO_RECORDING = "No recording was given: --recording T."
-NO_MODEL = "No plan and model were given: --plan PLAN --model FILE.py:FUNCTION."
+RECORDING, PLAN, MODEL = "--recording RECORDING", "--plan PLAN", "--model FILE.py:FUNCTION"
+SEARCHED = "a plan that calicache search made"
+ARTIFACT = "an artifact of this plan, in its place"
 PROFILED = 1  # recorded runs
-_NO_FRONT = "The plan was not searched for: Plan.search, or calicache search, gives a front."
-_NO_COSTS = "A plan alone has no costs: report on an artifact."
-_NOWHERE = "A plan runs nowhere by itself: export it, and report on the artifact."
 _STAGES = 6  # at the most, drawing included
 
 
@@ -54,6 +53,21 @@ class EnergyCurve:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanPoint:
+    """Where this plan is, between the cost of the full run and none.
+
+    Attributes:
+        name: what was measured, and how.
+        share: of the full run's cost.
+        error: relative L2 error of the results.
+    """
+
+    name: str
+    share: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReportData:
     """What a report shows; None where `missing` says why.
 
@@ -65,7 +79,8 @@ class ReportData:
         operators: time of an artifact's operators.
         curves: of the calibration targets.
         front: of the search that the plan is from.
-        missing: why sections of the page show nothing, by the name of the section.
+        points: of this plan, by what was measured here.
+        missing: why sections of the page are left out, by the name of the section.
     """
 
     facts: ArtifactFacts | PlanFacts
@@ -75,6 +90,7 @@ class ReportData:
     operators: tuple[OperatorTime, ...] | None
     curves: tuple[EnergyCurve, ...] | None
     front: Front | None
+    points: tuple[PlanPoint, ...]
     missing: Mapping[str, str]
 
 
@@ -123,16 +139,39 @@ def gather_report(
         _next(meter, "compare branch by branch")
         errors = site_errors(optimized, recording)
     graphs, curves = _inside(facts, optimized)
+    points = tuple(_plan_points(comparison, errors, optimized))
+    given = {RECORDING: recording, PLAN: plan, MODEL: model}
+    absent = [name for name, value in given.items() if value is None]
     missing = {
+        "tradeoff": None if front or points else f"{RECORDING}, or {SEARCHED}",
+        "errors": None if errors else _in_words(absent),
+        "graphs": None if graphs else MODEL,
+        "energy": None if curves else MODEL if curves is None else "a layer that is calibrated",
+        "cost": ARTIFACT if isinstance(facts, PlanFacts) else None,
         **_not_measured(facts, comparison),
-        "errors": None if errors else NO_MODEL if optimized is None else NO_RECORDING,
-        "graphs": None if graphs else NO_MODEL,
-        "energy": NO_MODEL if curves is None else None if curves else "No layer is calibrated.",
-        "cost": _NO_COSTS if isinstance(facts, PlanFacts) else None,
-        "front": None if front else _NO_FRONT,
     }
     why = {name: reason for name, reason in missing.items() if reason}
-    return ReportData(facts, graphs, comparison, errors, operators, curves, front, why)
+    return ReportData(facts, graphs, comparison, errors, operators, curves, front, points, why)
+
+
+def _plan_points(
+    comparison: Comparison | None,
+    errors: SiteErrors | None,
+    optimized: OptimizedModel | None,
+) -> Iterator[PlanPoint]:
+    """Where this plan is by MACs, and by time where that was measured."""
+    if comparison is not None:
+        error = comparison.final.mean
+        yield PlanPoint("this plan by MACs", comparison.macs_share, error)
+        yield PlanPoint("this plan by time, measured", 1 / comparison.speedup, error)
+    elif errors is not None and errors.result is not None and optimized is not None:
+        share = optimized.compiled.cost.run_share(optimized.plan.schedule)
+        yield PlanPoint("this plan by MACs", share, errors.result)
+
+
+def _in_words(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _subject(path: Path | str) -> ArtifactFacts | PlanFacts:
@@ -183,12 +222,14 @@ def _check_plan(plan: Plan | None, weights_hash: str) -> None:
 def _not_measured(
     facts: ArtifactFacts | PlanFacts, comparison: Comparison | None
 ) -> dict[str, str | None]:
-    """Why there is nothing of a run, by section."""
+    """What is needed to see something of a run, by section."""
     if comparison is None:
-        why = NO_RECORDING if isinstance(facts, ArtifactFacts) else _NOWHERE
+        why = RECORDING if isinstance(facts, ArtifactFacts) else f"{ARTIFACT}, and {RECORDING}"
         return dict.fromkeys(("steps", "operators", "images"), why)
-    unseen = "The layout sampler makes its steps out of sight." if comparison.no_steps else None
-    return {"steps": comparison.no_steps, "operators": unseen, "images": comparison.no_measures}
+    seen = None if comparison.no_steps is None else "another layout: sampler hides its steps"
+    pictures = comparison.pictures
+    drawn = pictures is not None and pictures.kind is not PictureKind.LATENTS
+    return {"steps": seen, "operators": seen, "images": None if drawn else "results in pixels"}
 
 
 def _operator_times(facts: ArtifactFacts, recording: Recording) -> tuple[OperatorTime, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from calicache.tools.graph.draw import COLOURS as MARK_COLOURS
 from calicache.tools.graph.draw import svg_text
 from calicache.tools.graph.drawing import LEGEND
 from calicache.tools.inspect.artifact import COST_COLUMNS, ArtifactFacts, cost_rows
-from calicache.tools.report.charts import COLOURS, plotly_script, report_charts
+from calicache.tools.report.charts import COLOURS, report_charts
 from calicache.tools.report.data import ReportData
 from calicache.tools.terminal.options import import_library
 from calicache.tools.terminal.text import format_count
 
 WHOLE = "whole model"
+_FAINTEST = 1e-5  # error without colour
 _MOST_DRAWN = 100  # blocks; each takes the layout a tenth of a second or two
 
 
@@ -67,7 +69,8 @@ def render_report(data: ReportData) -> str:
             data=data,
             facts=facts,
             manifest=facts.manifest if isinstance(facts, ArtifactFacts) else None,
-            missing={"images": "The results are latents, which nothing decoded.", **data.missing},
+            missing=data.missing,
+            heat=heat,
             counts=count_modes(facts.schedule.modes),
             ranks=sorted({2**k for k in range(20)} & {r for curve in curves for r in curve.kept}),
             cost=(COST_COLUMNS, cost_rows(facts) if isinstance(facts, ArtifactFacts) else ()),
@@ -85,12 +88,17 @@ def render_report(data: ReportData) -> str:
             marks=tuple((MARK_COLOURS[node.mark], node.about) for node in LEGEND),
             images=images,
             colours={mode.name: colour for mode, colour in COLOURS.items()},
-            plotly=plotly_script(),
+            plotly=_asset("plotly-basic.min.js"),
             pan_zoom=_asset("svg-pan-zoom.min.js"),
             style=_asset("report.css"),
             script=_asset("report.js"),
         )
     )
+
+
+def heat(error: float) -> int:
+    """How much colour the cell of an error has: per cent, by its logarithm, from 1e-5 to 1."""
+    return round(100 * (1 + math.log10(min(max(error, _FAINTEST), 1.0)) / -math.log10(_FAINTEST)))
 
 
 def _layers(data: ReportData) -> dict[str, str]:

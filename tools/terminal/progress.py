@@ -57,14 +57,13 @@ class _OneLine:
     """Prints one line when work takes long: for logs, which no bar can move in."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._begun = console, time.monotonic()
-        self._before: float | None = None  # what an earlier, interrupted search did
+        self._console = console
+        self._first: tuple[float, float] | None = None  # when work began, and how far it was
         self._told = False
 
     def __call__(self, now: Progress) -> None:
-        if self._before is None:
-            self._before = now.done
-        seconds, gained = time.monotonic() - self._begun, now.done - self._before
+        begun, done = self._first = self._first or (time.monotonic(), now.done)
+        seconds, gained = time.monotonic() - begun, now.done - done
         if self._told or seconds < _SOON or not gained:
             return
         self._told = True

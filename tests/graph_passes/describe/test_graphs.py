@@ -211,7 +211,7 @@ def test_middle_of_a_model_with_skips_has_its_place() -> None:
     graphs = view_graphs(model.compiled.captured, model.compiled.variant_set)
     # What is between them are the additions of the skip connections.
     blocks = ("down.0", "down.1", "mid", "up.0", "up.1")
-    assert graphs.parts == ("before", *blocks, "between", "after")
+    assert graphs.parts == ("before", *blocks, "between")
     assert view_block(graphs, "mid", CALIBRATE).count(Mark.INSERTED) > 0
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -22,15 +25,15 @@ from calicache.graph_passes.settings.front import ErrorSummary, Front, FrontPoin
 from calicache.tools.cli import app
 from calicache.tools.compare.site_errors import LATENTS, OUTPUT, site_errors
 from calicache.tools.report import page as report_page
-from calicache.tools.report.data import gather_report
+from calicache.tools.report.data import MODEL, PLAN, RECORDING, SEARCHED, gather_report
 from calicache.tools.report.page import render_report, write_report
 
 pytestmark = pytest.mark.slow
 
 R, C, U, F = StepMode
 SCHEDULE = (R, C, F, R, U, C)
-SECTIONS = ["summary", "schedule", "errors", "steps", "energy", "cost", "operators", "front"]
-SECTIONS += ["belonging", "graphs", "images"]
+SECTIONS = ["summary", "tradeoff", "schedule", "errors", "steps", "energy", "cost", "operators"]
+SECTIONS += ["belonging", "graphs", "more"]
 CHROMIUM = which("chromium") or which("chromium-browser")
 MODEL_FILE = (
     "from support.small_subjects import small_model\n\ndef build():\n    return small_model()\n"
@@ -148,13 +151,24 @@ def test_recording_of_another_length_is_refused(model: nn.Module, plan: Plan) ->
 # What is gathered.
 
 
-def test_artifact_alone_says_what_is_missing(folder: Path) -> None:
+def test_artifact_alone_says_in_a_line_each_what_more_takes(folder: Path) -> None:
     data = gather_report(folder / "small.onnx.d")
-    assert set(data.missing) == {"steps", "images", "operators", "errors", "front"}
+    assert data.missing == {
+        "tradeoff": f"{RECORDING}, or {SEARCHED}",
+        "steps": RECORDING,
+        "images": RECORDING,
+        "operators": RECORDING,
+        "errors": f"{RECORDING}, {PLAN} and {MODEL}",
+    }
     assert data.curves
     assert data.graphs is not None
     text = render_report(data)
-    assert all(reason in text for reason in ("--recording", "Plan.search"))
+    assert re.findall(r'<section id="([a-z]+)"', text) == [
+        name for name in SECTIONS if name not in data.missing
+    ]
+    lines = re.findall(r"<li>(.*?) <span[^>]*>Needs (.*?)\.</span>", text)
+    assert [needs for _, needs in lines] == list(data.missing.values())
+    assert ("Why is it slow?", RECORDING) in lines
 
 
 def test_artifact_of_a_search_shows_its_front(
@@ -186,7 +200,8 @@ def test_plan_with_model_shows_energies_and_front(folder: Path, model: nn.Module
         shares = list(curve.kept.values())
         assert shares == sorted(shares)
         assert shares[-1] == pytest.approx(1.0, rel=1e-6)  # float32 energies, summed
-    assert data.missing["steps"].startswith("A plan runs nowhere by itself")
+    assert data.missing["steps"].startswith("an artifact of this plan")
+    assert "plan" not in data.missing.get("errors", "")  # that is what was given
 
 
 def test_plan_of_another_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -209,6 +224,21 @@ def test_output_must_be_a_page(folder: Path, name: str) -> None:
     assert not (folder / name).exists()
 
 
+def test_command_says_nothing_and_leaves_nothing_below_home(folder: Path, tmp_path: Path) -> None:
+    """Graphviz's library for fonts and ONNX Runtime both write there when they are loaded."""
+    home, output = tmp_path / "nowhere" / "home", tmp_path / "report.html"
+    done = subprocess.run(
+        [Path(sys.executable).with_name("calicache"), "report", "small.onnx.d", "-o", output],
+        env={**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not home.parent.exists()
+
+
 # The page.
 
 
@@ -216,7 +246,8 @@ def test_page_has_every_section_and_needs_no_network(page: Path) -> None:
     text = page.read_text()
     assert re.findall(r'<section id="([a-z]+)"', text) == SECTIONS
     # These results are neither images nor was a decoder given.
-    assert re.findall("Not shown: ([a-z]+ [a-z]+)", text) == ["results of"]
+    assert re.findall("Needs ([a-z ]+)", text) == ["results in pixels"]
+    assert len(text) < 3e6
     own = text.split("<script>")[0] + text[text.index('<script id="charts"') :]
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", own)
     assert "@import" not in own
@@ -264,7 +295,7 @@ def tab(browser: Any, page: Path) -> Iterator[Any]:
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("request", lambda request: said.append(request.url) if "http" in request.url else None)
     tab.goto(page.as_uri())
-    tab.wait_for_selector("#chart-front-0 .main-svg")
+    tab.wait_for_selector("#chart-operators-0 .main-svg")
     assert tab.locator("#mode").input_value() == "CALIBRATE"
     yield tab
     tab.close()
@@ -282,13 +313,59 @@ def opened(tab: Any) -> Any:
 
 def test_charts_are_drawn_and_a_hover_tells_the_value(opened: Any) -> None:
     assert opened.locator(".chart .main-svg").count() >= opened.locator(".chart").count() >= 7
-    heat = opened.locator("#chart-errors-0 .nsewdrag").first
-    heat.scroll_into_view_if_needed()
-    box = heat.bounding_box()
-    heat.hover(position={"x": box["width"] / STEPS / 2, "y": 5})  # step 0; FORECAST has gaps
-    label = opened.locator("#chart-errors-0 .hovertext")
+    bars = opened.locator("#chart-schedule-0 .nsewdrag").first
+    bars.scroll_into_view_if_needed()
+    box = bars.bounding_box()
+    bars.hover(position={"x": box["width"] / STEPS / 2, "y": 0.9 * box["height"]})
+    label = opened.locator("#chart-schedule-0 .hovertext").first
     label.wait_for()
     assert re.search(r"step \d: [A-Z]+", label.text_content())
+
+
+def test_first_chart_has_the_search_and_this_plan_by_macs_and_by_time(opened: Any) -> None:
+    assert opened.locator(".chart").first.get_attribute("id") == "chart-tradeoff-0"
+    names = opened.locator("#chart-tradeoff-0 .legendtext").all_text_contents()
+    assert names == [
+        "found by the search",
+        "this plan in the search",
+        "this plan by MACs",
+        "this plan by time, measured",
+    ]
+
+
+def test_errors_by_branch_and_step_are_a_coloured_table(opened: Any) -> None:
+    rows = opened.locator("#errors tbody tr")
+    names = rows.locator("th").all_text_contents()
+    assert (names[0], names[-1], len(names)) == (LATENTS, OUTPUT, 5)
+    cells = rows.nth(1).locator("td")
+    texts = cells.all_text_contents()
+    assert len(texts) == STEPS
+    assert texts[2] == ""  # FORECAST computes no branch
+    assert float(texts[1]) > 1e-5
+    background = "cell => getComputedStyle(cell).backgroundColor"
+    assert cells.nth(1).evaluate(background) != cells.nth(2).evaluate(background)
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_page_is_no_wider_than_the_screen(browser: Any, page: Path, width: int) -> None:
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab.goto(page.as_uri())
+    tab.wait_for_selector("#chart-operators-0 .main-svg")
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    for chart in tab.locator(".chart .main-svg").all():
+        assert chart.bounding_box()["width"] <= width
+    tab.close()
+
+
+def test_table_of_one_row_is_not_folded(folder: Path) -> None:
+    searched = gather_report(folder / "plan")
+    assert searched.front is not None
+    one = replace(searched.front, points=searched.front.points[:1], choice=0)
+    folds = [
+        re.search(r'<section id="tradeoff".*?</section>', render_report(data), re.DOTALL)
+        for data in (searched, replace(searched, front=one))
+    ]
+    assert [fold is not None and "<details>" in fold.group() for fold in folds] == [True, False]
 
 
 def test_bars_of_steps_stand_side_by_side(opened: Any) -> None:

@@ -2,7 +2,8 @@
 (() => {
   const root = document.documentElement;
   const charts = JSON.parse(document.getElementById("charts").textContent);
-  const settings = { responsive: true, displaylogo: false, scrollZoom: false };
+  const narrow = matchMedia("(max-width: 600px)").matches;
+  const settings = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover" };
 
   const colours = () => {
     const style = getComputedStyle(root);
@@ -52,7 +53,7 @@
   const redraw = () => {
     show("before", "plain");
     show("after", mode.value);
-    document.getElementById("after-caption").textContent = `VariantSet: ${mode.value}`;
+    document.getElementById("after-caption").textContent = `Rewritten: ${mode.value}`;
   };
 
   const steps = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] };
