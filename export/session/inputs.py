@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from torch import Tensor
 
+from calicache.export.artifact.manifest import SamplerRecord
 from calicache.graph_passes.common.errors import RunError, reason_of
 from calicache.graph_passes.recording.signature import TensorSpec
 
@@ -43,9 +44,14 @@ def in_pairs(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def checked_inputs(
-    specs: Sequence[TensorSpec], inputs: Mapping[str, Any]
+    specs: Sequence[TensorSpec], inputs: Mapping[str, Any], note: str = ""
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Exactly what the specs name, with their shapes and dtypes.
+
+    Args:
+        specs: of all inputs.
+        inputs: by name.
+        note: on what is expected, for who gives something else.
 
     Raises:
         RunError: another name, shape or dtype, or a value that NumPy cannot hold.
@@ -55,8 +61,8 @@ def checked_inputs(
         raise wrong_input(unknown[0], " | ".join(spec.name for spec in specs), "another name")
     missing = [spec for spec in specs if spec.name not in inputs]
     if missing:
-        raise wrong_input(missing[0].name, str(missing[0]), "nothing")
-    return {spec.name: _checked(spec, _array(spec, inputs[spec.name])) for spec in specs}
+        raise wrong_input(missing[0].name, f"{missing[0]}{note}", "nothing")
+    return {spec.name: _checked(spec, _array(spec, inputs[spec.name]), note) for spec in specs}
 
 
 def _array(spec: TensorSpec, value: Any) -> np.ndarray[Any, Any]:
@@ -67,10 +73,19 @@ def _array(spec: TensorSpec, value: Any) -> np.ndarray[Any, Any]:
         raise wrong_input(spec.name, str(spec), f"no array ({reason_of(error)})") from error
 
 
-def _checked(spec: TensorSpec, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _checked(spec: TensorSpec, value: np.ndarray[Any, Any], note: str) -> np.ndarray[Any, Any]:
     if value.shape != spec.shape or str(value.dtype) != spec.dtype:
-        raise wrong_input(spec.name, str(spec), f"{value.dtype} {value.shape}")
+        raise wrong_input(spec.name, f"{spec}{note}", f"{value.dtype} {value.shape}")
     return value
+
+
+def parts_note(record: SamplerRecord) -> str:
+    """How the guidance parts make up the batch of an input of a whole run."""
+    if record.parts == 1:
+        return ""
+    places = {0: ", the conditional one first", 1: ", the conditional one last"}
+    place = "" if record.conditional is None else places.get(record.conditional, "")
+    return f": {record.parts} guidance parts along the batch, in the recorded order{place}"
 
 
 def wrong_input(name: str, expected: str, got: str) -> RunError:

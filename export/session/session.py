@@ -15,7 +15,7 @@ import torch
 from calicache.export.artifact.folder import load_artifact
 from calicache.export.artifact.manifest import Layout, model_file
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, STEP_INPUT, next_name
-from calicache.export.session.inputs import checked_inputs, in_pairs, wrong_input
+from calicache.export.session.inputs import checked_inputs, in_pairs, parts_note, wrong_input
 from calicache.export.session.kept_refreshes import KeptRefreshes
 from calicache.export.session.opening import check_cuda_graphs, open_model, running
 from calicache.export.session.run import SessionRun
@@ -94,7 +94,8 @@ class Session:
         Args:
             noise: (B, ...) float32, as the sampler starts with.
             guidance_scale: another than the recorded one.
-            inputs: the model's tensors that stay the same over a run, all guidance parts at once.
+            inputs: the model's tensors that stay the same over a run, all guidance parts at once:
+                stacked along the batch, in the order that the error for another shape tells.
 
         Raises:
             RunError: the artifact has another layout, an input is not what it takes, or ONNX
@@ -108,7 +109,10 @@ class Session:
                 got=f"layout {self.manifest.layout.value}",
                 fix="Export with layout='sampler', or call step() for every step.",
             )
-        feed = checked_inputs((record.noise, *record.inputs), {record.noise.name: noise, **inputs})
+        feed = {
+            **checked_inputs((record.noise,), {record.noise.name: noise}),
+            **checked_inputs(record.inputs, inputs, parts_note(record)),
+        }
         if record.guidance is None and guidance_scale is not None:
             raise wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
         self._check_fixed(feed)

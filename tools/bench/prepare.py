@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import forkserver
 from pathlib import Path
+from threading import current_thread, main_thread
 
 from calicache.export import Layout, export_onnx, read_sampler
-from calicache.graph_passes import Plan, Recording, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 from calicache.tools.bench.models import find_model
 from calicache.tools.bench.rows import SEED, BenchSettings, plan_folder
 
 RECORDING = "recording.safetensors"
+_MODES = {"plain": None, "reuse": "REUSE", Layout.STEP.value: "CALIBRATE"}
+ARTIFACTS = (*_MODES, Layout.PAIR.value, Layout.SAMPLER.value)
 PRELOADED = ["calicache.tools.bench.run"]  # modules that every process begins with
 
 
@@ -27,44 +33,54 @@ def record_run(settings: BenchSettings) -> None:
     recording.save(settings.folder / RECORDING)
 
 
-def make_artifacts(settings: BenchSettings) -> int:
-    """Record, plan, optimise and export for every row; returns the bytes of the weights."""
-    record_run(settings)
-    recording = Recording.load(settings.folder / RECORDING)
+def make_artifact(settings: BenchSettings, name: str) -> int:
+    """Plan, optimise and export for the rows of one artifact; returns the bytes of the weights.
+
+    Args:
+        settings: whose run is recorded.
+        name: one of `ARTIFACTS`.
+    """
+    fast = _optimized(settings, name if name in _MODES else Layout.STEP)
+    layout = Layout(name) if name in list(Layout) else Layout.STEP
+    sampler = None
+    if layout is Layout.SAMPLER:
+        sampler = read_sampler(fast, Recording.load(settings.folder / RECORDING))
+    export_onnx(fast, settings.folder / name, layout=layout, sampler=sampler, check=False)
+    return sum(value.nbytes for value in fast.original.parameters())
+
+
+@lru_cache(1)  # CALIBRATE is made once for all layouts: they come one after another in a process
+def _optimized(settings: BenchSettings, name: str) -> OptimizedModel:
+    """The model under the plan of an artifact, which is saved beside it."""
     model = find_model(settings.model)
-    module = model.build()
-    modes = {"plain": (1, None), "reuse": (settings.interval, "REUSE")}
-    modes["step"] = (settings.interval, "CALIBRATE")
-    for name, (interval, mode) in modes.items():
-        plan = Plan.from_trajectory(
-            module,
-            recording,
-            schedule=interval,
-            mode=mode,
-            rank=settings.rank or round(model.width / 9),
-            order=settings.order,
-            correct=False,
-        )
-        plan.save(plan_folder(settings.folder / name))
-        fast = optimize(module, plan)
-        export_onnx(fast, settings.folder / name, check=False)
-    # The last one is CALIBRATE's.
-    samplers = {Layout.PAIR: None, Layout.SAMPLER: read_sampler(fast, recording)}
-    for layout, sampler in samplers.items():
-        path = settings.folder / layout.value
-        export_onnx(fast, path, layout=layout, sampler=sampler, check=False)
-    return sum(value.nbytes for value in module.parameters())
+    module, mode = model.build(), _MODES[name]
+    plan = Plan.from_trajectory(
+        module,
+        Recording.load(settings.folder / RECORDING),
+        schedule=1 if mode is None else settings.interval,
+        mode=mode,
+        rank=settings.rank or round(model.width / 9),
+        order=settings.order,
+        correct=False,
+    )
+    plan.save(plan_folder(settings.folder / name))
+    return optimize(module, plan)
 
 
 def own_process() -> ProcessPoolExecutor:
     """A fresh process for some work, so that its memory is its own and is given back.
 
     Where there can be a process to copy it from, the libraries are read once for all of them.
+    Ctrl-C ends all of them at once and in silence, so that none is waited for.
     """
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     context.set_forkserver_preload(PRELOADED)
-    return ProcessPoolExecutor(1, context)
+    if "forkserver" in known and current_thread() is main_thread():
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process to copy inherits it
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, before)
+    return ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL))
 
 
 def peak_memory() -> Callable[[], int]:

@@ -14,7 +14,14 @@ from calicache.export import Session, read_manifest
 from calicache.graph_passes.common.errors import BenchError, reason_of
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.tools.bench.models import find_model
-from calicache.tools.bench.prepare import available_memory, make_artifacts, own_process, peak_memory
+from calicache.tools.bench.prepare import (
+    ARTIFACTS,
+    available_memory,
+    make_artifact,
+    own_process,
+    peak_memory,
+    record_run,
+)
 from calicache.tools.bench.rows import (
     BenchRow,
     BenchSettings,
@@ -25,6 +32,7 @@ from calicache.tools.bench.rows import (
 from calicache.tools.compare.operators import RUNS, OperatorTime, profile
 
 MEMORY_PER_ROW = 2.3  # of the weights: the model and its packed copy, or its caches
+EXPORT_WORK = 3  # for a progress bar: what an artifact takes, in runs
 PROFILED = ("plain", "step", "sampler")  # artifacts
 
 
@@ -64,16 +72,16 @@ def run_bench(settings: BenchSettings, on_progress: OnProgress | None = None) ->
         CalicacheError: an unknown model or row, or the model cannot be optimised.
     """
     model, rows = find_model(settings.model), chosen_rows(settings)
-    meter = Meter(len(rows) * (1 + settings.repeats) + len(PROFILED), on_progress)
-    meter.stage("plan, optimise and export")
-    with own_process() as process:
-        weight_bytes = process.submit(make_artifacts, settings).result()
+    pieces = EXPORT_WORK * len(ARTIFACTS) + len(rows) * (1 + settings.repeats) + len(PROFILED)
+    meter = Meter(1 + pieces, on_progress)
+    weight_bytes = _prepare(settings, meter)
     timings = _measure(settings, rows, weight_bytes, meter)
-    meter.stage("profile operators")
     folders = {name: settings.folder / name for name in PROFILED}
-    profiles = {
-        name: operator_times(BenchTask(model, settings, folder)) for name, folder in folders.items()
-    }
+    profiles = {}
+    for name, folder in folders.items():
+        meter.stage(f"profile operators of {name}")
+        profiles[name] = operator_times(BenchTask(model, settings, folder))
+        meter.add()
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     calibrate = manifests["step"]
     return {
@@ -94,6 +102,20 @@ def run_bench(settings: BenchSettings, on_progress: OnProgress | None = None) ->
         "rows": [asdict(timing) for timing in timings],
         "profiles": {name: [asdict(e) for e in entries] for name, entries in profiles.items()},
     }
+
+
+def _prepare(settings: BenchSettings, meter: Meter) -> int:
+    """Record a run and make all artifacts; returns the bytes of the weights."""
+    weight_bytes = 0
+    with own_process() as process:
+        meter.stage("record a run")
+        process.submit(record_run, settings).result()
+        meter.add()
+        for name in ARTIFACTS:
+            meter.stage(f"plan, optimise and export {name}", EXPORT_WORK)
+            weight_bytes = process.submit(make_artifact, settings, name).result()
+            meter.add()
+    return weight_bytes
 
 
 def operator_times(task: BenchTask) -> list[OperatorTime]:

@@ -16,6 +16,7 @@ from calicache.graph_passes.common.progress import OnProgress, Progress
 _SPEED_SECONDS = 1800.0  # one call of a large model may take minutes
 _BAR_COLUMNS = 20
 _SOON = 5.0  # seconds; nobody asks how long shorter work takes
+_ENOUGH = 0.1  # of all work, to reckon with what it took
 
 
 @contextmanager
@@ -64,7 +65,7 @@ class _OneLine:
     def __call__(self, now: Progress) -> None:
         begun, done = self._first = self._first or (time.monotonic(), now.done)
         seconds, gained = time.monotonic() - begun, now.done - done
-        if self._told or seconds < _SOON or not gained:
+        if self._told or seconds < _SOON or gained < _ENOUGH * (now.total - done):
             return
         self._told = True
         left = timedelta(seconds=round(seconds * (now.total - now.done) / gained))

@@ -403,6 +403,17 @@ def test_wrong_input_is_named(case: str, session) -> None:
         session.sample(**CALL | change)
 
 
+def test_guidance_parts_are_told_with_their_order(session) -> None:
+    with pytest.raises(RunError) as refused:
+        session.sample(CALL["noise"], class_labels=np.array([1, 2]))
+    assert refused.value.expected == (
+        "int64 (4,): 2 guidance parts along the batch, in the recorded order, the conditional "
+        "one first"
+    )
+    with pytest.raises(RunError, match=r"input noise: expected float32 \(2, 1, 28, 28\), got"):
+        session.sample(np.zeros((4, 1, 28, 28), np.float32), class_labels=CALL["class_labels"])
+
+
 def test_missing_input_is_named(session) -> None:
     with pytest.raises(RunError, match=r"input class_labels: expected .*, got nothing"):
         session.sample(CALL["noise"])
