@@ -11,6 +11,7 @@ from calicache.tools.bench.compile_time import measure_compile
 from calicache.tools.bench.report import write_report
 from calicache.tools.bench.rows import BenchSettings
 from calicache.tools.bench.run import run_bench
+from calicache.tools.bench.start_time import measure_start
 from calicache.tools.terminal.progress import progress_shown
 
 
@@ -44,8 +45,7 @@ def bench(
             )
             measure = measure_compile if compile_only else run_bench
             results.append(measure(settings, on_progress))
-    compiled = {**environment(), "results": results}
-    write_report(
-        {"compile": compiled} if compile_only else {**environment(), "models": results}, docs
-    )
+    measured = {**environment(), "models": results, "start": measure_start()}
+    compiled = {"compile": {**environment(), "results": results}}
+    write_report(compiled if compile_only else measured, docs)
     typer.echo(f"Written: {docs / 'performance.md'}")

@@ -22,7 +22,8 @@ def write_report(results: Mapping[str, Any], docs: Path) -> None:
     """Write performance.json and performance.md; `performance-notes.md` is added at the end.
 
     Args:
-        results: `machine`, `versions` and `models`, one result of `run_bench` each; or `compile`,
+        results: `machine`, `versions` and `models`, one result of `run_bench` each, and
+            `start`, from `measure_start`; or `compile`,
             which holds machine, versions and results of `measure_compile`. What is not given
             stays as it was.
         docs: the folder.
@@ -30,7 +31,8 @@ def write_report(results: Mapping[str, Any], docs: Path) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     file = docs / "performance.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    results = {**environment(), "models": [], "compile": None, **known, **results}
+    empty: dict[str, Any] = {"models": [], "compile": None, "start": {}}
+    results = {**environment(), **empty, **known, **results}
     with atomic_path(file) as path:
         path.write_text(json.dumps(results, indent=1) + "\n")
     notes = docs / NOTES

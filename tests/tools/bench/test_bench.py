@@ -19,7 +19,7 @@ from calicache.graph_passes import StepMode
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError
 from calicache.graph_passes.common.progress import Meter
-from calicache.tools.bench import compile_time, prepare
+from calicache.tools.bench import compile_time, prepare, start_time
 from calicache.tools.bench import run as bench
 from calicache.tools.bench.compile_time import STAGES
 from calicache.tools.bench.models import MODELS, BenchModel, find_model
@@ -272,3 +272,14 @@ def test_command_refuses_with_the_reason() -> None:
     outcome = CliRunner().invoke(app, ["bench", "dit-huge"])
     assert outcome.exit_code == 1
     assert "dit-s | dit-b | dit-xl" in outcome.stderr
+
+
+def test_starts_are_measured_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(start_time, "REPEATS", 1)
+    start = start_time.measure_start()
+    assert list(start) == ["import calicache", "calicache --help"]
+    # Help loads typer, which an import of calicache does not.
+    assert 0 < start["import calicache"] < start["calicache --help"]
+    write_report({**environment(), "models": [], "start": start}, tmp_path)
+    row = f"| `calicache --help` | {start['calicache --help']:.2f} |"
+    assert row in (tmp_path / "performance.md").read_text()
