@@ -1,6 +1,6 @@
 """Build the page into a folder that any static server can serve; `make browser`.
 
-    python samples/browser/build.py
+    python samples/browser/build_page.py
 
 Exports the full run and the plan that ships with the Fashion DiT at batch 1, layout `step`. Both
 graphs read one file of weights.

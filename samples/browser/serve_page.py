@@ -1,6 +1,6 @@
 """Serve a built page on this machine, with the headers that let WebAssembly have threads.
 
-    python samples/browser/serve.py [FOLDER] [--port 8000]
+    python samples/browser/serve_page.py [FOLDER] [--port 8000]
 
 A page that shares memory between threads has to be cut off from other origins: the browser gives
 it threads only with the two headers here. Any server will do that sends them.
