@@ -19,8 +19,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "fashion_dit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "fashion_dit"))
 
 from data import CLASS_NAMES
 from diffusion import TRAIN_STEPS, GuidedDDIM, alpha_bar_table, ddim_timesteps
@@ -33,6 +32,7 @@ from calicache.export.artifact.manifest import MODEL_FILE, WEIGHTS_FILE, Manifes
 from calicache.export.artifact.weights import place_outside, plan_weight_file, same_content
 from calicache.graph_passes.rewriting.insertion import slot_name
 
+HERE = Path(__file__).parent
 RUNTIME = HERE / "node_modules" / "onnxruntime-web" / "dist"
 # Without a graphics processor, and with one: what a visitor's browser loads is one of the two.
 RUNTIME_FILES = {

@@ -97,6 +97,8 @@ const SHOWN = {
     $("#step").value = $("#shown").value = site.timesteps.length;
   },
   failed({ message }) {
+    worker.onmessage = null; // downloads that go on have nothing to tell any more
+    worker.terminate();
     $("#progress").hidden = true;
     say(message, true);
   },
@@ -120,7 +122,7 @@ function paint(name, latent) {
     const grey = (value + 1) * 127.5; // clamped and rounded by the array
     pixels.data.set([grey, grey, grey, 255], 4 * i);
   });
-  $(`#${name} canvas`).getContext("2d").putImageData(pixels, 0, 0);
+  $(`#${name} canvas`).getContext("2d", { willReadFrequently: true }).putImageData(pixels, 0, 0);
 }
 
 start();
