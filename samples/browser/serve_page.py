@@ -9,9 +9,11 @@ it threads only with the two headers here. Any server will do that sends them.
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 ISOLATION = {
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -46,10 +48,19 @@ class PlainHandler(Handler):
     isolated = False
 
 
-def server(folder: Path, port: int = 0, isolated: bool = True) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    """One that takes it quietly when a page is closed while it loads."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell everything else."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def server(folder: Path, port: int = 0, isolated: bool = True) -> Server:
     """A server on loopback, not yet running; port 0 takes a free one."""
     handler = partial(Handler if isolated else PlainHandler, directory=str(folder))
-    return ThreadingHTTPServer(("127.0.0.1", port), handler)
+    return Server(("127.0.0.1", port), handler)
 
 
 def main() -> None:
