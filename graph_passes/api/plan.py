@@ -171,6 +171,7 @@ class Plan:
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         path: Path | str | None = None,
+        workspace: Workspace | None = None,
         on_progress: OnProgress | None = None,
     ) -> Plan:
         """The best plan under a budget, or the cheapest one under an error.
@@ -188,6 +189,7 @@ class Plan:
             include: shell patterns; sites that may be calibrated.
             exclude: shell patterns; sites to leave alone.
             path: a folder for what is done already; an interrupted search goes on from there.
+            workspace: of an earlier plan for this model: what was made there is not made again.
             on_progress: told how much is done and how much is still to do.
 
         Returns:
@@ -198,7 +200,7 @@ class Plan:
         """
         patterns = texts("include", include, PlanError), texts("exclude", exclude, PlanError)
         request = SearchRequest(budget, max_error, latency, effort, *patterns)
-        workspace = Workspace()
+        workspace = workspace or Workspace()
         searched = search_plan(model, recording, request, workspace, path, on_progress)
         return Plan(
             searched.binding,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from calicache.export import Layout, read_manifest
-from calicache.export.latency import _schedule, measure_latency
-from calicache.export.latency_cases import Case, latency_cases
+from calicache.export.latency import measure_latency
 from calicache.graph_passes import Plan, Recording, StepMode, record
+from calicache.graph_passes.api.speed.cases import Case, latency_cases, latency_schedule
 from calicache.graph_passes.common.errors import BenchError, ExportError, PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.settings.latency import (
@@ -268,7 +268,7 @@ def test_ranks_above_the_layers_are_measured_once(cases: Callable[..., list[Case
 def test_schedule_fills_what_is_kept_and_ends_cheap(
     steps: int, order: int, expected: tuple[StepMode, ...]
 ) -> None:
-    assert _schedule(steps, order) == expected
+    assert latency_schedule(steps, order) == expected
 
 
 @pytest.mark.slow
