@@ -20,11 +20,13 @@ from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.describe.html import plan_html
+from calicache.graph_passes.describe.text import plan_text
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.tables import SamplerTables
+from calicache.graph_passes.search.ground import check_latency
 from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import (
     BranchKind,
@@ -302,6 +304,19 @@ class Plan:
             correction="not fitted: the plan was changed",
         )
         return replace(self, recipe=replace(unfitted, **changes), front=None)
+
+    def describe(self, latency: LatencyTable | None = None) -> str:
+        """The plan in a few lines.
+
+        Args:
+            latency: measured seconds of this checkpoint: each mode is then told what its steps
+                take, and whether that is more than a plain step takes here.
+
+        Raises:
+            PlanError: the seconds are of another checkpoint.
+        """
+        check_latency(latency, self.binding)
+        return plan_text(self.recipe, self.front, latency)
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the plan."""

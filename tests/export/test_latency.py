@@ -335,6 +335,15 @@ def test_changes_are_against_the_step_that_treats_nothing(table: LatencyTable) -
     assert full.refresh_change(FF, BRANCH, 64) == 1.125 - 1.0625
 
 
+def test_a_step_with_every_group_so_treated_is_told_at_the_least_and_the_most_rank(
+    table: LatencyTable,
+) -> None:
+    assert table.step_shares(LINEAR) == (0.5, 0.75)
+    assert table.step_shares(INT8) is None
+    both = replace(table, plain=2.0, rows=(*table.rows, row(MIX, REUSE, 0, 1.0, 0.5)))
+    assert both.step_shares(REUSE) == ((2.0 - 1.875 - 1.5) / 2,) * 2  # each against a plain step
+
+
 @pytest.mark.parametrize(
     ("branch", "group"),
     [

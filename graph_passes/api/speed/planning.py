@@ -196,7 +196,8 @@ def _part_summary(name: str, part: PartPlan, model: OptimizedModel | None) -> Pa
 
 def _slower(latency: LatencyTable | None) -> dict[BranchChoice, float]:
     """Treatments that save no time here, by their share of a plain step at the least rank."""
-    known = {c: latency.step_shares(c) for c in BranchChoice} if latency else {}
+    treated = [choice for choice in BranchChoice if choice is not BranchChoice.FULL]
+    known = {choice: latency.step_shares(choice) for choice in treated} if latency else {}
     return {choice: shares[0] for choice, shares in known.items() if shares and shares[0] >= 1.0}
 
 

@@ -69,7 +69,7 @@ def requests_of(subject: Subject, calls: Any) -> list[Request]:
     Raises:
         RecordError: none, or something that can neither be called nor called with.
     """
-    given = [calls] if isinstance(calls, Mapping) or callable(calls) else list(calls or ())
+    given = list(calls) if isinstance(calls, list | tuple) else [calls]
     for call in given:
         keywords = isinstance(call, Mapping) and subject.is_pipeline
         if not (keywords or callable(call)):
@@ -189,8 +189,8 @@ class RunTimes:
 
     Attributes:
         plain, fast: seconds.
-        error: relative L2 error of the final latents; None where they are not seen, or where the
-            request does not give the same run twice.
+        error: relative L2 error of the final latents, mean over samples; None where they are not
+            seen, or where the request does not give the same run twice.
     """
 
     plain: float
@@ -231,5 +231,5 @@ def _error(before: Run, after: Run) -> float | None:
     same = len(before.first) == len(after.first) and all(torch.equal(*pair) for pair in pairs)
     if before.final is None or after.final is None or not same:
         return None
-    full, got = before.final.double(), after.final.double()
-    return float((got - full).norm() / full.norm())
+    full, got = (run.double().flatten(1) for run in (before.final, after.final))
+    return float(((got - full).norm(dim=1) / full.norm(dim=1)).mean())

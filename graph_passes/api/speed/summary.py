@@ -57,8 +57,9 @@ class PartSummary:
             lines.append(f"    no faster than a plain step here: {', '.join(names)}")
         if self.rejections:
             first = self.rejections[0]
-            lines.append(f"    {len(self.rejections)} places left alone, such as {first.name}: ")
-            lines[-1] += first.reason
+            lines.append(f"    left alone: {first.name} ({first.reason})")
+            others = len(self.rejections) - 1
+            lines[-1] += f" and {others} more" if others else ""
         return "\n".join(lines)
 
 
@@ -82,7 +83,8 @@ class Summary(Promise):
         parts: one for every model.
         plain_seconds, fast_seconds: of the last of the given runs, without decoding, measured
             when the plans were made.
-        error: relative L2 error of its final latents; None where they could not be compared.
+        error: relative L2 error of its final latents, mean over samples; None where they could
+            not be compared.
         runtime: what was measured on.
         left: why everything was left as it was; empty where the optimised models are in place.
         searched: whether the plans were searched for now; else they come from the cache folder.
