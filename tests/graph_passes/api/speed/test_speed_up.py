@@ -252,9 +252,16 @@ def test_nothing_is_kept_without_a_folder(
 
 
 def test_a_plan_that_is_slower_here_is_not_used(
-    model: nn.Module, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module,
+    sample: Sample,
+    first: Summary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     steady(monkeypatch, speedup=0.8)
+    assert isinstance(first.model, OptimizedModel)
+    plan = first.model.plan
+    monkeypatch.setattr(Plan, "search", staticmethod(lambda *_, **__: plan))
     summary = sped_up(model, sample, tmp_path)
     assert summary.left == "the plan takes 1.25 of the time here"
     assert (summary.model, summary.speedup) == (model, 1.0)
