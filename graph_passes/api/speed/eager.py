@@ -145,9 +145,14 @@ def seconds_of(model: nn.Module, call: dict[str, Any]) -> float:
     start = time.perf_counter()
     with torch.no_grad():
         model(**call)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return max(time.perf_counter() - start, LEAST_SECONDS)
+
+
+def wait() -> None:
+    """Until an accelerator has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def runtime_of(model: nn.Module) -> str:

@@ -165,9 +165,12 @@ class Task:
             stacklevel=2,
         )
         interval = math.ceil(1 / self.request.budget)
-        plan = Plan.from_trajectory(
-            model, recording, schedule=interval, mode=StepMode.FORECAST, order=1
-        )
+        try:
+            plan = Plan.from_trajectory(
+                model, recording, schedule=interval, mode=StepMode.FORECAST, order=1
+            )
+        except CalicacheError as other:  # such as runs of one step
+            return PartPlan(None, str(other), latency)
         return PartPlan(plan, str(error), latency)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from calicache.graph_passes.api.speed.eager import wait
 from calicache.graph_passes.api.speed.subject import Request, Run, Subject
 from calicache.graph_passes.common.errors import DependenceError, RecordError
 from calicache.graph_passes.common.hashing import digest
@@ -221,8 +222,7 @@ def _timed(
 ) -> tuple[Run, float]:
     start = time.perf_counter()
     run = subject.run(request, models, seed)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return run, time.perf_counter() - start
 
 

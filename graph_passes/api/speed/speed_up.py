@@ -58,6 +58,7 @@ def speed_up(
         max_error: of the final latents, that 99 % of new samples stay below; in its place.
         effort: 1 or more; of the search.
         cache: folder where plans are kept, and an interrupted search goes on; None keeps nothing.
+            To find a plan there the first call is run with noise as the answers of the models.
         on_progress: told how far it is.
 
     Raises:

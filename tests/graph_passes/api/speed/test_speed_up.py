@@ -287,6 +287,18 @@ def test_a_sampler_that_adds_noise_gets_forecasts(model: nn.Module, tmp_path: Pa
     assert "not searched" in str(summary)
 
 
+def test_a_model_of_one_step_is_left_as_it_is(model: nn.Module, tmp_path: Path) -> None:
+    def distilled(model: nn.Module) -> Tensor:
+        return model(torch.randn(2, 5, 4), torch.ones(2))
+
+    with pytest.warns(CalicacheWarning, match="forecast evenly"):
+        summary = sped_up(model, distilled, tmp_path)
+    assert summary.model is model
+    assert "1 step" in summary.left
+    assert (summary.parts[0].steps, summary.parts[0].macs) == ("", 1.0)
+    assert not sped_up(model, distilled, tmp_path).searched
+
+
 @pytest.mark.parametrize(
     ("options", "where"),
     [
