@@ -19,6 +19,7 @@ from calicache.graph_passes.api.runs import ThreadRun, binding_run, started_run
 from calicache.graph_passes.api.weights import UNABLE, OnChange, WeightVersions, unable
 from calicache.graph_passes.common.errors import CalicacheWarning, RunError
 from calicache.graph_passes.describe.html import model_html
+from calicache.graph_passes.describe.text import plan_text
 from calicache.graph_passes.recording.signature import FlatCall, flatten_call
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.sampler.run_state import Arrival, RunState, start_place
@@ -280,6 +281,11 @@ class OptimizedModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._weights = WeightVersions.of(self.original)  # a copy has parameters of its own
+
+    def __repr__(self) -> str:
+        lines = plan_text(self.plan.recipe, self.plan.front, None).splitlines()
+        name = type(self.original).__name__
+        return "\n  ".join((f"{name} optimised by calicache", *lines))
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the optimised model."""

@@ -19,6 +19,7 @@ from markdown.extensions.toc import slugify
 from project.pages import FENCED, PAGES, ROOT, blocks, text_of
 from typer.main import get_command
 
+from calicache import speed_up
 from calicache.export import Session
 from calicache.tools.cli import app
 
@@ -43,7 +44,8 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             folder = tmp_path_factory.mktemp("page")
             torch.manual_seed(0)
             namespace: dict[str, object] = {}
-            with contextlib.chdir(folder):
+            with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+                patch.setitem(speed_up.__kwdefaults__ or {}, "cache", folder / "cache")
                 for block in blocks(text_of(page), "python"):
                     if block.not_run is None:
                         # Empty lines in front: a traceback then shows the page's own lines.
@@ -65,7 +67,13 @@ def test_python_blocks_run(page: str, run_page: Callable[[str], Path]) -> None:
 
 
 def test_pages_with_code_are_the_known_ones() -> None:
-    assert WITH_CODE == ["README.md", "docs/deploy.md", "docs/tour.md", "docs/tutorial.md"]
+    assert WITH_CODE == [
+        "README.md",
+        "docs/deploy.md",
+        "docs/speed-up.md",
+        "docs/tour.md",
+        "docs/tutorial.md",
+    ]
 
 
 def test_blocks_that_do_not_run_are_counted() -> None:

@@ -42,7 +42,7 @@ def test_it_is_of_both_classes(planned: tuple[PipelineCase, Plan, Tensor]) -> No
     assert isinstance(fast, OptimizedModel)
     assert isinstance(fast, ModelMixin)
     assert isinstance(fast, type(original))
-    assert repr(fast).startswith(type(original).__name__)
+    assert repr(fast).startswith(f"{type(original).__name__} optimised by calicache")
     assert type(fast) is OptimizedModel
 
 
