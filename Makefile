@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser packages check test fuzz lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
+.PHONY: help demo browser packages check test fuzz damage kills lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 21
@@ -41,6 +41,12 @@ test: $(INSTALLED) ## Run the whole test suite
 
 fuzz: $(INSTALLED) ## Try N random models and plans (N=500: about an hour)
 	PYTHONPATH=tests:samples:samples/fashion_dit OMP_NUM_THREADS=1 $(BIN)/python -m random_models.fuzz $(or $(N),500)
+
+damage: $(INSTALLED) ## Damage files of every format in N ways and read them (N=2000: minutes)
+	PYTHONPATH=tests:samples:samples/fashion_dit OMP_NUM_THREADS=1 $(BIN)/python -m damage.try_many $(or $(N),2000)
+
+kills: $(INSTALLED) ## Kill saves at random moments and at every system call (strace; minutes)
+	PYTHONPATH=tests:samples:samples/fashion_dit OMP_NUM_THREADS=1 $(BIN)/python -m damage.kills
 
 lint: $(INSTALLED) ## Check style, types and the layers of imports
 	$(BIN)/ruff check .

@@ -15,10 +15,11 @@ from markdown.extensions.toc import slugify
 from project.pages import FENCED, PAGES, ROOT, blocks, text_of
 from typer.main import get_command
 
+from calicache import speed_up
 from calicache.tools.cli import app
 
 # Blocks that cannot run here, by page; the comment in front of each says why.
-NOT_RUN = {"docs/index.md": 1}
+NOT_RUN = {"docs/from-hooks.md": 1, "docs/index.md": 1, "docs/will-it-help.md": 1}
 
 WITH_CODE = [
     page
@@ -37,7 +38,8 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             folder = tmp_path_factory.mktemp("page")
             torch.manual_seed(0)
             namespace: dict[str, object] = {}
-            with contextlib.chdir(folder):
+            with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+                patch.setitem(speed_up.__kwdefaults__ or {}, "cache", folder / "cache")
                 for block in blocks(text_of(page), "python"):
                     if block.not_run is None:
                         # Empty lines in front: a traceback then shows the page's own lines.
@@ -59,7 +61,13 @@ def test_python_blocks_run(page: str, run_page: Callable[[str], Path]) -> None:
 
 
 def test_pages_with_code_are_the_known_ones() -> None:
-    assert WITH_CODE == ["README.md", "docs/deploy.md", "docs/tour.md", "docs/tutorial.md"]
+    assert WITH_CODE == [
+        "README.md",
+        "docs/deploy.md",
+        "docs/speed-up.md",
+        "docs/tour.md",
+        "docs/tutorial.md",
+    ]
 
 
 def test_blocks_that_do_not_run_are_counted() -> None:
@@ -202,7 +210,8 @@ def test_readme_starts_with_the_two_commands() -> None:
 def test_readme_compares_with_every_alternative() -> None:
     _, table, _ = re.split(r"<!-- --8<-- \[\w+:alternatives\] -->", text_of("README.md"))
     names = [re.sub(r"[*[\]]", "", row.split("|")[1]).strip() for row in table.split("\n")[3:-1]]
-    expected = ("calicache", "cache-dit", "diffusers", "TeaCache", "TaylorSeer", "FORA", "NVIDIA")
+    peers = ("cache-dit", "diffusers", "TeaCache", "TaylorSeer", "OpenVINO", "Spectrum", "FORA")
+    expected = ("calicache", *peers, "NVIDIA")
     assert len(names) == len(expected)
     assert [n for n, start in zip(names, expected, strict=True) if not n.startswith(start)] == []
 
