@@ -1,5 +1,11 @@
 """A compiler pass that makes diffusion transformers cheap to run.
 
+    from calicache import speed_up
+
+    print(speed_up(pipe, {"prompt": "A lighthouse", "num_inference_steps": 30}, budget=0.4))
+
+or step by step:
+
     from calicache import Plan, optimize, record
 
     with record(model) as recording:
@@ -16,6 +22,8 @@ import importlib
 from calicache.lazy_names import lazy_names
 
 _HOMES = {
+    "speed_up": "calicache.graph_passes.api.speed.speed_up",
+    "restore": "calicache.graph_passes.api.speed.subject",
     "record": "calicache.graph_passes.recording.recorder",
     "Recording": "calicache.graph_passes.recording.recording",
     "Plan": "calicache.graph_passes.api.plan",

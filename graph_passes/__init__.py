@@ -13,6 +13,11 @@ if __name__ == "graph_passes":
 from calicache.lazy_names import lazy_names
 
 _HOMES = {
+    "speed_up": "calicache.graph_passes.api.speed.speed_up",
+    "restore": "calicache.graph_passes.api.speed.subject",
+    "Summary": "calicache.graph_passes.api.speed.summary",
+    "PartSummary": "calicache.graph_passes.api.speed.summary",
+    "measure_eager": "calicache.graph_passes.api.speed.eager",
     "record": "calicache.graph_passes.recording.recorder",
     "Recording": "calicache.graph_passes.recording.recording",
     "Plan": "calicache.graph_passes.api.plan",

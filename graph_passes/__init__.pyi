@@ -1,6 +1,11 @@
 from calicache.graph_passes.api.optimize import optimize as optimize
 from calicache.graph_passes.api.plan import Plan as Plan
 from calicache.graph_passes.api.runtime import OptimizedModel as OptimizedModel
+from calicache.graph_passes.api.speed.eager import measure_eager as measure_eager
+from calicache.graph_passes.api.speed.speed_up import speed_up as speed_up
+from calicache.graph_passes.api.speed.subject import restore as restore
+from calicache.graph_passes.api.speed.summary import PartSummary as PartSummary
+from calicache.graph_passes.api.speed.summary import Summary as Summary
 from calicache.graph_passes.common.errors import CalicacheError as CalicacheError
 from calicache.graph_passes.common.progress import Progress as Progress
 from calicache.graph_passes.common.rejection import Rejection as Rejection

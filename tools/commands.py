@@ -124,6 +124,10 @@ def inspect(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with code 2 where there are warnings.")
     ] = False,
+    provider: Annotated[
+        str | None,
+        typer.Option(help="An execution provider: what of an artifact it leaves to the host."),
+    ] = None,
 ) -> None:
     """Print what a plan, an artifact or a recording is, and what is odd about it.
 

@@ -12,6 +12,7 @@ from calicache.export.artifact.manifest import Manifest
 from calicache.graph_passes.api.plan import Plan
 from calicache.tools.inspect.artifact import ArtifactFacts, artifact_facts, describe_artifact
 from calicache.tools.inspect.plan import PlanFacts, describe_plan, plan_facts
+from calicache.tools.inspect.provider import describe_provider, provider_facts
 from calicache.tools.inspect.recording import RecordingFacts, describe_recording, recording_facts
 from calicache.tools.terminal.subject import read_subject
 from calicache.tools.terminal.text import show_value, title
@@ -21,8 +22,11 @@ WARNINGS = 2  # exit code; 1 is for what is refused
 Facts = PlanFacts | ArtifactFacts | RecordingFacts
 
 
-def inspect(path: Path, json: bool, strict: bool) -> None:
+def inspect(path: Path, json: bool, strict: bool, provider: str | None) -> None:
     """Print the facts of what a path is."""
+    if provider is not None:
+        show_value(provider_facts(path, provider), describe_provider, json=json)
+        return
     facts = inspect_subject(path)
     show_value(facts, describe_facts, json=json)
     if strict and facts.warnings:
