@@ -18,6 +18,7 @@ from calicache.tools import commands
 # Where the work of a command is done, loaded when it is called: it stands on torch, which takes
 # seconds that nobody should wait for a page of help or a typing error.
 WORK: dict[Callable[..., None], str] = {
+    commands.speed_up: "calicache.tools.make.speed_up",
     commands.search: "calicache.tools.make.search",
     commands.take: "calicache.tools.make.take",
     commands.export: "calicache.tools.make.export",

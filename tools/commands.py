@@ -15,6 +15,7 @@ from calicache.tools.terminal.options import (
     ARTIFACT,
     CPU,
     KINDS,
+    PIPELINE,
     PLAN,
     RECORDING,
     TABLE,
@@ -32,6 +33,38 @@ from calicache.tools.terminal.options import (
 
 OUT = Path("out")
 BENCH_MODELS = "dit-s, dit-b, dit-xl"
+
+
+def speed_up(
+    pipeline: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of a pipeline that diffusers saved, or its model_index.json.",
+            callback=there(PIPELINE),
+        ),
+    ],
+    output: Output,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", help="Of a call; several make a better plan.")
+    ] = [],  # noqa: B006  # read alone
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", help="NAME=VALUE of the call, such as num_inference_steps=28."),
+    ] = [],  # noqa: B006
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the plain run's seconds; 0.4 if left out.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Relative L2 error that new samples stay below.")
+    ] = None,
+    effort: Annotated[
+        int, typer.Option(help="Candidates run for every one at effort 1, which is usual.")
+    ] = 1,
+) -> None:
+    """Find the fastest plans for a pipeline on this machine, and say what they promise.
+
+    Example: calicache speed-up pixart -o out/plans --prompt "a cat" --set num_inference_steps=20
+    """
 
 
 def search(

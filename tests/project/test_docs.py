@@ -94,14 +94,14 @@ def test_readme_exports_a_whole_run(run_page: Callable[[str], Path]) -> None:
 def test_commands_in_console_blocks_exist() -> None:
     names = set(get_command(app).commands)  # type: ignore[attr-defined]
     consoles = [block.code for page in PAGES for block in blocks(text_of(page), "console")]
-    used = {name for code in consoles for name in re.findall(r"^calicache (\w+)", code, re.M)}
+    used = {name for code in consoles for name in re.findall(r"^calicache ([\w-]+)", code, re.M)}
     assert "inspect" in used
     assert used - names == set()
 
 
 def test_reference_lists_every_command() -> None:
     names = set(get_command(app).commands)  # type: ignore[attr-defined]
-    listed = set(re.findall(r"^\| `calicache (\w+)", text_of("docs/reference/tools.md"), re.M))
+    listed = set(re.findall(r"^\| `calicache ([\w-]+)", text_of("docs/reference/tools.md"), re.M))
     assert listed == names
 
 

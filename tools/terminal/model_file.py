@@ -140,7 +140,7 @@ def _load_folder(folder: Path) -> nn.Module:
         )
     try:
         model = diffusers.AutoModel.from_pretrained(
-            str(folder), torch_dtype=_saved_dtype(folder), local_files_only=True
+            str(folder), torch_dtype=saved_dtype(folder), local_files_only=True
         )
         got = type(model).__name__
     except Exception as error:  # whatever the loader of its class raises
@@ -155,8 +155,11 @@ def _load_folder(folder: Path) -> nn.Module:
     )
 
 
-def _saved_dtype(folder: Path) -> torch.dtype | None:
-    # diffusers makes float32 of everything when it is not told the dtype.
+def saved_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that most tensors of a saved model have; None where there are none.
+
+    diffusers makes float32 of everything when it is not told the dtype.
+    """
     dtypes: Counter[torch.dtype] = Counter()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

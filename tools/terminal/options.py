@@ -12,6 +12,7 @@ import typer
 from calicache.graph_passes.common.errors import LibraryError, ModelError, SubjectError, reason_of
 from calicache.graph_passes.common.replacing import standing
 
+PIPELINE = "a pipeline (the folder of diffusers' save_pretrained)"
 PLAN = "a plan (the folder of Plan.save)"
 ARTIFACT = "an artifact (the folder of export_onnx)"
 RECORDING = "a recording (the file of Recording.save)"
