@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -79,32 +78,36 @@ def kill_at_moments(name: str, folder: Path, kills: int) -> Counter[str]:
 
 
 def kill_at_calls(name: str, folder: Path, calls: str = "all") -> Counter[str]:
-    """Kill a save of the new version over the old one at its first, second, ... system call.
+    """Kill a save of the new version over the old one at each of its system calls in turn.
 
     Args:
         name: of the format.
         folder: for it.
-        calls: which are counted, as strace names sets of them.
+        calls: which of them, as strace names sets of them.
     """
     versions, states = versions_of(name, folder), Counter[str]()
-    target, old = folder / f"{name} target", folder / f"{name} 0"
-    for number in count(1):
+    target, old, log = folder / f"{name} target", folder / f"{name} 0", folder / "calls"
+
+    def traced(rule: str, output: str) -> int | None:
         _copy(old, target)
-        rule = f"inject={calls}:signal=KILL:when={number}"
         with _waiting(lambda: SAVES[name][1](target)) as (process, go):
-            command = ["strace", "-qq", "-f", "-e", rule, "-o", os.devnull, "-p", str(process.pid)]
+            command = ["strace", "-qq", "-e", rule, "-o", output, "-p", str(process.pid)]
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tracer:
                 _await_tracer(process)
                 go()
                 process.join()
                 tracer.wait()
-        state = versions.state(target)
-        if process.exitcode == 0:  # it ended before that call
-            assert state == "new"
-            _check_left(name, target)
-            return states
-        states[state] += 1
-    raise AssertionError("it never ends")
+        return process.exitcode
+
+    assert traced(f"trace={calls}", str(log)) == 0
+    seen = Counter(line.partition("(")[0] for line in log.read_text().splitlines() if "(" in line)
+    for call, times in seen.items():
+        for number in range(1, times + 1):  # strace counts the calls of every name apart
+            killed = traced(f"inject={call}:signal=KILL:when={number}", os.devnull) != 0
+            state = versions.state(target)
+            states[state if killed or state != "new" else "ended before"] += 1
+    _check_left(name, target)
+    return states
 
 
 def _save_for_ever(name: str, target: Path) -> None:
