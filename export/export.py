@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
@@ -14,6 +16,7 @@ from calicache.export.artifact.manifest import (
     FORMAT,
     MODEL_FILE,
     WEIGHTS_FILE,
+    Attention,
     FileRecord,
     Layout,
     Manifest,
@@ -28,7 +31,7 @@ from calicache.export.artifact.weights import (
     place_outside,
     plan_weight_file,
 )
-from calicache.export.layouts.onnx_graph import output_names
+from calicache.export.layouts.onnx_graph import output_names, settle_constants
 from calicache.export.layouts.pair import pair_models
 from calicache.export.layouts.sampler import noise_spec, run_specs, sampler_model
 from calicache.export.layouts.step import step_model
@@ -54,6 +57,7 @@ def export_onnx(
     *,
     layout: Layout | str = Layout.STEP,
     sampler: SamplerTables | None = None,
+    attention: Attention | str = Attention.FUSED,
     check: bool = True,
 ) -> Manifest:
     """Write an optimised model as an artifact folder; an existing artifact is replaced.
@@ -64,6 +68,8 @@ def export_onnx(
         layout: `step`, `pair` or `sampler`.
         sampler: for the `sampler` layout alone, from `read_sampler`; None takes the plan's own.
             All calls of a step are one batch there.
+        attention: `fused` for ONNX Runtime on CPU and CUDA; with `standard` all operators are
+            ONNX's own, for every other runtime and provider.
         check: open what was written on the CPU provider, as a session does, before it takes its
             place. An operation that this provider has no kernel for is no error: others may.
 
@@ -73,11 +79,13 @@ def export_onnx(
             Runtime does not take the models for valid.
     """
     of_kind("optimized", optimized, OptimizedModel, ExportError)
-    path, layout = path_of(path, ExportError), _layout(layout)
+    path = path_of(path, ExportError)
+    layout = one_of("layout", layout, Layout)
+    attention = one_of("attention", attention, Attention)
     tables = _sampler(optimized, layout, sampler)
     compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
     with atomic_path(path, ARTIFACT) as folder:
-        models = _models(compiled, layout, tables)
+        models = _models(compiled, layout, tables, attention)
         weights = plan_weight_file(models.values())
         folder.mkdir()
         if weights.places:  # small tensors are in the models themselves
@@ -88,7 +96,7 @@ def export_onnx(
         write_graphs(view_graphs(compiled.captured, compiled.variant_set), folder)
         names = sorted(file.name for file in folder.iterdir())
         files = tuple(_file_record(folder / name, weights) for name in names)
-        manifest = _manifest(compiled, layout, files, tables, optimized.plan.front)
+        manifest = _manifest(compiled, layout, attention, files, tables, optimized.plan.front)
         write_manifest(manifest, folder)
         if check:
             _check_opens(folder)
@@ -109,13 +117,19 @@ def _check_opens(folder: Path) -> None:
 
 
 def _models(
-    compiled: Compiled, layout: Layout, tables: SamplerTables | None
+    compiled: Compiled, layout: Layout, tables: SamplerTables | None, attention: Attention
 ) -> dict[str, ir.Model]:
     """The models of a layout by the names of their files."""
     if layout is Layout.PAIR:
-        models = pair_models(compiled)
-        return {model_file(layout, mode): model for mode, model in models.items()}
-    return {MODEL_FILE: step_model(compiled) if tables is None else sampler_model(compiled, tables)}
+        pairs = pair_models(compiled, attention)
+        models = {model_file(layout, mode): model for mode, model in pairs.items()}
+    elif tables is None:
+        models = {MODEL_FILE: step_model(compiled, attention)}
+    else:
+        models = {MODEL_FILE: sampler_model(compiled, tables, attention)}
+    for model in models.values():
+        settle_constants(model)
+    return models
 
 
 def _file_record(path: Path, weights: WeightFile) -> FileRecord:
@@ -123,12 +137,20 @@ def _file_record(path: Path, weights: WeightFile) -> FileRecord:
     return FileRecord(path.name, path.stat().st_size, weights.sha256 if known else sha256_of(path))
 
 
-def _layout(layout: Layout | str) -> Layout:
-    if layout not in list(Layout):
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+def one_of(name: str, value: object, choices: type[Choice]) -> Choice:
+    """The choice of that name.
+
+    Raises:
+        ExportError: there is none.
+    """
+    if value not in list(choices):
         raise ExportError(
-            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
+            name, expected=" | ".join(choices), got=repr(value), fix="Choose one of these."
         )
-    return Layout(layout)
+    return choices(value)
 
 
 def _sampler(
@@ -169,6 +191,7 @@ def _sampler(
 def _manifest(
     compiled: Compiled,
     layout: Layout,
+    attention: Attention,
     files: tuple[FileRecord, ...],
     sampler: SamplerTables | None,
     front: Front | None,
@@ -179,6 +202,7 @@ def _manifest(
         format=FORMAT,
         calicache=version("calicache"),
         layout=layout,
+        attention=attention,
         files=files,
         schedule=recipe.schedule,
         rank=recipe.rank,

@@ -18,7 +18,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.recipe import branch_words
 from calicache.graph_passes.settings.schedule import Table
 
-FORMAT = 8
+FORMAT = 9
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
@@ -32,6 +32,17 @@ class Layout(StrEnum):
     STEP = "step"
     PAIR = "pair"
     SAMPLER = "sampler"
+
+
+class Attention(StrEnum):
+    """What attention is written with.
+
+    FUSED is one operator of ONNX Runtime's own, STANDARD are the products that it is made of: then
+    a model has operators of ONNX alone, also in calibration branches of integers.
+    """
+
+    FUSED = "fused"
+    STANDARD = "standard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +122,7 @@ class Manifest:
         format: version of this record.
         calicache: version that wrote it.
         layout: how the variants are packed.
+        attention: what it is written with.
         files: all other files of the folder.
         schedule, rank, branch, order, weighting, output_weights, correction, weights_hash: from
             the plan; output weights as in `Recipe.outputs`.
@@ -130,6 +142,7 @@ class Manifest:
     format: int
     calicache: str
     layout: Layout
+    attention: Attention
     files: tuple[FileRecord, ...]
     schedule: tuple[StepMode, ...]
     rank: Count

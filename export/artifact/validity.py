@@ -126,15 +126,11 @@ def _check_inputs(manifest: Manifest, name: str, model: ModelInterface, reads: S
 
 
 def _check_branches(manifest: Manifest, name: str, model: ModelInterface) -> None:
-    """Refuse a mode whose branch is missing, or reads what no session hands to it."""
-    slots = {slot for slots in cache_slots(manifest).values() for slot in slots}
+    """Refuse a mode whose branch is missing."""
     for record in manifest.modes:
         branch = record.mode.name.lower()
         if branch not in model.branches:
             raise ValueError(f"{name} has no branch {branch}")
-        unread = (model.branches[branch] & slots) - set(record.reads)
-        if unread:
-            raise ValueError(f"the branch {branch} of {name} reads {min(unread)}")
 
 
 def _check_outputs(

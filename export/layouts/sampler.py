@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from calicache.export.artifact.manifest import Attention
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, NOISE_INPUT
 from calicache.export.layouts.hoist_runs import HoistInvariants
 from calicache.export.layouts.hoist_steps import StepValues, hoist_steps
@@ -46,7 +47,9 @@ def run_specs(compiled: Compiled, sampler: SamplerTables) -> tuple[TensorSpec, .
     return tuple(spec for spec in specs if spec.name not in by_sampler)
 
 
-def sampler_model(compiled: Compiled, sampler: SamplerTables) -> ir.Model:
+def sampler_model(
+    compiled: Compiled, sampler: SamplerTables, attention: Attention = Attention.FUSED
+) -> ir.Model:
     """Pack the variants in the `sampler` layout.
 
     `noise` (B, ...) float32, the model's inputs that stay the same over a run, and
@@ -55,6 +58,7 @@ def sampler_model(compiled: Compiled, sampler: SamplerTables) -> ir.Model:
     Args:
         compiled: with all calls of a step in one.
         sampler: of as many steps as the schedule has.
+        attention: what it is written with.
 
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
@@ -78,7 +82,7 @@ def sampler_model(compiled: Compiled, sampler: SamplerTables) -> ir.Model:
     }
     if step_values is not None:
         modules[ALL_STEPS] = step_values.module
-    translated = translate(modules)
+    translated = translate(modules, attention)
     models = {mode: translated[mode] for mode in sorted(variants)}
     arithmetic = SamplerArithmetic(sampler, pool, arguments.get(GUIDANCE_INPUT))
     ahead, stacks = _all_steps(step_values, translated.get(ALL_STEPS), sampler, pool, arguments)

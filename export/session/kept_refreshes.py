@@ -38,9 +38,6 @@ class KeptRefreshes(Protocol):
     def buffer(self, cache: TensorSpec) -> ort.OrtValue | None:
         """Where the coming REFRESH writes a cache; None where ONNX Runtime allocates it."""
 
-    def release(self) -> None:
-        """Let go what only the coming REFRESH could read, and it does not."""
-
     def keep(self, fresh: Mapping[str, ort.OrtValue]) -> None:
         """Take over what a REFRESH wrote, by cache name."""
 
@@ -57,6 +54,7 @@ class MovingRefreshes:
         }
         self._device = device
         self._kept: dict[str, list[ort.OrtValue]] = {}
+        self._zeros: dict[str, ort.OrtValue] = {}
 
     def start(self) -> None:
         """Forget the run before."""
@@ -65,23 +63,20 @@ class MovingRefreshes:
     def read(self, cache: TensorSpec, back: int) -> ort.OrtValue:
         """The value of a cache `back` refreshes before the newest."""
         if not self.count:
-            return zeros(cache, self._device)
+            if cache.name not in self._zeros:
+                self._zeros[cache.name] = zeros(cache, self._device)
+            return self._zeros[cache.name]
         kept = self._kept[cache.name]
         return kept[back if back < len(kept) else 0]
 
     def buffer(self, cache: TensorSpec) -> None:
         """ONNX Runtime allocates all."""
 
-    def release(self) -> None:
-        """Drop the oldest values: that lowers the peak of a REFRESH."""
-        for name, kept in self._kept.items():
-            self._kept[name] = kept[: self.depths[name] - 1]
-
     def keep(self, fresh: Mapping[str, ort.OrtValue]) -> None:
         """Take over what a REFRESH wrote, by cache name."""
         for name, value in fresh.items():
             self._kept[name] = [value, *self._kept.get(name, [])][: self.depths[name]]
-        self.count += 1
+        self.count, self._zeros = self.count + 1, {}
 
 
 class FixedRefreshes:
@@ -128,9 +123,6 @@ class FixedRefreshes:
         """The next one of the ring; None in the first round."""
         ring, place = self._rings[cache.name], self.count % self._sizes[cache.name]
         return ring[place] if place < len(ring) else None
-
-    def release(self) -> None:
-        """Nothing: the buffers stay."""
 
     def keep(self, fresh: Mapping[str, ort.OrtValue]) -> None:
         """Take over what a REFRESH wrote, by cache name."""

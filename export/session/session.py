@@ -24,7 +24,6 @@ from calicache.graph_passes.common.arguments import number, of_kind, path_of, wh
 from calicache.graph_passes.common.errors import ArtifactError, ExportError, RunError
 from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.recording.reads import check_fixed
-from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
 from calicache.graph_passes.settings.choices import StepMode
 
@@ -239,15 +238,11 @@ class Session:
         bound = {name: self._run.inputs.fill(name, v) for name, v in feed.items() if name in used}
         if step == 0:  # a new run: weight 0 times a NaN of the run before would be NaN
             kept.start()
-        reads = self.manifest.mode(mode).reads
-        if mode is StepMode.REFRESH and not reads:
-            kept.release()
         for back in range(self.manifest.history):
             for cache in self.manifest.caches:
                 name = slot_name(cache.name, back)
                 if name in used:
-                    read = name in reads
-                    bound[name] = kept.read(cache, back) if read else self._empty(cache)
+                    bound[name] = kept.read(cache, back)
         for name, value in bound.items():
             binding.bind_ortvalue_input(name, value)
         return [*bound.values()]
@@ -282,10 +277,6 @@ class Session:
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
         return options
-
-    def _empty(self, cache: TensorSpec) -> ort.OrtValue:
-        empty = np.zeros((0, *cache.shape[1:]), cache.dtype)
-        return ort.OrtValue.ortvalue_from_numpy(empty, self._device)
 
 
 def _finite_scale(scale: Any) -> float:
