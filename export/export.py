@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import onnx_ir as ir
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 
 from calicache.export.artifact.folder import ARTIFACT
 from calicache.export.artifact.graph_file import write_graphs
 from calicache.export.artifact.manifest import (
     FORMAT,
-    MODEL_FILE,
     WEIGHTS_FILE,
     Attention,
     FileRecord,
@@ -23,7 +22,6 @@ from calicache.export.artifact.manifest import (
     ModeRecord,
     SamplerRecord,
     TargetRecord,
-    model_file,
     write_manifest,
 )
 from calicache.export.artifact.weights import (
@@ -31,18 +29,17 @@ from calicache.export.artifact.weights import (
     place_outside,
     plan_weight_file,
 )
-from calicache.export.layouts.onnx_graph import output_names, settle_constants
-from calicache.export.layouts.pair import pair_models
-from calicache.export.layouts.sampler import noise_spec, run_specs, sampler_model
-from calicache.export.layouts.step import step_model
+from calicache.export.layouts.onnx_graph import output_names
+from calicache.export.layouts.open_batch import BATCH
+from calicache.export.layouts.sampler import noise_spec, run_specs
+from calicache.export.models import OpenSizes, Wishes, cache_specs, compiled_for, make_models
 from calicache.export.session.session import Session
 from calicache.graph_passes.api.runtime import OptimizedModel
-from calicache.graph_passes.common.arguments import of_kind, path_of
+from calicache.graph_passes.common.arguments import of_kind, path_of, texts
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.describe.graphs import view_graphs
-from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.tables import SamplerTables
@@ -58,6 +55,7 @@ def export_onnx(
     layout: Layout | str = Layout.STEP,
     sampler: SamplerTables | None = None,
     attention: Attention | str = Attention.FUSED,
+    dynamic: Sequence[str] = (),
     check: bool = True,
 ) -> Manifest:
     """Write an optimised model as an artifact folder; an existing artifact is replaced.
@@ -70,22 +68,26 @@ def export_onnx(
             All calls of a step are one batch there.
         attention: `fused` for ONNX Runtime on CPU and CUDA; with `standard` all operators are
             ONNX's own, for every other runtime and provider.
+        dynamic: `("batch",)` leaves the batch size open: the first dimension that the latent has,
+            and of noise in the `sampler` layout.
         check: open what was written on the CPU provider, as a session does, before it takes its
             place. An operation that this provider has no kernel for is no error: others may.
 
     Raises:
         ExportError: an unknown layout, no sampler where one is needed, or one where none is,
-            torch.onnx refuses an op, something else is in the place of the folder, or ONNX
-            Runtime does not take the models for valid.
+            torch.onnx refuses an op, an op is made for one batch size where that is to be open,
+            something else is in the place of the folder, or ONNX Runtime does not take the models
+            for valid.
     """
     of_kind("optimized", optimized, OptimizedModel, ExportError)
     path = path_of(path, ExportError)
     layout = one_of("layout", layout, Layout)
     attention = one_of("attention", attention, Attention)
     tables = _sampler(optimized, layout, sampler)
-    compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
+    wishes = Wishes(layout, attention, tables, _is_dynamic(dynamic))
+    compiled = compiled_for(optimized, layout)
     with atomic_path(path, ARTIFACT) as folder:
-        models = _models(compiled, layout, tables, attention)
+        models, sizes = make_models(optimized, wishes)
         weights = plan_weight_file(models.values())
         folder.mkdir()
         if weights.places:  # small tensors are in the models themselves
@@ -96,7 +98,7 @@ def export_onnx(
         write_graphs(view_graphs(compiled.captured, compiled.variant_set), folder)
         names = sorted(file.name for file in folder.iterdir())
         files = tuple(_file_record(folder / name, weights) for name in names)
-        manifest = _manifest(compiled, layout, attention, files, tables, optimized.plan.front)
+        manifest = _manifest(compiled, wishes, sizes, files, optimized.plan.front)
         write_manifest(manifest, folder)
         if check:
             _check_opens(folder)
@@ -112,24 +114,9 @@ def _check_opens(folder: Path) -> None:
     try:
         Session(folder)
     except ExportError as error:
-        if not isinstance(error.__cause__, NotImplemented):  # another provider may have the kernel
+        # Of ONNX Runtime's own: another provider may have the kernel.
+        if type(error.__cause__).__name__ != "NotImplemented":
             raise
-
-
-def _models(
-    compiled: Compiled, layout: Layout, tables: SamplerTables | None, attention: Attention
-) -> dict[str, ir.Model]:
-    """The models of a layout by the names of their files."""
-    if layout is Layout.PAIR:
-        pairs = pair_models(compiled, attention)
-        models = {model_file(layout, mode): model for mode, model in pairs.items()}
-    elif tables is None:
-        models = {MODEL_FILE: step_model(compiled, attention)}
-    else:
-        models = {MODEL_FILE: sampler_model(compiled, tables, attention)}
-    for model in models.values():
-        settle_constants(model)
-    return models
 
 
 def _file_record(path: Path, weights: WeightFile) -> FileRecord:
@@ -146,11 +133,25 @@ def one_of(name: str, value: object, choices: type[Choice]) -> Choice:
     Raises:
         ExportError: there is none.
     """
-    if value not in list(choices):
+    known = next((choice for choice in choices if choice == value), None)
+    if known is None:
         raise ExportError(
             name, expected=" | ".join(choices), got=repr(value), fix="Choose one of these."
         )
-    return choices(value)
+    return known
+
+
+def _is_dynamic(dynamic: Sequence[str]) -> bool:
+    for name in texts("dynamic", dynamic, ExportError):
+        if name != BATCH:
+            raise ExportError(
+                "dynamic",
+                expected=BATCH,
+                got=repr(name),
+                fix="Tokens of the latent and of prompts are built into position tables and joint "
+                "sequences: export an artifact for every such size (optimized.for_call).",
+            )
+    return bool(dynamic)
 
 
 def _sampler(
@@ -190,10 +191,9 @@ def _sampler(
 
 def _manifest(
     compiled: Compiled,
-    layout: Layout,
-    attention: Attention,
+    wishes: Wishes,
+    sizes: OpenSizes,
     files: tuple[FileRecord, ...],
-    sampler: SamplerTables | None,
     front: Front | None,
 ) -> Manifest:
     recipe, analysis = compiled.recipe, compiled.analysis
@@ -201,8 +201,8 @@ def _manifest(
     return Manifest(
         format=FORMAT,
         calicache=version("calicache"),
-        layout=layout,
-        attention=attention,
+        layout=wishes.layout,
+        attention=wishes.attention,
         files=files,
         schedule=recipe.schedule,
         rank=recipe.rank,
@@ -216,7 +216,8 @@ def _manifest(
         calls_per_step=binding.calls,
         fixed=analysis.fixed,
         outputs=output_names(compiled.captured),
-        caches=_cache_specs(variant_set),
+        caches=cache_specs(variant_set),
+        open_sizes=dict(sizes),
         history=variant_set.history,
         cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
@@ -227,15 +228,8 @@ def _manifest(
         targets=tuple(_target_record(compiled, target) for target in compiled.targets),
         branches=tuple(branch.name for branch in analysis.sites.branches),
         rejections=compiled.rejections,
-        sampler=None if sampler is None else _sampler_record(compiled, sampler),
+        sampler=None if wishes.tables is None else _sampler_record(compiled, wishes.tables),
         front=front,
-    )
-
-
-def _cache_specs(variant_set: VariantSet) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
-        for cache in variant_set.caches
     )
 
 

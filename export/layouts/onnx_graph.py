@@ -251,9 +251,7 @@ def _if_graph(
         num_outputs=len(then.outputs),
         name=f"choose_{name}",
     )
-    for place, (value, one) in enumerate(
-        zip(choose.outputs, then.outputs, strict=True)
-    ):
+    for place, (value, one) in enumerate(zip(choose.outputs, then.outputs, strict=True)):
         value.name, value.type = f"choose_{name}/out_{place}", one.type
         value.shape = one.shape
     return ir.Graph([], choose.outputs, nodes=[is_mode, choose], name=f"choose_{name}")

@@ -48,7 +48,10 @@ def run_specs(compiled: Compiled, sampler: SamplerTables) -> tuple[TensorSpec, .
 
 
 def sampler_model(
-    compiled: Compiled, sampler: SamplerTables, attention: Attention = Attention.FUSED
+    compiled: Compiled,
+    sampler: SamplerTables,
+    attention: Attention = Attention.FUSED,
+    samples: int = 1,
 ) -> ir.Model:
     """Pack the variants in the `sampler` layout.
 
@@ -59,6 +62,7 @@ def sampler_model(
         compiled: with all calls of a step in one.
         sampler: of as many steps as the schedule has.
         attention: what it is written with.
+        samples: of the batch where its size is left open, see `hoist_steps`.
 
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
@@ -71,7 +75,11 @@ def sampler_model(
     binding = compiled.analysis.binding
     check_names(binding.signature, added)
     step_values, variants = hoist_steps(
-        compiled.captured, binding.dependence, compiled.variant_set.variants, sampler.inputs
+        compiled.captured,
+        binding.dependence,
+        compiled.variant_set.variants,
+        sampler.inputs,
+        samples,
     )
     variant_set = replace(compiled.variant_set, variants=variants)
     arguments = _arguments(compiled, sampler)

@@ -1,4 +1,4 @@
-"""Attention as the one operator that ONNX Runtime runs fused, or as products that all runtimes have.
+"""Attention as the one operator that ONNX Runtime runs fused, or as products that all have.
 
 `com.microsoft.MultiHeadAttention` has kernels on the CPU and on CUDA. It takes heads side by side
 as (B, N, H d), the form that they have before a model splits them, so the transposes on both

@@ -128,13 +128,6 @@ def stored_as(model: onnx.ModelProto, weight: Tensor) -> list[str]:
     ]
 
 
-def empty_caches(optimized: OptimizedModel) -> dict[str, np.ndarray]:
-    return {
-        name: np.zeros((0, *cache.shape[1:]), np.float32)
-        for name, (cache, _) in optimized.compiled.variant_set.slots().items()
-    }
-
-
 def zero_caches(optimized: OptimizedModel) -> dict[str, np.ndarray]:
     return {
         name: np.zeros(cache.shape, np.float32)
