@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from calicache.export.artifact.manifest import OpenSize
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.errors import CalicacheError, ExportError
+from calicache.graph_passes.graph.operations import DATA_MOVEMENT
+from calicache.graph_passes.graph.surgery import module_path
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.recording.step_calls import batch_size
 from calicache.graph_passes.sampler.tables import SamplerTables
@@ -37,6 +41,32 @@ def two_sizes(optimized: OptimizedModel, unit: int) -> tuple[int, int]:
     used.add(len(optimized.plan.schedule))
     free = [size for size in SIZES if size not in used and size * unit not in used]
     return free[0], free[1]
+
+
+def check_operations(optimized: OptimizedModel, others: Sequence[OptimizedModel]) -> None:
+    """Refuse a model that does something else at another batch, such as at a batch of one.
+
+    Args:
+        optimized: for calls of a recorded form.
+        others: for other batches.
+
+    Raises:
+        ExportError: it does; with the first operation that differs.
+    """
+    known = _operations(optimized)
+    for other in others:
+        for one, two in zip_longest(known, _operations(other), fillvalue="nothing"):
+            if one != two:
+                raise refused(f"{one} at one batch size, and {two} at another")
+
+
+def _operations(optimized: OptimizedModel) -> list[str]:
+    """What a model computes, in words; moves of data depend on how it lies in memory."""
+    return [
+        f"{node.target} ({module_path(node)})"
+        for node in optimized.compiled.captured.graph.nodes
+        if node.op == "call_function" and node.target not in DATA_MOVEMENT
+    ]
 
 
 def at_rows(optimized: OptimizedModel, rows: int) -> OptimizedModel:

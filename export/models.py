@@ -14,7 +14,7 @@ from calicache.export.artifact.manifest import (
     OpenSize,
     model_file,
 )
-from calicache.export.batches import at_rows, open_sizes, tables_at, two_sizes
+from calicache.export.batches import at_rows, check_operations, open_sizes, tables_at, two_sizes
 from calicache.export.layouts.onnx_graph import settle_constants
 from calicache.export.layouts.open_batch import open_batch
 from calicache.export.layouts.pair import pair_models
@@ -93,8 +93,10 @@ def _open_models(optimized: OptimizedModel, wishes: Wishes) -> tuple[Models, Ope
     sizes = two_sizes(optimized, rows)
     made: list[Models] = []
     specs: list[tuple[TensorSpec, ...]] = []
-    for size in sizes:
-        compiled = compiled_for(at_rows(optimized, size * rows), wishes.layout)
+    others = [at_rows(optimized, size * rows) for size in sizes]
+    check_operations(optimized, [at_rows(optimized, rows), *others])
+    for size, other in zip(sizes, others, strict=True):
+        compiled = compiled_for(other, wishes.layout)
         own = tables and tables_at(tables, before * calls, size * rows * calls)
         made.append(_models(compiled, replace(wishes, tables=own), size))
         noise = () if own is None else (noise_spec(compiled, own),)
