@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_made_for_one_batch_is_refused_by_name(case: str, tmp_path) -> None:
     op, name = REFUSED[case]
-    with pytest.raises(ExportError, match=f"dynamic batch.*{name}.*leave dynamic out"):
+    with pytest.raises(ExportError, match=f"dynamic batch.*{name}.*[lL]eave dynamic out"):
         export_onnx(compiled(op), tmp_path / "d", **OPEN)
     assert not (tmp_path / "d").exists()
 
