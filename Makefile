@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test fuzz lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
+.PHONY: help demo browser packages check test fuzz damage kills lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 21
@@ -22,6 +22,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Record, plan, optimise, export and sample the trained DiT; writes out/demo.png
 	$(BIN)/python samples/fashion_dit/demo.py
 
+browser: $(INSTALLED) samples/browser/node_modules/.package-lock.json ## Build and serve a page that samples the trained DiT in a browser
+	$(BIN)/python samples/browser/build_page.py
+	$(BIN)/python samples/browser/serve_page.py
+
+packages: samples/browser/node_modules/.package-lock.json samples/node/node_modules/.package-lock.json ## Install the JavaScript packages of the samples
+
+# Without their install scripts: onnxruntime-node's fetches CUDA libraries, which nothing here needs.
+samples/%/node_modules/.package-lock.json: samples/%/package-lock.json
+	npm ci --ignore-scripts --no-audit --no-fund --prefix samples/$*
+	@touch $@
+
 check: lint ## Check style, types and layers, and run every test that is not slow (minutes)
 	$(PYTEST) -m "not slow"
 
@@ -30,6 +41,12 @@ test: $(INSTALLED) ## Run the whole test suite
 
 fuzz: $(INSTALLED) ## Try N random models and plans (N=500: about an hour)
 	PYTHONPATH=tests:samples:samples/fashion_dit OMP_NUM_THREADS=1 $(BIN)/python -m random_models.fuzz $(or $(N),500)
+
+damage: $(INSTALLED) ## Damage files of every format in N ways and read them (N=2000: minutes)
+	PYTHONPATH=tests:samples:samples/fashion_dit OMP_NUM_THREADS=1 $(BIN)/python -m damage.try_many $(or $(N),2000)
+
+kills: $(INSTALLED) ## Kill saves at random moments and at every system call (strace; minutes)
+	PYTHONPATH=tests:samples:samples/fashion_dit OMP_NUM_THREADS=1 $(BIN)/python -m damage.kills
 
 lint: $(INSTALLED) ## Check style, types and the layers of imports
 	$(BIN)/ruff check .
@@ -75,4 +92,4 @@ models: $(INSTALLED) ## Try every diffusion transformer of diffusers; writes doc
 	PYTHONPATH=tests $(BIN)/python -m zoo.census
 
 clean: ## Remove the virtual environment and all output
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) out build dist *.egg-info samples/*/node_modules

@@ -1,5 +1,11 @@
 """A compiler pass that makes diffusion transformers cheap to run.
 
+    from calicache import speed_up
+
+    print(speed_up(pipe, {"prompt": "A lighthouse", "num_inference_steps": 30}, budget=0.4))
+
+or step by step:
+
     from calicache import Plan, optimize, record
 
     with record(model) as recording:
@@ -14,6 +20,8 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
+    "speed_up": "calicache.graph_passes.api.speed.speed_up",
+    "restore": "calicache.graph_passes.api.speed.subject",
     "record": "calicache.graph_passes.recording.recorder",
     "Recording": "calicache.graph_passes.recording.recording",
     "Plan": "calicache.graph_passes.api.plan",

@@ -3,6 +3,8 @@ from calicache.export.session.session import Session as Session
 from calicache.graph_passes.api.optimize import optimize as optimize
 from calicache.graph_passes.api.plan import Plan as Plan
 from calicache.graph_passes.api.runtime import OptimizedModel as OptimizedModel
+from calicache.graph_passes.api.speed.speed_up import speed_up as speed_up
+from calicache.graph_passes.api.speed.subject import restore as restore
 from calicache.graph_passes.common.errors import CalicacheError as CalicacheError
 from calicache.graph_passes.recording.recorder import record as record
 from calicache.graph_passes.recording.recording import Recording as Recording

@@ -14,11 +14,16 @@ from typing import Any
 from torch import nn
 
 from calicache.export.export import export_onnx
-from calicache.export.latency_cases import Case, case_plan, latency_cases
 from calicache.export.session.runtime import named_provider, onnx_runtime
 from calicache.export.session.session import Session
 from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.speed.cases import (
+    Case,
+    case_plan,
+    latency_cases,
+    latency_schedule,
+)
 from calicache.graph_passes.common.arguments import of_kind, path_of, whole_number
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import BenchError
@@ -27,9 +32,7 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.latency import LatencyRow, LatencyTable
-from calicache.graph_passes.settings.schedule import anchor_table, uniform_schedule
-
-INTERVAL = 3  # of the schedule that is planned for; it decides which caches are folded
+from calicache.graph_passes.settings.schedule import uniform_schedule
 
 
 def measure_latency(
@@ -73,7 +76,7 @@ def measure_latency(
     _check(ranks, repeats, provider)
     folder = None if path is None else path_of(path, BenchError)
     run = max(recording.runs, key=len)
-    schedule = _schedule(len(run), order)
+    schedule = latency_schedule(len(run), order)
     plan = Plan.from_trajectory(
         model, recording, schedule=schedule, order=order, rank=0, correct=False
     )
@@ -168,23 +171,6 @@ class _Stand:
         start = time.perf_counter()
         session.step(step, **inputs)
         return time.perf_counter() - start
-
-
-def _schedule(steps: int, order: int) -> tuple[StepMode, ...]:
-    """A short schedule with as many REFRESH steps as are kept, and one that is cheap at the end."""
-    anchor_table((StepMode.REFRESH,), order)  # refuses an unknown order
-    kept = order + 1
-    if steps <= kept:
-        raise BenchError(
-            "recording",
-            expected=f"a run of {kept + 1} steps or more",
-            got=str(steps),
-            fix="Record a longer run, or measure at a lower order.",
-        )
-    interval = min(INTERVAL, steps // kept)
-    if interval == 1:
-        return (*uniform_schedule(kept, 1), StepMode.CALIBRATE)
-    return uniform_schedule(kept * interval, interval)
 
 
 def _check(ranks: Sequence[int] | None, repeats: int, provider: str) -> None:

@@ -13,6 +13,10 @@ if __name__ == "graph_passes":
 from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.api.speed.eager import measure_eager
+from calicache.graph_passes.api.speed.speed_up import speed_up
+from calicache.graph_passes.api.speed.subject import restore
+from calicache.graph_passes.api.speed.summary import PartSummary, Summary
 from calicache.graph_passes.common.errors import CalicacheError
 from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.common.rejection import Rejection
@@ -44,6 +48,11 @@ from calicache.graph_passes.sites.sites import Sites, find_sites
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 __all__ = [
+    "speed_up",
+    "restore",
+    "Summary",
+    "PartSummary",
+    "measure_eager",
     "record",
     "Recording",
     "Plan",

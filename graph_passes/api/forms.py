@@ -97,6 +97,12 @@ class FormTable:
             patterns = recipe.include, recipe.exclude
             return self._use(self._compile(workspace.analysis(self.original, binding, *patterns)))
 
+    def renew(self, plan: Plan) -> None:
+        """Make all graphs anew when they are asked for, of the weights as they are now."""
+        with self._lock:
+            self.plan, self._own = plan, None
+            self._others.clear()
+
     def forget(self) -> None:
         """Drop what can be made again: the weights have gone elsewhere."""
         self._others.clear()

@@ -7,10 +7,12 @@ from torch import nn
 from calicache.graph_passes.api.forms import compile_plan
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import MAX_FORMS, OptimizedModel
+from calicache.graph_passes.api.weights import OnChange
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.settings.choices import member
 
 
 def optimize(
@@ -18,6 +20,7 @@ def optimize(
     plan: Plan,
     *,
     strict: bool = False,
+    on_change: OnChange | str = OnChange.REFUSE,
     max_forms: int = MAX_FORMS,
     on_progress: OnProgress | None = None,
 ) -> OptimizedModel:
@@ -30,6 +33,8 @@ def optimize(
         model: in eval mode, with the weights that the plan was made from. It is not changed.
         plan: from `Plan.from_trajectory`, `Plan.search` or `Plan.load`.
         strict: refuse timesteps that were not recorded.
+        on_change: of weights, noticed when a run begins: `refuse` raises; `refactor` makes graphs
+            and factors of the new ones, as `plan.rebind` does, in the time that `optimize` takes.
         max_forms: how many other forms of call (sizes, lengths of prompts) keep their graphs.
         on_progress: told how many calibration targets have their factors.
 
@@ -41,11 +46,14 @@ def optimize(
     """
     of_kind("model", model, nn.Module, PlanError)
     of_kind("plan", plan, Plan, PlanError)
+    on_change = member(OnChange, on_change)
     _check_weights(model, plan)
     meter = Meter(0.0, on_progress)
     whole = plan.recipe.touches_nothing and not any(p.is_meta for p in model.parameters())
     compiled = None if whole else compile_plan(model, plan, meter)
-    return OptimizedModel(model, plan, compiled, strict=strict, max_forms=max_forms)
+    return OptimizedModel(
+        model, plan, compiled, strict=strict, on_change=on_change, max_forms=max_forms
+    )
 
 
 def _check_weights(model: nn.Module, plan: Plan) -> None:

@@ -20,11 +20,13 @@ from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.describe.html import plan_html
+from calicache.graph_passes.describe.text import plan_text
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.tables import SamplerTables
+from calicache.graph_passes.search.ground import check_latency
 from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import (
     BranchKind,
@@ -43,7 +45,7 @@ from calicache.graph_passes.settings.schedule import MAX_ORDER, named_schedule
 OTHER_WEIGHTS = "then given other weights, with which the error was not measured"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """A recipe and its statistics, bound to one checkpoint and one form of call.
 
@@ -171,6 +173,7 @@ class Plan:
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         path: Path | str | None = None,
+        workspace: Workspace | None = None,
         on_progress: OnProgress | None = None,
     ) -> Plan:
         """The best plan under a budget, or the cheapest one under an error.
@@ -188,6 +191,7 @@ class Plan:
             include: shell patterns; sites that may be calibrated.
             exclude: shell patterns; sites to leave alone.
             path: a folder for what is done already; an interrupted search goes on from there.
+            workspace: of an earlier plan for this model: what was made there is not made again.
             on_progress: told how much is done and how much is still to do.
 
         Returns:
@@ -198,7 +202,7 @@ class Plan:
         """
         patterns = texts("include", include, PlanError), texts("exclude", exclude, PlanError)
         request = SearchRequest(budget, max_error, latency, effort, *patterns)
-        workspace = Workspace()
+        workspace = workspace or Workspace()
         searched = search_plan(model, recording, request, workspace, path, on_progress)
         return Plan(
             searched.binding,
@@ -300,6 +304,23 @@ class Plan:
             correction="not fitted: the plan was changed",
         )
         return replace(self, recipe=replace(unfitted, **changes), front=None)
+
+    def describe(self, latency: LatencyTable | None = None) -> str:
+        """The plan in a few lines.
+
+        Args:
+            latency: measured seconds of this checkpoint: each mode is then told what its steps
+                take, and whether that is more than a plain step takes here.
+
+        Raises:
+            PlanError: the seconds are of another checkpoint.
+        """
+        check_latency(latency, self.binding)
+        return plan_text(self.recipe, self.front, latency)
+
+    def __repr__(self) -> str:
+        lines = plan_text(self.recipe, self.front, None).splitlines()
+        return "\n  ".join((f"Plan for weights {self.binding.weights_hash[:12]}", *lines))
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the plan."""

@@ -5,77 +5,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.api.forms import FormTable, WholeTable
+from calicache.graph_passes.api.model_call import ModelCall
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runs import ThreadRun, binding_run, started_run
-from calicache.graph_passes.api.weights import UNABLE, WeightVersions, unable
+from calicache.graph_passes.api.weights import UNABLE, OnChange, WeightVersions, unable
 from calicache.graph_passes.common.errors import CalicacheWarning, RunError
 from calicache.graph_passes.describe.html import model_html
+from calicache.graph_passes.describe.text import plan_text
 from calicache.graph_passes.recording.signature import FlatCall, flatten_call
 from calicache.graph_passes.rewriting.compile import Compiled
-from calicache.graph_passes.sampler.kept import keep_refresh
-from calicache.graph_passes.sampler.run_state import Arrival, CallState, RunState, start_place
+from calicache.graph_passes.sampler.run_state import Arrival, RunState, start_place
 from calicache.graph_passes.settings.choices import StepMode
 
 MAX_FORMS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One call of the model on its way.
-
-    Attributes:
-        run: the denoising that it belongs to.
-        before: what it goes on with; None where it begins anew.
-        compiled: the graphs for its form.
-        arrival: what tells it from others.
-        mode: of its step.
-        place: of its step among the recorded ones.
-        tensors: of the call, in order.
-    """
-
-    run: RunState
-    before: CallState | None
-    compiled: Compiled
-    arrival: Arrival
-    mode: StepMode
-    place: float
-    tensors: list[Tensor]
-
-    @property
-    def variant(self) -> nn.Module:
-        """The graph to run."""
-        return self.compiled.variant_set.variants[self.mode].module
-
-    def values(self) -> list[Tensor]:
-        """What the variant reads beside the call's tensors."""
-        variant_set, recipe, before = self.compiled.variant_set, self.compiled.recipe, self.before
-        refreshes = before.refreshes if before else ()
-        weights = variant_set.named_weights(*recipe.weights_at(self.mode, self.place, refreshes))
-        kept = before.kept if before else ()
-        reads = variant_set.variants[self.mode].reads
-        return variant_set.read(reads, kept, weights, self.tensors[0].device)
-
-    def finish(self, outputs: Sequence[Tensor]) -> Any:
-        """Keep what a REFRESH gave; the model's own outputs."""
-        variant_set, before = self.compiled.variant_set, self.before
-        history = variant_set.history
-        kept, places = (before.kept, before.refreshes) if before else ((), ())
-        if self.mode is StepMode.REFRESH:
-            kept = keep_refresh(variant_set, outputs, kept, history, self.tensors)
-            places = (self.place, *places)[:history]
-        start = before.start if before else self.place
-        state = CallState(self.compiled, self.arrival.kept(), self.place, kept, places, start)
-        self.run.keep(before, state)
-        flat = list(outputs[: variant_set.outputs])
-        return pytree.tree_unflatten(flat, self.compiled.captured.output_tree)
+PLAN_FOLDER = "calicache"  # in the folder of a model that was saved with its plan
 
 
 class OptimizedModel(nn.Module):
@@ -93,6 +44,7 @@ class OptimizedModel(nn.Module):
         original: the model as it was.
         plan: what it runs under.
         strict: whether timesteps that were not recorded are refused.
+        on_change: what happens at the start of a run where weights have changed.
     """
 
     def __init__(
@@ -102,13 +54,15 @@ class OptimizedModel(nn.Module):
         compiled: Compiled | None,
         *,
         strict: bool = False,
+        on_change: OnChange = OnChange.REFUSE,
         max_forms: int = MAX_FORMS,
     ) -> None:
         super().__init__()
         self.original = original
-        self.plan, self.strict = plan, strict
-        variants = compiled.variant_set.variants if compiled else {}
-        self.variants = nn.ModuleDict({mode.name: v.module for mode, v in variants.items()})
+        # Where diffusers looks the class of a part of a pipeline up, to save it.
+        self.__module__ = type(original).__module__
+        self.plan, self.strict, self.on_change = plan, strict, on_change
+        self.variants = _modules(compiled)
         self._forms = FormTable(original, plan, compiled, max_forms)
         self._whole = None if compiled else WholeTable(original, plan, max_forms)
         self._by_form: list[OptimizedModel] = []
@@ -156,13 +110,13 @@ class OptimizedModel(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[_Step, nn.Module, list[Tensor]]:
+    ) -> tuple[ModelCall, nn.Module, list[Tensor]]:
         """Where the call belongs, its variant, and what that takes."""
         step = self._step(self._flat(args, kwargs))
         return step, step.variant, [*step.tensors, *step.values()]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _end(self, step: _Step, outputs: Sequence[Tensor]) -> Any:
+    def _end(self, step: ModelCall, outputs: Sequence[Tensor]) -> Any:
         """Keep what a REFRESH gave; the model's own outputs."""
         return step.finish(outputs)
 
@@ -170,7 +124,7 @@ class OptimizedModel(nn.Module):
         call = flatten_call(self.original, args, kwargs)
         return call.arranged(self.plan.binding.signature)
 
-    def _step(self, call: FlatCall) -> _Step:
+    def _step(self, call: FlatCall) -> ModelCall:
         run, binding, recipe = self.state, self.plan.binding, self.plan.recipe
         signature, tensors = call.signature(), list(call.tensors.values())
         classes = binding.classes_of(signature)
@@ -178,17 +132,28 @@ class OptimizedModel(nn.Module):
         arrival = Arrival.of(call.tensors, classes, binding.timestep, form, run.name)
         follows = run.before(arrival, binding)
         if follows is None:
-            if self._whole is None:
-                self._weights.check(self.original)
+            self._meet_changes()
             compiled = (self._whole or self._forms).for_call(call)
             run.make_room(arrival, binding.calls)
             place = start_place(arrival, binding)
             self._check_place(place, int(place))
-            return _Step(run, None, compiled, arrival, StepMode.REFRESH, place, tensors)
+            return ModelCall(run, None, compiled, arrival, StepMode.REFRESH, place, tensors)
         before, place = follows
         self._check_place(place, int(before.place) + 1)
         mode = recipe.mode_at(before.place, place, before.refreshes[0])
-        return _Step(run, before, before.compiled, arrival, mode, place, tensors)
+        return ModelCall(run, before, before.compiled, arrival, mode, place, tensors)
+
+    def _meet_changes(self) -> None:
+        """Refuse weights that have changed since, or make the factors of them."""
+        refusal = None if self._whole else self._weights.refusal(self.original)
+        if refusal is None:
+            return
+        if self.on_change is OnChange.REFUSE:
+            raise refusal
+        self.plan = self.plan.rebind(self.original)
+        self._forms.renew(self.plan)
+        self._by_form, self._weights = [], WeightVersions.of(self.original)
+        self.variants = _modules(self.compiled)
 
     def _check_place(self, place: float, recorded: int) -> None:
         """Say that a step is none of the recorded ones, or refuse it."""
@@ -258,7 +223,9 @@ class OptimizedModel(nn.Module):
             if model.compiled is compiled:
                 return model
         plan = replace(self.plan, binding=compiled.analysis.binding)
-        model = OptimizedModel(self.original, plan, compiled, strict=self.strict)
+        model = OptimizedModel(
+            self.original, plan, compiled, strict=self.strict, on_change=self.on_change
+        )
         self._by_form = [*self._by_form, model][-self._forms.limit :]
         return model
 
@@ -287,9 +254,38 @@ class OptimizedModel(nn.Module):
             )
         return self
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The original's: what asks for a model of its kind, such as a pipeline, gets one.
+
+        `isinstance(fast, OptimizedModel)` is true all the same.
+        """
+        original = self.__dict__.get("_modules", {}).get("original")
+        return OptimizedModel if original is None else type(original)
+
+    def save_pretrained(self, path: Path | str, **options: Any) -> None:
+        """Save the original as it saves itself, and the plan in a folder of it, `calicache`.
+
+        So a pipeline's own `save_pretrained` keeps both; what loads the folder gets the original.
+
+        Raises:
+            AttributeError: the original has no such method.
+            CalicacheError: the plan cannot be written.
+        """
+        self.original.save_pretrained(path, **options)  # type: ignore[operator]
+        self.plan.save(Path(path) / PLAN_FOLDER)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (), self.__dict__.copy()  # pickle's own way asks for __class__
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._weights = WeightVersions.of(self.original)  # a copy has parameters of its own
+
+    def __repr__(self) -> str:
+        lines = plan_text(self.plan.recipe, self.plan.front, None).splitlines()
+        name = type(self.original).__name__
+        return "\n  ".join((f"{name} optimised by calicache", *lines))
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the optimised model."""
@@ -303,3 +299,13 @@ class OptimizedModel(nn.Module):
                 raise
             value = getattr(self.original, name)
             return unable(name) if name in UNABLE else value
+
+
+def _modules(compiled: Compiled | None) -> nn.ModuleDict:
+    """The graphs by name of their mode."""
+    variants = compiled.variant_set.variants if compiled else {}
+    return nn.ModuleDict({mode.name: variant.module for mode, variant in variants.items()})
+
+
+def _empty() -> OptimizedModel:
+    return OptimizedModel.__new__(OptimizedModel)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, NoReturn
 
 from torch import nn
 
 from calicache.graph_passes.common.errors import RunError
 
-AGAIN = "Optimise the model again, with plan.rebind(model) where its weights have changed."
+AGAIN = (
+    "Optimise the model again, with plan.rebind(model) where its weights have changed, or optimise "
+    "with on_change='refactor'."
+)
+
+
+class OnChange(StrEnum):
+    """What happens when the weights have changed since the model was optimised."""
+
+    REFUSE = "refuse"
+    REFACTOR = "refactor"
+
 
 UNABLE = frozenset(
     {
@@ -59,18 +71,14 @@ class WeightVersions:
             )
         )
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model whose weights have changed since.
-
-        Raises:
-            RunError: parameters were written to, added or taken away.
-        """
+    def refusal(self, model: nn.Module) -> RunError | None:
+        """What to say of a model whose weights have changed since; None where they have not."""
         now = WeightVersions.of(model).parameters
         if now == self.parameters:
-            return
+            return None
         names = [name for name, _ in model.named_parameters()]
         others = [n for n, mine in zip(names, now, strict=True) if mine not in self.parameters]
-        raise RunError(
+        return RunError(
             others[0] if others else "parameters",
             expected="the weights that the model was optimised with",
             got=f"{len(others)} others of {len(now)}",

@@ -97,7 +97,7 @@ def _held_folder(path: Path) -> tuple[Path, int | None]:
     """A new folder that no other process takes for a leftover; unheld where nothing can hold."""
     for _ in range(_TRIES):
         folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
-        held = _hold(Path(folder))
+        held = hold(Path(folder))
         if held is None:
             return Path(folder), None
         if os.path.exists(folder):  # else another save took it for a leftover just before
@@ -106,7 +106,7 @@ def _held_folder(path: Path) -> tuple[Path, int | None]:
     raise OSError(errno.EBUSY, "other saves are in the way", str(path))
 
 
-def _hold(folder: Path) -> int | None:
+def hold(folder: Path) -> int | None:
     """Hold a folder until its descriptor is closed, or the process dies; None where held."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -120,7 +120,7 @@ def _hold(folder: Path) -> int | None:
 
 
 def _remove_unheld(folder: Path) -> None:
-    held = _hold(folder)
+    held = hold(folder)
     if held is not None:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(held)

@@ -138,7 +138,7 @@ def _factors(
         with _naming(target):
             return quantise_weight(captured.attribute(target.weights[0]))
     if any(parameter.is_meta for parameter in captured.module.parameters()):
-        return _meta_factors(captured, target)
+        return blank_factors(captured, target)
     decomposition = decompositions.of(captured, target, statistics)
     with _naming(target):
         factors = decomposition.at(target.rank)
@@ -159,12 +159,12 @@ def _naming(target: CalibrationTarget) -> Iterator[None]:
         ) from error
 
 
-def _meta_factors(captured: CapturedGraph, target: CalibrationTarget) -> CalibrationFactors:
-    """Shapes alone, for the costs of a model on the meta device."""
+def blank_factors(captured: CapturedGraph, target: CalibrationTarget) -> CalibrationFactors:
+    """Factors of the right shapes that hold nothing, for costs and for timing steps."""
     value = captured.node(target.nodes[0]).meta["val"]
-    meta = torch.empty(0, device="meta", dtype=value.dtype)
-    down = meta.new_empty(target.rank, target.in_features)
-    up = meta.new_empty(sum(target.out_features), target.rank)
+    blank = torch.zeros(0, dtype=value.dtype, device=captured.device)
+    down = blank.new_zeros(target.rank, target.in_features)
+    up = blank.new_zeros(sum(target.out_features), target.rank)
     read = None if target.granularity is Granularity.BRANCH else up.T
     return CalibrationFactors(down, up, 0.0, read)
 

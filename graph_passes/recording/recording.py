@@ -169,6 +169,14 @@ class Recording:
                 results[len(calls)] = end.clone()  # a run may be taken twice
         return Recording(calls, self._signature, results)
 
+    def __repr__(self) -> str:
+        if not self.calls:
+            return "Recording without calls"
+        inputs = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in self.signature.tensors)
+        ended = f"{len(self.results)} finished" if self.results else "none finished"
+        counts = f"{len(self.calls)} calls in {len(self.runs)} runs, {ended}"
+        return f"Recording of {counts}\n  calls take {inputs}"
+
     def save(self, path: Path | str) -> None:
         """Write one safetensors file; a value shared by several calls is stored once.
 

@@ -116,6 +116,8 @@ def find_families(
 ) -> tuple[list[Family], TargetSurvey | None]:
     """FORECAST and REUSE at every order, CALIBRATE steps in int8 and low-rank ones at some costs.
 
+    Where seconds count, a family whose steps were measured to take as long as plain ones is none.
+
     Args:
         ground: model and runs.
         latency: measured seconds; MACs without.
@@ -126,26 +128,37 @@ def find_families(
         The families, and what is known of the calibration targets, if there are any.
     """
     orders = tuple(range(MAX_ORDER + 1)) if latency is None else (latency.order,)
-    highest, reuse = (max(orders),), frozenset({StepMode.REUSE})
+    highest = (max(orders),)
     families = [build_family(ground, FamilySpec("forecast", frozenset(), highest), latency)]
-    if ground.analysis.sites.branches:
+    reuse = FamilySpec("reuse", frozenset({StepMode.REUSE}), orders)
+    if ground.analysis.sites.branches and _saves(ground, reuse, latency):
         ground.meter.stage("measure REUSE steps", CHEAP_WORK)
-        families.append(build_family(ground, FamilySpec("reuse", reuse, orders), latency))
+        families.append(build_family(ground, reuse, latency))
     base = families[-1]
     modes = base.spec.modes | {StepMode.CALIBRATE}
     integers = None if latency is None else int8_allocation(ground.analysis, latency)
     if integers is not None:
         ground.meter.stage("measure CALIBRATE steps in int8", CHEAP_WORK)
         spec = FamilySpec("calibrate-int8", modes, highest, integers)
-        families.append(build_family(ground, spec, latency, scales=base.scales))
+        if _saves(ground, spec, latency):
+            families.append(build_family(ground, spec, latency, scales=base.scales))
     survey = survey_targets(ground)
     if survey is None:
         return families, None
     for level, allocation in _allocations(ground, survey, latency, budget, effort):
         ground.meter.stage(f"measure CALIBRATE steps at {level:g}", CHEAP_WORK)
         spec = FamilySpec(f"calibrate-{level:g}", modes, highest, allocation)
-        families.append(build_family(ground, spec, latency, survey.moments, base.scales))
+        if _saves(ground, spec, latency):
+            families.append(build_family(ground, spec, latency, survey.moments, base.scales))
     return families, survey
+
+
+def _saves(ground: Ground, spec: FamilySpec, latency: LatencyTable | None) -> bool:
+    """Whether every mode of a family takes less time than a plain step, which errs by nothing."""
+    if latency is None:
+        return True
+    shares = latency_shares(ground.analysis.sites, latency, spec.modes, spec.allocation)
+    return all(shares.steps[mode] < 1.0 for mode in spec.modes)
 
 
 def build_family(

@@ -119,7 +119,9 @@ def _explore(
     state = begin(ground, families)
     if request.budget is not None:
         candidates, state = _explore_budget(ground, families, state, request.budget, request.effort)
-        choice = _best_within(state, candidates, request.budget)
+        # MACs do not count caches: there a dearer plan with fewer modes may be the better one.
+        within = candidates if request.latency is None else undominated(state, candidates)
+        choice = _best_within(state, within, request.budget)
     else:
         assert request.max_error is not None
         goal = (request.max_error, least, request.effort)
@@ -146,6 +148,16 @@ def _explore_budget(
         ranked, state = find_candidates(ground, families, state, share, tries)
         candidates += ranked[: CHOSEN_FROM if share == budget else 1]
     return candidates, summarise(ground, state, candidates)
+
+
+def undominated(state: SearchState, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that none beside them is as good as in cost and error, and better in one."""
+    places = [(c.cost, state.summary(c).mean) for c in candidates]
+    return [
+        candidate
+        for candidate, own in zip(candidates, places, strict=True)
+        if not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in places)
+    ]
 
 
 def _best_within(state: SearchState, candidates: Sequence[Candidate], budget: float) -> Candidate:
@@ -204,7 +216,7 @@ def _cheapest_within(
             got=f"{max_error:g}",
             fix="Allow a larger error, search with more effort, or run the model as it is.",
         )
-    return min(within, key=lambda c: c.cost)
+    return min(within, key=lambda c: (c.cost, state.summary(c).mean))
 
 
 def _raised(value: float) -> float:

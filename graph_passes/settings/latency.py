@@ -108,6 +108,23 @@ class LatencyTable:
         full = (row.refresh for row in self.rows if row.choice is BranchChoice.FULL)
         return next(full, self.plain)
 
+    def step_shares(self, choice: BranchChoice) -> tuple[float, float] | None:
+        """A CALIBRATE step with every group so treated, against a plain step.
+
+        Groups that were not measured so are computed in full.
+
+        Returns:
+            At the ranks that take the least and the most time; None where no group was measured.
+        """
+        seconds: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row.choice is choice:
+                seconds.setdefault(row.group, []).append(row.step - self.full_step)
+        if not seconds:
+            return None
+        least, most = (sum(map(pick, seconds.values())) for pick in (min, max))
+        return (self.full_step + least) / self.plain, (self.full_step + most) / self.plain
+
     def step_change(self, group: str, choice: BranchChoice, macs: int) -> float | None:
         """Seconds that a CALIBRATE step gains (below 0) or loses with a group so treated.
 

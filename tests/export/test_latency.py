@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from calicache.export import Layout, read_manifest
-from calicache.export.latency import _schedule, measure_latency
-from calicache.export.latency_cases import Case, latency_cases
+from calicache.export.latency import measure_latency
 from calicache.graph_passes import Plan, Recording, StepMode, record
+from calicache.graph_passes.api.speed.cases import Case, latency_cases, latency_schedule
 from calicache.graph_passes.common.errors import BenchError, ExportError, PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.settings.latency import (
@@ -268,7 +268,7 @@ def test_ranks_above_the_layers_are_measured_once(cases: Callable[..., list[Case
 def test_schedule_fills_what_is_kept_and_ends_cheap(
     steps: int, order: int, expected: tuple[StepMode, ...]
 ) -> None:
-    assert _schedule(steps, order) == expected
+    assert latency_schedule(steps, order) == expected
 
 
 @pytest.mark.slow
@@ -333,6 +333,15 @@ def test_changes_are_against_the_step_that_treats_nothing(table: LatencyTable) -
     assert (full.full_step, full.full_refresh) == (0.875, 1.0625)
     assert full.step_change(FF, BRANCH, 64) == 0.25 - 0.875
     assert full.refresh_change(FF, BRANCH, 64) == 1.125 - 1.0625
+
+
+def test_a_step_with_every_group_so_treated_is_told_at_the_least_and_the_most_rank(
+    table: LatencyTable,
+) -> None:
+    assert table.step_shares(LINEAR) == (0.5, 0.75)
+    assert table.step_shares(INT8) is None
+    both = replace(table, plain=2.0, rows=(*table.rows, row(MIX, REUSE, 0, 1.0, 0.5)))
+    assert both.step_shares(REUSE) == ((2.0 - 1.875 - 1.5) / 2,) * 2  # each against a plain step
 
 
 @pytest.mark.parametrize(

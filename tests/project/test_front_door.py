@@ -1,4 +1,4 @@
-"""The front door: fourteen names, loaded when they are asked for."""
+"""The front door: sixteen names, loaded when they are asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import calicache
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
+    "speed_up",
+    "restore",
     "record",
     "Recording",
     "Plan",

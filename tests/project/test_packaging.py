@@ -133,14 +133,13 @@ def test_import_changes_no_global_state_and_is_silent() -> None:
     assert after == before
 
 
-def test_workflow_runs_the_whole_check_and_keeps_the_screenshot() -> None:
+def test_workflow_runs_the_whole_check_and_keeps_the_screenshots() -> None:
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     (job,) = yaml.safe_load(text)["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
     (kept,) = [step["with"]["path"] for step in job["steps"] if "with" in step]
-    assert kept == "out/report.png"
-    assert (
-        '"out" / "report.png"'
-        in (ROOT / "tests" / "tools" / "report" / "test_report.py").read_text()
-    )
+    assert kept.split() == ["out/report.png", "out/browser-*.png"]
+    tests = ROOT / "tests"
+    assert '"out" / "report.png"' in (tests / "tools/report/test_report.py").read_text()
+    assert 'OUT / f"browser-{width}.png"' in (tests / "samples/test_browser.py").read_text()

@@ -10,7 +10,7 @@ import torch
 from model import FashionDiT
 from support.models import relative, sample_dit
 
-from calicache.graph_passes import Plan, Recording, optimize, record
+from calicache.graph_passes import Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.common.errors import PlanError, RunError
 
 pytestmark = pytest.mark.slow
@@ -85,6 +85,33 @@ def test_a_change_is_noticed_when_a_run_begins(
     fast(**second)  # the run that goes on has its caches
     with pytest.raises(RunError, match=r"blocks\.0\.mlp\.fc1\.(weight|extra).*rebind"):
         fast(**first)
+
+
+def test_changed_weights_get_factors_of_their_own(
+    dit: FashionDiT, dit_recording: Recording, dit_plan: Plan
+) -> None:
+    model = copy.deepcopy(dit)
+    fast = optimize(model, dit_plan, on_change="refactor")
+    calls = dit_recording.calls[:3]
+    before = [fast(**call) for call in calls]
+    model.blocks[0].mlp.fc1.weight.mul_(1.5)
+    model.blocks[1].attn.proj.weight = torch.nn.Parameter(
+        model.blocks[1].attn.proj.weight.flip(0), requires_grad=False
+    )
+    expected = optimize(model, dit_plan.rebind(model))
+    for call, old in zip(calls, before, strict=True):
+        actual = fast(**call)
+        assert torch.equal(actual, expected(**call))
+        assert relative(actual, old) > 1e-3  # the change shows
+    assert fast.plan.recipe == dit_plan.rebind(model).recipe
+    assert (
+        fast.variants["CALIBRATE"] is fast.compiled.variant_set.variants[StepMode.CALIBRATE].module
+    )
+
+
+def test_another_word_for_a_change_is_refused(dit: FashionDiT, dit_plan: Plan) -> None:
+    with pytest.raises(PlanError, match=r"onchange: expected refuse \| refactor, got 'ignore'"):
+        optimize(dit, dit_plan, on_change="ignore")
 
 
 def test_moving_and_copying_is_no_change(

@@ -16,6 +16,7 @@ import torch
 from classifier import load_classifier
 from data import DEBIAN_FOLDER, load_split
 from diffusion import GuidedDDIM, add_noise, alpha_bar_table, ddim_timesteps
+from images import LABEL_WIDTH
 from model import FashionDiT
 from PIL import Image
 from train import TrainConfig, Trainer
@@ -56,7 +57,7 @@ def test_demo_writes_pictures_and_a_table_with_the_plan_that_ships(tmp_path: Pat
     assert all(0 < row["relative_error"] < 0.1 for row in rows[2:])
     assert all(name in printed for name in (*modes, "demo.png"))
     picture = Image.open(tmp_path / "out dir/demo.png")
-    assert picture.size == (2 * 32 * 4, 5 * 32 * 4)
+    assert picture.size == (LABEL_WIDTH + 2 * 32 * 4, 6 * 32 * 4)
     searched, even = rows[-1], rows[3]
     assert searched["macs_share"] <= 0.35
     # The same number of REFRESH steps; measured: 0.5 of the even schedule's error.

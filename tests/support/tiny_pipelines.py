@@ -197,6 +197,16 @@ def wan_pipeline() -> WanPipeline:
     )
 
 
+def wan22_pipeline() -> WanPipeline:
+    """Wan 2.2: one transformer for much noise, another one for little."""
+    pipe = wan_pipeline()
+    config = {key: v for key, v in pipe.transformer.config.items() if not key.startswith("_")}
+    parts = {key: v for key, v in pipe.components.items() if v is not None}
+    parts |= {"transformer_2": shake(WanTransformer3DModel(**config), scale=0.06)}
+    parts |= {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "boundary_ratio": 0.8}
+    return _quiet(WanPipeline(**parts))
+
+
 def _quiet(pipe: DiffusionPipeline) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -13,6 +13,7 @@ from calicache.export.artifact.manifest import Manifest
 from calicache.graph_passes.api.plan import Plan
 from calicache.tools.inspect.artifact import ArtifactFacts, artifact_facts, describe_artifact
 from calicache.tools.inspect.plan import PlanFacts, describe_plan, plan_facts
+from calicache.tools.inspect.provider import describe_provider, provider_facts
 from calicache.tools.inspect.recording import RecordingFacts, describe_recording, recording_facts
 from calicache.tools.terminal.options import Json, show_value
 from calicache.tools.terminal.subject import read_subject
@@ -32,6 +33,10 @@ def inspect(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with code 2 where there are warnings.")
     ] = False,
+    provider: Annotated[
+        str | None,
+        typer.Option(help="An execution provider: what of an artifact it leaves to the host."),
+    ] = None,
 ) -> None:
     """Print what a plan, an artifact or a recording is, and what is odd about it.
 
@@ -39,6 +44,9 @@ def inspect(
 
     Exit codes: 1 for what is refused; with --strict 2 where there are warnings.
     """
+    if provider is not None:
+        show_value(provider_facts(path, provider), describe_provider, json=json)
+        return
     facts = inspect_subject(path)
     show_value(facts, describe_facts, json=json)
     if strict and facts.warnings:

@@ -46,6 +46,7 @@ from calicache.graph_passes.search.costs import TargetSurvey
 from calicache.graph_passes.search.families import Family, find_families, probe_schedule
 from calicache.graph_passes.search.ground import Ground, prepare_ground
 from calicache.graph_passes.search.journal import Journal
+from calicache.graph_passes.search.search import undominated
 from calicache.graph_passes.settings.front import FrontPoint
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, LatencyRow, LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
@@ -257,6 +258,41 @@ def points_of(plan: Plan) -> Iterator[tuple[Plan, FrontPoint]]:
     assert plan.front is not None
     for place, point in enumerate(plan.front.points):
         yield plan.take(place), point
+
+
+@pytest.mark.parametrize(
+    ("linear", "reuse", "names", "modes"),
+    [
+        (1.0, 1.2, ["forecast", "reuse", "calibrate-0.45"], {R, C, U, F}),
+        (1.0, 2.1, ["forecast", "calibrate-0.45"], {R, C, F}),
+        (1.0, PLAIN, ["forecast", "calibrate-0.45"], {R, C, F}),
+        (2.1, 2.2, ["forecast"], {R, F}),
+    ],
+)
+def test_modes_that_are_slower_than_plain_steps_have_no_family(
+    linear: float, reuse: float, names: list[str], modes: set[StepMode]
+) -> None:
+    rows = {BranchChoice.LINEAR: (REFRESH, linear), BranchChoice.REUSE: (REFRESH, reuse)}
+    families, _ = find_families(ground_of(*flicker()), table(rows, forecast=0.01), 0.5, 1)
+    assert [family.spec.name for family in families[: len(names)]] == names
+    assert {mode for family in families for mode in family.modes} == modes
+
+
+def test_plans_that_others_beat_in_time_and_error_are_not_chosen_from() -> None:
+    ground, families, _ = families_of_rich()
+    candidates, state = find_candidates(ground, families, state_of_rich(), 0.5, 3)
+    state = summarise(ground, state, candidates)
+    one, *others = candidates
+    slow = replace(one, cost=one.cost + 0.01)  # the same plan at another cost
+    assert undominated(state, [slow, one]) == [one]
+    assert undominated(state, [one, one]) == [one, one]
+    kept = undominated(state, candidates)
+    assert kept
+    assert all(
+        not (o.cost <= c.cost and state.summary(o).mean < state.summary(c).mean)
+        for c in kept
+        for o in (one, *others)
+    )
 
 
 @pytest.mark.slow

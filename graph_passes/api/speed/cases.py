@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.common.errors import BenchError
 from calicache.graph_passes.factors.statistics import SecondMoments
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.settings.choices import BranchKind, Granularity, SiteMode, SiteRule
+from calicache.graph_passes.settings.choices import (
+    BranchKind,
+    Granularity,
+    SiteMode,
+    SiteRule,
+    StepMode,
+)
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, group_of
+from calicache.graph_passes.settings.schedule import anchor_table, uniform_schedule
 from calicache.graph_passes.sites.sites import LinearSite, Sites
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
 
 LOW_SHARE, HIGH_SHARE = 16, 5  # of the width, in a rank
+INTERVAL = 3  # of the schedule that is planned for; it decides which caches are folded
 _LEVELS = {BranchChoice.LINEAR: Granularity.LINEAR, BranchChoice.BRANCH: Granularity.BRANCH}
 
 
@@ -75,6 +85,48 @@ def latency_cases(
         if integers.targets:
             yield integers
         yield _case(captured, sites, group, BranchChoice.REUSE, 0, names)
+
+
+def joint_cases(cases: Iterable[Case], captured: CapturedGraph, sites: Sites) -> Iterator[Case]:
+    """All groups that can be treated alike in one case: fewer steps to time than one by one.
+
+    Args:
+        cases: from `latency_cases`.
+        captured: the plain graph that they were made from.
+        sites: its layers and branches.
+    """
+    joined: dict[tuple[BranchChoice, int], list[Case]] = {}
+    counts: Counter[tuple[str, BranchChoice]] = Counter()
+    for case in cases:
+        place = counts[case.group, case.choice]  # the lower rank of a group comes first
+        counts[case.group, case.choice] += 1
+        joined.setdefault((case.choice, place), []).append(case)
+    for (choice, _), alike in joined.items():
+        groups = {case.group for case in alike}
+        names = [branch.name for branch in sites.branches if group_of(branch.name) in groups]
+        rank = max(case.rank for case in alike)
+        yield _case(captured, sites, EVERY, choice, rank, names)
+
+
+def latency_schedule(steps: int, order: int) -> tuple[StepMode, ...]:
+    """A short schedule with as many REFRESH steps as are kept, and one that is cheap at the end.
+
+    Raises:
+        BenchError: the runs are too short for it.
+    """
+    anchor_table((StepMode.REFRESH,), order)  # refuses an unknown order
+    kept = order + 1
+    if steps <= kept:
+        raise BenchError(
+            "recording",
+            expected=f"a run of {kept + 1} steps or more",
+            got=str(steps),
+            fix="Record a longer run, or measure at a lower order.",
+        )
+    interval = min(INTERVAL, steps // kept)
+    if interval == 1:
+        return (*uniform_schedule(kept, 1), StepMode.CALIBRATE)
+    return uniform_schedule(kept * interval, interval)
 
 
 def _case(

@@ -1,0 +1,66 @@
+"""One call of an optimised model on its way: which variant runs, what it reads, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from calicache.graph_passes.rewriting.compile import Compiled
+from calicache.graph_passes.sampler.kept import keep_refresh
+from calicache.graph_passes.sampler.run_state import Arrival, CallState, RunState
+from calicache.graph_passes.settings.choices import StepMode
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """One call of the model on its way.
+
+    Attributes:
+        run: the denoising that it belongs to.
+        before: what it goes on with; None where it begins anew.
+        compiled: the graphs for its form.
+        arrival: what tells it from others.
+        mode: of its step.
+        place: of its step among the recorded ones.
+        tensors: of the call, in order.
+    """
+
+    run: RunState
+    before: CallState | None
+    compiled: Compiled
+    arrival: Arrival
+    mode: StepMode
+    place: float
+    tensors: list[Tensor]
+
+    @property
+    def variant(self) -> nn.Module:
+        """The graph to run."""
+        return self.compiled.variant_set.variants[self.mode].module
+
+    def values(self) -> list[Tensor]:
+        """What the variant reads beside the call's tensors."""
+        variant_set, recipe, before = self.compiled.variant_set, self.compiled.recipe, self.before
+        refreshes = before.refreshes if before else ()
+        weights = variant_set.named_weights(*recipe.weights_at(self.mode, self.place, refreshes))
+        kept = before.kept if before else ()
+        reads = variant_set.variants[self.mode].reads
+        return variant_set.read(reads, kept, weights, self.tensors[0].device)
+
+    def finish(self, outputs: Sequence[Tensor]) -> Any:
+        """Keep what a REFRESH gave; the model's own outputs."""
+        variant_set, before = self.compiled.variant_set, self.before
+        history = variant_set.history
+        kept, places = (before.kept, before.refreshes) if before else ((), ())
+        if self.mode is StepMode.REFRESH:
+            kept = keep_refresh(variant_set, outputs, kept, history, self.tensors)
+            places = (self.place, *places)[:history]
+        start = before.start if before else self.place
+        state = CallState(self.compiled, self.arrival.kept(), self.place, kept, places, start)
+        self.run.keep(before, state)
+        flat = list(outputs[: variant_set.outputs])
+        return pytree.tree_unflatten(flat, self.compiled.captured.output_tree)

@@ -1,0 +1,118 @@
+"""An optimised model where the original was: class, pickles, folders of pipelines, offloading."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import ModelMixin, PixArtAlphaPipeline
+from support.models import relative
+from support.tiny_pipelines import CASES, PipelineCase
+from torch import Tensor
+
+from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
+from calicache.graph_passes.common.errors import RunError
+
+PIXART = next(case for case in CASES if case.name == "pixart")
+pytestmark = pytest.mark.slow
+
+PROMPT = "a photo of a cat"
+
+
+@pytest.fixture(scope="module")
+def planned() -> tuple[PipelineCase, Plan, Tensor]:
+    """A pipeline, a plan of it, and what its optimised transformer makes of the prompt."""
+    pipe = PIXART.build()
+    with record(pipe.transformer) as recording:
+        PIXART.latents(pipe, PROMPT)
+    plan = Plan.from_trajectory(pipe.transformer, recording, schedule=2, rank=4)
+    pipe.transformer = optimize(pipe.transformer, plan)
+    return PIXART, plan, PIXART.latents(pipe, PROMPT)
+
+
+def test_it_is_of_both_classes(planned: tuple[PipelineCase, Plan, Tensor]) -> None:
+    case, plan, _ = planned
+    original = case.build().transformer
+    fast = optimize(original, plan)
+    assert isinstance(fast, OptimizedModel)
+    assert isinstance(fast, ModelMixin)
+    assert isinstance(fast, type(original))
+    assert repr(fast).startswith(f"{type(original).__name__} optimised by calicache")
+    assert type(fast) is OptimizedModel
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
+def test_copies_do_the_same(way: str, planned: tuple[PipelineCase, Plan, Tensor]) -> None:
+    case, plan, expected = planned
+    pipe = case.build()
+    fast = optimize(pipe.transformer, plan)
+    if way == "pickle":
+        copied = pickle.loads(pickle.dumps(fast))
+    elif way == "torch.save":
+        buffer = io.BytesIO()
+        torch.save(fast, buffer)
+        buffer.seek(0)
+        copied = torch.load(buffer, weights_only=False)
+    else:
+        copied = copy.deepcopy(fast)
+    assert type(copied) is OptimizedModel
+    pipe.transformer = copied
+    assert torch.equal(case.latents(pipe, PROMPT), expected)
+
+
+def test_a_pipeline_is_saved_with_its_plan(
+    planned: tuple[PipelineCase, Plan, Tensor], tmp_path: Path
+) -> None:
+    case, plan, expected = planned
+    pipe = case.build()
+    plain = case.latents(pipe, PROMPT)
+    pipe.transformer = optimize(pipe.transformer, plan)
+    pipe.save_pretrained(tmp_path / "pipe")
+
+    loaded = PixArtAlphaPipeline.from_pretrained(tmp_path / "pipe")
+    loaded.set_progress_bar_config(disable=True)
+    # Float32 weights, the same operations: only the order of sums may differ.
+    assert relative(case.latents(loaded, PROMPT), plain) < 1e-5
+    kept = Plan.load(tmp_path / "pipe" / "transformer" / "calicache")
+    loaded.transformer = optimize(loaded.transformer, kept)
+    assert relative(case.latents(loaded, PROMPT), expected) < 1e-5
+
+
+def test_a_pipeline_takes_it_for_its_transformer(
+    planned: tuple[PipelineCase, Plan, Tensor], tmp_path: Path
+) -> None:
+    case, plan, expected = planned
+    pipe = case.build()
+    pipe.save_pretrained(tmp_path / "pipe")
+    fast = optimize(pipe.transformer, plan)
+    loaded = PixArtAlphaPipeline.from_pretrained(tmp_path / "pipe", transformer=fast)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.transformer) is OptimizedModel
+    assert relative(case.latents(loaded, PROMPT), expected) < 1e-5
+
+
+@pytest.mark.parametrize("cheap", [StepMode.FORECAST, StepMode.CALIBRATE])
+def test_sequential_offloading_goes_with_forecasts_and_is_refused_with_graphs(
+    cheap: StepMode,
+) -> None:
+    pipe = PIXART.build()
+    original = pipe.transformer = copy.deepcopy(pipe.transformer)
+    with record(original) as recording:
+        PIXART.latents(pipe, PROMPT)
+    schedule = [StepMode.REFRESH, cheap] * 3
+    plan = Plan.from_trajectory(original, recording, schedule=schedule, rank=4)
+    fast = pipe.transformer = optimize(original, plan)
+    expected = PIXART.latents(pipe, PROMPT)
+    fast.reset()
+    cpu_offload(original, execution_device=torch.device("cpu"))
+    if cheap is StepMode.CALIBRATE:
+        with pytest.raises(RunError, match="weights that the model was optimised with"):
+            PIXART.latents(pipe, PROMPT)
+    else:
+        # The same operations on copies of the same weights.
+        assert relative(PIXART.latents(pipe, PROMPT), expected) < 1e-5
