@@ -4,7 +4,7 @@ if __name__ == "export":
     raise ImportError("import calicache.export: the bare name makes a second copy of every class")
 
 from calicache.export.artifact.folder import load_artifact, read_manifest
-from calicache.export.artifact.manifest import Layout, Manifest
+from calicache.export.artifact.manifest import Attention, Layout, Manifest
 from calicache.export.export import export_onnx
 from calicache.export.latency import measure_latency
 from calicache.export.samplers import read_sampler
@@ -15,6 +15,7 @@ __all__ = [
     "export_onnx",
     "measure_latency",
     "Layout",
+    "Attention",
     "SamplerTables",
     "read_sampler",
     "Session",

@@ -41,9 +41,7 @@ from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.rewriting.compile import Compiled
-from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.tables import SamplerTables
-from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
@@ -221,10 +219,7 @@ def _manifest(
         history=variant_set.history,
         cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
-        modes=tuple(
-            ModeRecord(mode, cost.modes[mode], _kept_reads(variant_set, mode))
-            for mode in sorted(variant_set.variants)
-        ),
+        modes=_mode_records(compiled),
         targets=tuple(_target_record(compiled, target) for target in compiled.targets),
         branches=tuple(branch.name for branch in analysis.sites.branches),
         rejections=compiled.rejections,
@@ -245,9 +240,13 @@ def _sampler_record(compiled: Compiled, sampler: SamplerTables) -> SamplerRecord
     )
 
 
-def _kept_reads(variant_set: VariantSet, mode: StepMode) -> tuple[str, ...]:
-    reads = variant_set.variants[mode].reads
-    return tuple(name for name in reads if name not in variant_set.tables)
+def _mode_records(compiled: Compiled) -> tuple[ModeRecord, ...]:
+    variant_set, macs = compiled.variant_set, compiled.cost.modes
+    records = []
+    for mode, variant in sorted(variant_set.variants.items()):
+        kept = tuple(name for name in variant.reads if name not in variant_set.tables)
+        records.append(ModeRecord(mode, macs[mode], kept))
+    return tuple(records)
 
 
 def _target_record(compiled: Compiled, target: CalibrationTarget) -> TargetRecord:

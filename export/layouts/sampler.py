@@ -74,12 +74,9 @@ def sampler_model(
     }
     binding = compiled.analysis.binding
     check_names(binding.signature, added)
+    plain, variants = compiled.captured, compiled.variant_set.variants
     step_values, variants = hoist_steps(
-        compiled.captured,
-        binding.dependence,
-        compiled.variant_set.variants,
-        sampler.inputs,
-        samples,
+        plain, binding.dependence, variants, sampler.inputs, samples
     )
     variant_set = replace(compiled.variant_set, variants=variants)
     arguments = _arguments(compiled, sampler)
