@@ -63,7 +63,7 @@ def check_operations(optimized: OptimizedModel, others: Sequence[OptimizedModel]
 def _operations(optimized: OptimizedModel) -> list[str]:
     """What a model computes, in words; moves of data depend on how it lies in memory."""
     return [
-        f"{node.target} ({module_path(node)})"
+        f"{node.target} ({module_path(node) or 'the model itself'})"
         for node in optimized.compiled.captured.graph.nodes
         if node.op == "call_function" and node.target not in DATA_MOVEMENT
     ]

@@ -140,7 +140,7 @@ def _reshaped(
 def _words(tensor: ir.TensorProtocol) -> str:
     if tensor.size <= 8:  # a list of sizes
         return f"{np.asarray(tensor.numpy()).tolist()}"
-    return f"a table {tuple(tensor.shape.numpy())} whose rows are alike"
+    return f"a table {tuple(tensor.shape.numpy())} of other values"
 
 
 def _refused(where: str, expected: str, got: str) -> ExportError:

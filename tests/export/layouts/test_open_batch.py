@@ -187,8 +187,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a number": (lambda x: x * x.shape[0], "mul"),
     "a branch on one": (lambda x: x.sin() if x.shape[0] == 1 else x.cos(), "(sin|cos)"),
     "a branch on the recorded one": (lambda x: x.sin() if x.shape[0] == 2 else x.cos(), "sin"),
-    "a table by row": (lambda x: x + torch.arange(x.shape[0])[:, None, None], "add"),
-    "as many operations": (lambda x: torch.cat([row.sin() for row in x.split(1)]), "operations"),
+    "a table by row": (lambda x: x + torch.arange(x.shape[0])[:, None, None], "unsqueeze"),
+    "as many operations": (lambda x: torch.cat([row.sin() for row in x.split(1)]), "getitem"),
 }
 
 
