@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 
 from calicache.export.artifact.folder import ARTIFACT
 from calicache.export.artifact.graph_file import write_graphs
 from calicache.export.artifact.manifest import (
     FORMAT,
-    MODEL_FILE,
     WEIGHTS_FILE,
+    Attention,
     FileRecord,
     Layout,
     Manifest,
     ModeRecord,
     SamplerRecord,
     TargetRecord,
-    model_file,
     write_manifest,
 )
 from calicache.export.artifact.weights import (
@@ -29,22 +30,19 @@ from calicache.export.artifact.weights import (
     plan_weight_file,
 )
 from calicache.export.layouts.onnx_graph import output_names
-from calicache.export.layouts.pair import pair_models
-from calicache.export.layouts.sampler import noise_spec, run_specs, sampler_model
-from calicache.export.layouts.step import step_model
+from calicache.export.layouts.open_batch import BATCH
+from calicache.export.layouts.sampler import noise_spec, run_specs
+from calicache.export.models import OpenSizes, Wishes, cache_specs, compiled_for, make_models
 from calicache.export.session.session import Session
 from calicache.graph_passes.api.runtime import OptimizedModel
-from calicache.graph_passes.common.arguments import of_kind, path_of
+from calicache.graph_passes.common.arguments import of_kind, path_of, texts
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.describe.graphs import view_graphs
-from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.compile import Compiled
-from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.tables import SamplerTables
-from calicache.graph_passes.settings.choices import StepMode
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
@@ -57,6 +55,8 @@ def export_onnx(
     *,
     layout: Layout | str = Layout.STEP,
     sampler: SamplerTables | None = None,
+    attention: Attention | str = Attention.FUSED,
+    dynamic: Sequence[str] = (),
     check: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
@@ -68,23 +68,31 @@ def export_onnx(
         layout: `step`, `pair` or `sampler`.
         sampler: for the `sampler` layout alone, from `read_sampler`; None takes the plan's own.
             All calls of a step are one batch there.
+        attention: `fused` for ONNX Runtime on CPU and CUDA; with `standard` all operators are
+            ONNX's own, for every other runtime and provider.
+        dynamic: `("batch",)` leaves the batch size open: the first dimension that the latent has,
+            and of noise in the `sampler` layout.
         check: open what was written on the CPU provider, as a session does, before it takes its
             place. An operation that this provider has no kernel for is no error: others may.
         on_progress: told how many of the stages are done.
 
     Raises:
         ExportError: an unknown layout, no sampler where one is needed, or one where none is,
-            torch.onnx refuses an op, something else is in the place of the folder, or ONNX
-            Runtime does not take the models for valid.
+            torch.onnx refuses an op, an op is made for one batch size where that is to be open,
+            something else is in the place of the folder, or ONNX Runtime does not take the models
+            for valid.
     """
     of_kind("optimized", optimized, OptimizedModel, ExportError)
-    path, layout = path_of(path, ExportError), _layout(layout)
+    path = path_of(path, ExportError)
+    layout = one_of("layout", layout, Layout)
+    attention = one_of("attention", attention, Attention)
     tables = _sampler(optimized, layout, sampler)
     meter = Meter(_STAGES, on_progress)
     meter.stage("translate the graphs")
-    compiled = (optimized.by_step() if layout is Layout.SAMPLER else optimized).compiled
+    wishes = Wishes(layout, attention, tables, _is_dynamic(dynamic))
+    compiled = compiled_for(optimized, layout)
     with atomic_path(path, ARTIFACT) as folder:
-        models = _models(compiled, layout, tables)
+        models, sizes = make_models(optimized, wishes)
         meter.add()
         meter.stage("write weights and models")
         weights = plan_weight_file(models.values())
@@ -97,7 +105,7 @@ def export_onnx(
         write_graphs(view_graphs(compiled.captured, compiled.variant_set), folder)
         names = sorted(file.name for file in folder.iterdir())
         files = tuple(_file_record(folder / name, weights) for name in names)
-        manifest = _manifest(compiled, layout, files, tables, optimized.plan.front)
+        manifest = _manifest(compiled, wishes, sizes, files, optimized.plan.front)
         write_manifest(manifest, folder)
         meter.add()
         if check:
@@ -116,18 +124,9 @@ def _check_opens(folder: Path) -> None:
     try:
         Session(folder)
     except ExportError as error:
-        if not isinstance(error.__cause__, NotImplemented):  # another provider may have the kernel
+        # Of ONNX Runtime's own: another provider may have the kernel.
+        if type(error.__cause__).__name__ != "NotImplemented":
             raise
-
-
-def _models(
-    compiled: Compiled, layout: Layout, tables: SamplerTables | None
-) -> dict[str, ir.Model]:
-    """The models of a layout by the names of their files."""
-    if layout is Layout.PAIR:
-        models = pair_models(compiled)
-        return {model_file(layout, mode): model for mode, model in models.items()}
-    return {MODEL_FILE: step_model(compiled) if tables is None else sampler_model(compiled, tables)}
 
 
 def _file_record(path: Path, weights: WeightFile) -> FileRecord:
@@ -135,12 +134,34 @@ def _file_record(path: Path, weights: WeightFile) -> FileRecord:
     return FileRecord(path.name, path.stat().st_size, weights.sha256 if known else sha256_of(path))
 
 
-def _layout(layout: Layout | str) -> Layout:
-    if layout not in list(Layout):
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+def one_of(name: str, value: object, choices: type[Choice]) -> Choice:
+    """The choice of that name.
+
+    Raises:
+        ExportError: there is none.
+    """
+    known = next((choice for choice in choices if choice == value), None)
+    if known is None:
         raise ExportError(
-            "layout", expected=" | ".join(Layout), got=repr(layout), fix="Choose one of these."
+            name, expected=" | ".join(choices), got=repr(value), fix="Choose one of these."
         )
-    return Layout(layout)
+    return known
+
+
+def _is_dynamic(dynamic: Sequence[str]) -> bool:
+    for name in texts("dynamic", dynamic, ExportError):
+        if name != BATCH:
+            raise ExportError(
+                "dynamic",
+                expected=BATCH,
+                got=repr(name),
+                fix="Tokens of the latent and of prompts are built into position tables and joint "
+                "sequences: export an artifact for every such size (optimized.for_call).",
+            )
+    return bool(dynamic)
 
 
 def _sampler(
@@ -180,9 +201,9 @@ def _sampler(
 
 def _manifest(
     compiled: Compiled,
-    layout: Layout,
+    wishes: Wishes,
+    sizes: OpenSizes,
     files: tuple[FileRecord, ...],
-    sampler: SamplerTables | None,
     front: Front | None,
 ) -> Manifest:
     recipe, analysis = compiled.recipe, compiled.analysis
@@ -190,7 +211,8 @@ def _manifest(
     return Manifest(
         format=FORMAT,
         calicache=version("calicache"),
-        layout=layout,
+        layout=wishes.layout,
+        attention=wishes.attention,
         files=files,
         schedule=recipe.schedule,
         rank=recipe.rank,
@@ -204,26 +226,17 @@ def _manifest(
         calls_per_step=binding.calls,
         fixed=analysis.fixed,
         outputs=output_names(compiled.captured),
-        caches=_cache_specs(variant_set),
+        caches=cache_specs(variant_set),
+        open_sizes=dict(sizes),
         history=variant_set.history,
         cache_bytes=cost.cache_bytes,
         plain_macs=cost.plain_macs,
-        modes=tuple(
-            ModeRecord(mode, cost.modes[mode], _kept_reads(variant_set, mode))
-            for mode in sorted(variant_set.variants)
-        ),
+        modes=_mode_records(compiled),
         targets=tuple(_target_record(compiled, target) for target in compiled.targets),
         branches=tuple(branch.name for branch in analysis.sites.branches),
         rejections=compiled.rejections,
-        sampler=None if sampler is None else _sampler_record(compiled, sampler),
+        sampler=None if wishes.tables is None else _sampler_record(compiled, wishes.tables),
         front=front,
-    )
-
-
-def _cache_specs(variant_set: VariantSet) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
-        for cache in variant_set.caches
     )
 
 
@@ -239,9 +252,13 @@ def _sampler_record(compiled: Compiled, sampler: SamplerTables) -> SamplerRecord
     )
 
 
-def _kept_reads(variant_set: VariantSet, mode: StepMode) -> tuple[str, ...]:
-    reads = variant_set.variants[mode].reads
-    return tuple(name for name in reads if name not in variant_set.tables)
+def _mode_records(compiled: Compiled) -> tuple[ModeRecord, ...]:
+    variant_set, macs = compiled.variant_set, compiled.cost.modes
+    records = []
+    for mode, variant in sorted(variant_set.variants.items()):
+        kept = tuple(name for name in variant.reads if name not in variant_set.tables)
+        records.append(ModeRecord(mode, macs[mode], kept))
+    return tuple(records)
 
 
 def _target_record(compiled: Compiled, target: CalibrationTarget) -> TargetRecord:

@@ -11,10 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 from torch import nn
 
 from calicache.export.export import export_onnx
+from calicache.export.session.runtime import named_provider, onnx_runtime
 from calicache.export.session.session import Session
 from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
@@ -26,7 +26,7 @@ from calicache.graph_passes.api.speed.cases import (
 )
 from calicache.graph_passes.common.arguments import of_kind, path_of, whole_number
 from calicache.graph_passes.common.environment import environment
-from calicache.graph_passes.common.errors import BenchError, ExportError
+from calicache.graph_passes.common.errors import BenchError
 from calicache.graph_passes.common.progress import Meter, OnProgress, check_listener
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
@@ -109,7 +109,7 @@ def _table(
     forecast, *rows = (row.scaled(plain) for row in times)
     return LatencyTable(
         weights_hash=plan.binding.weights_hash,
-        runtime=f"ONNX Runtime {ort.__version__}, {provider}",
+        runtime=f"ONNX Runtime {onnx_runtime().__version__}, {provider}",
         order=plan.recipe.order,
         plain=plain,
         forecast=forecast.step,
@@ -179,14 +179,7 @@ def _check(ranks: Sequence[int] | None, repeats: int, provider: str) -> None:
     if ranks is not None:
         for rank in of_kind("ranks", ranks, Sequence, BenchError):  # type: ignore[type-abstract]
             whole_number("ranks", rank, BenchError, 1)
-    valid = ort.get_available_providers()
-    if provider not in valid:  # before the work, not after it as the session would
-        raise ExportError(
-            "provider",
-            expected=" | ".join(valid),
-            got=repr(provider),
-            fix="Choose one of these, or install the onnxruntime package that has it.",
-        )
+    named_provider(provider)  # before the work, not after it as the session would
 
 
 def _environment(plain: Sequence[float]) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from calicache.graph_passes.common.bounds import Calls, Count, Digest, FileName, Number
+from calicache.graph_passes.common.bounds import Calls, Count, Digest, Extent, FileName, Number
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import ArtifactError
 from calicache.graph_passes.common.rejection import Rejection
@@ -18,7 +18,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.recipe import branch_words
 from calicache.graph_passes.settings.schedule import Table
 
-FORMAT = 8
+FORMAT = 9
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
@@ -32,6 +32,17 @@ class Layout(StrEnum):
     STEP = "step"
     PAIR = "pair"
     SAMPLER = "sampler"
+
+
+class Attention(StrEnum):
+    """What attention is written with.
+
+    FUSED is one operator of ONNX Runtime's own, STANDARD are the products that it is made of: then
+    a model has operators of ONNX alone, also in calibration branches of integers.
+    """
+
+    FUSED = "fused"
+    STANDARD = "standard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,14 @@ class TargetRecord:
     def corrects(self) -> bool:
         """Whether it has a calibration branch at all."""
         return self.branch is BranchKind.INT8 or self.rank > 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSize:
+    """A dimension of a tensor that is `times` as long as the batch, in samples."""
+
+    dimension: Count
+    times: Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,7 @@ class Manifest:
         format: version of this record.
         calicache: version that wrote it.
         layout: how the variants are packed.
+        attention: what it is written with.
         files: all other files of the folder.
         schedule, rank, branch, order, weighting, output_weights, correction, weights_hash: from
             the plan; output weights as in `Recipe.outputs`.
@@ -118,6 +138,8 @@ class Manifest:
         calls_per_step: how often a step calls the model, each call with caches of its own.
         fixed: digests of the values that an input can have, for inputs that decide sizes.
         caches: what a REFRESH step keeps; `history` refreshes of each.
+        open_sizes: what grows with the batch, by tensor, where the batch size is left open; shapes
+            and costs here are those of the recorded one.
         cache_bytes: of all kept refreshes of one call.
         plain_macs: of one call of the model as it was.
         modes: every mode that the artifact has.
@@ -130,6 +152,7 @@ class Manifest:
     format: int
     calicache: str
     layout: Layout
+    attention: Attention
     files: tuple[FileRecord, ...]
     schedule: tuple[StepMode, ...]
     rank: Count
@@ -145,6 +168,7 @@ class Manifest:
     outputs: tuple[str, ...]
     caches: tuple[TensorSpec, ...]
     history: Count
+    open_sizes: dict[str, tuple[OpenSize, ...]]
     cache_bytes: Count
     plain_macs: Count
     modes: tuple[ModeRecord, ...]
@@ -157,6 +181,15 @@ class Manifest:
     def mode(self, mode: StepMode) -> ModeRecord:
         """The record of a mode that the schedule uses."""
         return next(record for record in self.modes if record.mode is mode)
+
+    def sized(self, spec: TensorSpec, batch: int | None) -> TensorSpec:
+        """The form of a tensor for so many samples; as recorded where None."""
+        if batch is None:
+            return spec
+        shape = list(spec.shape)
+        for size in self.open_sizes.get(spec.name, ()):
+            shape[size.dimension] = size.times * batch
+        return replace(spec, shape=tuple(shape))
 
     @property
     def branch_words(self) -> str:

@@ -21,13 +21,13 @@ class ModelInterface:
     Attributes:
         inputs, outputs: by name.
         external: names of the files with its weights.
-        branches: names of the values that the nodes of every inner graph read, by its name.
+        branches: names of the inner graphs.
     """
 
     inputs: Mapping[str, Form]
     outputs: Mapping[str, Form]
     external: frozenset[str]
-    branches: Mapping[str, frozenset[str]]
+    branches: frozenset[str]
 
 
 def read_interface(file: Path) -> ModelInterface:
@@ -43,7 +43,7 @@ def read_interface(file: Path) -> ModelInterface:
             _forms(model.graph.input),
             _forms(model.graph.output),
             frozenset(_locations((model.graph, *inner), model.functions)),
-            {g.name: frozenset(name for n in g.node for name in n.input) for g in inner},
+            frozenset(graph.name for graph in inner),
         )
     except Exception as error:  # the parser's errors have no common base
         raise ValueError(f"{file.name} is no ONNX model: {reason_of(error)}") from error

@@ -53,6 +53,7 @@ def check_manifest(manifest: Manifest) -> None:
         "sampler": (manifest.sampler is not None) == (manifest.layout is Layout.SAMPLER),
         "plain_macs": manifest.plain_macs > 0,
         "output_weights": table is None or _is_table(table, steps, manifest.order),
+        "open_sizes": _are_open(manifest),
         "front": front is None or 0 <= front.choice < len(front.points),
     }
     wrong = [name for name, right in checks.items() if not right]
@@ -126,15 +127,11 @@ def _check_inputs(manifest: Manifest, name: str, model: ModelInterface, reads: S
 
 
 def _check_branches(manifest: Manifest, name: str, model: ModelInterface) -> None:
-    """Refuse a mode whose branch is missing, or reads what no session hands to it."""
-    slots = {slot for slots in cache_slots(manifest).values() for slot in slots}
+    """Refuse a mode whose branch is missing."""
     for record in manifest.modes:
         branch = record.mode.name.lower()
         if branch not in model.branches:
             raise ValueError(f"{name} has no branch {branch}")
-        unread = (model.branches[branch] & slots) - set(record.reads)
-        if unread:
-            raise ValueError(f"the branch {branch} of {name} reads {min(unread)}")
 
 
 def _check_outputs(
@@ -189,6 +186,18 @@ def cache_slots(manifest: Manifest) -> dict[str, list[str]]:
     return {
         cache.name: [slot_name(cache.name, back) for back in history] for cache in manifest.caches
     }
+
+
+def _are_open(manifest: Manifest) -> bool:
+    """Whether every open size is one of a tensor that is there."""
+    sampler = manifest.sampler
+    specs = (*manifest.inputs, *manifest.caches, *((sampler.noise,) if sampler else ()))
+    ranks = {spec.name: len(spec.shape) for spec in specs}
+    return all(
+        size.times > 0 and size.dimension < ranks.get(name, 0)
+        for name, sizes in manifest.open_sizes.items()
+        for size in sizes
+    )
 
 
 def _is_table(table: tuple[tuple[float, ...], ...], steps: int, order: int) -> bool:

@@ -45,6 +45,7 @@ def hoist_steps(
     dependence: Mapping[str, Dependence],
     variants: Mapping[StepMode, Variant],
     tables: Mapping[str, Tensor],
+    samples: int = 1,
 ) -> tuple[StepValues | None, Mapping[StepMode, Variant]]:
     """Split what the timestep decides off all variants.
 
@@ -53,6 +54,7 @@ def hoist_steps(
         dependence: class of every tensor argument.
         variants: of the plain graph, by mode.
         tables: the step's inputs for all steps, (T, *shape) each.
+        samples: of the batch where its size is left open: memory is counted for one then.
 
     Returns:
         The values' graph, and variants that read them; None and the same variants where nothing
@@ -69,7 +71,7 @@ def hoist_steps(
         for source in node.all_input_nodes
         if source.op == "get_attr"
     )
-    kept = steps * sum(node.meta["val"].nbytes for node in frontier)
+    kept = steps * sum(node.meta["val"].nbytes for node in frontier) // samples
     if not kept or kept > weights:
         return None, variants
     values = {_name(node.name): node.meta["val"] for node in frontier}

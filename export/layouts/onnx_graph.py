@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from torch import fx
 
-from calicache.export.artifact.weights import fingerprint, same_content
+from calicache.export.artifact.weights import SMALL, fingerprint, same_content
 from calicache.export.translation.join import initializer
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.graph.capture import CapturedGraph
@@ -136,6 +136,33 @@ def pack(
     return ir.Model(graph, ir_version=like.ir_version, producer_name="calicache")
 
 
+def settle_constants(model: ir.Model) -> None:
+    """Give every inner graph its own copies of the small constants that it uses, in place.
+
+    Shape inference does not see the numbers of a graph further out.
+    """
+    RemoveUnusedNodesPass()(model)
+    outer = model.graph.initializers
+    own: dict[tuple[ir.Graph, str], ir.Value] = {}
+    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+        graph = node.graph
+        if graph is model.graph:
+            continue
+        assert isinstance(graph, ir.Graph)
+        for place, value in enumerate(node.inputs):
+            if value is None or outer.get(str(value.name)) is not value:
+                continue
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes > SMALL:
+                continue
+            key = graph, str(value.name)
+            if key not in own:
+                own[key] = initializer(f"{graph.name}/own/{value.name}", tensor)
+                graph.register_initializer(own[key])
+            node.replace_input_with(place, own[key])
+    RemoveUnusedNodesPass()(model)
+
+
 def inline(
     model: ir.Model, prefix: str, inputs: Sequence[ir.Value], pool: InitializerPool
 ) -> tuple[list[ir.Node], list[ir.Value]]:
@@ -224,17 +251,10 @@ def _if_graph(
         num_outputs=len(then.outputs),
         name=f"choose_{name}",
     )
-    for place, (value, one, two) in enumerate(
-        zip(choose.outputs, then.outputs, other.outputs, strict=True)
-    ):
+    for place, (value, one) in enumerate(zip(choose.outputs, then.outputs, strict=True)):
         value.name, value.type = f"choose_{name}/out_{place}", one.type
-        value.shape = one.shape if one.shape == two.shape else _open_first(one.shape)
+        value.shape = one.shape
     return ir.Graph([], choose.outputs, nodes=[is_mode, choose], name=f"choose_{name}")
-
-
-def _open_first(shape: ir.Shape | None) -> ir.Shape | None:
-    """The shape with its first size unknown: full on REFRESH, zero otherwise."""
-    return None if shape is None else ir.Shape([None, *shape.dims[1:]])
 
 
 def describe(node: ir.Node, name: str, dtype: ir.DataType | None, shape: ir.Shape | None) -> None:

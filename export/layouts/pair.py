@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
+from calicache.export.artifact.manifest import Attention
 from calicache.export.artifact.names import STEP_INPUT, next_name
 from calicache.export.layouts.onnx_graph import (
     ContentNames,
@@ -22,19 +23,25 @@ from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.settings.choices import StepMode
 
 
-def pair_models(compiled: Compiled) -> dict[StepMode, ir.Model]:
+def pair_models(
+    compiled: Compiled, attention: Attention = Attention.FUSED
+) -> dict[StepMode, ir.Model]:
     """One model for every mode of the schedule.
 
     The model's inputs, `step` where the mode reads weights of its step, and the kept values
     that the mode reads go in; the model's outputs come out, and from REFRESH all caches.
     A weight has one name in all models.
 
+    Args:
+        compiled: the variants.
+        attention: what it is written with.
+
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
     """
     names = ContentNames()
     variants = sorted(compiled.variant_set.variants.items())
-    models = translate({mode: variant.module for mode, variant in variants})
+    models = translate({mode: variant.module for mode, variant in variants}, attention)
     return {mode: _mode_model(compiled, mode, model, names) for mode, model in models.items()}
 
 

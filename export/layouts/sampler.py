@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from calicache.export.artifact.manifest import Attention
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, NOISE_INPUT
 from calicache.export.layouts.hoist_runs import HoistInvariants
 from calicache.export.layouts.hoist_steps import StepValues, hoist_steps
@@ -46,7 +47,12 @@ def run_specs(compiled: Compiled, sampler: SamplerTables) -> tuple[TensorSpec, .
     return tuple(spec for spec in specs if spec.name not in by_sampler)
 
 
-def sampler_model(compiled: Compiled, sampler: SamplerTables) -> ir.Model:
+def sampler_model(
+    compiled: Compiled,
+    sampler: SamplerTables,
+    attention: Attention = Attention.FUSED,
+    samples: int = 1,
+) -> ir.Model:
     """Pack the variants in the `sampler` layout.
 
     `noise` (B, ...) float32, the model's inputs that stay the same over a run, and
@@ -55,6 +61,8 @@ def sampler_model(compiled: Compiled, sampler: SamplerTables) -> ir.Model:
     Args:
         compiled: with all calls of a step in one.
         sampler: of as many steps as the schedule has.
+        attention: what it is written with.
+        samples: of the batch where its size is left open, see `hoist_steps`.
 
     Raises:
         ExportError: torch's exporter refuses a variant; its reason is passed on.
@@ -66,8 +74,9 @@ def sampler_model(compiled: Compiled, sampler: SamplerTables) -> ir.Model:
     }
     binding = compiled.analysis.binding
     check_names(binding.signature, added)
+    plain, variants = compiled.captured, compiled.variant_set.variants
     step_values, variants = hoist_steps(
-        compiled.captured, binding.dependence, compiled.variant_set.variants, sampler.inputs
+        plain, binding.dependence, variants, sampler.inputs, samples
     )
     variant_set = replace(compiled.variant_set, variants=variants)
     arguments = _arguments(compiled, sampler)
@@ -78,7 +87,7 @@ def sampler_model(compiled: Compiled, sampler: SamplerTables) -> ir.Model:
     }
     if step_values is not None:
         modules[ALL_STEPS] = step_values.module
-    translated = translate(modules)
+    translated = translate(modules, attention)
     models = {mode: translated[mode] for mode in sorted(variants)}
     arithmetic = SamplerArithmetic(sampler, pool, arguments.get(GUIDANCE_INPUT))
     ahead, stacks = _all_steps(step_values, translated.get(ALL_STEPS), sampler, pool, arguments)

@@ -132,7 +132,7 @@ def loop_over_segments(run: Run, noise: ir.Value) -> tuple[list[ir.Node], ir.Val
     }
     segment = _segment(run, state, kept)
     count = run.table("segments", len(run.refresh_steps))
-    latents, *_ = _add_loop(top, count, [*state.values(), *kept.values()], segment)
+    latents, *_ = _add_loop(run, top, count, [*state.values(), *kept.values()], segment)
     return top.nodes, latents
 
 
@@ -218,7 +218,7 @@ def _add_cheap_steps(
     body.nodes += take_nodes(chosen)
     after = run.arithmetic.advance(body, step, state, output)
     graph = _close(body, counter, state.values(), after.values())
-    x, *before = _add_loop(segment, length, start.values(), graph)
+    x, *before = _add_loop(run, segment, length, start.values(), graph)
     return State(x, tuple(before))
 
 
@@ -264,12 +264,13 @@ def _inputs_like(body: Body, state: State) -> State:
 
 
 def _add_loop(
-    body: Body, count: ir.Value, carried: Sequence[ir.Value], graph: ir.Graph
+    run: Run, body: Body, count: ir.Value, carried: Sequence[ir.Value], graph: ir.Graph
 ) -> list[ir.Value]:
     """Run a graph `count` times; returns the carried values after it."""
+    always = run.pool.shared(ir.tensor(np.array(True)), "always")
     node = ir.node(
         "Loop",
-        [count, None, *carried],
+        [count, always, *carried],
         {"body": graph},
         num_outputs=len(carried),
         name=f"{body.prefix}/loop",

@@ -1,31 +1,38 @@
-"""Attention as the one operator that ONNX Runtime runs fused, not the products it is made of.
+"""Attention as the one operator that ONNX Runtime runs fused, or as products that all have.
 
 `com.microsoft.MultiHeadAttention` has kernels on the CPU and on CUDA. It takes heads side by side
 as (B, N, H d), the form that they have before a model splits them, so the transposes on both
-sides cancel out when ONNX Runtime loads the graph.
+sides cancel out when ONNX Runtime loads the graph. Other runtimes know MatMul and Softmax.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from calicache.export.lowerings.rewriting import Lowering, NewNodes
+from calicache.export.artifact.manifest import Attention
+from calicache.export.lowerings.rewriting import Lowering, NewNodes, Rule
 from calicache.graph_passes.graph.operations import ATTENTION
 
 aten = torch.ops.aten
 KERNELS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that the operator is defined for
 
 
-def _fuse(node: fx.Node, new: NewNodes) -> fx.Node | None:
-    if node.target is not ATTENTION:
-        return None
-    call = _arguments(node)
-    return _fused(call, new) if _fits(call) else None
+Call = Mapping[str, Any]
+
+
+def _rule(write: Callable[[Call, NewNodes], fx.Node]) -> Rule:
+    def rule(node: fx.Node, new: NewNodes) -> fx.Node | None:
+        if node.target is not ATTENTION:
+            return None
+        call = _arguments(node)
+        return write(call, new) if _fits(call) else None
+
+    return rule
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -36,7 +43,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return call | dict(node.kwargs)
 
 
-def _fits(call: Mapping[str, Any]) -> bool:
+def _fits(call: Call) -> bool:
     query, key, value = (call[name].meta["val"].shape for name in ("query", "key", "value"))
     if call["query"].meta["val"].dtype not in KERNELS:
         return False
@@ -53,7 +60,7 @@ def _fits(call: Mapping[str, Any]) -> bool:
     return len(shape) == 4 and tuple(shape[2:]) == (query[2], key[2])
 
 
-def _fused(call: Mapping[str, Any], new: NewNodes) -> fx.Node:
+def _fused(call: Call, new: NewNodes) -> fx.Node:
     """One attention as transposes, the operator, and a transpose back."""
     value: Tensor = new.place.meta["val"]  # (B, H, N, dv)
     split = value.transpose(1, 2)
@@ -97,9 +104,40 @@ def _bias(mask: fx.Node, dtype: torch.dtype, new: NewNodes) -> fx.Node:
     return new.call(aten.masked_fill.Scalar, bias, outside, -math.inf, value=zeros)
 
 
+def _products(call: Call, new: NewNodes) -> fx.Node:
+    """One attention as softmax(q k^T scale + bias) v."""
+    query, key, value = call["query"], call["key"], call["value"]
+    form: Tensor = query.meta["val"]
+    turned = key.meta["val"].transpose(2, 3)
+    scores = form.new_empty((*form.shape[:3], turned.shape[3]))
+    scale = call["scale"] or form.shape[3] ** -0.5
+    scaled = new.call(aten.mul.Tensor, query, scale, value=form)
+    keys = new.call(aten.transpose.int, key, 2, 3, value=turned)
+    logits = new.call(aten.matmul.default, scaled, keys, value=scores)
+    for bias in _biases(call, scores, new):
+        logits = new.call(aten.add.Tensor, logits, bias, value=scores)
+    shares = new.call(aten.softmax.int, logits, -1, value=scores)
+    return new.call(aten.matmul.default, shares, value)
+
+
+def _biases(call: Call, scores: Tensor, new: NewNodes) -> list[fx.Node]:
+    """What is added to the scores before they become shares."""
+    if call["is_causal"]:
+        sizes = scores.shape[2:]
+        later = torch.full(sizes, -math.inf, dtype=scores.dtype).triu(1)
+        return [new.tensor(f"causal.{new.place.name}", later, value=scores.new_empty(sizes))]
+    mask = call["attn_mask"]
+    return [] if mask is None else [_bias(mask, scores.dtype, new)]
+
+
 # A copy with every attention that the operator can take handed to it.
 #
 # Left alone are float64, grouped queries, dropout, other than four dimensions, masks that broadcast
 # over queries or keys, and causal attention between sequences of two lengths. The result is for
 # torch.onnx alone: torch cannot run the operator.
-fuse_attention = Lowering(lambda: _fuse, lambda node: node.target is ATTENTION)
+fuse_attention = Lowering(lambda: _rule(_fused), lambda node: node.target is ATTENTION)
+
+# A copy with the same ones as products, for which torch.onnx would turn the keys in three moves.
+split_attention = Lowering(lambda: _rule(_products), lambda node: node.target is ATTENTION)
+
+ATTENTIONS = {Attention.FUSED: fuse_attention, Attention.STANDARD: split_attention}

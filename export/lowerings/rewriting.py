@@ -141,8 +141,13 @@ def _value(node: fx.Node, tensors: Tensors) -> Any:
 
     def on_meta(source: fx.Node) -> Any:
         value = tensors.read(source.target) if source.op == "get_attr" else source.meta["val"]
-        return tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), value)
+        return tree_map_only(Tensor, _stand_in, value)
 
     arguments, options = fx.node.map_arg((node.args, dict(node.kwargs)), on_meta)
     with torch.no_grad():
         return node.target(*arguments, **options)  # type: ignore[operator]
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of the same form; not a fake one of torch.export, whose captures do not mix."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

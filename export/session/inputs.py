@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+import torch
 from torch import Tensor
 
-from calicache.export.artifact.manifest import SamplerRecord
+from calicache.export.artifact.manifest import Manifest, SamplerRecord
+from calicache.export.artifact.names import GUIDANCE_INPUT
+from calicache.export.session.runtime import OrtValue, onnx_runtime
+from calicache.graph_passes.common.arguments import number
 from calicache.graph_passes.common.errors import RunError, reason_of
+from calicache.graph_passes.recording.reads import check_fixed
 from calicache.graph_passes.recording.signature import TensorSpec
 
 
@@ -22,15 +27,15 @@ class InputBuffers:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._buffers: dict[tuple[str, tuple[int, ...], str], ort.OrtValue] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...], str], OrtValue] = {}
 
-    def fill(self, name: str, value: np.ndarray[Any, Any]) -> ort.OrtValue:
+    def fill(self, name: str, value: np.ndarray[Any, Any]) -> OrtValue:
         """The input's buffer with a copy of the value; a new one for another form."""
         value = in_pairs(value)
         key = (name, value.shape, str(value.dtype))
         buffer = self._buffers.get(key)
         if buffer is None:
-            buffer = ort.OrtValue.ortvalue_from_shape_and_type(
+            buffer = onnx_runtime().OrtValue.ortvalue_from_shape_and_type(
                 value.shape, value.dtype.type, self._device
             )
             self._buffers = {k: b for k, b in self._buffers.items() if k[0] != name} | {key: buffer}
@@ -65,6 +70,38 @@ def checked_inputs(
     return {spec.name: _checked(spec, _array(spec, inputs[spec.name]), note) for spec in specs}
 
 
+def sized_inputs(
+    manifest: Manifest,
+    specs: Sequence[TensorSpec],
+    inputs: Mapping[str, Any],
+    batch: int | None,
+    note: str = "",
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What `checked_inputs` gives, for so many samples where that is open."""
+    return checked_inputs([manifest.sized(spec, batch) for spec in specs], inputs, note)
+
+
+def check_values(manifest: Manifest, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Refuse other values than the recorded ones of inputs that decide sizes.
+
+    Raises:
+        RunError: there are some.
+    """
+    fixed = {name: manifest.fixed[name] for name in feed if name in manifest.fixed}
+    # torch takes no arrays that run backwards, or that it may not write.
+    check_fixed(fixed, {name: torch.from_numpy(feed[name].copy()) for name in fixed})
+
+
+def batch_of(manifest: Manifest, inputs: Mapping[str, Any]) -> int | None:
+    """How many samples are handed over; None where the batch size is not left open."""
+    for name, sizes in manifest.open_sizes.items():
+        shape = getattr(inputs.get(name), "shape", ())
+        for size in sizes:
+            if size.dimension < len(shape):
+                return int(shape[size.dimension]) // size.times
+    return None
+
+
 def _array(spec: TensorSpec, value: Any) -> np.ndarray[Any, Any]:
     """A value as an array; gradients stay behind, and tensors of other devices are copied."""
     try:
@@ -96,3 +133,15 @@ def wrong_input(name: str, expected: str, got: str) -> RunError:
         got=got,
         fix="Pass what the model was recorded with, or export a plan for this call.",
     )
+
+
+def finite_scale(scale: Any) -> float:
+    """A guidance scale.
+
+    Raises:
+        RunError: it is no finite number.
+    """
+    value = number(GUIDANCE_INPUT, scale, RunError)
+    if not math.isfinite(value):
+        raise wrong_input(GUIDANCE_INPUT, "a finite number", str(value))
+    return value

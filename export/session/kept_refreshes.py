@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-import onnxruntime as ort
 
 from calicache.export.artifact.manifest import Layout, Manifest
+from calicache.export.session.runtime import OrtValue, onnx_runtime
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
 from calicache.graph_passes.settings.choices import StepMode
@@ -32,16 +32,13 @@ class KeptRefreshes(Protocol):
     def start(self) -> None:
         """Forget the run before."""
 
-    def read(self, cache: TensorSpec, back: int) -> ort.OrtValue:
+    def read(self, cache: TensorSpec, back: int) -> OrtValue:
         """The value of a cache `back` refreshes before the newest."""
 
-    def buffer(self, cache: TensorSpec) -> ort.OrtValue | None:
+    def buffer(self, cache: TensorSpec) -> OrtValue | None:
         """Where the coming REFRESH writes a cache; None where ONNX Runtime allocates it."""
 
-    def release(self) -> None:
-        """Let go what only the coming REFRESH could read, and it does not."""
-
-    def keep(self, fresh: Mapping[str, ort.OrtValue]) -> None:
+    def keep(self, fresh: Mapping[str, OrtValue]) -> None:
         """Take over what a REFRESH wrote, by cache name."""
 
 
@@ -56,32 +53,30 @@ class MovingRefreshes:
             cache.name: _depth(cache, slots, history) for cache in caches
         }
         self._device = device
-        self._kept: dict[str, list[ort.OrtValue]] = {}
+        self._kept: dict[str, list[OrtValue]] = {}
+        self._zeros: dict[str, OrtValue] = {}
 
     def start(self) -> None:
         """Forget the run before."""
         self.count, self._kept = 0, {}
 
-    def read(self, cache: TensorSpec, back: int) -> ort.OrtValue:
+    def read(self, cache: TensorSpec, back: int) -> OrtValue:
         """The value of a cache `back` refreshes before the newest."""
         if not self.count:
-            return zeros(cache, self._device)
+            if cache.name not in self._zeros:
+                self._zeros[cache.name] = zeros(cache, self._device)
+            return self._zeros[cache.name]
         kept = self._kept[cache.name]
         return kept[back if back < len(kept) else 0]
 
     def buffer(self, cache: TensorSpec) -> None:
         """ONNX Runtime allocates all."""
 
-    def release(self) -> None:
-        """Drop the oldest values: that lowers the peak of a REFRESH."""
-        for name, kept in self._kept.items():
-            self._kept[name] = kept[: self.depths[name] - 1]
-
-    def keep(self, fresh: Mapping[str, ort.OrtValue]) -> None:
+    def keep(self, fresh: Mapping[str, OrtValue]) -> None:
         """Take over what a REFRESH wrote, by cache name."""
         for name, value in fresh.items():
             self._kept[name] = [value, *self._kept.get(name, [])][: self.depths[name]]
-        self.count += 1
+        self.count, self._zeros = self.count + 1, {}
 
 
 class FixedRefreshes:
@@ -108,14 +103,14 @@ class FixedRefreshes:
             name: depth + (slot_name(name, depth - 1) in refresh_reads)
             for name, depth in self.depths.items()
         }
-        self._rings: dict[str, list[ort.OrtValue]] = {cache.name: [] for cache in caches}
-        self._zeros: dict[str, ort.OrtValue] = {}
+        self._rings: dict[str, list[OrtValue]] = {cache.name: [] for cache in caches}
+        self._zeros: dict[str, OrtValue] = {}
 
     def start(self) -> None:
         """Forget the run before; its buffers are written again."""
         self.count = 0
 
-    def read(self, cache: TensorSpec, back: int) -> ort.OrtValue:
+    def read(self, cache: TensorSpec, back: int) -> OrtValue:
         """The value of a cache `back` refreshes before the newest."""
         if not self.count:
             if cache.name not in self._zeros:
@@ -124,22 +119,19 @@ class FixedRefreshes:
         newest = self.count - 1
         return self._at(cache.name, newest - back if back <= newest else newest)
 
-    def buffer(self, cache: TensorSpec) -> ort.OrtValue | None:
+    def buffer(self, cache: TensorSpec) -> OrtValue | None:
         """The next one of the ring; None in the first round."""
         ring, place = self._rings[cache.name], self.count % self._sizes[cache.name]
         return ring[place] if place < len(ring) else None
 
-    def release(self) -> None:
-        """Nothing: the buffers stay."""
-
-    def keep(self, fresh: Mapping[str, ort.OrtValue]) -> None:
+    def keep(self, fresh: Mapping[str, OrtValue]) -> None:
         """Take over what a REFRESH wrote, by cache name."""
         for name, value in fresh.items():
             if self.count % self._sizes[name] == len(self._rings[name]):
                 self._rings[name].append(value)
         self.count += 1
 
-    def _at(self, name: str, refresh: int) -> ort.OrtValue:
+    def _at(self, name: str, refresh: int) -> OrtValue:
         return self._rings[name][refresh % self._sizes[name]]
 
 
@@ -152,9 +144,9 @@ def no_refreshes(manifest: Manifest, device: str) -> KeptRefreshes:
     return FixedRefreshes(manifest.caches, manifest.history, slots, reads, device)
 
 
-def zeros(cache: TensorSpec, device: str) -> ort.OrtValue:
+def zeros(cache: TensorSpec, device: str) -> OrtValue:
     """A value for a cache that is never really read."""
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(cache.shape, cache.dtype), device)
+    return onnx_runtime().OrtValue.ortvalue_from_numpy(np.zeros(cache.shape, cache.dtype), device)
 
 
 def _depth(cache: TensorSpec, slots: frozenset[str], history: int) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import onnxruntime as ort
+from typing import Any
 
 from calicache.export.artifact.manifest import Layout
+from calicache.export.session.runtime import onnx_runtime
 from calicache.graph_passes.common.errors import ExportError, RunError, reason_of
 
 
@@ -52,22 +52,23 @@ def check_cuda_graphs(layout: Layout, provider: str) -> None:
 def open_model(
     file: Path,
     layout: Layout,
-    provider: tuple[str, dict[str, str]],
-    options: ort.SessionOptions | None,
-) -> ort.InferenceSession:
+    provider: tuple[str, dict[str, Any]],
+    options: Any,
+) -> Any:
     """A model ready to run.
 
     Args:
         file: of the model.
         layout: of its artifact.
         provider: name and settings of an execution provider.
-        options: for ONNX Runtime; None for the usual ones.
+        options: SessionOptions of ONNX Runtime; None for the usual ones.
 
     Raises:
         ExportError: the provider cannot run it.
     """
+    options = options or _default_options()
     try:
-        return ort.InferenceSession(file, options or _default_options(), providers=[provider])
+        return onnx_runtime().InferenceSession(file, options, providers=[provider])
     except Exception as error:  # ONNX Runtime has no common base for its errors
         control_flow = layout is not Layout.PAIR
         flat = ", or in the layout pair, which has no control flow" if control_flow else ""
@@ -79,8 +80,8 @@ def open_model(
         ) from error
 
 
-def _default_options() -> ort.SessionOptions:
-    options = ort.SessionOptions()
+def _default_options() -> Any:
+    options = onnx_runtime().SessionOptions()
     # Threads that go on spinning after a run would slow down the session of the next mode.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

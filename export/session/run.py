@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import onnxruntime as ort
-
 from calicache.export.artifact.manifest import Manifest
 from calicache.export.session.inputs import InputBuffers
 from calicache.export.session.kept_refreshes import KeptRefreshes, no_refreshes
+from calicache.export.session.runtime import OrtValue
 from calicache.graph_passes.settings.choices import StepMode
 
 
@@ -20,11 +19,13 @@ class SessionRun:
         kept: refreshes by call of a step.
         inputs: buffers on the device.
         outputs: where the outputs of every mode go, in the layout `pair`.
+        batch: samples, where the artifact leaves their number open.
     """
 
     kept: list[KeptRefreshes]
     inputs: InputBuffers
-    outputs: dict[StepMode, dict[str, ort.OrtValue]] = field(default_factory=dict)
+    outputs: dict[StepMode, dict[str, OrtValue]] = field(default_factory=dict)
+    batch: int | None = None
 
     @staticmethod
     def empty(manifest: Manifest, device: str) -> SessionRun:

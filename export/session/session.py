@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-import torch
 
 from calicache.export.artifact.folder import load_artifact
 from calicache.export.artifact.manifest import Layout, model_file
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, STEP_INPUT, next_name
-from calicache.export.session.inputs import checked_inputs, in_pairs, parts_note, wrong_input
+from calicache.export.session.inputs import (
+    batch_of,
+    check_values,
+    finite_scale,
+    in_pairs,
+    parts_note,
+    sized_inputs,
+    wrong_input,
+)
 from calicache.export.session.kept_refreshes import KeptRefreshes
 from calicache.export.session.opening import check_cuda_graphs, open_model, running
 from calicache.export.session.run import SessionRun
+from calicache.export.session.runtime import (
+    OrtValue,
+    Provider,
+    device_of,
+    named_provider,
+    onnx_runtime,
+)
 from calicache.graph_passes.api.runs import binding_run, started_run
-from calicache.graph_passes.common.arguments import number, of_kind, path_of, whole_number
+from calicache.graph_passes.common.arguments import of_kind, path_of, whole_number
 from calicache.graph_passes.common.errors import ArtifactError, ExportError, RunError
 from calicache.graph_passes.common.replacing import standing
-from calicache.graph_passes.recording.reads import check_fixed
-from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
 from calicache.graph_passes.settings.choices import StepMode
 
 NO_GRAPH = -1  # ONNX Runtime neither captures nor replays
-_DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
 
 class Session:
@@ -40,49 +49,43 @@ class Session:
 
     Args:
         path: the folder of an artifact written by `export_onnx`, in any layout.
-        provider: an ONNX Runtime execution provider.
-        options: passed to ONNX Runtime, for threads and profiling.
+        provider: one that the installed ONNX Runtime has, by name, or its name and settings:
+            `("TensorrtExecutionProvider", {"trt_fp16_enable": "1"})`.
+        options: SessionOptions of ONNX Runtime, for threads and profiling.
         cuda_graphs: capture every mode as a CUDA graph and replay it, which takes the launches
             of the single kernels away; for the layout `pair` on CUDAExecutionProvider.
 
     Raises:
         ArtifactError: the folder is damaged.
-        ExportError: the provider is not one that this ONNX Runtime has or cannot run the layout,
-            the options are none, or CUDA graphs are asked for where it has none.
+        ExportError: ONNX Runtime is not installed, the provider is not one that it has or cannot
+            run the layout, the options are none, or CUDA graphs are asked for where it has none.
     """
 
     def __init__(
         self,
         path: Path | str,
         *,
-        provider: str = "CPUExecutionProvider",
-        options: ort.SessionOptions | None = None,
+        provider: Provider = "CPUExecutionProvider",
+        options: Any = None,
         cuda_graphs: bool = False,
     ) -> None:
         path = path_of(path, ArtifactError)
         self.manifest = load_artifact(path)
-        valid = [name for name in ort.get_available_providers() if name in _DEVICES]
-        if provider not in valid:
-            raise ExportError(
-                "provider",
-                expected=" | ".join(valid),
-                got=repr(provider),
-                fix="Choose one of these, or install the onnxruntime package that has it.",
-            )
+        name, settings = named_provider(provider)
         if options is not None:
-            of_kind("options", options, ort.SessionOptions, ExportError)
-        self._device = _DEVICES[provider]
+            of_kind("options", options, onnx_runtime().SessionOptions, ExportError)
         layout, modes = self.manifest.layout, sorted(set(self.manifest.schedule))
         if cuda_graphs:
-            check_cuda_graphs(layout, provider)
-        settings = {"enable_cuda_graph": "1"} if cuda_graphs else {}
+            check_cuda_graphs(layout, name)
+            settings = {**settings, "enable_cuda_graph": "1"}
         folder = standing(path)
         files = {mode: folder / model_file(layout, mode) for mode in modes}
         sessions = {
-            file: open_model(file, layout, (provider, settings), options)
+            file: open_model(file, layout, (name, settings), options)
             for file in sorted({*files.values()})
         }
         self._sessions = {mode: sessions[file] for mode, file in files.items()}
+        self._device = device_of(self._sessions[StepMode.REFRESH])
         self._own_run = SessionRun.empty(self.manifest, self._device)
         self._graphs: dict[tuple[int, ...], int] | None = {} if cuda_graphs else None
 
@@ -109,14 +112,16 @@ class Session:
                 got=f"layout {self.manifest.layout.value}",
                 fix="Export with layout='sampler', or call step() for every step.",
             )
+        given = {record.noise.name: noise, **inputs}
+        batch = batch_of(self.manifest, given)
         feed = {
-            **checked_inputs((record.noise,), {record.noise.name: noise}),
-            **checked_inputs(record.inputs, inputs, parts_note(record)),
+            **sized_inputs(self.manifest, (record.noise,), {record.noise.name: noise}, batch),
+            **sized_inputs(self.manifest, record.inputs, inputs, batch, parts_note(record)),
         }
         if record.guidance is None and guidance_scale is not None:
             raise wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
-        self._check_fixed(feed)
-        scale = record.guidance if guidance_scale is None else _finite_scale(guidance_scale)
+        check_values(self.manifest, feed)
+        scale = record.guidance if guidance_scale is None else finite_scale(guidance_scale)
         if scale is not None:
             feed[GUIDANCE_INPUT] = np.array(scale, np.float32)
         session = self._sessions[StepMode.REFRESH]
@@ -145,9 +150,12 @@ class Session:
     ) -> tuple[np.ndarray[Any, Any], ...]:
         """Run one step; returns all of the model's outputs. See `step`."""
         run, mode = self._run, self._mode(step, call)
+        batch = batch_of(self.manifest, inputs)
+        feed = sized_inputs(self.manifest, self.manifest.inputs, inputs, batch)
+        self._change_batch(step, batch)
         session, kept = self._sessions[mode], run.kept[call]
         binding = session.io_binding()
-        bound = self._bind_inputs(binding, session, step, inputs, mode, kept)
+        bound = self._bind_inputs(binding, session, step, feed, mode, kept)
         targets = self._bind_outputs(binding, session, mode, kept)
         try:
             with running(f"step {step}"):
@@ -221,50 +229,55 @@ class Session:
             )
         return mode
 
-    def _check_fixed(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        fixed = {name: self.manifest.fixed[name] for name in feed if name in self.manifest.fixed}
-        # torch takes no arrays that run backwards, or that it may not write.
-        check_fixed(fixed, {name: torch.from_numpy(feed[name].copy()) for name in fixed})
+    def _change_batch(self, step: int, batch: int | None) -> None:
+        """Let a run begin with another batch than the one before; within one it stays the same.
+
+        Raises:
+            RunError: it does not.
+        """
+        run = self._run
+        if batch == run.batch:
+            return
+        if step:
+            name, *_ = self.manifest.open_sizes
+            raise wrong_input(name, f"the {run.batch} samples of this run", f"{batch}")
+        fresh = SessionRun.empty(self.manifest, self._device)
+        run.kept, run.outputs, run.batch = fresh.kept, fresh.outputs, batch
 
     def _bind_inputs(
         self,
-        binding: ort.IOBinding,
-        session: ort.InferenceSession,
+        binding: Any,
+        session: Any,
         step: int,
-        inputs: Mapping[str, Any],
+        feed: dict[str, np.ndarray[Any, Any]],
         mode: StepMode,
         kept: KeptRefreshes,
-    ) -> list[ort.OrtValue]:
+    ) -> list[OrtValue | None]:
         used = {value.name for value in session.get_inputs()}
-        feed = checked_inputs(self.manifest.inputs, inputs)
         if mode is StepMode.REFRESH:
-            self._check_fixed(feed)
+            check_values(self.manifest, feed)
         feed[STEP_INPUT] = np.array(step, np.int64)
         bound = {name: self._run.inputs.fill(name, v) for name, v in feed.items() if name in used}
         if step == 0:  # a new run: weight 0 times a NaN of the run before would be NaN
             kept.start()
-        reads = self.manifest.mode(mode).reads
-        if mode is StepMode.REFRESH and not reads:
-            kept.release()
         for back in range(self.manifest.history):
             for cache in self.manifest.caches:
                 name = slot_name(cache.name, back)
                 if name in used:
-                    read = name in reads
-                    bound[name] = kept.read(cache, back) if read else self._empty(cache)
+                    bound[name] = kept.read(self.manifest.sized(cache, self._run.batch), back)
         for name, value in bound.items():
             binding.bind_ortvalue_input(name, value)
         return [*bound.values()]
 
     def _bind_outputs(
         self,
-        binding: ort.IOBinding,
-        session: ort.InferenceSession,
+        binding: Any,
+        session: Any,
         mode: StepMode,
         kept: KeptRefreshes,
-    ) -> list[ort.OrtValue | None]:
+    ) -> list[OrtValue | None]:
         """Where the outputs go: None where ONNX Runtime allocates."""
-        buffers: dict[str, ort.OrtValue | None] = {**self._run.outputs.get(mode, {})}
+        buffers: dict[str, OrtValue | None] = {**self._run.outputs.get(mode, {})}
         if mode is StepMode.REFRESH:
             buffers |= {next_name(c.name): kept.buffer(c) for c in self.manifest.caches}
         targets = [buffers.get(output.name) for output in session.get_outputs()]
@@ -275,7 +288,7 @@ class Session:
                 binding.bind_ortvalue_output(output.name, buffer)
         return targets
 
-    def _run_options(self, values: Sequence[ort.OrtValue | None]) -> ort.RunOptions | None:
+    def _run_options(self, values: Sequence[OrtValue | None]) -> Any:
         """Which CUDA graph to replay: one for every combination of addresses."""
         if self._graphs is None:
             return None
@@ -283,17 +296,6 @@ class Session:
         if None not in values:
             addresses = tuple(value.data_ptr() for value in values if value is not None)
             graph = self._graphs.setdefault(addresses, len(self._graphs) + 1)
-        options = ort.RunOptions()
+        options = onnx_runtime().RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
         return options
-
-    def _empty(self, cache: TensorSpec) -> ort.OrtValue:
-        empty = np.zeros((0, *cache.shape[1:]), cache.dtype)
-        return ort.OrtValue.ortvalue_from_numpy(empty, self._device)
-
-
-def _finite_scale(scale: Any) -> float:
-    value = number(GUIDANCE_INPUT, scale, RunError)
-    if not math.isfinite(value):
-        raise wrong_input(GUIDANCE_INPUT, "a finite number", str(value))
-    return value

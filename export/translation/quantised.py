@@ -2,7 +2,7 @@
 
 Levels are of 8 bits without a sign, weights of 7 bits with one: that product ONNX Runtime has fast
 kernels for on every processor, and none that saturates. Its own operator scales the sums while they
-are at hand; in standard ones that takes two more passes over the result.
+are at hand; standard ones take two more passes over the result.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from calicache.export.artifact.manifest import Attention
 from calicache.export.translation.forms import Form, value_of
 from calicache.export.translation.join import IR_VERSION, OPSET, argument, initializer
 from calicache.graph_passes.graph.operations import (
@@ -60,10 +61,19 @@ def _quantised_product(form: Form) -> ir.Model:
     return new.model(new.node("Mul", [product, scales]))
 
 
-OWN_TEMPLATES: Mapping[Any, Template] = {
-    token_scales: _token_scales,
-    quantise: _quantise,
-    quantised_product: _quantised_product,
+def _standard_product(form: Form) -> ir.Model:
+    new = _Nodes(form)
+    levels, scales, weight, weight_scales = new.inputs
+    zero = new.number("zero", np.array(ZERO_LEVEL, np.uint8))
+    sums = new.node("MatMulInteger", [levels, weight, zero])
+    product = new.node("Mul", [new.node("Cast", [sums], to=ir.DataType.FLOAT), weight_scales])
+    return new.model(new.node("Mul", [product, scales]))
+
+
+_SHARED: Mapping[Any, Template] = {token_scales: _token_scales, quantise: _quantise}
+OWN_TEMPLATES: Mapping[Attention, Mapping[Any, Template]] = {
+    Attention.FUSED: {**_SHARED, quantised_product: _quantised_product},
+    Attention.STANDARD: {**_SHARED, quantised_product: _standard_product},
 }
 
 

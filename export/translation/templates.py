@@ -21,6 +21,7 @@ from onnx_ir import convenience
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, fx
 
+from calicache.export.artifact.manifest import Attention
 from calicache.export.translation.forms import Form, value_of
 from calicache.export.translation.quantised import OWN_TEMPLATES
 from calicache.export.translation.scatter import widen_scattered_sums
@@ -38,10 +39,12 @@ class Dialect:
     Attributes:
         opset: of the ONNX operators; None for torch.onnx's own choice.
         device: where the operations' own numbers are.
+        attention: whether they may be operators of ONNX Runtime's own.
     """
 
     opset: int | None
     device: torch.device
+    attention: Attention = Attention.FUSED
 
 
 @dataclass(slots=True)
@@ -80,9 +83,10 @@ class Templates:
 
 
 def _translated(forms: Sequence[Form], dialect: Dialect) -> dict[str, ir.Model]:
-    own = [form for form in forms if form.node.target in OWN_TEMPLATES]
-    others = [form for form in forms if form.node.target not in OWN_TEMPLATES]
-    templates = {form.text: OWN_TEMPLATES[form.node.target](form) for form in own}
+    known = OWN_TEMPLATES[dialect.attention]
+    own = [form for form in forms if form.node.target in known]
+    others = [form for form in forms if form.node.target not in known]
+    templates = {form.text: known[form.node.target](form) for form in own}
     try:
         return templates | (translate_forms(others, dialect) if others else {})
     except Exception:

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from calicache.export.lowerings.attention import fuse_attention
+from calicache.export.artifact.manifest import Attention
+from calicache.export.lowerings.attention import ATTENTIONS, fuse_attention
 from calicache.export.lowerings.complex import lower_complex
 from calicache.export.lowerings.constants import fold_constants
 from calicache.export.lowerings.einsum import lower_einsum
@@ -47,20 +48,24 @@ TEMPLATES = Templates()
 Name = TypeVar("Name", bound=Hashable)
 
 
-def translate(modules: Mapping[Name, fx.GraphModule]) -> dict[Name, ir.Model]:
+def translate(
+    modules: Mapping[Name, fx.GraphModule], attention: Attention = Attention.FUSED
+) -> dict[Name, ir.Model]:
     """Graphs in ONNX by the same names; what they have in common is translated once.
 
     Args:
         modules: by name, on one device; their nodes describe their values.
+        attention: what it is written with.
 
     Raises:
         ExportError: an operation has no ONNX form; with the exporter's reason.
     """
     # Nodes describe their values by fake tensors, which threads cannot share.
+    lowerings = [ATTENTIONS[attention] if one is fuse_attention else one for one in LOWERINGS]
     with TEMPLATES.lock:
-        lowered = {name: lower_graph(module, *LOWERINGS) for name, module in modules.items()}
+        lowered = {name: lower_graph(module, *lowerings) for name, module in modules.items()}
     opset = BFLOAT16_OPSET if any(_holds_bfloat16(module) for module in lowered.values()) else None
-    dialect = Dialect(opset, device_of(next(iter(modules.values()))))
+    dialect = Dialect(opset, device_of(next(iter(modules.values()))), attention)
     forms = {name: forms_of(module) for name, module in lowered.items()}
     templates = TEMPLATES.of(chain.from_iterable(f.values() for f in forms.values()), dialect)
     return {

@@ -1,4 +1,4 @@
-"""The files of a plan: `plan.json`, its statistics, and the tables of its sampler."""
+"""The files of a plan: `plan.json`, statistics, and tables: of its sampler, and of its steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from calicache.graph_passes.api.plan_table import TABLE_FILE, plan_table
 from calicache.graph_passes.common.arguments import path_of
 from calicache.graph_passes.common.bounds import Calls, Digest, Number
 from calicache.graph_passes.common.documents import DAMAGES, DocumentKind
@@ -93,7 +94,7 @@ _DOCUMENT = DocumentKind(
 def _own_files(folder: Path) -> set[str]:
     """Names of the files of a plan; none where the folder is not one, of whatever format."""
     content = _DOCUMENT.head(folder / PLAN_FILE)
-    return {PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE} if content else set()
+    return {PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE, TABLE_FILE} if content else set()
 
 
 _TARGET = Target("a plan", PlanError, lambda path: foreign_folder(path, _own_files))
@@ -122,6 +123,9 @@ def write_plan(content: PlanContent, path: Path | str) -> None:
             content.front,
         )
         (folder / PLAN_FILE).write_text(_DOCUMENT.dumps(written))
+        table = plan_table(content.binding, content.recipe)
+        if table is not None:  # for others: nothing here reads it
+            (folder / TABLE_FILE).write_text(table.dumps())
 
 
 def read_plan(path: Path | str) -> PlanContent:

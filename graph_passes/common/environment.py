@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("calicache", "torch", "onnx", "onnxruntime", "numpy")
+PACKAGES = ("calicache", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 Environment = Mapping[str, Mapping[str, str | int]]
 
 
 def environment() -> dict[str, dict[str, str | int]]:
     """`machine` and `versions`, for the head of a JSON file with measurements."""
-    versions: dict[str, str | int] = {name: version(name) for name in PACKAGES}
+    versions: dict[str, str | int] = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # one ONNX Runtime excludes the other
+            versions[name] = version(name)
     return {
         "machine": {
             "processor": _processor(),

@@ -45,15 +45,18 @@ def shared_artifact(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def exported(
-    fast: OptimizedModel, layout: Layout | str = Layout.STEP, sampler: SamplerTables | None = None
+    fast: OptimizedModel,
+    layout: Layout | str = Layout.STEP,
+    sampler: SamplerTables | None = None,
+    **wishes: Any,
 ) -> Path:
     """The artifact of a model, exported once in a test run; for reading alone."""
-    content = hashlib.sha256(repr((fast.plan, sampler)).encode())
+    content = hashlib.sha256(repr((fast.plan, sampler, wishes)).encode())
     for variant in fast.compiled.variant_set.variants.values():
         content.update(f"{variant.module.graph} {hash_weights(variant.module)}".encode())
     name = f"{layout} {content.hexdigest()[:16]}.onnx.d"
     return shared_artifact(
-        name, lambda path: export_onnx(fast, path, layout=layout, sampler=sampler)
+        name, lambda path: export_onnx(fast, path, layout=layout, sampler=sampler, **wishes)
     )
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
 from calicache.export import Session
+from calicache.export.session.runtime import onnx_runtime
 from calicache.graph_passes import StepMode
 
 CONTROL = {"If", "Loop"}  # their time is that of the nodes inside
@@ -53,7 +52,7 @@ def profile(
         provider: of ONNX Runtime.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        options = ort.SessionOptions()
+        options = onnx_runtime().SessionOptions()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(scratch) / "profile")
         session = Session(artifact, provider=provider, options=options)

@@ -16,6 +16,7 @@ from calicache.export.artifact.graph_file import read_graphs
 from calicache.export.artifact.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
+    Attention,
     Manifest,
     ModeRecord,
     TargetRecord,
@@ -183,6 +184,10 @@ def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
     yield "weights", manifest.weights_hash[:16]
     yield "files", files_in_words(manifest.files)
     yield "inputs", some_of([f"{spec.name} {spec}" for spec in manifest.inputs])
+    if manifest.open_sizes:
+        yield "batch", "of any size; shapes and figures are those of the recorded one"
+    if manifest.attention is not Attention.FUSED:
+        yield "attention", f"in {manifest.attention} operators"
     if manifest.fixed:
         yield "built in", f"the recorded values of {', '.join(manifest.fixed)}"
     if manifest.calls_per_step > 1:

@@ -50,11 +50,6 @@ def test_every_layout_agrees_with_its_models(layout: Layout) -> None:
 
 
 CASES: dict[str, tuple[Layout, Change, str]] = {
-    "a read of a branch left out": (
-        Layout.STEP,
-        lambda c: c["modes"][1]["reads"].pop(),
-        "the branch calibrate of model.onnx reads cache_",
-    ),
     "a read left out": (
         Layout.PAIR,
         lambda c: c["modes"][1]["reads"].pop(),

@@ -18,7 +18,7 @@ from support.small_subjects import (
 from torch import nn
 
 from calicache.export import Layout, Manifest
-from calicache.export.artifact.manifest import SamplerRecord
+from calicache.export.artifact.manifest import Attention, OpenSize, SamplerRecord
 from calicache.graph_passes import SiteMode, SiteRule, StepMode
 from calicache.graph_passes import optimize as compiled
 from calicache.graph_passes.describe.graphs import view_graphs
@@ -114,6 +114,17 @@ def test_guidance_calls_and_built_in_values_are_shown(home: Path, manifest: Mani
     assert "calls           2 of the model a step" in lines
     assert "built in        the recorded values of mask" in lines
     assert facts.cache_bytes == 2 * manifest.cache_bytes
+
+
+def test_an_open_batch_and_standard_attention_are_shown(home: Path, manifest: Manifest) -> None:
+    facts = facts_of_artifact(
+        home, manifest, attention=Attention.STANDARD, open_sizes={"x": (OpenSize(0, 1),)}
+    )
+    assert "attention       in standard operators" in printed(facts)
+    assert "batch           of any size; shapes and figures are those" in printed(facts)
+    plain = printed(facts_of_artifact(home, manifest))
+    assert "attention  " not in plain
+    assert "batch  " not in plain
 
 
 def test_large_caches_are_warned_of(home: Path, manifest: Manifest) -> None:
