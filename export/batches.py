@@ -94,26 +94,39 @@ def at_rows(optimized: OptimizedModel, rows: int) -> OptimizedModel:
         raise refused(f"at {rows} rows: {error.got}") from error
 
 
-def tables_at(tables: SamplerTables, before: int, rows: int) -> SamplerTables:
-    """The tables of a sampler for another batch.
+def tables_at(tables: SamplerTables, specs: Sequence[TensorSpec]) -> SamplerTables:
+    """The tables of a sampler for calls of other sizes.
 
     Args:
-        tables: for the recorded one.
-        before: rows of all calls of a step.
-        rows: the same at the other batch.
+        tables: for the recorded ones.
+        specs: of all tensors of a step's calls in one.
 
     Raises:
-        ExportError: an input differs from row to row.
+        ExportError: an input has other sizes and is not the same along them.
     """
+    shapes = {spec.name: spec.shape for spec in specs}
     inputs = {}
     for name, table in tables.inputs.items():
-        inputs[name] = table
-        if table.shape[1:2] == (before,):
-            row = table[:, :1]
-            if not torch.equal(table, row.expand_as(table)):
-                raise refused(f"{name} differs from row to row of a batch")
-            inputs[name] = row.expand(-1, rows, *(-1,) * (table.ndim - 2)).contiguous()
+        inputs[name] = table if table.shape[1:] == shapes[name] else _spread(table, shapes[name])
+        if inputs[name].shape[1:] != shapes[name]:
+            raise ExportError(
+                "sampler",
+                expected=f"{name} of the sizes {list(shapes[name])}, which the graphs are for",
+                got=f"{list(table.shape[1:])}, not the same along what differs",
+                fix="Record and plan at these sizes, or export the recorded ones.",
+            )
     return replace(tables, inputs=inputs)
+
+
+def _spread(table: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A table (T, ...) with (T, *shape), where it is the same along what differs; else as it is."""
+    one = table
+    for place, (now, then) in enumerate(zip(table.shape[1:], shape, strict=False), start=1):
+        if now != then:
+            one = one.narrow(place, 0, 1)
+    if table.ndim != 1 + len(shape) or not torch.equal(table, one.expand_as(table)):
+        return table
+    return one.expand(len(table), *shape).contiguous()
 
 
 def open_sizes(

@@ -29,6 +29,7 @@ from calicache.export.artifact.weights import (
     place_outside,
     plan_weight_file,
 )
+from calicache.export.batches import tables_at
 from calicache.export.layouts.onnx_graph import output_names
 from calicache.export.layouts.open_batch import BATCH
 from calicache.export.layouts.sampler import noise_spec, run_specs
@@ -196,7 +197,7 @@ def _sampler(
             got=str(len(tables.updates)),
             fix="Read the sampler with this optimised model and its recording.",
         )
-    return tables
+    return tables_at(tables, optimized.by_step().plan.binding.signature.tensors)
 
 
 def _manifest(

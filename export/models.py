@@ -22,7 +22,6 @@ from calicache.export.layouts.sampler import noise_spec, sampler_model
 from calicache.export.layouts.step import step_model
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.recording.signature import TensorSpec
-from calicache.graph_passes.recording.step_calls import batch_size
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.tables import SamplerTables
@@ -87,9 +86,8 @@ def _models(compiled: Compiled, wishes: Wishes, samples: int = 1) -> Models:
 
 
 def _open_models(optimized: OptimizedModel, wishes: Wishes) -> tuple[Models, OpenSizes]:
-    binding, tables = optimized.plan.binding, wishes.tables
-    before, calls = batch_size(binding.signature, binding.dependence), binding.calls
-    rows = 1 if tables is None else tables.parts // calls  # of one sample, in a call
+    tables = wishes.tables
+    rows = 1 if tables is None else tables.parts // optimized.plan.binding.calls  # of a sample
     sizes = two_sizes(optimized, rows)
     made: list[Models] = []
     specs: list[tuple[TensorSpec, ...]] = []
@@ -97,10 +95,10 @@ def _open_models(optimized: OptimizedModel, wishes: Wishes) -> tuple[Models, Ope
     check_operations(optimized, [at_rows(optimized, rows), *others])
     for size, other in zip(sizes, others, strict=True):
         compiled = compiled_for(other, wishes.layout)
-        own = tables and tables_at(tables, before * calls, size * rows * calls)
+        inputs = compiled.analysis.binding.signature.tensors
+        own = tables and tables_at(tables, inputs)
         made.append(_models(compiled, replace(wishes, tables=own), size))
         noise = () if own is None else (noise_spec(compiled, own),)
-        inputs = compiled.analysis.binding.signature.tensors
         specs.append((*inputs, *cache_specs(compiled.variant_set), *noise))
     one, two = made
     models = {name: open_batch(one[name], two[name], sizes) for name in one}

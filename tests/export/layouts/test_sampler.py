@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -490,3 +491,40 @@ def test_sampler_of_another_length_is_refused(steps: int, small, tmp_path: Path)
     _, other = small_sampler(flow(steps), (R,) * steps)
     with pytest.raises(ExportError, match=rf"sampler: expected .*4 steps.*got {steps}"):
         export_onnx(fast, tmp_path / "d", layout="sampler", sampler=other)
+
+
+def test_a_run_is_exported_for_another_batch_than_the_recorded_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval().requires_grad_(False)
+    sampler = GuidedDDIM(6, GUIDANCE, NULL)
+    with record(model) as recording:
+        recording.finish(sampler.sample(model, draw(0, 2, 5, 8), torch.tensor([1, 2])))
+    fast = optimize(model, Plan.from_trajectory(model, recording, schedule=2, rank=4))
+    noise, labels = draw(1, 3, 5, 8), torch.tensor([4, 5, 6])
+    both = torch.cat([labels, torch.full((3,), NULL)])
+    other = fast.for_call(
+        hidden_states=torch.cat([noise, noise]),
+        timestep=torch.full((6,), 999),
+        class_labels=both,
+    )
+    export_onnx(other, tmp_path / "run", layout="sampler")
+    actual = torch.from_numpy(Session(tmp_path / "run").sample(noise, class_labels=both))
+    assert relative(actual, sampler.sample(fast, noise, labels)) < SAME
+
+
+def test_tables_that_differ_from_row_to_row_fit_no_other_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval().requires_grad_(False)
+    with record(model) as recording:
+        recording.finish(ddim(6)(model, draw(0, 2, 5, 8)))
+    plan = Plan.from_trajectory(model, recording, schedule=2, rank=4)
+    assert plan.sampler is not None
+    steps = plan.sampler.inputs["timestep"]
+    uneven = replace(plan.sampler, inputs={"timestep": steps + torch.arange(4)})
+    other = optimize(model, plan).for_call(
+        hidden_states=draw(1, 6, 5, 8),
+        timestep=torch.full((6,), 999),
+        class_labels=torch.tensor([4, 5, 6, NULL, NULL, NULL]),
+    )
+    with pytest.raises(ExportError, match=r"timestep of the sizes \[6\].*got \[4\], not the same"):
+        export_onnx(other, tmp_path / "run", layout="sampler", sampler=uneven)
