@@ -15,6 +15,7 @@ from calicache.tools.terminal.options import import_library
 
 Result = Mapping[str, Any]
 NOTES, TEMPLATE = "performance-notes.md", "performance.md.jinja"
+CHART = "fidelity.png"  # what `make fidelity` draws beside it
 SHOWN_OPERATORS = 8
 
 
@@ -41,7 +42,9 @@ def write_report(results: Mapping[str, Any], docs: Path) -> None:
     template = (files("calicache.tools.bench") / TEMPLATE).read_text(encoding="utf-8")
     page = templates.from_string(template).render(
         **results,
+        chart=CHART if (docs / CHART).exists() else "",
         modes_of=_modes,
+        speedups_of=_speedups,
         efficiency=efficiency,
         operator_columns=_operator_columns,
         stages=STAGES,
@@ -54,6 +57,20 @@ def write_report(results: Mapping[str, Any], docs: Path) -> None:
 def efficiency(row: Mapping[str, Any]) -> float:
     """Measured speedup over what the MACs alone would give."""
     return float(row["plain_seconds"] / row["run_seconds"] * row["macs_share"])
+
+
+def _speedups(results: Sequence[Result]) -> dict[str, list[float | None]]:
+    """Speedups of every row that ran, model by model."""
+    known = [
+        {
+            row["name"]: row["plain_seconds"] / row["run_seconds"]
+            for row in result["rows"]
+            if not row.get("refused")
+        }
+        for result in results
+    ]
+    names = dict.fromkeys(name for speedups in known for name in speedups)
+    return {name: [speedups.get(name) for speedups in known] for name in names}
 
 
 def _modes(result: Result) -> list[str]:

@@ -240,7 +240,13 @@ def test_report_shows_every_row(result: dict, tmp_path: Path) -> None:
     write_report({**environment(), "models": [shown]}, tmp_path)
     text = (tmp_path / "performance.md").read_text()
     assert "| a peer | does not run: AttributeError: no |" in text
-    assert text.count("| calicache CALIBRATE, step |") == 1
+    assert text.count("| calicache CALIBRATE, step |") == 2  # among the speedups, and by itself
+    (row,) = (row for row in shown["rows"] if row["name"] == "calicache CALIBRATE, step")
+    speedup = row["plain_seconds"] / row["run_seconds"]
+    assert f"| row | {shown['model']} |" in text
+    assert f"| calicache CALIBRATE, step | {speedup:.2f} |" in text
+    assert "| a peer |" not in text[: text.index("The rest of this page")]
+    assert "fidelity.png" not in text  # which is not there
     assert "MultiHeadAttention" in text
     assert text.rstrip().endswith("A note.")
     assert json.loads((tmp_path / "performance.json").read_text())["models"][0]["width"] == 32
