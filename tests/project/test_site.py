@@ -9,10 +9,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import which
 from typing import ClassVar
 
 import pytest
+from playwright.sync_api import sync_playwright
 from project.pages import DOCS, ROOT, blocks, text_of
+
+CHROMIUM = which("chromium") or which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,23 @@ def test_site_fetches_nothing_from_outside(site: Path) -> None:
     imports = [u for style in styles for u in re.findall(r"@import\s+['\"]([^'\"]+)", style)]
     assert urls
     assert [u for u in (*urls, *imports) if is_outside(u)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_search_works_from_a_folder(site: Path) -> None:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        failures: list[str] = []
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.goto((site / "index.html").as_uri())
+        page.fill("input.md-search__input", "Lagrange")
+        page.locator(".md-search-result__item").first.wait_for(timeout=30_000)
+        results = page.inner_text(".md-search-result__list")
+        browser.close()
+    assert "Concepts" in results
+    assert failures == []
 
 
 def test_fetched_addresses_are_seen(tmp_path: Path) -> None:
