@@ -1,5 +1,6 @@
 from calicache.export.artifact.folder import load_artifact as load_artifact
 from calicache.export.artifact.folder import read_manifest as read_manifest
+from calicache.export.artifact.manifest import Attention as Attention
 from calicache.export.artifact.manifest import Layout as Layout
 from calicache.export.artifact.manifest import Manifest as Manifest
 from calicache.export.export import export_onnx as export_onnx

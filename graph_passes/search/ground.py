@@ -198,11 +198,15 @@ def check_samples(request: SearchRequest, samples: int) -> None:
 def check_budget(request: SearchRequest, steps: int) -> None:
     """Refuse, before anything runs, a budget that one REFRESH and FORECAST steps do not keep.
 
+    Where a table has other steps that may take less than these, nothing is known as early.
+
     Raises:
         PlanError: as `check_least`, which says it of all modes when their costs are known.
     """
     table = request.latency
-    forecast = 0.0 if table is None else min(1.0, table.forecast / table.plain)
+    forecast = 0.0
+    if table is not None and table.least_step >= table.forecast:
+        forecast = min(1.0, table.forecast / table.plain)
     check_least(request, (1.0 + (steps - 1) * forecast) / steps)
 
 

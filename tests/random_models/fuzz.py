@@ -8,6 +8,8 @@ import traceback
 from collections import Counter
 from contextlib import suppress
 
+from support.artifacts import quick_exports
+
 from random_models.cases import case_of, outcome_of
 
 
@@ -21,7 +23,7 @@ def main(count: int, first: int) -> int:
     outcomes: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     start = time.perf_counter()
-    with suppress(KeyboardInterrupt):  # then what was found so far is told
+    with suppress(KeyboardInterrupt), quick_exports():  # stopped, it tells what was found so far
         for seed in range(first, first + count):
             try:
                 outcome = outcome_of(case_of(seed))

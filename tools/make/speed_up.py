@@ -22,8 +22,8 @@ from calicache.tools.terminal.progress import progress_shown
 def speed_up(
     pipeline: Path,
     output: Path,
-    prompt: Sequence[str],
-    set_: Sequence[str],
+    prompt: list[str],
+    set_: list[str],
     budget: float | None,
     max_error: float | None,
     effort: int,

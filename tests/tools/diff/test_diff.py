@@ -18,7 +18,8 @@ from support.search.fronts import front_of
 from support.small_subjects import other_artifact, small_folder
 from typer.testing import CliRunner, Result
 
-from calicache.export import Layout, Manifest, read_manifest
+from calicache.export import Attention, Layout, Manifest, read_manifest
+from calicache.export.artifact.manifest import OpenSize
 from calicache.graph_passes import Granularity, Plan, SiteMode, SiteRule, StepMode, Weighting
 from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.rejection import Rejection
@@ -355,6 +356,8 @@ def test_every_field_of_the_manifest_counts(home: Path, manifest: Manifest) -> N
         "branches": (),
         "rejections": (),
         "sampler": "other",
+        "attention": Attention.STANDARD,
+        "open_sizes": {"x": (OpenSize(0, 1),)},
         "front": front_of((0.3, 0.5), (0.1, 0.01), choice=1),
     }
     assert set(others) == set(Manifest.__dataclass_fields__)
