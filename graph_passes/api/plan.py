@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from calicache.graph_passes.settings.choices import (
 from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
-from calicache.graph_passes.settings.request import SearchRequest
+from calicache.graph_passes.settings.request import ALL_MODES, SearchRequest, search_modes
 from calicache.graph_passes.settings.schedule import MAX_ORDER, named_schedule
 
 OTHER_WEIGHTS = "then given other weights, with which the error was not measured"
@@ -172,6 +172,7 @@ class Plan:
         effort: int = 1,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        modes: Iterable[StepMode | str] = ALL_MODES,
         path: Path | str | None = None,
         workspace: Workspace | None = None,
         on_progress: OnProgress | None = None,
@@ -190,6 +191,8 @@ class Plan:
             effort: 1 or more; how many candidates are run for every one at effort 1.
             include: shell patterns; sites that may be calibrated.
             exclude: shell patterns; sites to leave alone.
+            modes: that steps may have, FORECAST among them. With ("FORECAST",) the model is run
+                whole and not captured: it may be any module, and a cost is a share of steps.
             path: a folder for what is done already; an interrupted search goes on from there.
             workspace: of an earlier plan for this model: what was made there is not made again.
             on_progress: told how much is done and how much is still to do.
@@ -201,7 +204,7 @@ class Plan:
             CalicacheError: the request cannot be met, or a stage refuses; it names itself.
         """
         patterns = texts("include", include, PlanError), texts("exclude", exclude, PlanError)
-        request = SearchRequest(budget, max_error, latency, effort, *patterns)
+        request = SearchRequest(budget, max_error, latency, effort, *patterns, search_modes(modes))
         workspace = workspace or Workspace()
         searched = search_plan(model, recording, request, workspace, path, on_progress)
         return Plan(

@@ -37,6 +37,7 @@ from calicache.graph_passes.search.sensitivity import BACK, sensitivities
 from calicache.graph_passes.settings.choices import Granularity, StepMode, Weighting
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.settings.schedule import MAX_ORDER, uniform_schedule
 from calicache.graph_passes.sites.analysis import Analysis
 from calicache.graph_passes.sites.targets import CalibrationTarget, assign
@@ -112,7 +113,7 @@ class Family:
 
 
 def find_families(
-    ground: Ground, latency: LatencyTable | None, budget: float | None, effort: int
+    ground: Ground, request: SearchRequest
 ) -> tuple[list[Family], TargetSurvey | None]:
     """FORECAST and REUSE at every order, CALIBRATE steps in int8 and low-rank ones at some costs.
 
@@ -120,20 +121,23 @@ def find_families(
 
     Args:
         ground: model and runs.
-        latency: measured seconds; MACs without.
-        budget: of a run, if there is one; a CALIBRATE step may cost the like of it.
-        effort: how many costs of a CALIBRATE step are tried.
+        request: its modes, what costs are counted in, its budget, which a CALIBRATE step may
+            cost the like of, and its effort, which is how many such costs are tried.
 
     Returns:
         The families, and what is known of the calibration targets, if there are any.
     """
+    latency, allowed = request.latency, request.modes
     orders = tuple(range(MAX_ORDER + 1)) if latency is None else (latency.order,)
     highest = (max(orders),)
     families = [build_family(ground, FamilySpec("forecast", frozenset(), highest), latency)]
     reuse = FamilySpec("reuse", frozenset({StepMode.REUSE}), orders)
-    if ground.analysis.sites.branches and _saves(ground, reuse, latency):
+    reusable = StepMode.REUSE in allowed and bool(ground.analysis.sites.branches)
+    if reusable and _saves(ground, reuse, latency):
         ground.meter.stage("measure REUSE steps", CHEAP_WORK)
         families.append(build_family(ground, reuse, latency))
+    if StepMode.CALIBRATE not in allowed:
+        return families, None
     base = families[-1]
     modes = base.spec.modes | {StepMode.CALIBRATE}
     integers = None if latency is None else int8_allocation(ground.analysis, latency)
@@ -145,7 +149,7 @@ def find_families(
     survey = survey_targets(ground)
     if survey is None:
         return families, None
-    for level, allocation in _allocations(ground, survey, latency, budget, effort):
+    for level, allocation in _allocations(ground, survey, request):
         ground.meter.stage(f"measure CALIBRATE steps at {level:g}", CHEAP_WORK)
         spec = FamilySpec(f"calibrate-{level:g}", modes, highest, allocation)
         if _saves(ground, spec, latency):
@@ -244,18 +248,15 @@ def _compiled(ground: Ground, spec: FamilySpec, moments: Mapping[str, SecondMome
 
 
 def _allocations(
-    ground: Ground,
-    survey: TargetSurvey,
-    latency: LatencyTable | None,
-    budget: float | None,
-    effort: int,
+    ground: Ground, survey: TargetSurvey, request: SearchRequest
 ) -> Iterator[tuple[float, Allocation]]:
     """What CALIBRATE steps may do at the levels nearest to the budget, each other ranks."""
+    latency = request.latency
     options = branch_options(ground.analysis, survey, latency)
     full = 1.0 if latency is None else latency.full_step / latency.plain
-    middle = budget or USUAL_LEVEL
+    middle = request.budget or USUAL_LEVEL
     earlier: list[Mapping[str, int]] = []
-    for level in sorted(LEVELS, key=lambda level: abs(level - middle))[:effort]:
+    for level in sorted(LEVELS, key=lambda level: abs(level - middle))[: request.effort]:
         allocation = allocate(options, level, full)
         if any(allocation.ranks.values()) and allocation.ranks not in earlier:
             earlier.append(allocation.ranks)

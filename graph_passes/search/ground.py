@@ -24,7 +24,7 @@ from calicache.graph_passes.search.journal import Journal
 from calicache.graph_passes.search.rehearse import Span
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.request import SearchRequest
-from calicache.graph_passes.sites.analysis import Analysis
+from calicache.graph_passes.sites.analysis import Analysis, analyse_whole
 
 LEAST_RUNS, LEAST_STEPS = 3, 5
 LEAST_SAMPLES = 5  # fewer keep less than 95 % of new ones below the bound
@@ -69,14 +69,12 @@ class Ground:
         return sum(run[0][latent].shape[0] // parts for run in self.choice.runs)
 
 
-def prepare_ground(
-    task: PlanningTask, patterns: tuple[tuple[str, ...], tuple[str, ...]], journal: Journal
-) -> Ground:
+def prepare_ground(task: PlanningTask, request: SearchRequest, journal: Journal) -> Ground:
     """Share out the recorded runs, capture the model, recover the sampler.
 
     Args:
         task: of a model with its weights and three runs or more.
-        patterns: shell patterns over site names, to include and to exclude.
+        request: what is asked for; where no mode looks inside the model, it is not captured.
         journal: results of an interrupted search.
 
     Raises:
@@ -88,7 +86,11 @@ def prepare_ground(
     meter.stage("capture the model")
     try:
         whole = task.recording.by_step()
-        analysis = task.workspace.analysis(task.model, binding.by_step(), *patterns)
+        if request.touches_nothing:
+            analysis = analyse_whole(task.model, binding.by_step(), whole.calls[0])
+        else:
+            patterns = request.include, request.exclude
+            analysis = task.workspace.analysis(task.model, binding.by_step(), *patterns)
         parts = [whole.take_runs(places) for places in share_out(len(whole.runs))]
         meter.stage("run the recorded calls")
         recorded = recover_sampler(

@@ -94,8 +94,8 @@ def search_plan(
     calls = RUNS * len(searched) * recording.steps
     meter = Meter(calls * request.effort, on_progress)
     task = PlanningTask(model, recording, binding, workspace, meter)
-    ground = prepare_ground(task, (request.include, request.exclude), journal)
-    families, survey = find_families(ground, request.latency, request.budget, request.effort)
+    ground = prepare_ground(task, request, journal)
+    families, survey = find_families(ground, request)
     least = min(family.least_share(ground.steps) for family in families)
     check_least(request, least)
     check_samples(request, ground.choice_samples)

@@ -16,9 +16,9 @@ from zoo.drive import make_model, run_sampler
 from zoo.report import ENTRIES
 
 from calicache.export import export_onnx
-from calicache.graph_passes import OptimizedModel, Plan, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.api.forms import compile_plan
-from calicache.graph_passes.common.errors import CaptureError
+from calicache.graph_passes.common.errors import CaptureError, PlanError
 
 SCHEDULE = "RRFRFF"
 
@@ -156,3 +156,35 @@ def test_hidream_which_picks_experts_in_python() -> None:
     fast = optimize(model, plan)
     got = run_sampler(fast, entry, linear=True)
     assert 0 < relative(got.latents, run.latents) < 0.5
+
+
+def test_a_search_of_forecasts_needs_no_graph(dit: FashionDiT) -> None:
+    model = Fickle(dit).eval()
+    recording = recording_of(model)
+    with pytest.raises(CaptureError):
+        Plan.search(model, recording, budget=0.6)
+    plan = Plan.search(model, recording, budget=0.6, modes=("FORECAST",))
+    assert set(plan.schedule) == {StepMode.REFRESH, StepMode.FORECAST}
+    assert plan.schedule.count(StepMode.REFRESH) / len(plan.schedule) <= 0.6
+    assert plan.front is not None
+    # What the front promises of a share of steps is what the plan runs.
+    point = plan.front.points[plan.front.choice]
+    assert point.cost == pytest.approx(plan.schedule.count(StepMode.REFRESH) / STEPS)
+    same = Plan.search(dit, recording_of(dit), budget=0.6, modes=[StepMode.FORECAST])
+    assert plan.schedule == same.schedule
+    assert relative(sample_dit(optimize(model, plan), seed=7), sample_dit(model, seed=7)) < 0.5
+
+
+def recording_of(model: nn.Module) -> Recording:
+    with record(model) as recording:
+        for seed in range(3):
+            recording.finish(sample_dit(model, seed=seed))
+    return recording
+
+
+@pytest.mark.parametrize("modes", [("REUSE",), ("FORECAST", "SKIP"), (), "REUSE"])
+def test_modes_without_forecasts_or_of_other_names_are_refused(
+    modes: Any, dit: FashionDiT, dit_recording: Recording
+) -> None:
+    with pytest.raises(PlanError, match="expected FORECAST, and what else of"):
+        Plan.search(dit, dit_recording, budget=0.5, modes=modes)

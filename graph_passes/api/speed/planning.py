@@ -154,11 +154,28 @@ class Task:
         error: CalicacheError,
         latency: LatencyTable | None,
     ) -> PartPlan:
-        """An even plan of forecasts, where the wish is a budget and the search refuses."""
+        """A plan of forecasts, which needs no graph, where the search refuses.
+
+        It is searched for where the sampler can be followed, and an even one where it cannot and
+        the wish is a budget.
+        """
         if isinstance(error, PlanError) and error.where == "latency":
             return PartPlan(None, str(error), latency)
-        if self.request.budget is None or error.where in ASKED:
+        if error.where in ASKED:
             raise error
+        try:
+            plan = Plan.search(
+                model,
+                recording,
+                budget=self.request.budget,
+                max_error=self.request.max_error,
+                effort=self.request.effort,
+                modes=(StepMode.FORECAST,),
+            )
+            return PartPlan(plan, str(error))
+        except CalicacheError:  # the first reason is told
+            if self.request.budget is None:
+                raise error from None
         warnings.warn(
             f"No plan could be searched for; steps are forecast evenly instead. {error}",
             CalicacheWarning,
@@ -189,7 +206,7 @@ def _part_summary(name: str, part: PartPlan, model: OptimizedModel | None) -> Pa
         name=name,
         steps=steps,
         macs=macs,
-        seconds=front.points[front.choice].cost if front else None,
+        seconds=front.points[front.choice].cost if front and part.latency else None,
         error=front.held_out if front else None,
         fallback=part.fallback,
         slower=_slower(part.latency),

@@ -21,11 +21,12 @@ class PartSummary:
         name: such as `transformer`.
         steps: by mode, such as `12 REFRESH + 23 FORECAST`; empty where there is no plan.
         macs: multiply-accumulates of a run against the plain model's.
-        seconds: of a run against the plain model's, added up from the probe; None where the plan
+        seconds: of a run against the plain model's, added up from the probe; None where the model
+            could not be probed.
+        error: of the final latents on runs that had no part in the search; None where the plan
             was not searched.
-        error: of the final latents on runs that had no part in the search; None likewise.
-        fallback: why the plan is an even one of forecasts and was not searched, or why there is
-            none; empty for a searched plan.
+        fallback: why the plan has forecasts alone, and an even schedule if it was not searched;
+            or why there is none. Empty for a plan of all modes.
         slower: treatments of branches whose steps take as long as plain ones here or longer, as
             shares of a plain step; the search leaves them out.
         rejections: layers and branches that every CALIBRATE step computes in full, with reasons.
@@ -51,7 +52,8 @@ class PartSummary:
             lines.append(f"    error on held-out runs: {self.error.mean:.2g}")
             lines[-1] += f", {self.error.worst:.2g} at worst of {self.error.samples}"
         if self.fallback:
-            lines.append(f"    not searched: {_short(self.fallback)}")
+            words = "not searched" if self.error is None else "forecasts alone"
+            lines.append(f"    {words}: {_short(self.fallback)}")
         if self.slower:
             names = (f"{choice} ({share:.2f})" for choice, share in self.slower.items())
             lines.append(f"    no faster than a plain step here: {', '.join(names)}")

@@ -50,6 +50,7 @@ from calicache.graph_passes.search.search import undominated
 from calicache.graph_passes.settings.front import FrontPoint
 from calicache.graph_passes.settings.latency import EVERY, BranchChoice, LatencyRow, LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
+from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.settings.schedule import MAX_ORDER
 
 R, C, U, F = StepMode
@@ -59,9 +60,15 @@ ROUNDING: Any = {"rel": 1e-3, "abs": 2e-6}  # float32 sums, in graphs of other b
 PLAIN, FULL, REFRESH = 2.0, 1.96, 2.02  # seconds; a full step is faster where values are kept
 
 
+def request(
+    budget: float = 0.5, latency: LatencyTable | None = None, effort: int = 1
+) -> SearchRequest:
+    return SearchRequest(budget, None, latency, effort, ("*",), ())
+
+
 def ground_of(model: nn.Module, recording: Recording) -> Ground:
     task = PlanningTask(model, recording, bind(model, recording), Workspace(), Meter(1.0))
-    return prepare_ground(task, (("*",), ()), Journal(None))
+    return prepare_ground(task, request(), Journal(None))
 
 
 @cache
@@ -74,7 +81,7 @@ def rich() -> Flicker:
 def families_of_rich(effort: int = 3) -> tuple[Ground, list[Family], TargetSurvey]:
     model = rich()
     ground = ground_of(model, record_runs(model))
-    families, survey = find_families(ground, None, 0.6, effort)
+    families, survey = find_families(ground, request(budget=0.6, effort=effort))
     assert survey is not None
     return ground, families, survey
 
@@ -148,7 +155,7 @@ def test_cost_of_any_schedule_is_what_optimize_counts(data: st.DataObject) -> No
 def test_cost_of_few_calibrate_steps_at_high_ranks_is_what_optimize_counts() -> None:
     model = Flicker(width=256, rank=96).eval()
     ground = ground_of(model, record_runs(model))
-    families, survey = find_families(ground, None, 0.9, 1)
+    families, survey = find_families(ground, request(budget=0.9))
     assert survey is not None
     modes = (*[R] * (STEPS - 1), C)
     expected = real_share(model, ground, families[-1].spec.allocation, survey, modes)
@@ -273,7 +280,7 @@ def test_modes_that_are_slower_than_plain_steps_have_no_family(
     linear: float, reuse: float, names: list[str], modes: set[StepMode]
 ) -> None:
     rows = {BranchChoice.LINEAR: (REFRESH, linear), BranchChoice.REUSE: (REFRESH, reuse)}
-    families, _ = find_families(ground_of(*flicker()), table(rows, forecast=0.01), 0.5, 1)
+    families, _ = find_families(ground_of(*flicker()), request(latency=table(rows, forecast=0.01)))
     assert [family.spec.name for family in families[: len(names)]] == names
     assert {mode for family in families for mode in family.modes} == modes
 

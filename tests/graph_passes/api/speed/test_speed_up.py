@@ -287,6 +287,31 @@ def test_a_sampler_that_adds_noise_gets_forecasts(model: nn.Module, tmp_path: Pa
     assert "not searched" in str(summary)
 
 
+class Deciding(nn.Module):
+    """Decides in Python by its latents: nothing can capture it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        output = self.model(x, timestep)
+        return output * 2 if float(x.mean()) > 1e9 else output
+
+
+def test_a_model_without_a_graph_gets_searched_forecasts(model: nn.Module, sample: Sample) -> None:
+    summary = sped_up(Deciding(model).eval(), sample, None)
+    (part,) = summary.parts
+    assert isinstance(summary.model, OptimizedModel)
+    assert set(summary.model.plan.schedule) == {StepMode.REFRESH, StepMode.FORECAST}
+    assert summary.model.plan.front is not None
+    assert part.error is not None
+    assert part.seconds is None
+    assert part.macs <= BUDGET
+    assert "capture" in part.fallback
+    assert "forecasts alone: capture" in str(summary)
+
+
 def test_a_model_of_one_step_is_left_as_it_is(model: nn.Module, tmp_path: Path) -> None:
     def distilled(model: nn.Module) -> Tensor:
         return model(torch.randn(2, 5, 4), torch.ones(2))
