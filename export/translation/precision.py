@@ -244,7 +244,9 @@ def _weights_of(bits: int) -> Quantiser:
         with _logging_as_found():
             from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-        quantiser = MatMulNBitsQuantizer(model, bits=bits, block_size=BLOCK, accuracy_level=1)
+        quantiser = MatMulNBitsQuantizer(
+            model, bits=bits, block_size=BLOCK, is_symmetric=bits == 8, accuracy_level=1
+        )
         quantiser.process()
         quantised: onnx.ModelProto = quantiser.model.model
         return quantised
