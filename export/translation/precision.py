@@ -86,8 +86,9 @@ def _lower_model(model: ir.Model, weights: Collection[str], layers: _Layers) -> 
                     fix="Exclude the layer from the plan (exclude=), or leave precision out.",
                 )
     shared: dict[_Key, ir.Node] = {}
+    lower = frozenset(named.values())
     for node in list(ir.traversal.RecursiveGraphIterator(outer)):
-        if len(node.inputs) > 1 and node.inputs[1] in named.values():
+        if len(node.inputs) > 1 and node.inputs[1] in lower:
             _replace(node, outer, layers, shared)
 
 
@@ -116,19 +117,22 @@ def _replace(node: ir.Node, outer: ir.Graph, layers: _Layers, shared: dict[_Key,
     (result,) = node.outputs
     graph = node.graph
     assert isinstance(graph, ir.Graph)
+    assert source is not None
     assert weight is not None
     form = layers.form(weight, turned=_is_turned(node)).clone()
-    (rows,) = form.inputs
-    assert source is not None
-    convenience.replace_all_uses_with(rows, source)
     for name, value in list(form.initializers.items()):
         if name not in outer.initializers:
             outer.register_initializer(initializer(name, layers.tensors[name]))
         convenience.replace_all_uses_with(value, outer.initializers[name])
-    (product,) = form.outputs
+    (rows,), (product,) = form.inputs, form.outputs
+    convenience.replace_all_uses_with(rows, source)
     form.outputs.clear()
-    for place, part in enumerate(list(form)):
-        form.remove(part)
+    parts = list(form)
+    form.remove(parts)
+    if bias and bias[0] is not None:
+        parts.append(ir.node("Add", [product, bias[0]]))
+        (product,) = parts[-1].outputs
+    for place, part in enumerate(parts):
         key = graph, part.op_type, source
         if tuple(part.inputs) == (source,) and shared.setdefault(key, part) is not part:
             convenience.replace_all_uses_with(part.outputs, shared[key].outputs)
@@ -138,10 +142,6 @@ def _replace(node: ir.Node, outer: ir.Graph, layers: _Layers, shared: dict[_Key,
             value.name = f"{part.name}/{number}"
         graph.insert_before(node, part)
         outer.opset_imports.setdefault(part.domain, CONTRIB_VERSION)
-    if bias and bias[0] is not None:
-        add = ir.node("Add", [product, bias[0]], name=f"{node.name}/Add")
-        graph.insert_before(node, add)
-        (product,) = add.outputs
     product.name, product.type, product.shape = result.name, result.type, result.shape
     convenience.replace_all_uses_with(result, product, replace_graph_outputs=True)
     graph.remove(node, safe=True)
