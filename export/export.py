@@ -20,6 +20,7 @@ from calicache.export.artifact.manifest import (
     Layout,
     Manifest,
     ModeRecord,
+    Precision,
     SamplerRecord,
     TargetRecord,
     write_manifest,
@@ -35,6 +36,7 @@ from calicache.export.layouts.open_batch import BATCH
 from calicache.export.layouts.sampler import noise_spec, run_specs
 from calicache.export.models import OpenSizes, Wishes, cache_specs, compiled_for, make_models
 from calicache.export.session.session import Session
+from calicache.export.translation.precision import check_precision
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.arguments import of_kind, path_of, texts
 from calicache.graph_passes.common.errors import ExportError
@@ -58,6 +60,7 @@ def export_onnx(
     sampler: SamplerTables | None = None,
     attention: Attention | str = Attention.FUSED,
     dynamic: Sequence[str] = (),
+    precision: Precision | str = Precision.FLOAT32,
     check: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
@@ -73,12 +76,17 @@ def export_onnx(
             ONNX's own, for every other runtime and provider.
         dynamic: `("batch",)` leaves the batch size open: the first dimension that the latent has,
             and of noise in the `sampler` layout.
+        precision: of the linear layers in residual branches, but those that the plan excludes:
+            `float16`, `int8`, or weights alone in 8 or 4 bits (`weights8`, `weights4`), as ONNX
+            Runtime's own tools write them. All else stays as it was recorded, caches, inputs and
+            outputs too, and everything with `float32`.
         check: open what was written on the CPU provider, as a session does, before it takes its
             place. An operation that this provider has no kernel for is no error: others may.
         on_progress: told how many of the stages are done.
 
     Raises:
         ExportError: an unknown layout, no sampler where one is needed, or one where none is,
+            a precision that the model or its operators cannot have,
             torch.onnx refuses an op, an op is made for one batch size where that is to be open,
             something else is in the place of the folder, or ONNX Runtime does not take the models
             for valid.
@@ -87,10 +95,12 @@ def export_onnx(
     path = path_of(path, ExportError)
     layout = one_of("layout", layout, Layout)
     attention = one_of("attention", attention, Attention)
+    precision = one_of("precision", precision, Precision)
+    check_precision(precision, attention)
     tables = _sampler(optimized, layout, sampler)
     meter = Meter(_STAGES, on_progress)
     meter.stage("translate the graphs")
-    wishes = Wishes(layout, attention, tables, _is_dynamic(dynamic))
+    wishes = Wishes(layout, attention, tables, _is_dynamic(dynamic), precision)
     compiled = compiled_for(optimized, layout)
     with atomic_path(path, ARTIFACT) as folder:
         models, sizes = make_models(optimized, wishes)
@@ -214,6 +224,7 @@ def _manifest(
         calicache=version("calicache"),
         layout=wishes.layout,
         attention=wishes.attention,
+        precision=wishes.precision,
         files=files,
         schedule=recipe.schedule,
         rank=recipe.rank,

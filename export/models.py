@@ -12,6 +12,7 @@ from calicache.export.artifact.manifest import (
     Attention,
     Layout,
     OpenSize,
+    Precision,
     model_file,
 )
 from calicache.export.batches import at_rows, check_operations, open_sizes, tables_at, two_sizes
@@ -20,6 +21,8 @@ from calicache.export.layouts.open_batch import open_batch
 from calicache.export.layouts.pair import pair_models
 from calicache.export.layouts.sampler import noise_spec, sampler_model
 from calicache.export.layouts.step import step_model
+from calicache.export.session.runtime import onnx_runtime
+from calicache.export.translation.precision import lower_precision
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.compile import Compiled
@@ -39,12 +42,14 @@ class Wishes:
         attention: what it is written with.
         tables: of the `sampler` layout alone.
         dynamic: whether the batch is left open.
+        precision: of the linear layers in residual branches.
     """
 
     layout: Layout
     attention: Attention
     tables: SamplerTables | None
     dynamic: bool
+    precision: Precision = Precision.FLOAT32
 
 
 def make_models(optimized: OptimizedModel, wishes: Wishes) -> tuple[Models, OpenSizes]:
@@ -57,6 +62,10 @@ def make_models(optimized: OptimizedModel, wishes: Wishes) -> tuple[Models, Open
         models, sizes = _open_models(optimized, wishes)
     else:
         models, sizes = _models(compiled_for(optimized, wishes.layout), wishes), {}
+    if wishes.precision is not Precision.FLOAT32:
+        onnx_runtime()  # says what to install
+        sites = optimized.compiled.analysis.sites.linears
+        lower_precision(models.values(), wishes.precision, {site.weight for site in sites})
     for model in models.values():
         settle_constants(model)
     return models, sizes

@@ -18,7 +18,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.recipe import branch_words
 from calicache.graph_passes.settings.schedule import Table
 
-FORMAT = 9
+FORMAT = 10
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
@@ -43,6 +43,20 @@ class Attention(StrEnum):
 
     FUSED = "fused"
     STANDARD = "standard"
+
+
+class Precision(StrEnum):
+    """What the linear layers in residual branches are computed in.
+
+    FLOAT32 leaves them as they were recorded. INT8 has products of integers; WEIGHTS8 and WEIGHTS4
+    hold weights in so many bits, and products are of floats.
+    """
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    WEIGHTS8 = "weights8"
+    WEIGHTS4 = "weights4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +145,7 @@ class Manifest:
         calicache: version that wrote it.
         layout: how the variants are packed.
         attention: what it is written with.
+        precision: of the linear layers in residual branches.
         files: all other files of the folder.
         schedule, rank, branch, order, weighting, output_weights, correction, weights_hash: from
             the plan; output weights as in `Recipe.outputs`.
@@ -153,6 +168,7 @@ class Manifest:
     calicache: str
     layout: Layout
     attention: Attention
+    precision: Precision
     files: tuple[FileRecord, ...]
     schedule: tuple[StepMode, ...]
     rank: Count

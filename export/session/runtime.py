@@ -28,7 +28,7 @@ def onnx_runtime() -> Any:
             expected="ONNX Runtime",
             got=str(error),
             fix='Install one: pip install "calicache[cpu]", or "calicache[gpu]" for CUDA and '
-            "TensorRT. To export without it, pass check=False.",
+            "TensorRT. To export without it, pass check=False and no precision.",
         ) from error
     return onnxruntime
 

@@ -19,6 +19,7 @@ from calicache.export.artifact.manifest import (
     Attention,
     Manifest,
     ModeRecord,
+    Precision,
     TargetRecord,
 )
 from calicache.export.artifact.validity import cache_slots
@@ -188,6 +189,8 @@ def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
         yield "batch", "of any size; shapes and figures are those of the recorded one"
     if manifest.attention is not Attention.FUSED:
         yield "attention", f"in {manifest.attention} operators"
+    if manifest.precision is not Precision.FLOAT32:
+        yield "precision", f"{manifest.precision} in the linear layers of residual branches"
     if manifest.fixed:
         yield "built in", f"the recorded values of {', '.join(manifest.fixed)}"
     if manifest.calls_per_step > 1:

@@ -18,7 +18,7 @@ from support.small_subjects import (
 from torch import nn
 
 from calicache.export import Layout, Manifest
-from calicache.export.artifact.manifest import Attention, OpenSize, SamplerRecord
+from calicache.export.artifact.manifest import Attention, OpenSize, Precision, SamplerRecord
 from calicache.graph_passes import SiteMode, SiteRule, StepMode
 from calicache.graph_passes import optimize as compiled
 from calicache.graph_passes.describe.graphs import view_graphs
@@ -125,6 +125,12 @@ def test_an_open_batch_and_standard_attention_are_shown(home: Path, manifest: Ma
     plain = printed(facts_of_artifact(home, manifest))
     assert "attention  " not in plain
     assert "batch  " not in plain
+
+
+def test_a_precision_is_shown_where_it_is_not_float32(home: Path, manifest: Manifest) -> None:
+    text = printed(facts_of_artifact(home, manifest, precision=Precision.INT8))
+    assert "precision       int8 in the linear layers of residual branches" in text
+    assert "precision  " not in printed(facts_of_artifact(home, manifest))
 
 
 def test_large_caches_are_warned_of(home: Path, manifest: Manifest) -> None:
