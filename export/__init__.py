@@ -10,6 +10,7 @@ _HOMES = {
     "measure_latency": "calicache.export.latency",
     "Layout": "calicache.export.artifact.manifest",
     "Attention": "calicache.export.artifact.manifest",
+    "Precision": "calicache.export.artifact.manifest",
     "SamplerTables": "calicache.graph_passes.sampler.tables",
     "read_sampler": "calicache.export.samplers",
     "Session": "calicache.export.session.session",

@@ -3,6 +3,7 @@ from calicache.export.artifact.folder import read_manifest as read_manifest
 from calicache.export.artifact.manifest import Attention as Attention
 from calicache.export.artifact.manifest import Layout as Layout
 from calicache.export.artifact.manifest import Manifest as Manifest
+from calicache.export.artifact.manifest import Precision as Precision
 from calicache.export.export import export_onnx as export_onnx
 from calicache.export.latency import measure_latency as measure_latency
 from calicache.export.samplers import read_sampler as read_sampler
