@@ -20,6 +20,7 @@ from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.speed.cases import (
     Case,
+    StepTimes,
     case_plan,
     latency_cases,
     latency_schedule,
@@ -86,7 +87,7 @@ def measure_latency(
     forecast = [mode if mode is StepMode.REFRESH else StepMode.FORECAST for mode in schedule]
     # One at a time: the moments of a large model take as much memory as its weights.
     plans = chain([plan.with_schedule(forecast)], (case_plan(plan, case) for case in cases))
-    times: list[_Times] = []
+    times: list[StepTimes] = []
     rows = 1 + len(cases)
     meter = Meter(rows, on_progress)
     meter.stage("export the plain model")
@@ -101,7 +102,7 @@ def measure_latency(
 
 
 def _table(
-    plan: Plan, provider: str, cases: Sequence[Case], times: Sequence[_Times]
+    plan: Plan, provider: str, cases: Sequence[Case], times: Sequence[StepTimes]
 ) -> LatencyTable:
     """What was measured, the forecast first, as if all plain steps were equally long."""
     beside = [row.plain for row in times]
@@ -112,27 +113,13 @@ def _table(
         runtime=f"ONNX Runtime {onnx_runtime().__version__}, {provider}",
         order=plan.recipe.order,
         plain=plain,
-        forecast=forecast.step,
+        forecast=forecast.cheap,
         rows=tuple(
-            LatencyRow(case.group, case.choice, case.macs, row.refresh, row.step)
+            LatencyRow(case.group, case.choice, case.macs, row.refresh, row.cheap)
             for case, row in zip(cases, rows, strict=True)
         ),
         environment=_environment(beside),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """Median seconds of a plain step, and of a row's steps in turn with it."""
-
-    plain: float
-    refresh: float
-    step: float
-
-    def scaled(self, plain: float) -> _Times:
-        """What they would have been where a plain step takes `plain` seconds."""
-        ratio = plain / self.plain
-        return _Times(plain, self.refresh * ratio, self.step * ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +137,7 @@ class _Stand:
         export_onnx(optimize(self.model, plan), self.folder / name, check=False)
         return Session(self.folder / name, provider=self.provider)
 
-    def measure(self, plain: Session, plan: Plan) -> _Times:
+    def measure(self, plain: Session, plan: Plan) -> StepTimes:
         """Time the last REFRESH of a plan and the step after it."""
         session = self.open("row", plan)
         marks = [k for k, mode in enumerate(plan.schedule) if mode is StepMode.REFRESH]
@@ -165,7 +152,7 @@ class _Stand:
             self._seconds(session, last)
             refresh = self._seconds(session, last)
             rounds.append((beside, refresh, self._seconds(session, last + 1)))
-        return _Times(*(statistics.median(column) for column in zip(*rounds[1:], strict=True)))
+        return StepTimes(*(statistics.median(column) for column in zip(*rounds[1:], strict=True)))
 
     def _seconds(self, session: Session, step: int) -> float:
         inputs: dict[str, Any] = dict(self.run[step])

@@ -54,6 +54,20 @@ class Case:
         return sum(target.calibrate_macs for target in self.targets)
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of the steps of a row, and of plain steps in turn with them."""
+
+    plain: float
+    refresh: float
+    cheap: float
+
+    def scaled(self, plain: float) -> StepTimes:
+        """What they would have been where a plain step takes `plain` seconds."""
+        ratio = plain / self.plain
+        return StepTimes(plain, self.refresh * ratio, self.cheap * ratio)
+
+
 def latency_cases(
     captured: CapturedGraph, sites: Sites, ranks: Sequence[int] | None, *, keeps: bool
 ) -> Iterator[Case]:

@@ -17,6 +17,7 @@ from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.api.speed.cases import (
     Case,
+    StepTimes,
     joint_cases,
     latency_cases,
     latency_schedule,
@@ -37,20 +38,6 @@ from calicache.graph_passes.settings.schedule import MAX_ORDER
 from calicache.graph_passes.sites.analysis import Analysis
 
 LEAST_SECONDS = 1e-9  # a clock may stand still between two looks
-
-
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """Least seconds of the steps of a row, and of plain steps in turn with them."""
-
-    plain: float
-    refresh: float
-    cheap: float
-
-    def scaled(self, plain: float) -> StepTimes:
-        """What they would have been where a plain step takes `plain` seconds."""
-        ratio = plain / self.plain
-        return StepTimes(plain, self.refresh * ratio, self.cheap * ratio)
 
 
 def measure_eager(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -163,19 +164,19 @@ class Task:
             return PartPlan(None, str(error), latency)
         if error.where in ASKED:
             raise error
-        try:
-            plan = Plan.search(
-                model,
-                recording,
-                budget=self.request.budget,
-                max_error=self.request.max_error,
-                effort=self.request.effort,
-                modes=(StepMode.FORECAST,),
-            )
-            return PartPlan(plan, str(error))
-        except CalicacheError:  # the first reason is told
-            if self.request.budget is None:
-                raise error from None
+        if error.where != "sampler":  # which no search can follow, and each would run the calls
+            with suppress(CalicacheError):  # the first reason is told
+                plan = Plan.search(
+                    model,
+                    recording,
+                    budget=self.request.budget,
+                    max_error=self.request.max_error,
+                    effort=self.request.effort,
+                    modes=(StepMode.FORECAST,),
+                )
+                return PartPlan(plan, str(error))
+        if self.request.budget is None:
+            raise error
         warnings.warn(
             f"No plan could be searched for; steps are forecast evenly instead. {error}",
             CalicacheWarning,
