@@ -7,11 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from model import FashionDiT, FashionDiTConfig
+from playwright.sync_api import sync_playwright
 from support.analyses import analyse_once, analysis_of
 from support.artifacts import RUN_FOLDER, quick_exports
 from support.models import diffusers_calls, sample_dit, shake
@@ -58,6 +60,21 @@ def own_captures() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

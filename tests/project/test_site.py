@@ -9,14 +9,10 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from shutil import which
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
-from playwright.sync_api import sync_playwright
 from project.pages import DOCS, ROOT, blocks, text_of
-
-CHROMIUM = which("chromium") or which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +87,14 @@ def test_site_fetches_nothing_from_outside(site: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_search_works_from_a_folder(site: Path) -> None:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        failures: list[str] = []
-        page.on("pageerror", lambda error: failures.append(str(error)))
-        page.goto((site / "index.html").as_uri())
-        page.fill("input.md-search__input", "Lagrange")
-        page.locator(".md-search-result__item").first.wait_for(timeout=30_000)
-        results = page.inner_text(".md-search-result__list")
-        browser.close()
+def test_search_works_from_a_folder(site: Path, browser: Any) -> None:
+    page = browser.new_page()
+    failures: list[str] = []
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.goto((site / "index.html").as_uri())
+    page.fill("input.md-search__input", "Lagrange")
+    page.locator(".md-search-result__item").first.wait_for(timeout=30_000)
+    results = page.inner_text(".md-search-result__list")
     assert "Lagrange" in results
     assert failures == []
 

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 from build_page import RUNTIME, build
 from diffusion import GuidedDDIM
 from model import FashionDiT
-from playwright.sync_api import sync_playwright
 from search_plan import PLAN_FOLDER, STEPS
 from serve_page import server
 from support.artifacts import shared_artifact
@@ -26,7 +24,6 @@ from calicache import Plan, optimize
 pytestmark = pytest.mark.slow
 
 OUT = Path(__file__).parents[2] / "out"
-CHROMIUM = which("chromium") or which("chromium-browser")
 READY = "#draw:enabled"
 SNEAKER, SEED, GUIDANCE = 7, 11, 2.0
 
@@ -36,19 +33,6 @@ def site() -> Path:
     if not RUNTIME.is_dir():
         pytest.skip("onnxruntime-web is not installed: make packages")
     return shared_artifact("browser", build)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield started
-        started.close()
 
 
 @contextmanager

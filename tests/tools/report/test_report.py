@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
 from support.small_subjects import STEPS, small_model, small_runs
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -34,7 +32,6 @@ R, C, U, F = StepMode
 SCHEDULE = (R, C, F, R, U, C)
 SECTIONS = ["summary", "tradeoff", "schedule", "errors", "steps", "energy", "cost", "operators"]
 SECTIONS += ["belonging", "graphs", "more"]
-CHROMIUM = which("chromium") or which("chromium-browser")
 MODEL_FILE = (
     "from support.small_subjects import small_model\n\ndef build():\n    return small_model()\n"
 )
@@ -271,19 +268,6 @@ def test_parts_that_are_not_drawn_are_told(folder: Path, monkeypatch: pytest.Mon
     text = render_report(data)
     assert f"The first 2 of {len(data.graphs.parts)} parts are drawn" in text
     assert text.count('<template class="drawn"') == 3 * (1 + len(data.graphs.modes))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
