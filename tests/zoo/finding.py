@@ -77,6 +77,8 @@ class Finding:
         onnx: ONNX Runtime against the optimised model, layout `step`, all steps.
         sampler: the same in the layout `sampler`: how far the run moves the latent.
         seconds: that all of it took.
+        closed: by size, why a file cannot leave it open, empty where it can; nothing was tried
+            where there is no size.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Finding:
     onnx: Check = Check(bound=ONNX_BOUND)
     sampler: Check = Check(bound=ONNX_BOUND)
     seconds: float = 0.0
+    closed: dict[str, str] = field(default_factory=dict)
 
 
 def failed(name: str, reason: str, seconds: float = 0.0) -> Finding:
