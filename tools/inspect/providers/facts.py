@@ -27,7 +27,9 @@ from calicache.tools.terminal.text import fact_grid, plain_table, title
 # What a provider asks for and its table has no place for.
 REMARKS: Mapping[str, str] = {
     "CPUExecutionProvider": "Some kernels for float16 are those of Arm processors alone.",
-    "CoreMLExecutionProvider": "Of models in the format MLProgram.",
+    "CoreMLExecutionProvider": (
+        "Of models in the format MLProgram, and without the option EnableOnSubgraphs."
+    ),
     "OpenVINOExecutionProvider": (
         "Of a CPU or a GPU. ONNX Runtime 1.24.1 with OpenVINO 2025.4 ran the layouts pair and step "
         "and did not load sampler, whose bodies read values from outside of them."
