@@ -34,7 +34,7 @@ def test_every_layout_stays_on_the_device(name: str, tmp_path: Path) -> None:
     fast, latent = in_half(name)
     for layout in ("pair", "step", "sampler"):
         folder = tmp_path / layout
-        export_onnx(fast, folder, layout=layout, attention="standard")
+        export_onnx(fast, folder, layout=layout, attention="standard", check=False)
         for file in folder.glob("*.onnx"):
             placed = place_nodes(ir.load(file).graph, CUDA)
             large = [entry for entry in placed if elements(entry) >= latent]
