@@ -159,7 +159,9 @@ def inspect(
     ] = False,
     provider: Annotated[
         str | None,
-        typer.Option(help="An execution provider: what of an artifact it leaves to the host."),
+        typer.Option(
+            help="An execution provider, such as cuda: what of an artifact it leaves to the host."
+        ),
     ] = None,
 ) -> None:
     """Print what a plan, an artifact or a recording is, and what is odd about it.
