@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from zoo.finding import Finding, failed, take
+from zoo.finding import Finding, failed, refused_sizes, take
 from zoo.report import ENTRIES, read_report, totals, totals_line, write_report
-from zoo.sizes import refused_sizes
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 SECONDS, THREADS = 300.0, 2

@@ -125,10 +125,10 @@ def test_an_open_batch_and_standard_attention_are_shown(home: Path, manifest: Ma
         open_sizes={"x": (OpenSize(0, SizeFormula(True, 1, {})),)},
     )
     assert "attention       in standard operators" in printed(facts)
-    assert "batch           of any size; shapes and figures are those" in printed(facts)
+    assert "open sizes      batch; shapes and figures are those" in printed(facts)
     plain = printed(facts_of_artifact(home, manifest))
     assert "attention  " not in plain
-    assert "batch  " not in plain
+    assert "open sizes" not in plain
 
 
 def test_a_precision_is_shown_where_it_is_not_float32(home: Path, manifest: Manifest) -> None:
