@@ -1,8 +1,8 @@
-"""Whether a model still has the weights that it was optimised with."""
+"""Whether a model is still what it was optimised as."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NoReturn
@@ -54,36 +54,68 @@ UNABLE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class WeightVersions:
-    """Which parameters a model has, and how often each has been written to.
+    """What a graph of a model is made of: its parameters, and the settings of its modules.
 
-    A change through `.data` is not counted.
+    A change of a parameter through `.data` is not counted.
+
+    Attributes:
+        parameters: each by its identity, and how often it has been written to.
+        settings: of every module by name, a digest of its numbers, texts, and lists of such: the
+            scale of an adapter, or whether it is switched off. Training mode is none.
     """
 
     parameters: tuple[tuple[int, int], ...]
+    settings: Mapping[str, int]
 
     @staticmethod
     def of(model: nn.Module) -> WeightVersions:
         """Those of a model now."""
-        return WeightVersions(
-            tuple(
-                (id(value), 0 if value.is_inference() else value._version)
-                for value in model.parameters()
-            )
+        parameters = tuple(
+            (id(value), 0 if value.is_inference() else value._version)
+            for value in model.parameters()
         )
+        settings = {name: hash(_settings(module)) for name, module in model.named_modules()}
+        return WeightVersions(parameters, settings)
 
     def refusal(self, model: nn.Module) -> RunError | None:
-        """What to say of a model whose weights have changed since; None where they have not."""
-        now = WeightVersions.of(model).parameters
-        if now == self.parameters:
+        """What to say of a model that has changed since; None where it has not."""
+        now = WeightVersions.of(model)
+        if now.parameters != self.parameters:
+            named = zip(model.named_parameters(), now.parameters, strict=True)
+            others = [name for (name, _), mine in named if mine not in self.parameters]
+            return RunError(
+                others[0] if others else "parameters",
+                expected="the weights that the model was optimised with",
+                got=f"{len(others)} others of {len(now.parameters)}",
+                fix=AGAIN,
+            )
+        changed = [n for n, digest in now.settings.items() if digest != self.settings.get(n)]
+        if not changed:
             return None
-        names = [name for name, _ in model.named_parameters()]
-        others = [n for n, mine in zip(names, now, strict=True) if mine not in self.parameters]
         return RunError(
-            others[0] if others else "parameters",
-            expected="the weights that the model was optimised with",
-            got=f"{len(others)} others of {len(now)}",
+            changed[0] or "model",
+            expected="the settings that the model was optimised with",
+            got=f"others in {len(changed)} of {len(now.settings)} modules",
             fix=AGAIN,
         )
+
+
+_OWN = frozenset(vars(nn.Module()))  # hooks, tables, and whether it is in training mode
+
+
+def _settings(module: nn.Module) -> str:
+    """The plain attributes of a module as text."""
+    named = vars(module).items()
+    return repr([pair for pair in named if pair[0] not in _OWN and _is_plain(pair[1])])
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a number, a text, or a list, tuple, set or dict of such."""
+    if type(value) is dict:
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if type(value) in (list, tuple, set):
+        return all(map(_is_plain, value))  # type: ignore[call-overload]
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def unable(name: str) -> Callable[..., NoReturn]:
