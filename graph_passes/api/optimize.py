@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from calicache.graph_passes.api.forms import compile_plan
 from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.running.forms import compile_plan
+from calicache.graph_passes.api.running.weights import OnChange
 from calicache.graph_passes.api.runtime import MAX_FORMS, OptimizedModel
-from calicache.graph_passes.api.weights import OnChange
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calicache.graph_passes.api.forms import FormTable, WholeTable
-from calicache.graph_passes.api.model_call import ModelCall
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.api.runs import ThreadRun, binding_run, started_run
-from calicache.graph_passes.api.weights import UNABLE, OnChange, WeightVersions, unable
+from calicache.graph_passes.api.running.forms import FormTable, WholeTable
+from calicache.graph_passes.api.running.model_call import ModelCall
+from calicache.graph_passes.api.running.runs import ThreadRun, binding_run, started_run
+from calicache.graph_passes.api.running.weights import UNABLE, OnChange, WeightVersions, unable
 from calicache.graph_passes.common.errors import CalicacheWarning, RunError
 from calicache.graph_passes.describe.html import model_html
 from calicache.graph_passes.describe.text import plan_text
