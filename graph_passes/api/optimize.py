@@ -26,6 +26,9 @@ def optimize(
 ) -> OptimizedModel:
     """Rewrite a model under a plan.
 
+    Of a plan with several recipes each run has the one that was made for its timesteps; they share
+    the weights of the model.
+
     A plan of REFRESH and FORECAST steps alone needs no graph: the model is run as it is, whatever
     it does inside, and its outputs are mixed. A graph is made when it is exported or inspected.
 
@@ -49,10 +52,13 @@ def optimize(
     on_change = member(OnChange, on_change)
     _check_weights(model, plan)
     meter = Meter(0.0, on_progress)
-    whole = plan.recipe.touches_nothing and not any(p.is_meta for p in model.parameters())
-    compiled = None if whole else compile_plan(model, plan, meter)
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    graphs = (
+        None if one.recipe.touches_nothing and not meta else compile_plan(model, one, meter)
+        for one in plan.plans
+    )
     return OptimizedModel(
-        model, plan, compiled, strict=strict, on_change=on_change, max_forms=max_forms
+        model, plan, *graphs, strict=strict, on_change=on_change, max_forms=max_forms
     )
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import nn
 
-from calicache.graph_passes.api.plan_file import NOT_ASKED, PlanContent, read_plan, write_plan
+from calicache.graph_passes.api.plan_file import NOT_ASKED, PlanContent, read_plans, write_plans
+from calicache.graph_passes.api.plan_grids import (
+    check_count,
+    check_grids,
+    check_schedule,
+    grid_names,
+    place_of,
+    recordings_for,
+    recordings_of,
+)
 from calicache.graph_passes.api.planner import (
     collect_statistics,
     fit_to_sampler,
@@ -18,7 +28,7 @@ from calicache.graph_passes.api.planner import (
 from calicache.graph_passes.common.arguments import of_kind, texts, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
-from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.common.progress import Meter, OnProgress, part_of
 from calicache.graph_passes.describe.html import plan_html
 from calicache.graph_passes.describe.text import plan_text
 from calicache.graph_passes.factors.statistics import Statistics
@@ -49,6 +59,10 @@ OTHER_WEIGHTS = "then given other weights, with which the error was not measured
 class Plan:
     """A recipe and its statistics, bound to one checkpoint and one form of call.
 
+    A plan may hold several recipes, one for each grid of timesteps; it is then made from several
+    recordings, or by `join`. `for_grid` gives the plan of one of them, which everything takes
+    that is not for several.
+
     Attributes:
         binding: the checkpoint and the calls that the plan is tied to.
         recipe: what is done at every step, and the weights that were fitted.
@@ -57,6 +71,7 @@ class Plan:
             where that is not known.
         no_sampler: why it is not known.
         front: what a search found beside this plan; None for a plan that was not searched.
+        others: plans of the other recipes. All that is beside them is of the first one.
         workspace: what was made of the model on the way, in memory alone; no part of the value.
     """
 
@@ -67,21 +82,99 @@ class Plan:
     no_sampler: str = NOT_ASKED
     front: Front | None = None
     workspace: Workspace = field(default_factory=Workspace, compare=False, repr=False)
+    others: tuple[Plan, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.others:
+            check_grids([plan.binding for plan in self.plans])
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """A plan for every recipe."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of every recipe: its number of steps, such as `20`, or `20-2` for a second one."""
+        return grid_names([plan.binding.grid for plan in self.plans])
 
     @property
     def schedule(self) -> tuple[StepMode, ...]:
-        """Mode of every step."""
-        return self.recipe.schedule
+        """Mode of every step.
+
+        Raises:
+            PlanError: the plan has several recipes.
+        """
+        return self.one("schedule").recipe.schedule
 
     @property
     def interval(self) -> int:
-        """Longest distance from one REFRESH to the next (or to the end)."""
-        return self.recipe.interval
+        """Longest distance from one REFRESH to the next (or to the end).
+
+        Raises:
+            PlanError: the plan has several recipes.
+        """
+        return self.one("interval").recipe.interval
+
+    @staticmethod
+    def join(*plans: Plan) -> Plan:
+        """One plan with the recipes of several, for one model and other grids of timesteps.
+
+        A run whose first timesteps are those of several has the first of them until they part.
+
+        Raises:
+            PlanError: they are for other models, or two for the same timesteps.
+            RunError: the calls of one differ from another's in more than sizes and constants.
+        """
+        check_count(len(plans))
+        parts = [
+            part
+            for n, p in enumerate(plans)
+            for part in of_kind(f"plan {n}", p, Plan, PlanError).plans
+        ]
+        return replace(parts[0], others=tuple(parts[1:]))
+
+    def for_grid(self, grid: int | Iterable[SupportsFloat]) -> Plan:
+        """The plan of one recipe.
+
+        Args:
+            grid: its number of steps, or its timesteps: all, or the last ones.
+
+        Raises:
+            PlanError: there is no such recipe, or several.
+        """
+        return self.plans[self.number_of(grid)]
+
+    def number_of(self, grid: int | Iterable[SupportsFloat]) -> int:
+        """Number of a recipe among `plans`; see `for_grid`.
+
+        Raises:
+            PlanError: there is no such recipe, or several.
+        """
+        return place_of([plan.binding.grid for plan in self.plans], grid)
+
+    def one(self, where: str) -> Plan:
+        """This plan, for what takes one recipe.
+
+        Args:
+            where: what takes it.
+
+        Raises:
+            PlanError: the plan has several recipes.
+        """
+        if not self.others:
+            return self
+        raise PlanError(
+            where,
+            expected="a plan with one recipe",
+            got=f"one for {', '.join(self.names)} steps",
+            fix=f"Take one of them: .for_grid({self.names[0]}); on disk each has its own folder.",
+        )
 
     @staticmethod
     def from_trajectory(
         model: nn.Module,
-        recording: Recording,
+        recording: Recording | Mapping[int, Recording],
         *,
         schedule: int | Sequence[StepMode | str] = 3,
         mode: StepMode | str | None = None,
@@ -103,7 +196,8 @@ class Plan:
 
         Args:
             model: in eval mode; the one that was recorded.
-            recording: at least one whole run, from `record`.
+            recording: at least one whole run, from `record`. Several, by their numbers of steps,
+                make one plan with a recipe for each.
             schedule: steps from one REFRESH to the next, or the mode of every step: modes, their
                 names, or letters as in "RCCRCC".
             mode: of the steps between two REFRESH steps of an interval; CALIBRATE where None.
@@ -125,9 +219,10 @@ class Plan:
             CalicacheError: whatever stage refuses names itself.
         """
         of_kind("model", model, nn.Module, PlanError)
-        of_kind("recording", recording, Recording, PlanError)
-        recipe = Recipe(
-            schedule=named_schedule(schedule, recording.steps, mode),
+        recordings = recordings_of(recording)
+        check_schedule(schedule, len(recordings))
+        settings = partial(
+            Recipe,
             rank=whole_number("rank", rank, PlanError, 0),
             order=whole_number("order", order, PlanError, 0, MAX_ORDER),
             weighting=member(Weighting, weighting),
@@ -137,8 +232,20 @@ class Plan:
             include=texts("include", include, PlanError),
             exclude=texts("exclude", exclude, PlanError),
         )
-        return Plan._of_recipe(
-            model, recording, recipe, workspace or Workspace(), on_progress, correct=correct
+        recipes = [settings(named_schedule(schedule, one.steps, mode)) for one in recordings]
+        names = [f"{one.steps} steps" for one in recordings]
+        return Plan.join(
+            *(
+                Plan._of_recipe(
+                    model,
+                    one,
+                    recipe,
+                    workspace or Workspace(),
+                    part_of(on_progress, names, n),
+                    correct=correct,
+                )
+                for n, (one, recipe) in enumerate(zip(recordings, recipes, strict=True))
+            )
         )
 
     @staticmethod
@@ -164,7 +271,7 @@ class Plan:
     @staticmethod
     def search(
         model: nn.Module,
-        recording: Recording,
+        recording: Recording | Mapping[int, Recording],
         *,
         budget: float | None = None,
         max_error: float | None = None,
@@ -184,7 +291,8 @@ class Plan:
 
         Args:
             model: in eval mode; the one that was recorded.
-            recording: three whole runs or more, each ended by `finish`.
+            recording: three whole runs or more, each ended by `finish`. Several such, by their
+                numbers of steps, make one plan with a recipe for each, every one under the request.
             budget: share of the full run's cost, above 0 and below 1.
             max_error: that 99 % of new samples stay below.
             latency: measured seconds, which the cost is then counted in; MACs without.
@@ -205,7 +313,31 @@ class Plan:
         """
         patterns = texts("include", include, PlanError), texts("exclude", exclude, PlanError)
         request = SearchRequest(budget, max_error, latency, effort, *patterns, search_modes(modes))
-        workspace = workspace or Workspace()
+        recordings = recordings_of(recording)
+        names = [f"{one.steps} steps" for one in recordings]
+        return Plan.join(
+            *(
+                Plan._searched(
+                    model,
+                    one,
+                    request,
+                    workspace or Workspace(),
+                    path if path is None or len(recordings) == 1 else Path(path) / str(one.steps),
+                    part_of(on_progress, names, number),
+                )
+                for number, one in enumerate(recordings)
+            )
+        )
+
+    @staticmethod
+    def _searched(
+        model: nn.Module,
+        recording: Recording,
+        request: SearchRequest,
+        workspace: Workspace,
+        path: Path | str | None,
+        on_progress: OnProgress | None,
+    ) -> Plan:
         searched = search_plan(model, recording, request, workspace, path, on_progress)
         return Plan(
             searched.binding,
@@ -226,6 +358,7 @@ class Plan:
         Raises:
             PlanError: the plan has no front, or no such point.
         """
+        self.one(f"point {place}")
         if self.front is None:
             raise PlanError(
                 f"point {place}",
@@ -258,7 +391,7 @@ class Plan:
         Raises:
             PlanError: the schedule is empty or does not start with REFRESH.
         """
-        changed = self._with(schedule=named_schedule(schedule, len(schedule)))
+        changed = self.one("schedule")._with(schedule=named_schedule(schedule, len(schedule)))
         if len(changed.schedule) == len(self.schedule):
             return changed
         grid = self.binding.grid.counted(len(changed.schedule))
@@ -275,12 +408,13 @@ class Plan:
         Raises:
             PlanError: the rank is negative.
         """
-        return self._with(rank=whole_number("rank", rank, PlanError, 0), ranks={})
+        rank = whole_number("rank", rank, PlanError, 0)
+        return Plan.join(*(plan._with(rank=rank, ranks={}) for plan in self.plans))
 
     def rebind(
         self,
         model: nn.Module,
-        recording: Recording | None = None,
+        recording: Recording | Mapping[int, Recording] | None = None,
         *,
         on_progress: OnProgress | None = None,
     ) -> Plan:
@@ -292,21 +426,36 @@ class Plan:
             model: in eval mode.
             recording: of this model; statistics and weights are then fitted anew, without a
                 search. Without it those of the old checkpoint stay, and the error is not known:
-                `recipe.correction` says so.
+                `recipe.correction` says so. A plan of several recipes takes one of each number
+                of steps.
             on_progress: told how many calls of the model were run.
 
         Raises:
             CalicacheError: whatever stage refuses names itself.
         """
-        if recording is not None:
-            unfitted = self._with().recipe
-            fitted = self.recipe.output_weights is not None
-            return Plan._of_recipe(
-                model, recording, unfitted, Workspace(), on_progress, correct=fitted
+        if recording is None:
+            weights = hash_weights(model)
+            return Plan.join(*(plan._with_weights(weights) for plan in self.plans))
+        plans, names = self.plans, [f"{name} steps" for name in self.names]
+        recordings = recordings_for([plan.binding.grid for plan in plans], recording)
+        return Plan.join(
+            *(
+                Plan._of_recipe(
+                    model,
+                    one,
+                    plan._with().recipe,
+                    Workspace(),
+                    part_of(on_progress, names, number),
+                    correct=plan.recipe.output_weights is not None,
+                )
+                for number, (plan, one) in enumerate(zip(plans, recordings, strict=True))
             )
+        )
+
+    def _with_weights(self, weights_hash: str) -> Plan:
         return replace(
             self,
-            binding=replace(self.binding, weights_hash=hash_weights(model)),
+            binding=replace(self.binding, weights_hash=weights_hash),
             recipe=replace(self.recipe, correction=f"{self.recipe.correction}; {OTHER_WEIGHTS}"),
             front=None,
             workspace=Workspace(),
@@ -332,29 +481,31 @@ class Plan:
             PlanError: the seconds are of another checkpoint.
         """
         check_latency(latency, self.binding)
-        return plan_text(self.recipe, self.front, latency)
+        texts = [plan_text(plan.recipe, plan.front, latency) for plan in self.plans]
+        if len(texts) == 1:
+            return texts[0]
+        recipes = (text.replace("\n", "\n  ") for text in texts)
+        return "\n".join((f"{len(texts)} recipes, chosen by the timesteps", *recipes))
 
     def __repr__(self) -> str:
-        lines = plan_text(self.recipe, self.front, None).splitlines()
+        lines = self.describe().splitlines()
         return "\n  ".join((f"Plan for weights {self.binding.weights_hash[:12]}", *lines))
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the plan."""
-        return plan_html(self.binding, self.recipe, len(self.statistics), self.front)
+        return "".join(
+            plan_html(plan.binding, plan.recipe, len(plan.statistics), plan.front)
+            for plan in self.plans
+        )
 
     def save(self, path: Path | str) -> None:
-        """Write the plan into a new or replaced folder, as plain data."""
-        write_plan(
-            PlanContent(
-                self.binding,
-                self.recipe,
-                self.statistics,
-                self.sampler,
-                self.no_sampler,
-                self.front,
-            ),
-            path,
-        )
+        """Write the plan into a new or replaced folder, as plain data.
+
+        Of several recipes each has a folder in there, such as `20`, that is a plan by itself.
+        """
+        names = [field.name for field in fields(PlanContent)]
+        contents = (PlanContent(*(getattr(plan, n) for n in names)) for plan in self.plans)
+        write_plans(dict(zip(self.names, contents, strict=True)), path)
 
     @staticmethod
     def load(path: Path | str) -> Plan:
@@ -363,5 +514,7 @@ class Plan:
         Raises:
             PlanError: a file is missing, damaged, of another version, or not a plan.
         """
-        content = read_plan(path)
-        return Plan(**{field.name: getattr(content, field.name) for field in fields(content)})
+        names = [field.name for field in fields(PlanContent)]
+        return Plan.join(
+            *(Plan(**{name: getattr(one, name) for name in names}) for one in read_plans(path))
+        )

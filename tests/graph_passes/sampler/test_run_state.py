@@ -13,6 +13,7 @@ from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import record
 from calicache.graph_passes.sampler.run_state import (
     Arrival,
+    CallContext,
     CallState,
     HeldInput,
     RunState,
@@ -62,16 +63,16 @@ def arrival(
 ) -> Arrival:
     time = 9.0 - 2 * step if time is None else time
     tensors = {"x": latent(step, seed), "t": torch.tensor(time), "text": text}
-    return Arrival.of(tensors, CLASSES, binding.timestep, form, name)
+    return Arrival.of(tensors, CLASSES, binding.timestep, form, CallContext(name))
 
 
 def serve(run: RunState, arrival: Arrival, binding: Binding, calls: int = 1) -> CallState:
     """What a model does with a call, but for running it."""
     compiled: Any = None
-    follows = run.before(arrival, binding)
+    follows = run.before(arrival, [binding])
     if follows is None:
         run.make_room(arrival, calls)
-        place = start_place(arrival, binding)
+        place = start_place(arrival, binding.grid)
         state = CallState(compiled, arrival.kept(), place, (), (place,), place)
         run.keep(None, state)
         return state
@@ -106,7 +107,7 @@ def test_a_call_that_differs_begins_anew(binding: Binding, change: dict[str, Any
     serve(run, arrival(binding, 1), binding)
     state = serve(run, arrival(binding, 2, **change), binding)
     assert state.start == state.place
-    assert run.before(arrival(binding, 3), binding) is None or "time" in change
+    assert run.before(arrival(binding, 3), [binding]) is None or "time" in change
 
 
 def test_a_later_start_has_its_own_place(binding: Binding) -> None:
@@ -165,7 +166,7 @@ def test_names_tell_calls_apart_that_are_alike(binding: Binding) -> None:
         names = ("cond", "uncond") if step % 2 else ("uncond", "cond")
         for name in names:
             serve(run, arrival(binding, step, name=name), binding, calls=2)
-    assert {(state.arrival.name, state.start) for state in run.calls} == {
+    assert {(state.arrival.context.name, state.start) for state in run.calls} == {
         ("cond", 0),
         ("uncond", 0),
     }
@@ -227,7 +228,7 @@ def test_latents_are_copies(binding: Binding) -> None:
     run, call = RunState(), arrival(binding, 0)
     serve(run, call, binding)
     call.latents["x"].fill_(100.0)
-    assert run.before(arrival(binding, 1), binding) is not None
+    assert run.before(arrival(binding, 1), [binding]) is not None
 
 
 # --- values that stay the same over a run --------------------------------------------------------
