@@ -10,7 +10,7 @@ from typing import Any, SupportsFloat
 
 from torch import nn
 
-from calicache.graph_passes.api.plan_file import NOT_ASKED, PlanContent, read_plans, write_plans
+from calicache.graph_passes.api.plan_file import PlanContent, read_plans, write_plans
 from calicache.graph_passes.api.plan_grids import (
     check_count,
     check_grids,
@@ -20,24 +20,16 @@ from calicache.graph_passes.api.plan_grids import (
     recordings_for,
     recordings_of,
 )
-from calicache.graph_passes.api.planner import (
-    collect_statistics,
-    fit_to_sampler,
-    planned_calls,
-)
+from calicache.graph_passes.api.planner import planned, searched
 from calicache.graph_passes.common.arguments import of_kind, texts, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
-from calicache.graph_passes.common.progress import Meter, OnProgress, part_of
+from calicache.graph_passes.common.progress import OnProgress, part_of
 from calicache.graph_passes.describe.html import plan_html
 from calicache.graph_passes.describe.text import plan_text
-from calicache.graph_passes.factors.statistics import Statistics
-from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
-from calicache.graph_passes.sampler.tables import SamplerTables
+from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.search.ground import check_latency
-from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import (
     BranchKind,
     Granularity,
@@ -46,7 +38,6 @@ from calicache.graph_passes.settings.choices import (
     Weighting,
     member,
 )
-from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.request import ALL_MODES, SearchRequest, search_modes
@@ -56,7 +47,7 @@ OTHER_WEIGHTS = "then given other weights, with which the error was not measured
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Plan:
+class Plan(PlanContent):
     """A recipe and its statistics, bound to one checkpoint and one form of call.
 
     A plan may hold several recipes, one for each grid of timesteps; it is then made from several
@@ -75,12 +66,6 @@ class Plan:
         workspace: what was made of the model on the way, in memory alone; no part of the value.
     """
 
-    binding: Binding
-    recipe: Recipe
-    statistics: Mapping[str, Statistics]
-    sampler: SamplerTables | None = None
-    no_sampler: str = NOT_ASKED
-    front: Front | None = None
     workspace: Workspace = field(default_factory=Workspace, compare=False, repr=False)
     others: tuple[Plan, ...] = ()
 
@@ -168,7 +153,8 @@ class Plan:
             where,
             expected="a plan with one recipe",
             got=f"one for {', '.join(self.names)} steps",
-            fix=f"Take one of them: .for_grid({self.names[0]}); on disk each has its own folder.",
+            fix=f"Take one of them: .for_grid({self.names[0]}), or its folder, {self.names[0]}, in "
+            "the saved plan's.",
         )
 
     @staticmethod
@@ -232,41 +218,20 @@ class Plan:
             include=texts("include", include, PlanError),
             exclude=texts("exclude", exclude, PlanError),
         )
-        recipes = [settings(named_schedule(schedule, one.steps, mode)) for one in recordings]
-        names = [f"{one.steps} steps" for one in recordings]
-        return Plan.join(
-            *(
-                Plan._of_recipe(
-                    model,
-                    one,
-                    recipe,
-                    workspace or Workspace(),
-                    part_of(on_progress, names, n),
-                    correct=correct,
-                )
-                for n, (one, recipe) in enumerate(zip(recordings, recipes, strict=True))
+        names, plans = [f"{one.steps} steps" for one in recordings], []
+        for number, one in enumerate(recordings):
+            recipe, told = (
+                settings(named_schedule(schedule, one.steps, mode)),
+                part_of(on_progress, names, number),
             )
-        )
+            space = workspace or Workspace()
+            plans.append(Plan._of(planned(model, one, recipe, space, told, correct=correct), space))
+        return Plan.join(*plans)
 
     @staticmethod
-    def _of_recipe(
-        model: nn.Module,
-        recording: Recording,
-        recipe: Recipe,
-        workspace: Workspace,
-        on_progress: OnProgress | None,
-        *,
-        correct: bool,
-    ) -> Plan:
-        """Collect statistics for a recipe, and fit its weights."""
-        binding = bind(model, recording)
-        meter = Meter(planned_calls(recording, correct=correct), on_progress)
-        task = PlanningTask(model, recording, binding, workspace, meter)
-        statistics = collect_statistics(task, recipe)
-        if not correct:
-            return Plan(binding, recipe, statistics, workspace=workspace)
-        recipe, sampler, reason = fit_to_sampler(task, recipe, statistics)
-        return Plan(binding, recipe, statistics, sampler, reason, workspace=workspace)
+    def _of(content: PlanContent, workspace: Workspace) -> Plan:
+        parts = {field.name: getattr(content, field.name) for field in fields(PlanContent)}
+        return Plan(**parts, workspace=workspace)
 
     @staticmethod
     def search(
@@ -314,40 +279,12 @@ class Plan:
         patterns = texts("include", include, PlanError), texts("exclude", exclude, PlanError)
         request = SearchRequest(budget, max_error, latency, effort, *patterns, search_modes(modes))
         recordings = recordings_of(recording)
-        names = [f"{one.steps} steps" for one in recordings]
-        return Plan.join(
-            *(
-                Plan._searched(
-                    model,
-                    one,
-                    request,
-                    workspace or Workspace(),
-                    path if path is None or len(recordings) == 1 else Path(path) / str(one.steps),
-                    part_of(on_progress, names, number),
-                )
-                for number, one in enumerate(recordings)
-            )
-        )
-
-    @staticmethod
-    def _searched(
-        model: nn.Module,
-        recording: Recording,
-        request: SearchRequest,
-        workspace: Workspace,
-        path: Path | str | None,
-        on_progress: OnProgress | None,
-    ) -> Plan:
-        searched = search_plan(model, recording, request, workspace, path, on_progress)
-        return Plan(
-            searched.binding,
-            searched.recipe,
-            searched.statistics,
-            searched.sampler,
-            searched.no_sampler,
-            searched.front,
-            workspace,
-        )
+        names, plans = [f"{one.steps} steps" for one in recordings], []
+        for number, one in enumerate(recordings):
+            space, told = workspace or Workspace(), part_of(on_progress, names, number)
+            place = path if path is None or len(names) == 1 else Path(path) / str(one.steps)
+            plans.append(Plan._of(searched(model, one, request, space, place, told), space))
+        return Plan.join(*plans)
 
     def take(self, place: int) -> Plan:
         """The plan of another point of the front.
@@ -436,21 +373,16 @@ class Plan:
         if recording is None:
             weights = hash_weights(model)
             return Plan.join(*(plan._with_weights(weights) for plan in self.plans))
-        plans, names = self.plans, [f"{name} steps" for name in self.names]
-        recordings = recordings_for([plan.binding.grid for plan in plans], recording)
-        return Plan.join(
-            *(
-                Plan._of_recipe(
-                    model,
-                    one,
-                    plan._with().recipe,
-                    Workspace(),
-                    part_of(on_progress, names, number),
-                    correct=plan.recipe.output_weights is not None,
-                )
-                for number, (plan, one) in enumerate(zip(plans, recordings, strict=True))
+        recordings = recordings_for([plan.binding.grid for plan in self.plans], recording)
+        names, plans = [f"{name} steps" for name in self.names], []
+        for number, (plan, one) in enumerate(zip(self.plans, recordings, strict=True)):
+            space, told = Workspace(), part_of(on_progress, names, number)
+            fitted = plan.recipe.output_weights is not None
+            unfitted = plan._with().recipe
+            plans.append(
+                Plan._of(planned(model, one, unfitted, space, told, correct=fitted), space)
             )
-        )
+        return Plan.join(*plans)
 
     def _with_weights(self, weights_hash: str) -> Plan:
         return replace(
@@ -484,7 +416,7 @@ class Plan:
         texts = [plan_text(plan.recipe, plan.front, latency) for plan in self.plans]
         if len(texts) == 1:
             return texts[0]
-        recipes = (text.replace("\n", "\n  ") for text in texts)
+        recipes = ("  " + text.replace("\n", "\n    ") for text in texts)
         return "\n".join((f"{len(texts)} recipes, chosen by the timesteps", *recipes))
 
     def __repr__(self) -> str:
@@ -503,9 +435,7 @@ class Plan:
 
         Of several recipes each has a folder in there, such as `20`, that is a plan by itself.
         """
-        names = [field.name for field in fields(PlanContent)]
-        contents = (PlanContent(*(getattr(plan, n) for n in names)) for plan in self.plans)
-        write_plans(dict(zip(self.names, contents, strict=True)), path)
+        write_plans(dict(zip(self.names, self.plans, strict=True)), path)
 
     @staticmethod
     def load(path: Path | str) -> Plan:
@@ -514,7 +444,4 @@ class Plan:
         Raises:
             PlanError: a file is missing, damaged, of another version, or not a plan.
         """
-        names = [field.name for field in fields(PlanContent)]
-        return Plan.join(
-            *(Plan(**{name: getattr(one, name) for name in names}) for one in read_plans(path))
-        )
+        return Plan.join(*(Plan._of(content, Workspace()) for content in read_plans(path)))

@@ -38,16 +38,26 @@ PLANS_FILE, PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PlanContent:
-    """What the files of a plan of one recipe hold; see `Plan`."""
+    """What the files of a plan hold: a recipe and its statistics, and what they are bound to.
+
+    Attributes:
+        binding: the checkpoint and the calls that the plan is tied to.
+        recipe: what is done at every step, and the weights that were fitted.
+        statistics: by name of the calibration target; empty where none are needed.
+        sampler: what the sampler does between two calls of the model, as it was recorded; None
+            where that is not known.
+        no_sampler: why it is not known.
+        front: what a search found beside this plan; None for a plan that was not searched.
+    """
 
     binding: Binding
     recipe: Recipe
     statistics: Mapping[str, Statistics]
-    sampler: SamplerTables | None
-    no_sampler: str
-    front: Front | None
+    sampler: SamplerTables | None = None
+    no_sampler: str = NOT_ASKED
+    front: Front | None = None
 
 
 @dataclass(frozen=True, slots=True)
