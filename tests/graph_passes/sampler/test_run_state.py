@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.recording.binding import Binding, bind
+from calicache.graph_passes.recording.grid import Grid
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import record
 from calicache.graph_passes.sampler.run_state import (
@@ -60,10 +62,12 @@ def arrival(
     text: Tensor = TEXT,
     form: object = "form",
     name: str | None = None,
+    index: int | None = None,
+    sigma: float | None = None,
 ) -> Arrival:
     time = 9.0 - 2 * step if time is None else time
     tensors = {"x": latent(step, seed), "t": torch.tensor(time), "text": text}
-    return Arrival.of(tensors, CLASSES, binding.timestep, form, CallContext(name))
+    return Arrival.of(tensors, CLASSES, binding.timestep, form, CallContext(name, index, sigma))
 
 
 def serve(run: RunState, arrival: Arrival, binding: Binding, calls: int = 1) -> CallState:
@@ -172,6 +176,45 @@ def test_names_tell_calls_apart_that_are_alike(binding: Binding) -> None:
     }
 
 
+def test_an_index_or_a_sigma_that_turns_back_begins_anew(binding: Binding) -> None:
+    run = RunState()
+    said: list[tuple[dict[str, Any], bool]] = [
+        ({"index": 0, "sigma": 0.9}, True),
+        ({"index": 1, "sigma": 0.7}, False),
+        ({}, False),  # nothing is said
+        ({"index": 5, "sigma": 0.5}, False),
+    ]
+    for step, (context, begins) in enumerate(said):
+        state = serve(run, arrival(binding, step, **context), binding)
+        assert (state.start == state.place) == begins
+    for context in ({"index": 5}, {"index": 4}, {"sigma": 0.6}):
+        assert run.before(arrival(binding, 3.5, **context), [binding]) is None
+    for context in ({"index": 6}, {"sigma": 0.5}, {"sigma": 0.1}, {}):
+        assert run.before(arrival(binding, 3.5, **context), [binding]) is not None
+
+
+def test_where_nothing_counts_the_steps_an_index_does(binding: Binding) -> None:
+    counted = replace(binding, timestep=None, grid=Grid((), (0.0, 0.1, 0.1, 0.1)))
+    run = RunState()
+    told = [serve(run, arrival(counted, k, index=k), counted) for k in (1, 3)]
+    assert [(state.place, state.start) for state in told] == [(1, 1), (3, 1)]
+    again = serve(run, arrival(counted, 3.5, index=2), counted)
+    assert (again.place, again.start) == (2, 2)
+    silent = serve(run, arrival(counted, 4), counted)
+    assert (silent.place, silent.start) == (3, 2)
+
+
+def test_every_call_goes_on_under_its_own_recipe(binding: Binding) -> None:
+    fine = replace(binding, grid=Grid((9.0, 8.0, 7.0, 6.0), (0.0, 0.1, 0.1, 0.1)))
+    run = RunState()
+    serve(run, arrival(binding, 0), binding)
+    for recipe, place in ((0, 0.5), (1, 1.0)):
+        run.calls = [replace(run.calls[0], recipe=recipe)]
+        follows = run.before(arrival(binding, 0.5), [binding, fine])
+        assert follows is not None
+        assert follows[1] == place
+
+
 def test_runs_in_turn_never_go_on_with_one_another(binding: Binding) -> None:
     """With room for one, each call of the other begins anew: slow, and right."""
     run = RunState()
@@ -186,7 +229,7 @@ def test_what_is_gone_is_told_from_what_is_near(binding: Binding) -> None:
 
     def call(step: int, shift: float) -> Arrival:
         tensors = {"x": latent(step + shift), "t": torch.tensor(9.0 - 2 * step), "text": TEXT}
-        return Arrival.of(tensors, CLASSES, binding.timestep, "form", None)
+        return Arrival.of(tensors, CLASSES, binding.timestep, "form")
 
     serve(run, call(0, 0.0), binding)
     serve(run, call(0, 3.0), binding)

@@ -100,6 +100,7 @@ def test_plans_are_joined(model: nn.Module, plan: Plan, recordings: dict[int, Re
     assert Plan.join(more) is more or Plan.join(more) == more
 
 
+@pytest.mark.slow
 def test_searched_plans_keep_their_journals_apart(model: nn.Module, tmp_path: Path) -> None:
     recordings = {steps: recorded(model, steps, runs=3) for steps in (5, 7)}
     told: list[Progress] = []
@@ -184,6 +185,7 @@ def test_a_recipe_is_found_by_steps_and_by_timesteps(plan: Plan) -> None:
     assert plan.for_grid(FEW).for_grid(FEW).schedule == plan.for_grid(FEW).schedule
 
 
+@pytest.mark.slow
 def test_what_takes_one_recipe_refuses_several(
     plan: Plan, fast: OptimizedModel, tmp_path: Path
 ) -> None:
