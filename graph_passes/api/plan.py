@@ -117,7 +117,7 @@ class Plan(PlanContent):
             for n, p in enumerate(plans)
             for part in of_kind(f"plan {n}", p, Plan, PlanError).plans
         ]
-        return replace(parts[0], others=tuple(parts[1:]))
+        return replace(parts[0], others=tuple(parts[1:])) if parts[1:] else parts[0]
 
     def for_grid(self, grid: int | Iterable[SupportsFloat]) -> Plan:
         """The plan of one recipe.
@@ -302,17 +302,6 @@ class Plan(PlanContent):
                 expected="a plan that a search made, with its front",
                 got="a plan without a front",
                 fix="Search for one: Plan.search, or calicache search.",
-            )
-        points = self.front.points
-        if not 0 <= place < len(points):
-            first, last = points[0], points[-1]
-            raise PlanError(
-                f"point {place}",
-                expected=f"0 .. {len(points) - 1}, by rising cost: {first.cost:.3f} of the full "
-                f"run with error {first.error.mean:.2g}, to {last.cost:.3f} with "
-                f"{last.error.mean:.2g}",
-                got=str(place),
-                fix="Choose one of these.",
             )
         return replace(
             self,
