@@ -11,6 +11,7 @@ import torch
 from diffusion import GuidedDDIM, add_noise, ddim_timesteps
 from model import FashionDiT
 from support.models import relative
+from support.tiny_pipelines import CASES
 from torch import Tensor, nn
 
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
@@ -263,3 +264,24 @@ def test_grids_that_begin_alike_part_where_their_timesteps_do(dit: FashionDiT, t
             got = flow(fast, grid)
         for one, other in zip(got, flow(optimize(dit, plan), grid), strict=True):
             assert alike(one, other, bits=told or grid is plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "flux_cfg"])
+def test_pipelines_of_diffusers_have_the_recipe_of_their_steps(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    pipe = case.build()
+    model, plans = pipe.transformer, []
+    for steps in (6, 9):
+        with record(model) as recording:
+            case.latents(pipe, "A dog", seed=3, num_inference_steps=steps)
+        plans.append(Plan.from_trajectory(model, recording, schedule=3, rank=4, weighting="none"))
+    fast = optimize(model, Plan.join(*plans), strict=True)
+    for steps, plan in zip((6, 9), plans, strict=True):
+        results = []
+        for one in (fast, optimize(model, plan)):
+            one.reset()
+            pipe.transformer = one
+            results.append(case.latents(pipe, "A cat", num_inference_steps=steps))
+        assert {state.recipe for state in fast.state.calls} == {plans.index(plan)}
+        assert alike(*results, bits=steps == 6)
