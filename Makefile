@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser packages check test fuzz damage kills lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
+.PHONY: help demo browser packages oldest check test fuzz damage kills lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 21
@@ -28,6 +28,15 @@ browser: $(INSTALLED) samples/browser/node_modules/.package-lock.json ## Build a
 	$(BIN)/python samples/browser/serve_page.py
 
 packages: samples/browser/node_modules/.package-lock.json samples/node/node_modules/.package-lock.json ## Install the JavaScript packages of the samples
+
+oldest: .oldest/.installed ## Install the oldest versions of ONNX Runtime that run the files, for their tests
+
+.oldest/.installed:
+	$(PYTHON) -m venv .oldest/float32
+	.oldest/float32/bin/python -m pip install --quiet onnxruntime==1.18.1 'numpy<2'
+	$(PYTHON) -m venv .oldest/float16
+	.oldest/float16/bin/python -m pip install --quiet onnxruntime==1.20.1
+	@touch $@
 
 # Without their install scripts: onnxruntime-node's fetches CUDA libraries, which nothing here needs.
 samples/%/node_modules/.package-lock.json: samples/%/package-lock.json

@@ -25,17 +25,13 @@ from calicache.export.artifact.manifest import (
     TargetRecord,
     write_manifest,
 )
-from calicache.export.artifact.weights import (
-    WeightFile,
-    place_outside,
-    plan_weight_file,
-)
-from calicache.export.batches import tables_at
+from calicache.export.artifact.open_sizes import Axis
+from calicache.export.artifact.weights import WeightFile, place_outside, plan_weight_file
 from calicache.export.layouts.onnx_graph import output_names
-from calicache.export.layouts.open_batch import BATCH
 from calicache.export.layouts.sampler import noise_spec, run_specs
 from calicache.export.models import OpenSizes, Wishes, cache_specs, compiled_for, make_models
 from calicache.export.session.session import Session
+from calicache.export.sizes import tables_at
 from calicache.export.translation.precision import check_precision
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.arguments import of_kind, path_of, texts
@@ -74,8 +70,9 @@ def export_onnx(
             All calls of a step are one batch there.
         attention: `fused` for ONNX Runtime on CPU and CUDA; with `standard` all operators are
             ONNX's own, for every other runtime and provider.
-        dynamic: `("batch",)` leaves the batch size open: the first dimension that the latent has,
-            and of noise in the `sampler` layout.
+        dynamic: sizes that are left open. `batch` is the first dimension of the latent, and of
+            noise in the `sampler` layout; `prompt` the length of a text (B, length, C), and
+            `tokens` that of a latent (B, tokens, C), where the model allows it.
         precision: of the linear layers in residual branches, but those that the plan excludes:
             `float16`, `int8`, or weights alone in 8 or 4 bits (`weights8`, `weights4`), as ONNX
             Runtime's own tools write them. All else stays as it was recorded, caches, inputs and
@@ -87,7 +84,7 @@ def export_onnx(
     Raises:
         ExportError: an unknown layout, no sampler where one is needed, or one where none is,
             a precision that the model or its operators cannot have,
-            torch.onnx refuses an op, an op is made for one batch size where that is to be open,
+            torch.onnx refuses an op, an op is made for one size where that is to be open,
             something else is in the place of the folder, or ONNX Runtime does not take the models
             for valid.
         PlanError: the plan has several recipes; `optimized.for_grid` gives the model of one.
@@ -101,7 +98,7 @@ def export_onnx(
     tables = _sampler(optimized, layout, sampler)
     meter = Meter(_STAGES, on_progress)
     meter.stage("translate the graphs")
-    wishes = Wishes(layout, attention, tables, _is_dynamic(dynamic), precision)
+    wishes = Wishes(layout, attention, tables, _axes(dynamic), precision)
     compiled = compiled_for(optimized, layout)
     with atomic_path(path, ARTIFACT) as folder:
         models, sizes = make_models(optimized, wishes)
@@ -163,17 +160,9 @@ def one_of(name: str, value: object, choices: type[Choice]) -> Choice:
     return known
 
 
-def _is_dynamic(dynamic: Sequence[str]) -> bool:
-    for name in texts("dynamic", dynamic, ExportError):
-        if name != BATCH:
-            raise ExportError(
-                "dynamic",
-                expected=BATCH,
-                got=repr(name),
-                fix="Tokens of the latent and of prompts are built into position tables and joint "
-                "sequences: export an artifact for every such size (optimized.for_call).",
-            )
-    return bool(dynamic)
+def _axes(dynamic: Sequence[str]) -> tuple[Axis, ...]:
+    names = texts("dynamic", dynamic, ExportError)
+    return tuple(dict.fromkeys(one_of("dynamic", name, Axis) for name in names))
 
 
 def _sampler(

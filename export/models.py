@@ -1,4 +1,4 @@
-"""The ONNX models of an artifact, for the recorded sizes or for every batch."""
+"""The ONNX models of an artifact, for the recorded sizes or for all."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from calicache.export.artifact.manifest import (
     MODEL_FILE,
     Attention,
     Layout,
-    OpenSize,
     Precision,
     model_file,
 )
-from calicache.export.batches import at_rows, check_operations, open_sizes, tables_at, two_sizes
+from calicache.export.artifact.open_sizes import Axis, OpenSize
 from calicache.export.layouts.onnx_graph import settle_constants
-from calicache.export.layouts.open_batch import open_batch
+from calicache.export.layouts.open_model import open_model
 from calicache.export.layouts.pair import pair_models
 from calicache.export.layouts.sampler import noise_spec, sampler_model
 from calicache.export.layouts.step import step_model
 from calicache.export.session.runtime import onnx_runtime
+from calicache.export.sizes import (
+    at_sizes,
+    check_operations,
+    open_axes,
+    open_sizes,
+    points_of,
+    tables_at,
+)
 from calicache.export.translation.precision import lower_precision
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.recording.signature import TensorSpec
@@ -41,14 +48,14 @@ class Wishes:
         layout: how the variants are packed.
         attention: what it is written with.
         tables: of the `sampler` layout alone.
-        dynamic: whether the batch is left open.
+        dynamic: sizes that are left open.
         precision: of the linear layers in residual branches.
     """
 
     layout: Layout
     attention: Attention
     tables: SamplerTables | None
-    dynamic: bool
+    dynamic: tuple[Axis, ...]
     precision: Precision = Precision.FLOAT32
 
 
@@ -56,7 +63,7 @@ def make_models(optimized: OptimizedModel, wishes: Wishes) -> tuple[Models, Open
     """The models of a layout by the names of their files, and which of their sizes are open.
 
     Raises:
-        ExportError: an operation has no ONNX form, or is made for one batch size.
+        ExportError: an operation has no ONNX form, or is made for one size that is to be open.
     """
     if wishes.dynamic:
         models, sizes = _open_models(optimized, wishes)
@@ -96,19 +103,24 @@ def _models(compiled: Compiled, wishes: Wishes, samples: int = 1) -> Models:
 
 def _open_models(optimized: OptimizedModel, wishes: Wishes) -> tuple[Models, OpenSizes]:
     tables = wishes.tables
-    rows = 1 if tables is None else tables.parts // optimized.plan.binding.calls  # of a sample
-    sizes = two_sizes(optimized, rows)
-    made: list[Models] = []
-    specs: list[tuple[TensorSpec, ...]] = []
-    others = [at_rows(optimized, size * rows) for size in sizes]
-    check_operations(optimized, [at_rows(optimized, rows), *others])
-    for size, other in zip(sizes, others, strict=True):
+    samples = 1 if tables is None else tables.parts // optimized.plan.binding.calls
+    axes = open_axes(optimized, wishes.dynamic, samples)
+    points = points_of(optimized, axes)
+    models_by_point: list[Models] = []
+    forms: list[tuple[TensorSpec, ...]] = []
+    others = [at_sizes(optimized, axes, sizes) for sizes in points]
+    alone = [at_sizes(optimized, axes, {axis: 1}) for axis in axes.axes if axis is Axis.BATCH]
+    check_operations(optimized, [*alone, *others])
+    for sizes, other in zip(points, others, strict=True):
         compiled = compiled_for(other, wishes.layout)
         inputs = compiled.analysis.binding.signature.tensors
         own = tables and tables_at(tables, inputs)
-        made.append(_models(compiled, replace(wishes, tables=own), size))
+        batch = sizes.get(Axis.BATCH, 1)
+        models_by_point.append(_models(compiled, replace(wishes, tables=own), batch))
         noise = () if own is None else (noise_spec(compiled, own),)
-        specs.append((*inputs, *cache_specs(compiled.variant_set), *noise))
-    one, two = made
-    models = {name: open_batch(one[name], two[name], sizes) for name in one}
-    return models, open_sizes(specs[0], specs[1], sizes[0])
+        forms.append((*inputs, *cache_specs(compiled.variant_set), *noise))
+    names = models_by_point[0]
+    models = {
+        name: open_model([models[name] for models in models_by_point], points) for name in names
+    }
+    return models, open_sizes(forms, points)

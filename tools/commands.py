@@ -121,6 +121,18 @@ def export(
             help="One model of a step, one model for every mode, or one model of a whole run."
         ),
     ] = "step",
+    attention: Annotated[
+        Literal["fused", "standard"],
+        typer.Option(help="For ONNX Runtime on CPU and CUDA, or for every other runtime."),
+    ] = "fused",
+    precision: Annotated[
+        Literal["float32", "float16", "int8", "weights8", "weights4"],
+        typer.Option(help="Of the linear layers in residual branches."),
+    ] = "float32",
+    dynamic: Annotated[
+        list[str],
+        typer.Option("--dynamic", help="A size to leave open: batch, prompt or tokens."),
+    ] = [],  # noqa: B006  # read alone
 ) -> None:
     """Optimise a model under a plan, and write it as an artifact for ONNX Runtime.
 
@@ -159,7 +171,9 @@ def inspect(
     ] = False,
     provider: Annotated[
         str | None,
-        typer.Option(help="An execution provider: what of an artifact it leaves to the host."),
+        typer.Option(
+            help="An execution provider, such as cuda: what of an artifact it leaves to the host."
+        ),
     ] = None,
 ) -> None:
     """Print what a plan, an artifact or a recording is, and what is odd about it.

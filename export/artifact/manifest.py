@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from calicache.graph_passes.common.bounds import Calls, Count, Digest, Extent, FileName, Number
+from calicache.export.artifact.open_sizes import Axis, OpenSize, Sizes
+from calicache.graph_passes.common.bounds import Calls, Count, Digest, FileName, Number
 from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import ArtifactError
 from calicache.graph_passes.common.rejection import Rejection
@@ -18,7 +20,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.recipe import branch_words
 from calicache.graph_passes.settings.schedule import Table
 
-FORMAT = 10
+FORMAT = 11
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
@@ -97,14 +99,6 @@ class TargetRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenSize:
-    """A dimension of a tensor that is `times` as long as the batch, in samples."""
-
-    dimension: Count
-    times: Extent
-
-
-@dataclass(frozen=True, slots=True)
 class ModeRecord:
     """What one step in a mode costs, and which kept values it reads."""
 
@@ -153,8 +147,8 @@ class Manifest:
         calls_per_step: how often a step calls the model, each call with caches of its own.
         fixed: digests of the values that an input can have, for inputs that decide sizes.
         caches: what a REFRESH step keeps; `history` refreshes of each.
-        open_sizes: what grows with the batch, by tensor, where the batch size is left open; shapes
-            and costs here are those of the recorded one.
+        open_sizes: what grows with sizes that are left open, by tensor; shapes and costs here are
+            those of the recorded ones.
         cache_bytes: of all kept refreshes of one call.
         plain_macs: of one call of the model as it was.
         modes: every mode that the artifact has.
@@ -198,14 +192,31 @@ class Manifest:
         """The record of a mode that the schedule uses."""
         return next(record for record in self.modes if record.mode is mode)
 
-    def sized(self, spec: TensorSpec, batch: int | None) -> TensorSpec:
-        """The form of a tensor for so many samples; as recorded where None."""
-        if batch is None:
-            return spec
+    def sized(self, spec: TensorSpec, sizes: Sizes) -> TensorSpec:
+        """The form of a tensor where the open sizes are these; as recorded where none is open."""
         shape = list(spec.shape)
         for size in self.open_sizes.get(spec.name, ()):
-            shape[size.dimension] = size.times * batch
+            shape[size.dimension] = size.formula.at(sizes)
         return replace(spec, shape=tuple(shape))
+
+    def sizes_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[Axis, int]:
+        """The open sizes, each from the first input that has it alone.
+
+        Args:
+            shapes: of a caller's inputs by name; what is missing counts as recorded.
+        """
+        record = self.sampler
+        specs = self.inputs if record is None else (record.noise, *record.inputs)
+        sizes: dict[Axis, int] = {}
+        for spec in specs:
+            shape = shapes.get(spec.name, spec.shape)
+            for size in self.open_sizes.get(spec.name, ()):
+                axes = size.formula.axes - sizes.keys()
+                if len(size.formula.axes) == len(axes) == 1 and len(shape) == len(spec.shape):
+                    lengths = (shape[size.dimension], spec.shape[size.dimension])
+                    fits = [size.formula.solved(length, {}) for length in lengths]
+                    sizes |= {axis: n for axis in axes for n in reversed(fits) if n is not None}
+        return sizes
 
     @property
     def branch_words(self) -> str:

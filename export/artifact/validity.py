@@ -189,15 +189,16 @@ def cache_slots(manifest: Manifest) -> dict[str, list[str]]:
 
 
 def _are_open(manifest: Manifest) -> bool:
-    """Whether every open size is one of a tensor that is there."""
+    """Whether the open sizes follow from what a caller hands over, and fit the recorded ones."""
     sampler = manifest.sampler
     specs = (*manifest.inputs, *manifest.caches, *((sampler.noise,) if sampler else ()))
     ranks = {spec.name: len(spec.shape) for spec in specs}
-    return all(
-        size.times > 0 and size.dimension < ranks.get(name, 0)
-        for name, sizes in manifest.open_sizes.items()
-        for size in sizes
-    )
+    opened = [(ranks.get(name, 0), size) for name, o in manifest.open_sizes.items() for size in o]
+    if any(size.dimension >= rank or 0 in size.formula.factors.values() for rank, size in opened):
+        return False
+    sizes = manifest.sizes_of({})
+    known = all(size.formula.axes <= sizes.keys() for _, size in opened)
+    return known and all(manifest.sized(spec, sizes) == spec for spec in specs)
 
 
 def _is_table(table: tuple[tuple[float, ...], ...], steps: int, order: int) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calicache.export.artifact.manifest import Manifest, SamplerRecord
 from calicache.export.artifact.names import GUIDANCE_INPUT
+from calicache.export.artifact.open_sizes import Sizes
 from calicache.export.session.runtime import OrtValue, onnx_runtime
 from calicache.graph_passes.common.arguments import number
 from calicache.graph_passes.common.errors import RunError, reason_of
@@ -74,11 +75,11 @@ def sized_inputs(
     manifest: Manifest,
     specs: Sequence[TensorSpec],
     inputs: Mapping[str, Any],
-    batch: int | None,
+    sizes: Sizes,
     note: str = "",
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """What `checked_inputs` gives, for so many samples where that is open."""
-    return checked_inputs([manifest.sized(spec, batch) for spec in specs], inputs, note)
+    """What `checked_inputs` gives, where the open sizes are these."""
+    return checked_inputs([manifest.sized(spec, sizes) for spec in specs], inputs, note)
 
 
 def check_values(manifest: Manifest, feed: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -92,14 +93,10 @@ def check_values(manifest: Manifest, feed: Mapping[str, np.ndarray[Any, Any]]) -
     check_fixed(fixed, {name: torch.from_numpy(feed[name].copy()) for name in fixed})
 
 
-def batch_of(manifest: Manifest, inputs: Mapping[str, Any]) -> int | None:
-    """How many samples are handed over; None where the batch size is not left open."""
-    for name, sizes in manifest.open_sizes.items():
-        shape = getattr(inputs.get(name), "shape", ())
-        for size in sizes:
-            if size.dimension < len(shape):
-                return int(shape[size.dimension]) // size.times
-    return None
+def shapes_of(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what has one."""
+    shapes = {name: getattr(value, "shape", None) for name, value in inputs.items()}
+    return {name: tuple(shape) for name, shape in shapes.items() if shape is not None}
 
 
 def _array(spec: TensorSpec, value: Any) -> np.ndarray[Any, Any]:

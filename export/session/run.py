@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from calicache.export.artifact.manifest import Manifest
+from calicache.export.artifact.open_sizes import Sizes
 from calicache.export.session.inputs import InputBuffers
 from calicache.export.session.kept_refreshes import KeptRefreshes, no_refreshes
 from calicache.export.session.runtime import OrtValue
@@ -19,13 +20,13 @@ class SessionRun:
         kept: refreshes by call of a step.
         inputs: buffers on the device.
         outputs: where the outputs of every mode go, in the layout `pair`.
-        batch: samples, where the artifact leaves their number open.
+        sizes: those that the artifact leaves open, once a step has told them.
     """
 
     kept: list[KeptRefreshes]
     inputs: InputBuffers
     outputs: dict[StepMode, dict[str, OrtValue]] = field(default_factory=dict)
-    batch: int | None = None
+    sizes: Sizes = field(default_factory=dict)
 
     @staticmethod
     def empty(manifest: Manifest, device: str) -> SessionRun:

@@ -12,12 +12,13 @@ import numpy as np
 from calicache.export.artifact.folder import load_artifact
 from calicache.export.artifact.manifest import Layout, model_file
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, STEP_INPUT, next_name
+from calicache.export.artifact.open_sizes import Sizes
 from calicache.export.session.inputs import (
-    batch_of,
     check_values,
     finite_scale,
     in_pairs,
     parts_note,
+    shapes_of,
     sized_inputs,
     wrong_input,
 )
@@ -113,10 +114,10 @@ class Session:
                 fix="Export with layout='sampler', or call step() for every step.",
             )
         given = {record.noise.name: noise, **inputs}
-        batch = batch_of(self.manifest, given)
+        sizes = self.manifest.sizes_of(shapes_of(given))
         feed = {
-            **sized_inputs(self.manifest, (record.noise,), {record.noise.name: noise}, batch),
-            **sized_inputs(self.manifest, record.inputs, inputs, batch, parts_note(record)),
+            **sized_inputs(self.manifest, (record.noise,), {record.noise.name: noise}, sizes),
+            **sized_inputs(self.manifest, record.inputs, inputs, sizes, parts_note(record)),
         }
         if record.guidance is None and guidance_scale is not None:
             raise wrong_input(GUIDANCE_INPUT, "no scale: this sampler has none", "one")
@@ -150,9 +151,9 @@ class Session:
     ) -> tuple[np.ndarray[Any, Any], ...]:
         """Run one step; returns all of the model's outputs. See `step`."""
         run, mode = self._run, self._mode(step, call)
-        batch = batch_of(self.manifest, inputs)
-        feed = sized_inputs(self.manifest, self.manifest.inputs, inputs, batch)
-        self._change_batch(step, batch)
+        sizes = self.manifest.sizes_of(shapes_of(inputs))
+        feed = sized_inputs(self.manifest, self.manifest.inputs, inputs, sizes)
+        self._change_sizes(step, sizes)
         session, kept = self._sessions[mode], run.kept[call]
         binding = session.io_binding()
         bound = self._bind_inputs(binding, session, step, feed, mode, kept)
@@ -229,20 +230,20 @@ class Session:
             )
         return mode
 
-    def _change_batch(self, step: int, batch: int | None) -> None:
-        """Let a run begin with another batch than the one before; within one it stays the same.
+    def _change_sizes(self, step: int, sizes: Sizes) -> None:
+        """Let a run begin with other sizes than the one before; within one they stay the same.
 
         Raises:
-            RunError: it does not.
+            RunError: they do not.
         """
         run = self._run
-        if batch == run.batch:
+        if sizes == run.sizes:
             return
         if step:
-            name, *_ = self.manifest.open_sizes
-            raise wrong_input(name, f"the {run.batch} samples of this run", f"{batch}")
+            axis = next(axis for axis in sizes if sizes[axis] != run.sizes.get(axis))
+            raise wrong_input(axis, f"{run.sizes.get(axis)}, as in this run", f"{sizes[axis]}")
         fresh = SessionRun.empty(self.manifest, self._device)
-        run.kept, run.outputs, run.batch = fresh.kept, fresh.outputs, batch
+        run.kept, run.outputs, run.sizes = fresh.kept, fresh.outputs, sizes
 
     def _bind_inputs(
         self,
@@ -264,7 +265,7 @@ class Session:
             for cache in self.manifest.caches:
                 name = slot_name(cache.name, back)
                 if name in used:
-                    bound[name] = kept.read(self.manifest.sized(cache, self._run.batch), back)
+                    bound[name] = kept.read(self.manifest.sized(cache, self._run.sizes), back)
         for name, value in bound.items():
             binding.bind_ortvalue_input(name, value)
         return [*bound.values()]

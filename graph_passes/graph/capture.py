@@ -82,6 +82,7 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
     of_kind("signature", signature, CallSignature, CaptureError)
     _check_mode(model)
     exported, module = _export(model, signature, reads)
+    _check_training(model, module.graph)
     _check_changes(model, exported)
     output_tree, _ = exported.call_spec.out_spec.children()
     flat, fixed = _flat_module(module, signature, output_tree.num_leaves)
@@ -118,14 +119,34 @@ def _export(
 
 
 def _check_mode(model: nn.Module) -> None:
-    training = [name for name, module in model.named_modules() if module.training]
-    if training:
-        raise CaptureError(
-            type(model).__name__,
-            expected="a model in eval mode",
-            got=f"{training[0]} in training mode" if training[0] else "training mode",
-            fix="Call model.eval() first.",
-        )
+    if model.training:
+        raise _not_in_eval_mode(model, "training mode")
+
+
+def _check_training(model: nn.Module, graph: fx.Graph) -> None:
+    """Refuse what computes otherwise in training: a flag alone, as in peft's layers, is nothing."""
+    for node in graph.nodes:
+        if node.op == "call_function" and _is_training(node):
+            raise _not_in_eval_mode(model, f"{node.target} in {module_path(node) or 'forward'}")
+
+
+def _is_training(node: fx.Node) -> bool:
+    """Whether it drops out, or norms by the batch that it is given."""
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else []
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    trains = given.get("train") is True or given.get("training") is True
+    share = given.get("p", given.get("dropout", 1))
+    return (trains and share != 0) or bool(given.get("dropout_p"))
+
+
+def _not_in_eval_mode(model: nn.Module, got: str) -> CaptureError:
+    return CaptureError(
+        type(model).__name__,
+        expected="a model in eval mode",
+        got=got,
+        fix="Call model.eval() first.",
+    )
 
 
 def _check_changes(model: nn.Module, exported: ExportedProgram) -> None:

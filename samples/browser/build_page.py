@@ -91,7 +91,7 @@ def optimized_models() -> tuple[OptimizedModel, OptimizedModel]:
 
 def export(optimized: OptimizedModel, folder: Path) -> Exported:
     """An artifact in the layout `step`: the page shows what every step makes."""
-    manifest = export_onnx(optimized, folder)
+    manifest = export_onnx(optimized, folder, attention="standard")
     model = ir.load(folder / MODEL_FILE)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):  # its folder will go

@@ -131,7 +131,7 @@ def test_folder_holds_model_weights_graphs_and_manifest_and_no_pickle(artifact) 
 
 def test_manifest_repeats_the_plan(fast, manifest) -> None:
     recipe, binding = fast.plan.recipe, fast.plan.binding
-    assert (manifest.format, manifest.layout) == (10, "step")
+    assert (manifest.format, manifest.layout) == (11, "step")
     assert manifest.schedule == recipe.schedule
     assert all(isinstance(mode, StepMode) for mode in manifest.schedule)
     assert (manifest.rank, manifest.order) == (4, 2)
@@ -345,7 +345,7 @@ def test_other_format_is_refused_with_both_numbers(without: tuple[str, ...], dam
             del content[name]
 
     edit_manifest(damaged, change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 10"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 11"):
         load_artifact(damaged)
 
 

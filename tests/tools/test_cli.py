@@ -17,7 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from calicache.export import Layout
+from calicache.export import Attention, Layout, Precision
 from calicache.tools import commands
 from calicache.tools.bench.models import MODELS
 from calicache.tools.cli import WORK, app
@@ -69,16 +69,22 @@ def test_work_takes_what_the_command_line_gives(command: Callable[..., None]) ->
     work = getattr(importlib.import_module(WORK[command]), command.__name__)
     assert list(inspect.signature(work).parameters) == list(inspect.signature(command).parameters)
     given, taken = get_type_hints(command), get_type_hints(work)
-    choices = {"layout", "form"}  # a list of words here, a str there
+    choices = {"layout", "form", "attention", "precision"}  # lists of words here, a str there
     assert {n: t for n, t in given.items() if n not in choices} == {
         n: t for n, t in taken.items() if n not in choices
     }
 
 
 def test_choices_are_those_of_the_library() -> None:
-    layouts = get_type_hints(commands.export)["layout"].__args__
-    forms = get_type_hints(commands.graph)["form"].__args__
-    assert (list(layouts), list(forms)) == (list(Layout), list(GraphFormat))
+    choices = {**get_type_hints(commands.export), **get_type_hints(commands.graph)}
+    library = {
+        "layout": Layout,
+        "attention": Attention,
+        "precision": Precision,
+        "form": GraphFormat,
+    }
+    for name, kind in library.items():
+        assert list(choices[name].__args__) == list(kind)
     assert ", ".join(MODELS) == commands.BENCH_MODELS
 
 

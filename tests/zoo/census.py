@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import warnings
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from zoo.finding import Finding, failed, take
+from zoo.finding import Finding, failed, refused_sizes, take
 from zoo.report import ENTRIES, read_report, totals, totals_line, write_report
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -34,24 +35,32 @@ def main() -> None:
     torch.set_num_threads(THREADS)  # as in the processes: the report names the number
     findings = read_report(options.report.with_suffix(".json"))
     names = options.names or list(ENTRIES)
-    open_names = [name for name in names if options.again or name not in findings]
+    if options.again:
+        findings = {name: finding for name, finding in findings.items() if name not in names}
+    open_names = [name for name in names if name not in findings or not findings[name].closed]
     for number, name in enumerate(open_names, start=1):
-        findings[name] = take_apart(name, options.seconds)
+        findings[name] = take_apart(name, options.seconds, findings.get(name))
         write_report(findings.values(), options.report)
         print(f"{number}/{len(open_names)} {progress(findings[name])}", flush=True)
     print(totals_line(totals(findings.values())).strip("*"))
 
 
-def take_apart(name: str, seconds: float) -> Finding:
-    """The finding of one entry, from a process that may crash or hang."""
+def take_apart(name: str, seconds: float, known: Finding | None = None) -> Finding:
+    """The finding of one entry, from a process that may crash or hang.
+
+    Args:
+        name: of the entry.
+        seconds: for all of it.
+        known: all but the sizes, where that was found out before.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_take_and_send, args=(name, sender), daemon=True)
+    process = context.Process(target=_take_and_send, args=(name, known, sender), daemon=True)
     process.start()
     sender.close()
     try:
         if not receiver.poll(seconds):
-            return failed(name, f"not done after {seconds:.0f} s", seconds)
+            return known or failed(name, f"not done after {seconds:.0f} s", seconds)
         finding = receiver.recv()
         assert isinstance(finding, Finding)
         process.join(5)  # it may put away what it holds
@@ -76,10 +85,11 @@ def progress(finding: Finding) -> str:
     return f"{finding.name} ({finding.seconds:.0f} s): {covered}{'; '.join(parts)}"
 
 
-def _take_and_send(name: str, sender: Connection) -> None:
+def _take_and_send(name: str, known: Finding | None, sender: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(THREADS)
-    sender.send(take(ENTRIES[name]))
+    finding = known or take(ENTRIES[name])
+    sender.send(replace(finding, closed=refused_sizes(ENTRIES[name])))
 
 
 if __name__ == "__main__":

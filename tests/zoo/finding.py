@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calicache.export import Session, export_onnx, read_sampler
+from calicache.export.artifact.open_sizes import Axis
 from calicache.graph_passes import (
     CalicacheError,
     Dependence,
@@ -77,6 +78,8 @@ class Finding:
         onnx: ONNX Runtime against the optimised model, layout `step`, all steps.
         sampler: the same in the layout `sampler`: how far the run moves the latent.
         seconds: that all of it took.
+        closed: by size, why a file cannot leave it open, empty where it can; nothing was tried
+            where there is no size.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Finding:
     onnx: Check = Check(bound=ONNX_BOUND)
     sampler: Check = Check(bound=ONNX_BOUND)
     seconds: float = 0.0
+    closed: dict[str, str] = field(default_factory=dict)
 
 
 def failed(name: str, reason: str, seconds: float = 0.0) -> Finding:
@@ -128,6 +132,30 @@ def take(entry: ZooEntry, *, onnx: bool = True, sampler: bool = True) -> Finding
         if sampler:
             finding = replace(finding, sampler=_check_sampler(fast, entry, recording))
     return replace(finding, seconds=time.perf_counter() - start)
+
+
+def refused_sizes(entry: ZooEntry) -> dict[str, str]:
+    """Why each size cannot be left open in the layout `step`; an empty text where it can."""
+    try:
+        model = make_model(entry)
+        with record(model) as recording:
+            run_sampler(model, entry, linear=True)
+        plan = Plan.from_trajectory(
+            model, recording, schedule=3, rank=2, order=0, weighting="none", correct=False
+        )
+        fast = optimize(model, plan)
+    except Exception as error:
+        return dict.fromkeys(Axis, one_line(error))
+    return {axis: _refusal(fast, axis) for axis in Axis}
+
+
+def _refusal(fast: OptimizedModel, axis: Axis) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_onnx(fast, Path(folder) / "d", dynamic=(axis,), check=False)
+        except CalicacheError as error:
+            return one_line(error)
+    return ""
 
 
 def full_rank(plan: Plan, sites: Sites) -> Plan:

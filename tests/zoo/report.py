@@ -23,7 +23,15 @@ FAMILIES: Mapping[str, Sequence[ZooEntry]] = {
 ENTRIES: Mapping[str, ZooEntry] = {
     entry.name: entry for entries in FAMILIES.values() for entry in entries
 }
-COLUMNS = ("model", "sites / linears", "MACs covered", "full rank", "ONNX step", "ONNX sampler")
+COLUMNS = (
+    "model",
+    "sites / linears",
+    "MACs covered",
+    "full rank",
+    "ONNX step",
+    "ONNX sampler",
+    "any",
+)
 SHOWN_REASON = 200
 
 
@@ -104,11 +112,13 @@ batch 2, steps 1, 2 and 4 CALIBRATE, no adapter for any of them.
 - full rank: with factors that lose nothing a CALIBRATE step must be the plain step. Relative L2
   error of the worst step against the original model over a run; in brackets that of rank 0.
 - ONNX step, ONNX sampler: ONNX Runtime on the CPU against the optimised model in PyTorch, over
-  the run. `n/a`: the update of the latent cannot be told from the model's output."""
+  the run. `n/a`: the update of the latent cannot be told from the model's output.
+- any: what one file in the layout `step` can leave open (`dynamic=`): the batch, the length of the
+  prompt, the tokens of a latent (B, tokens, C). Why the others are refused is in `models.json`."""
 
 
 def _table(findings: Sequence[Finding]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---:|---:|---|---|---|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---:|---:|---|---|---|---|"]
     for finding in findings:
         known = finding.sites is not None and finding.coverage is not None
         failed_step = None if finding.onnx.passed or not known else finding.onnx
@@ -119,6 +129,7 @@ def _table(findings: Sequence[Finding]) -> str:
             _full_rank_cell(finding),
             _cell(finding.onnx),
             "the same" if finding.sampler == failed_step else _cell(finding.sampler),
+            ", ".join(size for size, reason in finding.closed.items() if not reason) or "none",
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -186,7 +186,8 @@ def _heading(facts: ArtifactFacts) -> Iterator[tuple[str, str]]:
     yield "files", files_in_words(manifest.files)
     yield "inputs", some_of([f"{spec.name} {spec}" for spec in manifest.inputs])
     if manifest.open_sizes:
-        yield "batch", "of any size; shapes and figures are those of the recorded one"
+        sizes = " and ".join(manifest.sizes_of({}))
+        yield "open sizes", f"{sizes}; shapes and figures are those of the recorded ones"
     if manifest.attention is not Attention.FUSED:
         yield "attention", f"in {manifest.attention} operators"
     if manifest.precision is not Precision.FLOAT32:

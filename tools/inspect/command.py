@@ -12,7 +12,7 @@ from calicache.export.artifact.manifest import Manifest
 from calicache.graph_passes.api.plan import Plan
 from calicache.tools.inspect.artifact import ArtifactFacts, artifact_facts, describe_artifact
 from calicache.tools.inspect.plan import PlanFacts, describe_plan, plan_facts
-from calicache.tools.inspect.provider import describe_provider, provider_facts
+from calicache.tools.inspect.providers.facts import describe_provider, provider_facts
 from calicache.tools.inspect.recording import RecordingFacts, describe_recording, recording_facts
 from calicache.tools.terminal.subject import read_subject
 from calicache.tools.terminal.text import show_value, title

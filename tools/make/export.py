@@ -19,7 +19,15 @@ from calicache.tools.terminal.progress import progress_shown
 from calicache.tools.terminal.text import fact_grid, format_count, show
 
 
-def export(model: str, plan: Path, output: Path, layout: str) -> None:
+def export(
+    model: str,
+    plan: Path,
+    output: Path,
+    layout: str,
+    attention: str,
+    precision: str,
+    dynamic: list[str],
+) -> None:
     """Optimise, export and say what was written."""
     empty = output.is_dir() and not any(output.iterdir())
     fits = not output.exists() or empty or (output / MANIFEST_FILE).is_file()
@@ -27,7 +35,15 @@ def export(model: str, plan: Path, output: Path, layout: str) -> None:
     planned = Plan.load(plan).one(str(plan))
     with progress_shown() as on_progress:
         optimized = optimize(load_model(model), planned, on_progress=on_progress)
-        manifest = export_onnx(optimized, output, layout=layout, on_progress=on_progress)
+        manifest = export_onnx(
+            optimized,
+            output,
+            layout=layout,
+            attention=attention,
+            precision=precision,
+            dynamic=dynamic,
+            on_progress=on_progress,
+        )
     size = sum(file.size for file in manifest.files)
     show(Text(f"Artifact, layout {manifest.layout}", style="bold"))
     show(

@@ -291,11 +291,34 @@ def test_training_mode_is_refused() -> None:
     assert "Call model.eval() first." in message
 
 
-def test_a_part_in_training_mode_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout()).eval()
-    model[1].train()
-    with pytest.raises(CaptureError, match=r"got .*training mode.* Call model\.eval\(\) first"):
+class AttentionWithDropout(nn.Module):
+    """Drops out by an argument, as many models of one's own do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share = 0.1 if self.training else 0.0
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=share)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [nn.Dropout(), nn.BatchNorm1d(3), nn.LSTM(4, 4, 2, dropout=0.5), AttentionWithDropout()],
+    ids=lambda part: type(part).__name__,
+)
+def test_a_part_that_is_training_is_refused(part: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), part).eval()
+    part.train()
+    refusal = r"expected a model in eval mode, got .* in 1\. Call model\.eval\(\) first"
+    with pytest.raises(CaptureError, match=refusal):
         captured_from(model, X)
+
+
+def test_a_flag_that_changes_nothing_is_no_reason_to_refuse() -> None:
+    """The layers that peft adds are in training mode, and pipelines do not change that."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.BatchNorm1d(3)).eval()
+    expected = [str(node.target) for node in captured_from(model, X).graph.nodes]
+    model[0].train()
+    model[1].train()
+    assert [str(node.target) for node in captured_from(model, X).graph.nodes] == expected
 
 
 def test_the_reason_of_torch_export_is_passed_on() -> None:

@@ -19,7 +19,7 @@ from support.small_subjects import other_artifact, small_folder
 from typer.testing import CliRunner, Result
 
 from calicache.export import Attention, Layout, Manifest, Precision, read_manifest
-from calicache.export.artifact.manifest import OpenSize
+from calicache.export.artifact.open_sizes import OpenSize, SizeFormula
 from calicache.graph_passes import Granularity, Plan, SiteMode, SiteRule, StepMode, Weighting
 from calicache.graph_passes.common.errors import SubjectError
 from calicache.graph_passes.common.rejection import Rejection
@@ -358,7 +358,7 @@ def test_every_field_of_the_manifest_counts(home: Path, manifest: Manifest) -> N
         "sampler": "other",
         "attention": Attention.STANDARD,
         "precision": Precision.INT8,
-        "open_sizes": {"x": (OpenSize(0, 1),)},
+        "open_sizes": {"x": (OpenSize(0, SizeFormula(True, 1, {})),)},
         "front": front_of((0.3, 0.5), (0.1, 0.01), choice=1),
     }
     assert set(others) == set(Manifest.__dataclass_fields__)

@@ -18,7 +18,8 @@ from support.small_subjects import (
 from torch import nn
 
 from calicache.export import Layout, Manifest
-from calicache.export.artifact.manifest import Attention, OpenSize, Precision, SamplerRecord
+from calicache.export.artifact.manifest import Attention, Precision, SamplerRecord
+from calicache.export.artifact.open_sizes import OpenSize, SizeFormula
 from calicache.graph_passes import SiteMode, SiteRule, StepMode
 from calicache.graph_passes import optimize as compiled
 from calicache.graph_passes.describe.graphs import view_graphs
@@ -118,13 +119,16 @@ def test_guidance_calls_and_built_in_values_are_shown(home: Path, manifest: Mani
 
 def test_an_open_batch_and_standard_attention_are_shown(home: Path, manifest: Manifest) -> None:
     facts = facts_of_artifact(
-        home, manifest, attention=Attention.STANDARD, open_sizes={"x": (OpenSize(0, 1),)}
+        home,
+        manifest,
+        attention=Attention.STANDARD,
+        open_sizes={"x": (OpenSize(0, SizeFormula(True, 1, {})),)},
     )
     assert "attention       in standard operators" in printed(facts)
-    assert "batch           of any size; shapes and figures are those" in printed(facts)
+    assert "open sizes      batch; shapes and figures are those" in printed(facts)
     plain = printed(facts_of_artifact(home, manifest))
     assert "attention  " not in plain
-    assert "batch  " not in plain
+    assert "open sizes" not in plain
 
 
 def test_a_precision_is_shown_where_it_is_not_float32(home: Path, manifest: Manifest) -> None:

@@ -64,6 +64,22 @@ def test_commands_alone_lead_to_an_artifact_that_runs(folder: Path) -> None:
     np.testing.assert_allclose(sampled, x.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_options_of_the_command_are_those_of_the_function(folder: Path, tmp_path: Path) -> None:
+    plan, artifact = tmp_path / "plan", tmp_path / "any.onnx.d"
+    runs = small_runs(small_model())
+    Plan.from_trajectory(small_model(), runs, schedule=2, rank=2).save(plan)
+    wishes = ("--attention", "standard", "--dynamic", "batch", "--precision", "float16")
+    model = f"{folder / 'my model.py'}:build"
+    done = calicache("export", model, plan, "-o", artifact, *wishes)
+    assert done.exit_code == 0, done.output
+    manifest = load_artifact(artifact)
+    assert (manifest.attention, manifest.precision) == ("standard", "float16")
+    assert [*manifest.sizes_of({})] == ["batch"]
+    done = calicache("export", model, plan, "-o", tmp_path / "b", "--dynamic", "rows")
+    assert "dynamic: expected batch | prompt | tokens, got 'rows'" in words(done.stderr)
+
+
 def test_an_artifact_is_the_only_folder_that_is_replaced(folder: Path, tmp_path: Path) -> None:
     small = small_runs(small_model())
     Plan.from_trajectory(small_model(), small, schedule=2, rank=2).save(tmp_path / "plan")

@@ -1,4 +1,4 @@
-"""One file for every batch: equal to the model at each, and refused where it could not be."""
+"""One file for all sizes: equal to the model at each, and refused where it could not be."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_another_batch_within_a_run_is_refused_and_the_run_can_go_on(fast) -> No
         }
 
     session.step(0, **call(4))
-    with pytest.raises(RunError, match="expected the 4 samples of this run, got 6"):
+    with pytest.raises(RunError, match="input batch: expected 4, as in this run, got 6"):
         session.step(1, **call(6))
     assert session.step(1, **call(4)).shape[0] == 4
     with pytest.raises(RunError, match=r"input class_labels: expected int64 \(4,\)"):
@@ -108,7 +108,8 @@ def test_shapes_in_the_file_are_written_in_batches(fast) -> None:
     assert shapes["noise"] == shapes["latents"] == ["batch", 1, 28, 28]
     assert shapes["class_labels"] == ["2*batch"]
     manifest = load_artifact(folder)
-    assert [(s.dimension, s.times) for s in manifest.open_sizes["class_labels"]] == [(0, 2)]
+    (size,) = manifest.open_sizes["class_labels"]
+    assert (size.dimension, str(size.formula)) == (0, "2*batch")
 
 
 def test_standard_files_pass_the_checker_and_strict_shape_inference(fast) -> None:
@@ -195,16 +196,81 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_made_for_one_batch_is_refused_by_name(case: str, tmp_path) -> None:
     op, name = REFUSED[case]
-    with pytest.raises(ExportError, match=f"dynamic batch.*{name}.*[lL]eave dynamic out"):
+    with pytest.raises(ExportError, match=f"dynamic.*{name}.*[lL]eave it out of dynamic"):
         export_onnx(compiled(op), tmp_path / "d", **OPEN)
     assert not (tmp_path / "d").exists()
 
 
 def test_other_names_are_refused_in_words(tmp_path) -> None:
-    with pytest.raises(ExportError, match=r"dynamic: expected batch, got 'tokens'.*position table"):
-        export_onnx(compiled(nn.Identity()), tmp_path / "d", dynamic=("batch", "tokens"))
+    with pytest.raises(
+        ExportError, match=r"dynamic: expected batch \| prompt \| tokens, got 'rows'"
+    ):
+        export_onnx(compiled(nn.Identity()), tmp_path / "d", dynamic=("batch", "rows"))
     with pytest.raises(CalicacheError, match="a list or tuple of texts"):
         export_onnx(compiled(nn.Identity()), tmp_path / "d", dynamic="batch")
+    with pytest.raises(ExportError, match=r"prompt: one text \(B, tokens, channels\).*are none"):
+        export_onnx(compiled(nn.Identity()), tmp_path / "d", dynamic=("prompt",))
+
+
+def at_lengths(call: dict[str, Any], batch: int, prompt: int, tokens: int) -> dict[str, Any]:
+    """A recorded call of Flux with other values of other sizes."""
+    draw = torch.Generator().manual_seed(batch + prompt + tokens)
+    latent = torch.randn(batch, tokens, call["hidden_states"].shape[2], generator=draw)
+    text = torch.randn(batch, prompt, call["encoder_hidden_states"].shape[2], generator=draw)
+    places = torch.stack([torch.zeros(tokens), torch.arange(tokens), torch.arange(tokens)], 1)
+    rows = {name: call[name][:1].expand(batch, *call[name].shape[1:]) for name in call}
+    return {
+        **rows,
+        "hidden_states": latent,
+        "encoder_hidden_states": text,
+        "txt_ids": torch.zeros(prompt, 3),
+        "img_ids": places,
+    }
+
+
+def test_prompt_tokens_and_batch_are_open_at_once(tmp_path: Path) -> None:
+    """Flux: one sequence of text and latent, whose positions are inputs."""
+    entry = ENTRIES["FluxTransformer2DModel"]
+    model = make_model(entry)
+    with record(model) as recording:
+        recording.finish(run_sampler(model, entry, 2, linear=True).latents)
+    fast = optimize(model, Plan.from_trajectory(model, recording, schedule="RCURC", rank=2))
+    export_onnx(fast, tmp_path / "d", dynamic=("batch", "prompt", "tokens"))
+    session = Session(tmp_path / "d")
+    sizes = {str(s.formula) for sizes in session.manifest.open_sizes.values() for s in sizes}
+    assert {"batch", "prompt", "tokens", "prompt + tokens"} <= sizes
+    for lengths in ((2, 7, 16), (1, 12, 9), (6, 3, 25)):
+        calls = [at_lengths(call, *lengths) for call in recording.calls]
+        other = fast.for_call(**unflattened(fast, calls[0]))
+        for step, call in enumerate(calls):
+            got = torch.from_numpy(session.step(step, **call))
+            assert relative(got, first_tensor(other(**unflattened(fast, call)))) < SAME
+    with pytest.raises(RunError, match="input prompt: expected 3, as in this run, got 4"):
+        session.step(1, **at_lengths(recording.calls[1], 6, 4, 25))
+
+
+def test_prompt_of_a_whole_run_is_open(tmp_path: Path) -> None:
+    """PixArt: attention to a text with a mask."""
+    entry = ENTRIES["PixArtTransformer2DModel"]
+    model = make_model(entry)
+    with record(model) as recording:
+        recording.finish(run_sampler(model, entry, 2, linear=True).latents)
+    fast = optimize(model, Plan.from_trajectory(model, recording, schedule="RCURC", rank=2))
+    export_onnx(fast, tmp_path / "long", layout="sampler", dynamic=("prompt",))
+    session = Session(tmp_path / "long")
+    call = recording.calls[0]
+    given = {k: v.numpy() for k, v in call.items()}
+    names = ("encoder_hidden_states", "encoder_attention_mask")
+    whole = session.sample(**_run_inputs(session, given))
+    # Text that the mask takes out changes nothing: exp(-10000) is 0 in float32.
+    given |= {name: np.concatenate([given[name]] * 2, 1) for name in names}
+    given[names[1]][:, given[names[1]].shape[1] // 2 :] = 0
+    assert (
+        relative(
+            torch.from_numpy(session.sample(**_run_inputs(session, given))), torch.from_numpy(whole)
+        )
+        < SAME
+    )
 
 
 def test_tables_whose_rows_are_alike_grow(tmp_path) -> None:
