@@ -87,8 +87,9 @@ def export_onnx(
             torch.onnx refuses an op, an op is made for one size where that is to be open,
             something else is in the place of the folder, or ONNX Runtime does not take the models
             for valid.
+        PlanError: the plan has several recipes; `optimized.for_grid` gives the model of one.
     """
-    of_kind("optimized", optimized, OptimizedModel, ExportError)
+    of_kind("optimized", optimized, OptimizedModel, ExportError).plan.one("export")
     path = path_of(path, ExportError)
     layout = one_of("layout", layout, Layout)
     attention = one_of("attention", attention, Attention)

@@ -19,7 +19,7 @@ from support.artifacts import RUN_FOLDER, quick_exports
 from support.models import diffusers_calls, sample_dit, shake
 
 from calicache.graph_passes import Plan, Recording, StepMode, record
-from calicache.graph_passes.api import forms
+from calicache.graph_passes.api.running import forms
 from calicache.graph_passes.rewriting import workspace
 from calicache.graph_passes.sites.analysis import Analysis, analyse
 

@@ -32,7 +32,7 @@ from calicache.export.session.runtime import (
     named_provider,
     onnx_runtime,
 )
-from calicache.graph_passes.api.runs import binding_run, started_run
+from calicache.graph_passes.api.running.runs import binding_run, started_run
 from calicache.graph_passes.common.arguments import of_kind, path_of, whole_number
 from calicache.graph_passes.common.errors import ArtifactError, ExportError, RunError
 from calicache.graph_passes.common.replacing import standing

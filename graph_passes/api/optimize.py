@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from calicache.graph_passes.api.forms import compile_plan
 from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.running.forms import compile_plan
+from calicache.graph_passes.api.running.weights import OnChange
 from calicache.graph_passes.api.runtime import MAX_FORMS, OptimizedModel
-from calicache.graph_passes.api.weights import OnChange
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
@@ -25,6 +25,9 @@ def optimize(
     on_progress: OnProgress | None = None,
 ) -> OptimizedModel:
     """Rewrite a model under a plan.
+
+    Of a plan with several recipes each run has the one that was made for its timesteps; they share
+    the weights of the model.
 
     A plan of REFRESH and FORECAST steps alone needs no graph: the model is run as it is, whatever
     it does inside, and its outputs are mixed. A graph is made when it is exported or inspected.
@@ -49,10 +52,13 @@ def optimize(
     on_change = member(OnChange, on_change)
     _check_weights(model, plan)
     meter = Meter(0.0, on_progress)
-    whole = plan.recipe.touches_nothing and not any(p.is_meta for p in model.parameters())
-    compiled = None if whole else compile_plan(model, plan, meter)
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    graphs = (
+        None if one.recipe.touches_nothing and not meta else compile_plan(model, one, meter)
+        for one in plan.plans
+    )
     return OptimizedModel(
-        model, plan, compiled, strict=strict, on_change=on_change, max_forms=max_forms
+        model, plan, *graphs, strict=strict, on_change=on_change, max_forms=max_forms
     )
 
 

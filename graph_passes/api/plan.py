@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import nn
 
-from calicache.graph_passes.api.plan_file import NOT_ASKED, PlanContent, read_plan, write_plan
-from calicache.graph_passes.api.planner import (
-    collect_statistics,
-    fit_to_sampler,
-    planned_calls,
+from calicache.graph_passes.api.plan_file import PlanContent, read_plans, write_plans
+from calicache.graph_passes.api.plan_grids import (
+    check_count,
+    check_grids,
+    check_schedule,
+    grid_names,
+    place_of,
+    recordings_for,
+    recordings_of,
 )
+from calicache.graph_passes.api.planner import planned, searched
 from calicache.graph_passes.common.arguments import of_kind, texts, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
-from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.common.progress import OnProgress, part_of
 from calicache.graph_passes.describe.html import plan_html
 from calicache.graph_passes.describe.text import plan_text
-from calicache.graph_passes.factors.statistics import Statistics
-from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
-from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
-from calicache.graph_passes.sampler.tables import SamplerTables
+from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.search.ground import check_latency
-from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import (
     BranchKind,
     Granularity,
@@ -36,7 +38,6 @@ from calicache.graph_passes.settings.choices import (
     Weighting,
     member,
 )
-from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.request import ALL_MODES, SearchRequest, search_modes
@@ -46,8 +47,12 @@ OTHER_WEIGHTS = "then given other weights, with which the error was not measured
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Plan:
+class Plan(PlanContent):
     """A recipe and its statistics, bound to one checkpoint and one form of call.
+
+    A plan may hold several recipes, one for each grid of timesteps; it is then made from several
+    recordings, or by `join`. `for_grid` gives the plan of one of them, which everything takes
+    that is not for several.
 
     Attributes:
         binding: the checkpoint and the calls that the plan is tied to.
@@ -57,31 +62,105 @@ class Plan:
             where that is not known.
         no_sampler: why it is not known.
         front: what a search found beside this plan; None for a plan that was not searched.
+        others: plans of the other recipes. All that is beside them is of the first one.
         workspace: what was made of the model on the way, in memory alone; no part of the value.
     """
 
-    binding: Binding
-    recipe: Recipe
-    statistics: Mapping[str, Statistics]
-    sampler: SamplerTables | None = None
-    no_sampler: str = NOT_ASKED
-    front: Front | None = None
     workspace: Workspace = field(default_factory=Workspace, compare=False, repr=False)
+    others: tuple[Plan, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.others:
+            check_grids([plan.binding for plan in self.plans])
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """A plan for every recipe."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of every recipe: its number of steps, such as `20`, or `20-2` for a second one."""
+        return grid_names([plan.binding.grid for plan in self.plans])
 
     @property
     def schedule(self) -> tuple[StepMode, ...]:
-        """Mode of every step."""
-        return self.recipe.schedule
+        """Mode of every step.
+
+        Raises:
+            PlanError: the plan has several recipes.
+        """
+        return self.one("schedule").recipe.schedule
 
     @property
     def interval(self) -> int:
-        """Longest distance from one REFRESH to the next (or to the end)."""
-        return self.recipe.interval
+        """Longest distance from one REFRESH to the next (or to the end).
+
+        Raises:
+            PlanError: the plan has several recipes.
+        """
+        return self.one("interval").recipe.interval
+
+    @staticmethod
+    def join(*plans: Plan) -> Plan:
+        """One plan with the recipes of several, for one model and other grids of timesteps.
+
+        A run whose first timesteps are those of several has the first of them until they part.
+
+        Raises:
+            PlanError: they are for other models, or two for the same timesteps.
+            RunError: the calls of one differ from another's in more than sizes and constants.
+        """
+        check_count(len(plans))
+        parts = [
+            part
+            for n, p in enumerate(plans)
+            for part in of_kind(f"plan {n}", p, Plan, PlanError).plans
+        ]
+        return replace(parts[0], others=tuple(parts[1:])) if parts[1:] else parts[0]
+
+    def for_grid(self, grid: int | Iterable[SupportsFloat]) -> Plan:
+        """The plan of one recipe.
+
+        Args:
+            grid: its number of steps, or its timesteps: all, or the last ones.
+
+        Raises:
+            PlanError: there is no such recipe, or several.
+        """
+        return self.plans[self.number_of(grid)]
+
+    def number_of(self, grid: int | Iterable[SupportsFloat]) -> int:
+        """Number of a recipe among `plans`; see `for_grid`.
+
+        Raises:
+            PlanError: there is no such recipe, or several.
+        """
+        return place_of([plan.binding.grid for plan in self.plans], grid)
+
+    def one(self, where: str) -> Plan:
+        """This plan, for what takes one recipe.
+
+        Args:
+            where: what takes it.
+
+        Raises:
+            PlanError: the plan has several recipes.
+        """
+        if not self.others:
+            return self
+        raise PlanError(
+            where,
+            expected="a plan with one recipe",
+            got=f"one for {', '.join(self.names)} steps",
+            fix=f"Take one of them: .for_grid({self.names[0]}), or its folder, {self.names[0]}, in "
+            "the saved plan's.",
+        )
 
     @staticmethod
     def from_trajectory(
         model: nn.Module,
-        recording: Recording,
+        recording: Recording | Mapping[int, Recording],
         *,
         schedule: int | Sequence[StepMode | str] = 3,
         mode: StepMode | str | None = None,
@@ -103,7 +182,8 @@ class Plan:
 
         Args:
             model: in eval mode; the one that was recorded.
-            recording: at least one whole run, from `record`.
+            recording: at least one whole run, from `record`. Several, by their numbers of steps,
+                make one plan with a recipe for each.
             schedule: steps from one REFRESH to the next, or the mode of every step: modes, their
                 names, or letters as in "RCCRCC".
             mode: of the steps between two REFRESH steps of an interval; CALIBRATE where None.
@@ -125,9 +205,10 @@ class Plan:
             CalicacheError: whatever stage refuses names itself.
         """
         of_kind("model", model, nn.Module, PlanError)
-        of_kind("recording", recording, Recording, PlanError)
-        recipe = Recipe(
-            schedule=named_schedule(schedule, recording.steps, mode),
+        recordings = recordings_of(recording)
+        check_schedule(schedule, len(recordings))
+        settings = partial(
+            Recipe,
             rank=whole_number("rank", rank, PlanError, 0),
             order=whole_number("order", order, PlanError, 0, MAX_ORDER),
             weighting=member(Weighting, weighting),
@@ -137,34 +218,25 @@ class Plan:
             include=texts("include", include, PlanError),
             exclude=texts("exclude", exclude, PlanError),
         )
-        return Plan._of_recipe(
-            model, recording, recipe, workspace or Workspace(), on_progress, correct=correct
-        )
+        names, plans = [f"{one.steps} steps" for one in recordings], []
+        for number, one in enumerate(recordings):
+            recipe, told = (
+                settings(named_schedule(schedule, one.steps, mode)),
+                part_of(on_progress, names, number),
+            )
+            space = workspace or Workspace()
+            plans.append(Plan._of(planned(model, one, recipe, space, told, correct=correct), space))
+        return Plan.join(*plans)
 
     @staticmethod
-    def _of_recipe(
-        model: nn.Module,
-        recording: Recording,
-        recipe: Recipe,
-        workspace: Workspace,
-        on_progress: OnProgress | None,
-        *,
-        correct: bool,
-    ) -> Plan:
-        """Collect statistics for a recipe, and fit its weights."""
-        binding = bind(model, recording)
-        meter = Meter(planned_calls(recording, correct=correct), on_progress)
-        task = PlanningTask(model, recording, binding, workspace, meter)
-        statistics = collect_statistics(task, recipe)
-        if not correct:
-            return Plan(binding, recipe, statistics, workspace=workspace)
-        recipe, sampler, reason = fit_to_sampler(task, recipe, statistics)
-        return Plan(binding, recipe, statistics, sampler, reason, workspace=workspace)
+    def _of(content: PlanContent, workspace: Workspace) -> Plan:
+        parts = {field.name: getattr(content, field.name) for field in fields(PlanContent)}
+        return Plan(**parts, workspace=workspace)
 
     @staticmethod
     def search(
         model: nn.Module,
-        recording: Recording,
+        recording: Recording | Mapping[int, Recording],
         *,
         budget: float | None = None,
         max_error: float | None = None,
@@ -184,7 +256,8 @@ class Plan:
 
         Args:
             model: in eval mode; the one that was recorded.
-            recording: three whole runs or more, each ended by `finish`.
+            recording: three whole runs or more, each ended by `finish`. Several such, by their
+                numbers of steps, make one plan with a recipe for each, every one under the request.
             budget: share of the full run's cost, above 0 and below 1.
             max_error: that 99 % of new samples stay below.
             latency: measured seconds, which the cost is then counted in; MACs without.
@@ -205,17 +278,13 @@ class Plan:
         """
         patterns = texts("include", include, PlanError), texts("exclude", exclude, PlanError)
         request = SearchRequest(budget, max_error, latency, effort, *patterns, search_modes(modes))
-        workspace = workspace or Workspace()
-        searched = search_plan(model, recording, request, workspace, path, on_progress)
-        return Plan(
-            searched.binding,
-            searched.recipe,
-            searched.statistics,
-            searched.sampler,
-            searched.no_sampler,
-            searched.front,
-            workspace,
-        )
+        recordings = recordings_of(recording)
+        names, plans = [f"{one.steps} steps" for one in recordings], []
+        for number, one in enumerate(recordings):
+            space, told = workspace or Workspace(), part_of(on_progress, names, number)
+            place = path if path is None or len(names) == 1 else Path(path) / str(one.steps)
+            plans.append(Plan._of(searched(model, one, request, space, place, told), space))
+        return Plan.join(*plans)
 
     def take(self, place: int) -> Plan:
         """The plan of another point of the front.
@@ -226,23 +295,13 @@ class Plan:
         Raises:
             PlanError: the plan has no front, or no such point.
         """
+        self.one(f"point {place}")
         if self.front is None:
             raise PlanError(
                 f"point {place}",
                 expected="a plan that a search made, with its front",
                 got="a plan without a front",
                 fix="Search for one: Plan.search, or calicache search.",
-            )
-        points = self.front.points
-        if not 0 <= place < len(points):
-            first, last = points[0], points[-1]
-            raise PlanError(
-                f"point {place}",
-                expected=f"0 .. {len(points) - 1}, by rising cost: {first.cost:.3f} of the full "
-                f"run with error {first.error.mean:.2g}, to {last.cost:.3f} with "
-                f"{last.error.mean:.2g}",
-                got=str(place),
-                fix="Choose one of these.",
             )
         return replace(
             self,
@@ -258,7 +317,7 @@ class Plan:
         Raises:
             PlanError: the schedule is empty or does not start with REFRESH.
         """
-        changed = self._with(schedule=named_schedule(schedule, len(schedule)))
+        changed = self.one("schedule")._with(schedule=named_schedule(schedule, len(schedule)))
         if len(changed.schedule) == len(self.schedule):
             return changed
         grid = self.binding.grid.counted(len(changed.schedule))
@@ -275,12 +334,13 @@ class Plan:
         Raises:
             PlanError: the rank is negative.
         """
-        return self._with(rank=whole_number("rank", rank, PlanError, 0), ranks={})
+        rank = whole_number("rank", rank, PlanError, 0)
+        return Plan.join(*(plan._with(rank=rank, ranks={}) for plan in self.plans))
 
     def rebind(
         self,
         model: nn.Module,
-        recording: Recording | None = None,
+        recording: Recording | Mapping[int, Recording] | None = None,
         *,
         on_progress: OnProgress | None = None,
     ) -> Plan:
@@ -292,21 +352,31 @@ class Plan:
             model: in eval mode.
             recording: of this model; statistics and weights are then fitted anew, without a
                 search. Without it those of the old checkpoint stay, and the error is not known:
-                `recipe.correction` says so.
+                `recipe.correction` says so. A plan of several recipes takes one of each number
+                of steps.
             on_progress: told how many calls of the model were run.
 
         Raises:
             CalicacheError: whatever stage refuses names itself.
         """
-        if recording is not None:
-            unfitted = self._with().recipe
-            fitted = self.recipe.output_weights is not None
-            return Plan._of_recipe(
-                model, recording, unfitted, Workspace(), on_progress, correct=fitted
+        if recording is None:
+            weights = hash_weights(model)
+            return Plan.join(*(plan._with_weights(weights) for plan in self.plans))
+        recordings = recordings_for([plan.binding.grid for plan in self.plans], recording)
+        names, plans = [f"{name} steps" for name in self.names], []
+        for number, (plan, one) in enumerate(zip(self.plans, recordings, strict=True)):
+            space, told = Workspace(), part_of(on_progress, names, number)
+            fitted = plan.recipe.output_weights is not None
+            unfitted = plan._with().recipe
+            plans.append(
+                Plan._of(planned(model, one, unfitted, space, told, correct=fitted), space)
             )
+        return Plan.join(*plans)
+
+    def _with_weights(self, weights_hash: str) -> Plan:
         return replace(
             self,
-            binding=replace(self.binding, weights_hash=hash_weights(model)),
+            binding=replace(self.binding, weights_hash=weights_hash),
             recipe=replace(self.recipe, correction=f"{self.recipe.correction}; {OTHER_WEIGHTS}"),
             front=None,
             workspace=Workspace(),
@@ -332,29 +402,29 @@ class Plan:
             PlanError: the seconds are of another checkpoint.
         """
         check_latency(latency, self.binding)
-        return plan_text(self.recipe, self.front, latency)
+        texts = [plan_text(plan.recipe, plan.front, latency) for plan in self.plans]
+        if len(texts) == 1:
+            return texts[0]
+        recipes = ("  " + text.replace("\n", "\n    ") for text in texts)
+        return "\n".join((f"{len(texts)} recipes, chosen by the timesteps", *recipes))
 
     def __repr__(self) -> str:
-        lines = plan_text(self.recipe, self.front, None).splitlines()
+        lines = self.describe().splitlines()
         return "\n  ".join((f"Plan for weights {self.binding.weights_hash[:12]}", *lines))
 
     def _repr_html_(self) -> str:
         """What a notebook shows of the plan."""
-        return plan_html(self.binding, self.recipe, len(self.statistics), self.front)
+        return "".join(
+            plan_html(plan.binding, plan.recipe, len(plan.statistics), plan.front)
+            for plan in self.plans
+        )
 
     def save(self, path: Path | str) -> None:
-        """Write the plan into a new or replaced folder, as plain data."""
-        write_plan(
-            PlanContent(
-                self.binding,
-                self.recipe,
-                self.statistics,
-                self.sampler,
-                self.no_sampler,
-                self.front,
-            ),
-            path,
-        )
+        """Write the plan into a new or replaced folder, as plain data.
+
+        Of several recipes each has a folder in there, such as `20`, that is a plan by itself.
+        """
+        write_plans(dict(zip(self.names, self.plans, strict=True)), path)
 
     @staticmethod
     def load(path: Path | str) -> Plan:
@@ -363,5 +433,4 @@ class Plan:
         Raises:
             PlanError: a file is missing, damaged, of another version, or not a plan.
         """
-        content = read_plan(path)
-        return Plan(**{field.name: getattr(content, field.name) for field in fields(content)})
+        return Plan.join(*(Plan._of(content, Workspace()) for content in read_plans(path)))

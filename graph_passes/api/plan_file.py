@@ -1,18 +1,23 @@
-"""The files of a plan: `plan.json`, statistics, and tables: of its sampler, and of its steps."""
+"""The files of a plan: `plan.json`, statistics, and tables: of its sampler, and of its steps.
+
+A plan of several recipes is a folder with such a folder for each, and `plans.json`.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calicache.graph_passes.api.plan_table import TABLE_FILE, plan_table
 from calicache.graph_passes.common.arguments import path_of
-from calicache.graph_passes.common.bounds import Calls, Digest, Number
+from calicache.graph_passes.common.bounds import MAX_GRIDS, Calls, Digest, FileName, Number
 from calicache.graph_passes.common.documents import DAMAGES, DocumentKind
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.files import Target, atomic_path, check_regular, foreign_folder
@@ -25,23 +30,34 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.recipe import Recipe
 
 NOT_ASKED = "planned with correct=False: the recorded calls were not run"
-PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE = (
+PLANS_FILE, PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE = (
+    "plans.json",
     "plan.json",
     "statistics.safetensors",
     "sampler.safetensors",
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PlanContent:
-    """What the files of a plan hold; see `Plan`."""
+    """What the files of a plan hold: a recipe and its statistics, and what they are bound to.
+
+    Attributes:
+        binding: the checkpoint and the calls that the plan is tied to.
+        recipe: what is done at every step, and the weights that were fitted.
+        statistics: by name of the calibration target; empty where none are needed.
+        sampler: what the sampler does between two calls of the model, as it was recorded; None
+            where that is not known.
+        no_sampler: why it is not known.
+        front: what a search found beside this plan; None for a plan that was not searched.
+    """
 
     binding: Binding
     recipe: Recipe
     statistics: Mapping[str, Statistics]
-    sampler: SamplerTables | None
-    no_sampler: str
-    front: Front | None
+    sampler: SamplerTables | None = None
+    no_sampler: str = NOT_ASKED
+    front: Front | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,51 +107,110 @@ _DOCUMENT = DocumentKind(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _PlansJson:
+    """What `plans.json` holds.
+
+    Attributes:
+        plans: digest of the `plan.json` in every folder, by the folder's name.
+    """
+
+    plans: Annotated[dict[FileName, Digest], Field(min_length=2, max_length=MAX_GRIDS)]
+
+
+_PLANS = DocumentKind(
+    "plans",
+    1,
+    TypeAdapter(_PlansJson),
+    PlanError,
+    "a folder written by Plan.save",
+    "Make the plan again from the recordings.",
+)
+
+
 def _own_files(folder: Path) -> set[str]:
     """Names of the files of a plan; none where the folder is not one, of whatever format."""
     content = _DOCUMENT.head(folder / PLAN_FILE)
     return {PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE, TABLE_FILE} if content else set()
 
 
-_TARGET = Target("a plan", PlanError, lambda path: foreign_folder(path, _own_files))
+def _foreign(path: Path) -> str | None:
+    """What is in the place of a plan; None where it is one, or empty."""
+    content = _PLANS.head(path / PLANS_FILE)
+    if content is None:
+        return foreign_folder(path, _own_files)
+    others = (foreign_folder(one, _own_files) for one in path.iterdir() if one.name != PLANS_FILE)
+    return next((other for other in others if other is not None), None)
 
 
-def write_plan(content: PlanContent, path: Path | str) -> None:
+_TARGET = Target("a plan", PlanError, _foreign)
+
+
+def write_plans(contents: Mapping[str, PlanContent], path: Path | str) -> None:
     """Write the files of a plan into a new folder, or in the place of another plan.
+
+    Args:
+        contents: of every recipe, by the name of its folder; of one the files alone are written.
+        path: of the folder.
 
     Raises:
         PlanError: something else is there, or it cannot be written.
     """
-    path = path_of(path, PlanError)
+    with atomic_path(path_of(path, PlanError), _TARGET) as folder:
+        folder.mkdir()
+        if len(contents) == 1:
+            for content in contents.values():
+                _write_files(content, folder)
+            return
+        for name, content in contents.items():
+            (folder / name).mkdir()
+            _write_files(content, folder / name)
+        sums = {name: sha256_of(folder / name / PLAN_FILE) for name in contents}
+        (folder / PLANS_FILE).write_text(_PLANS.dumps(_PlansJson(sums)))
+
+
+def _write_files(content: PlanContent, folder: Path) -> None:
     tensors = {STATISTICS_FILE: named_tensors(content.statistics)}
     if content.sampler is not None:
         tensors[SAMPLER_FILE] = dict(content.sampler.inputs)
-    with atomic_path(path, _TARGET) as folder:
-        folder.mkdir()
-        for name, values in tensors.items():
-            save_file({key: v.contiguous() for key, v in values.items()}, folder / name)
-        written = _PlanJson(
-            {name: sha256_of(folder / name) for name in tensors},
-            content.binding,
-            content.recipe,
-            None if content.sampler is None else _SamplerNumbers.of(content.sampler),
-            content.no_sampler,
-            content.front,
-        )
-        (folder / PLAN_FILE).write_text(_DOCUMENT.dumps(written))
-        table = plan_table(content.binding, content.recipe)
-        if table is not None:  # for others: nothing here reads it
-            (folder / TABLE_FILE).write_text(table.dumps())
+    for name, values in tensors.items():
+        save_file({key: v.contiguous() for key, v in values.items()}, folder / name)
+    written = _PlanJson(
+        {name: sha256_of(folder / name) for name in tensors},
+        content.binding,
+        content.recipe,
+        None if content.sampler is None else _SamplerNumbers.of(content.sampler),
+        content.no_sampler,
+        content.front,
+    )
+    (folder / PLAN_FILE).write_text(_DOCUMENT.dumps(written))
+    table = plan_table(content.binding, content.recipe)
+    if table is not None:  # for others: nothing here reads it
+        (folder / TABLE_FILE).write_text(table.dumps())
 
 
-def read_plan(path: Path | str) -> PlanContent:
-    """Read what `write_plan` wrote.
+def read_plans(path: Path | str) -> tuple[PlanContent, ...]:
+    """Read what `write_plans` wrote: the content of every recipe.
 
     Raises:
         PlanError: a file is missing, damaged, of another version, or not a plan.
     """
     path = path_of(path, PlanError)
     folder = standing(path)
+    if not os.path.lexists(folder / PLANS_FILE):
+        return (_read_plan(path, folder),)
+    written = _PLANS.read(folder / PLANS_FILE, path)
+    for name, digest in written.plans.items():
+        try:
+            check_regular(folder / name / PLAN_FILE)
+            if sha256_of(folder / name / PLAN_FILE) != digest:
+                raise ValueError(f"{name}/{PLAN_FILE} is not the file the plan was saved with")
+        except DAMAGES as error:
+            raise _PLANS.refused(path, error) from error
+    return tuple(_read_plan(path / name, folder / name) for name in written.plans)
+
+
+def _read_plan(path: Path, folder: Path) -> PlanContent:
     written = _DOCUMENT.read(folder / PLAN_FILE, path)
     try:
         if written.front and not 0 <= written.front.choice < len(written.front.points):

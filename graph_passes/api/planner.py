@@ -3,24 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
+from torch import nn
+
+from calicache.graph_passes.api.plan_file import PlanContent
 from calicache.graph_passes.common.errors import NoSampler
+from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import assign_targets, compile_recipe
-from calicache.graph_passes.rewriting.workspace import PlanningTask
+from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
 from calicache.graph_passes.sampler.replay import replay
 from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
+from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.settings.recipe import FITTED, Recipe
+from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.sites.analysis import analyse_whole
 
 LOAD = "Load the weights, or plan for costs alone: weighting='none', correct=False."
+
+
+def planned(
+    model: nn.Module,
+    recording: Recording,
+    recipe: Recipe,
+    workspace: Workspace,
+    on_progress: OnProgress | None,
+    *,
+    correct: bool,
+) -> PlanContent:
+    """Statistics for a recipe, and its output weights.
+
+    Args:
+        model: in eval mode; the one that was recorded.
+        recording: at least one whole run.
+        recipe: what is chosen, without what is fitted.
+        workspace: for what is made of the model on the way.
+        on_progress: told how many calls of the model were run.
+        correct: fit output weights along the corrected trajectory.
+
+    Raises:
+        CalicacheError: whatever stage refuses names itself.
+    """
+    binding = bind(model, recording)
+    meter = Meter(planned_calls(recording, correct=correct), on_progress)
+    task = PlanningTask(model, recording, binding, workspace, meter)
+    statistics = collect_statistics(task, recipe)
+    if not correct:
+        return PlanContent(binding, recipe, statistics)
+    recipe, sampler, reason = fit_to_sampler(task, recipe, statistics)
+    return PlanContent(binding, recipe, statistics, sampler, reason)
+
+
+def searched(
+    model: nn.Module,
+    recording: Recording,
+    request: SearchRequest,
+    workspace: Workspace,
+    path: Path | str | None,
+    on_progress: OnProgress | None,
+) -> PlanContent:
+    """What a search comes to; see `Plan.search`.
+
+    Raises:
+        CalicacheError: the request cannot be met, or a stage refuses; it names itself.
+    """
+    result = search_plan(model, recording, request, workspace, path, on_progress)
+    return PlanContent(**{field.name: getattr(result, field.name) for field in fields(result)})
 
 
 def planned_calls(recording: Recording, *, correct: bool) -> float:

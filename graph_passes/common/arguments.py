@@ -62,6 +62,21 @@ def number(name: str, value: Any, error: Error) -> float:
     raise _refused(name, "a number", value, error)
 
 
+def numbers(name: str, values: Any, error: Error) -> tuple[float, ...]:
+    """One number or more, of a list, an array or a tensor.
+
+    Raises:
+        CalicacheError: of the kind `error`.
+    """
+    try:
+        given = None if isinstance(values, str) else tuple(values)
+    except TypeError:
+        given = None
+    if not given:
+        raise _refused(name, "a list of numbers", values, error)
+    return tuple(number(name, value, error) for value in given)
+
+
 def of_kind(name: str, value: Any, kind: type[Value], error: Error) -> Value:
     """A value of a class.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 MAX_STEPS = 2_000
+MAX_GRIDS = 64
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 """Bytes, multiply-accumulates, ranks."""

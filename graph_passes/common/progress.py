@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from calicache.graph_passes.common.errors import CalicacheError
@@ -39,6 +39,30 @@ def check_listener(on_progress: object) -> None:
             got=repr(on_progress),
             fix="Give such a value as on_progress.",
         )
+
+
+def part_of(on_progress: OnProgress | None, names: Sequence[str], number: int) -> OnProgress | None:
+    """What one of several pieces of work tells its progress to; each counts as 1 of them all.
+
+    Args:
+        on_progress: who is told of all; told as it is where there is one piece alone.
+        names: of the pieces.
+        number: of the piece among them.
+
+    Raises:
+        CalicacheError: the listener cannot be called.
+    """
+    check_listener(on_progress)
+    if on_progress is None or len(names) == 1:
+        return on_progress
+    done = float(number)
+
+    def tell(progress: Progress) -> None:
+        nonlocal done  # a total that grows does not take back what was told
+        done = max(done, number + progress.done / max(progress.total, progress.done, 1e-9))
+        on_progress(Progress(done, float(len(names)), f"{names[number]}: {progress.stage}"))
+
+    return tell
 
 
 class Meter:

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, floor, inf
+from math import ceil, floor, inf, log
 
 import torch
 from torch import Tensor
@@ -61,6 +61,27 @@ class Grid:
         """Steps of the longest recorded run."""
         return len(self.changes)
 
+    def holds(self, timesteps: Sequence[float]) -> bool:
+        """Whether these were recorded one after another, up to rounding."""
+        near, count = self._rounding(), len(timesteps)
+        if not self.timesteps:
+            return count <= self.steps
+        return any(
+            all(abs(a - b) <= near for a, b in zip(self.timesteps[first:], timesteps, strict=False))
+            for first in range(self.steps - count + 1)
+        )
+
+    def ends_with(self, timesteps: Sequence[float]) -> bool:
+        """Whether the recorded runs ended with these, up to rounding."""
+        near, last = self._rounding(), self.timesteps[-len(timesteps) :]
+        alike = (abs(a - b) <= near for a, b in zip(last, timesteps, strict=False))
+        return len(last) == len(timesteps) and all(alike)
+
+    def spans(self, timestep: float) -> bool:
+        """Whether a timestep lies between the first recorded one and the last."""
+        times = self.timesteps
+        return not times or min(times) <= timestep <= max(times)
+
     def place(self, timestep: float) -> float:
         """Where a timestep lies; a whole number, up to rounding, where it was recorded."""
         times = self.timesteps
@@ -78,16 +99,19 @@ class Grid:
         before = after - 1
         return before + (now - line[before]) / (line[after] - line[before])
 
-    def following(self, place: float, before: float | None, now: float | None) -> float | None:
+    def following(
+        self, place: float, before: float | None, now: float | None, ahead: int = 1
+    ) -> float | None:
         """Place of a call that may follow one at `place`; None where it cannot.
 
         Args:
             place: of the call before.
             before: its timestep; None where nothing counts the steps.
             now: timestep of the call.
+            ahead: steps between both, which count where no timesteps do.
         """
         if not self.timesteps or before is None or now is None:
-            return place + 1 if place + 1 < self.steps else None
+            return place + ahead if place + ahead < self.steps else None
         after = int(place) + 1
         repeats = place == int(place) and 0 < after < self.steps
         if repeats and abs(self.timesteps[after] - now) <= self._rounding():
@@ -126,6 +150,42 @@ class Grid:
 
     def _rounding(self) -> float:
         return ROUNDING * max(map(abs, self.timesteps), default=0.0)
+
+
+def best_grid(grids: Sequence[Grid], timesteps: Sequence[float]) -> tuple[int, bool]:
+    """Which grid a run is on.
+
+    Args:
+        grids: that may be it.
+        timesteps: of the run, one after another; the first ones are enough.
+
+    Returns:
+        The first one that holds them, or else the one whose steps are nearest to these in length;
+        and whether one more timestep may show that another one is it.
+    """
+    holding = [number for number, grid in enumerate(grids) if grid.holds(timesteps)]
+    if holding:
+        return holding[0], len(holding) > 1
+    lengths = [_unlikeness(grid, timesteps) for grid in grids]
+    return lengths.index(min(lengths)), len(timesteps) == 1 < len(grids)
+
+
+def whole_grid(grids: Sequence[Grid], timesteps: Sequence[float]) -> tuple[int, bool]:
+    """Which grid a run is on whose timesteps are all known, and whether it holds them.
+
+    A run that begins mid-way has the last timesteps of its grid.
+    """
+    ending = next((n for n, grid in enumerate(grids) if grid.ends_with(timesteps)), None)
+    number = best_grid(grids, timesteps)[0] if ending is None else ending
+    return number, grids[number].holds(timesteps)
+
+
+def _unlikeness(grid: Grid, timesteps: Sequence[float]) -> float:
+    """How much longer or shorter steps are than those of a grid in the same stretch."""
+    if len(timesteps) == 1 or not grid.timesteps:
+        return 0.0
+    places = grid.place(timesteps[-1]) - grid.place(timesteps[0])
+    return abs(log(places / (len(timesteps) - 1))) if places > 0 else inf
 
 
 def grid_of(recording: Recording) -> Grid:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.recording.binding import Binding
-from calicache.graph_passes.recording.grid import relative_change
+from calicache.graph_passes.recording.grid import Grid, relative_change
 from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.recording.signature import FlatCall
 from calicache.graph_passes.recording.timestep import Timestep
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.sampler.kept import Kept
@@ -62,19 +63,43 @@ class HeldInput:
 
 
 @dataclass(frozen=True, slots=True)
+class CallContext:
+    """What a pipeline says of its next calls.
+
+    Attributes:
+        name: such as `cond`; None without one.
+        index: of the step, from 0; None where it is not said.
+        sigma: of the noise that is left; None where it is not said.
+    """
+
+    name: str | None = None
+    index: int | None = None
+    sigma: float | None = None
+
+    def may_follow(self, last: CallContext) -> bool:
+        """Whether a call with this context may go on with one that had another."""
+        back = None not in (self.index, last.index) and (self.index or 0) <= (last.index or 0)
+        noisier = None not in (self.sigma, last.sigma) and (self.sigma or 0) > (last.sigma or 0)
+        return self.name == last.name and not back and not noisier
+
+
+SILENT = CallContext()
+
+
+@dataclass(frozen=True, slots=True)
 class Arrival:
     """What tells a call from others.
 
     Attributes:
         form: names, shapes and constants of its arguments.
-        name: that the pipeline gave it, such as `cond`; None without one.
+        context: what the pipeline said of it.
         timestep: None where nothing counts the steps.
         held: the arguments that stay the same over a run.
         latents: the arguments that change with the latent.
     """
 
     form: object
-    name: str | None
+    context: CallContext
     timestep: float | None
     held: Mapping[str, HeldInput]
     latents: Mapping[str, Tensor]
@@ -85,7 +110,7 @@ class Arrival:
         classes: Mapping[str, Dependence],
         timestep: Timestep | None,
         form: object,
-        name: str | None,
+        context: CallContext = SILENT,
     ) -> Arrival:
         """What tells a call from others.
 
@@ -94,7 +119,7 @@ class Arrival:
         """
         return Arrival(
             form,
-            name,
+            context,
             timestep.value(tensors) if timestep else None,
             {n: HeldInput.of(tensors[n]) for n, k in classes.items() if k <= Dependence.RUN},
             {n: tensors[n] for n, k in classes.items() if k is Dependence.LATENT},
@@ -115,6 +140,33 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class PastCall:
+    """A call that may have to be computed anew under another recipe.
+
+    Attributes:
+        arrival: what tells it from others.
+        call: its arguments, as they were.
+    """
+
+    arrival: Arrival
+    call: FlatCall
+
+    @staticmethod
+    def of(arrival: Arrival, call: FlatCall) -> PastCall:
+        """A call, with tensors that nobody else writes into.
+
+        Args:
+            arrival: with latents of its own.
+            call: the caller's.
+        """
+        own = {name: held.value for name, held in arrival.held.items()} | dict(arrival.latents)
+        tensors = {
+            name: own[name] if name in own else v.clone() for name, v in call.tensors.items()
+        }
+        return PastCall(arrival, replace(call, tensors=tensors))
+
+
+@dataclass(frozen=True, slots=True)
 class CallState:
     """What one call of the steps leaves for the next one.
 
@@ -125,6 +177,9 @@ class CallState:
         kept: values of the kept refreshes, newest first.
         refreshes: their places.
         start: place of the step that it began with.
+        recipe: number of the recipe that it runs under, in a plan of several.
+        opening: all calls so far, where their timesteps are those of several recipes.
+        derived: whether there was a timestep that was not recorded.
     """
 
     compiled: Compiled
@@ -133,6 +188,9 @@ class CallState:
     kept: Kept
     refreshes: tuple[float, ...]
     start: float
+    recipe: int = 0
+    opening: tuple[PastCall, ...] = ()
+    derived: bool = False
 
 
 @dataclass(slots=True)
@@ -142,26 +200,34 @@ class RunState:
     Attributes:
         calls: what each call of the steps has left, the one that ran last at the end.
         gone: what others had left whose place was needed, without the kept values.
-        name: that the pipeline gives the calls now; None without one.
+        context: what the pipeline says of the calls now.
+        recipe: number of the one that was chosen for this run; None where timesteps choose.
     """
 
     calls: list[CallState] = field(default_factory=list)
     gone: list[CallState] = field(default_factory=list)
-    name: str | None = None
+    context: CallContext = SILENT
+    recipe: int | None = None
 
     def restart(self) -> None:
         """Forget the running denoising: the next call begins anew."""
         self.calls.clear()
         self.gone.clear()
 
-    def before(self, arrival: Arrival, binding: Binding) -> tuple[CallState, float] | None:
+    def before(
+        self, arrival: Arrival, bindings: Sequence[Binding]
+    ) -> tuple[CallState, float] | None:
         """What a call goes on with, and its place; None where it begins anew.
 
         Where it goes on with something that is gone, as calls of two runs in turn do, it begins
         anew.
+
+        Args:
+            arrival: the call.
+            bindings: of every recipe of the plan.
         """
-        options = sorted(_options(self.calls, arrival, binding), key=_nearness)
-        gone = min(_options(self.gone, arrival, binding), key=_nearness, default=None)
+        options = sorted(_options(self.calls, arrival, bindings), key=_nearness)
+        gone = min(_options(self.gone, arrival, bindings), key=_nearness, default=None)
         if gone and (not options or gone.change < CLEARLY * options[0].change):
             return None
         return (options[0].state, options[0].place) if options else None
@@ -175,7 +241,7 @@ class RunState:
         """
         beside = sum(state.arrival.beside(arrival) for state in self.calls)
         leaving = max(len(self.calls) - max(calls, beside + 1) + 1, 0)
-        gone = [replace(state, kept=()) for state in self.calls[:leaving]]
+        gone = [replace(state, kept=(), opening=()) for state in self.calls[:leaving]]
         self.gone = [*self.gone, *gone][-MAX_GONE:]
         del self.calls[:leaving]
 
@@ -199,13 +265,15 @@ def _nearness(option: _Option) -> tuple[float, float]:
     return option.place - option.state.place, option.change
 
 
-def _options(states: Sequence[CallState], arrival: Arrival, binding: Binding) -> Iterator[_Option]:
-    grid, timestep = binding.grid, binding.timestep
+def _options(
+    states: Sequence[CallState], arrival: Arrival, bindings: Sequence[Binding]
+) -> Iterator[_Option]:
     for state in states:
         last = state.arrival
+        grid, timestep = bindings[state.recipe].grid, bindings[state.recipe].timestep
         if timestep and timestep.turns_back(last.timestep or 0.0, arrival.timestep or 0.0):
             continue
-        place = grid.following(state.place, last.timestep, arrival.timestep)
+        place = next_place(state, arrival, grid)
         if place is None or not _may_follow(last, arrival):
             continue
         change = relative_change(last.latents, arrival.latents)
@@ -214,11 +282,19 @@ def _options(states: Sequence[CallState], arrival: Arrival, binding: Binding) ->
 
 
 def _may_follow(last: Arrival, arrival: Arrival) -> bool:
-    same = (last.form, last.name) == (arrival.form, arrival.name)
+    same = last.form == arrival.form and arrival.context.may_follow(last.context)
     return same and all(last.held[name].same(value) for name, value in arrival.held.items())
 
 
-def start_place(arrival: Arrival, binding: Binding) -> float:
+def next_place(state: CallState, arrival: Arrival, grid: Grid) -> float | None:
+    """Place of a call that goes on with another one; None where it cannot."""
+    last, now = state.arrival.context.index, arrival.context.index
+    ahead = 1 if last is None or now is None else now - last
+    return grid.following(state.place, state.arrival.timestep, arrival.timestep, ahead)
+
+
+def start_place(arrival: Arrival, grid: Grid) -> float:
     """Place of a call that begins anew."""
-    counted = arrival.timestep is None or not binding.grid.timesteps
-    return 0.0 if counted else binding.grid.place(arrival.timestep or 0.0)
+    if arrival.timestep is None or not grid.timesteps:
+        return float(arrival.context.index or 0)
+    return grid.place(arrival.timestep)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import SiteRule, StepMode
 from calicache.graph_passes.settings.recipe import FITTED, Recipe
 from calicache.graph_passes.settings.schedule import Table, count_modes
@@ -110,9 +111,22 @@ class Front:
         """The recipe of a point.
 
         Args:
-            place: of the point, from 0.
+            place: of the point, from 0: points stand by rising cost, and so by falling error.
             base: of any point of the search.
+
+        Raises:
+            PlanError: there is no such point.
         """
+        first, last = self.points[0], self.points[-1]
+        if not 0 <= place < len(self.points):
+            raise PlanError(
+                f"point {place}",
+                expected=f"0 .. {len(self.points) - 1}, by rising cost: {first.cost:.3f} of the "
+                f"full run with error {first.error.mean:.2g}, to {last.cost:.3f} with "
+                f"{last.error.mean:.2g}",
+                got=str(place),
+                fix="Choose one of these.",
+            )
         point = self.points[place]
         return replace(
             base,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,13 @@ def _plan(letters: str = "RCRURF") -> Plan:
     return small_plan(_MODEL, _runs(1), letters)
 
 
+def _save_two(path: Path, letters: str = "RCRURF") -> None:
+    """Two recipes in one plan, the second for timesteps of half the size."""
+    plan = _plan(letters)
+    grid = replace(plan.binding.grid, timesteps=tuple(t / 2 for t in plan.binding.grid.timesteps))
+    Plan.join(plan, replace(plan, binding=replace(plan.binding, grid=grid))).save(path)
+
+
 def _search(path: Path) -> None:
     Plan.search(_MODEL, _runs(3), budget=0.5).save(path)
 
@@ -84,10 +91,13 @@ def _read_recording(path: Path) -> str:
 
 
 def _read_plan(path: Path) -> str:
-    plan = Plan.load(path)
-    fast, x = optimize(_MODEL, plan), torch.linspace(-1, 1, 40).view(2, 5, 4)
-    outputs = [fast(x, torch.full((2,), 1 - step / STEPS)) for step in range(STEPS)]
-    parts = [plan.binding, plan.recipe, plan.statistics, plan.sampler, plan.front, outputs]
+    plan, x = Plan.load(path), torch.linspace(-1, 1, 40).view(2, 5, 4)
+    fast = optimize(_MODEL, plan)
+    parts = []
+    for scale, one in zip((1.0, 0.5), plan.plans, strict=False):
+        times = (torch.full((2,), scale * (1 - step / STEPS)) for step in range(STEPS))
+        outputs = [fast(x, time) for time in times]
+        parts.append([one.binding, one.recipe, one.statistics, one.sampler, one.front, outputs])
     return content_of(parts)
 
 
@@ -132,6 +142,7 @@ FORMATS = {
     "recording": Format(lambda path: _runs(1).save(path), _read_recording),
     "plan": Format(lambda path: _plan().save(path), _read_plan),
     "searched plan": Format(_search, _read_plan),
+    "plan of two recipes": Format(_save_two, _read_plan),
     "latency table": Format(_latency, _read_latency),
     "journal": Format(_journal, lambda path: content_of(_journal(path))),
     "step": Format(partial(_export, Layout.STEP), _read_steps),
@@ -144,6 +155,7 @@ FORMATS = {
 SAVES: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
     "recording": (lambda path: _runs(1).save(path), lambda path: _runs(2).save(path)),
     "plan": (lambda path: _plan().save(path), lambda path: _plan("RCRCRF").save(path)),
+    "plan of two recipes": (_save_two, partial(_save_two, letters="RCRCRF")),
     "latency table": (_latency, partial(_latency, runtime="another")),
     "step": (partial(_export, Layout.STEP), partial(_export, Layout.STEP, letters="RCRCRF")),
 }

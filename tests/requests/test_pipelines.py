@@ -188,7 +188,7 @@ def test_diffusers_own_names_of_calls(name: str) -> None:
     pipe = pipeline(case)
 
     def see(*_: Any) -> None:
-        seen.update(state.arrival.name for state in pipe.transformer.state.calls)
+        seen.update(state.arrival.context.name for state in pipe.transformer.state.calls)
 
     handle = pipe.transformer.register_forward_hook(see)
     case.latents(pipe, PROMPT)

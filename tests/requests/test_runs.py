@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from support.models import STEPS, relative
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 
-from calicache.graph_passes import OptimizedModel, Plan, optimize, record
+from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
 from calicache.graph_passes.common.errors import RunError
 from calicache.graph_passes.sampler.run_state import RunState
 
@@ -164,3 +165,38 @@ def test_rows_at_different_timesteps_are_refused(fast: OptimizedModel) -> None:
     rows = {"hidden_states": torch.zeros(4, 1, 28, 28), "class_labels": torch.zeros(4).long()}
     with pytest.raises(RunError, match="argument timestep: expected one timestep in a call, got 2"):
         fast(**rows, timestep=torch.tensor([9, 9, 5, 5]))
+
+
+@pytest.mark.parametrize("told", [{"step_index": 0}, {"sigma": 0.9}, {}], ids=str)
+def test_a_pipeline_may_say_that_a_run_begins(
+    fast: OptimizedModel, dit: FashionDiT, dit_recording: Recording, told: dict[str, Any]
+) -> None:
+    """Timestep, prompt and latents are those of the next step: the index or the noise tells."""
+    first, second = dit_recording.calls[:2]
+    with fast.start_run() as run, torch.no_grad():
+        with fast.cache_context("cond", step_index=0, sigma=0.5):
+            fast(**first)
+        with fast.cache_context("cond", **told):
+            output = fast(**second)
+    assert [state.start for state in run.calls] == [1 if told else 0]
+    # A REFRESH is the plain model, in float32; what is calibrated at rank 4 is not.
+    assert (relative(output, dit(**second)) < 1e-5) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("context", "match"),
+    [
+        ({"step_index": -1}, "step_index: expected 0 or more, got -1"),
+        ({"step_index": 0.5}, "step_index: expected a whole number"),
+        ({"sigma": "low"}, "sigma: expected a number"),
+    ],
+)
+def test_what_is_no_index_and_no_sigma_is_refused(
+    fast: OptimizedModel, context: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(RunError, match=match), fast.cache_context("cond", **context):
+        pass
+    with fast.cache_context("cond", step_index=torch.tensor(2), num_inference_steps=5):
+        context_now = fast.state.context
+    assert (context_now.name, context_now.index, context_now.sigma) == ("cond", 2, None)
+    assert fast.state.context.name is None

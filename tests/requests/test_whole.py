@@ -17,7 +17,7 @@ from zoo.report import ENTRIES
 
 from calicache.export import export_onnx
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
-from calicache.graph_passes.api.forms import compile_plan
+from calicache.graph_passes.api.running.forms import compile_plan
 from calicache.graph_passes.common.errors import CaptureError, PlanError
 
 SCHEDULE = "RRFRFF"

@@ -94,8 +94,11 @@ def plan_facts(path: Path, plan: Plan) -> PlanFacts:
     Args:
         path: its folder.
         plan: from there.
+
+    Raises:
+        PlanError: the plan has several recipes.
     """
-    binding, recipe = plan.binding, plan.recipe
+    binding, recipe = plan.one(str(path)).binding, plan.recipe
     sampler, files = plan.sampler, [path / name for name in (PLAN_FILE, STATISTICS_FILE)]
     files += [path / SAMPLER_FILE] if (path / SAMPLER_FILE).is_file() else []
     return PlanFacts(

@@ -32,7 +32,7 @@ def export(
     empty = output.is_dir() and not any(output.iterdir())
     fits = not output.exists() or empty or (output / MANIFEST_FILE).is_file()
     check_output(output, fits, "a new folder, or an artifact to replace")
-    planned = Plan.load(plan)
+    planned = Plan.load(plan).one(str(plan))
     with progress_shown() as on_progress:
         optimized = optimize(load_model(model), planned, on_progress=on_progress)
         manifest = export_onnx(

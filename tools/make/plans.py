@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.api.plan_file import PLAN_FILE
+from calicache.graph_passes.api.plan_file import PLAN_FILE, PLANS_FILE
 from calicache.tools.terminal.front import describe_point
 from calicache.tools.terminal.options import check_output
 from calicache.tools.terminal.text import show
@@ -21,7 +21,8 @@ def check_plan_output(output: Path) -> None:
         SubjectError: something else is there.
     """
     empty = output.is_dir() and not any(output.iterdir())
-    fits = not output.exists() or empty or (output / PLAN_FILE).is_file()
+    plan = any((output / name).is_file() for name in (PLAN_FILE, PLANS_FILE))
+    fits = not output.exists() or empty or plan
     check_output(output, fits, "a new folder, or a plan to replace")
 
 

@@ -27,7 +27,7 @@ def report(
     is_page = output.suffix.lower() in (".html", ".htm") and not output.is_dir()
     check_output(output, is_page, "the name of an HTML file, such as report.html")
     recorded = Recording.load(recording) if recording else None
-    planned = Plan.load(plan) if plan else None
+    planned = Plan.load(plan).one(str(plan)) if plan else None
     loaded = load_model(model) if model else None
     with progress_shown() as on_progress:
         data = gather_report(

@@ -210,7 +210,7 @@ def _inside(
 
 
 def _check_plan(plan: Plan | None, weights_hash: str) -> None:
-    if plan is not None and plan.binding.weights_hash != weights_hash:
+    if plan is not None and plan.one("plan").binding.weights_hash != weights_hash:
         raise SubjectError(
             "plan",
             expected=f"the plan of the artifact's checkpoint ({weights_hash[:12]})",

@@ -9,7 +9,12 @@ from safetensors import SafetensorError, safe_open
 from calicache.export.artifact.folder import load_artifact
 from calicache.export.artifact.manifest import MANIFEST_FILE, Manifest
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATISTICS_FILE
+from calicache.graph_passes.api.plan_file import (
+    PLAN_FILE,
+    PLANS_FILE,
+    SAMPLER_FILE,
+    STATISTICS_FILE,
+)
 from calicache.graph_passes.common.errors import SubjectError, reason_of
 from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.recording.recording import Recording
@@ -19,7 +24,7 @@ from calicache.tools.terminal.text import some_names
 _ONNX, _SAFETENSORS = ".onnx", ".safetensors"
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _FOLDERS = {
-    **dict.fromkeys((PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE), "plan"),
+    **dict.fromkeys((PLANS_FILE, PLAN_FILE, STATISTICS_FILE, SAMPLER_FILE), "plan"),
     MANIFEST_FILE: "artifact",
 }
 _MOST_NAMES = 3
@@ -41,7 +46,8 @@ def read_subject(path: Path | str) -> Subject:
 
     Raises:
         SubjectError: it is none of the three kinds.
-        PlanError, ArtifactError, RecordError: a damaged plan, artifact or recording.
+        PlanError, ArtifactError, RecordError: a damaged plan, artifact or recording, or a plan of
+            several recipes, each of which is a plan in a folder of its own.
     """
     place = Path(path)
     try:
@@ -61,8 +67,8 @@ def _read_folder(folder: Path) -> Plan | Manifest:
     if MANIFEST_FILE in names:
         return load_artifact(folder)
     # With the statistics alone it is a plan that lost a file; Plan.load says which.
-    if PLAN_FILE in names or STATISTICS_FILE in names:
-        return Plan.load(folder)
+    if {PLANS_FILE, PLAN_FILE, STATISTICS_FILE} & set(names):
+        return Plan.load(folder).one(str(folder))
     shown = f"a folder with {some_names(names, _MOST_NAMES)}" if names else "an empty folder"
     raise _none_of_them(folder, shown)
 

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from calicache.graph_passes.common.arguments import number, of_kind, path_of, texts, whole_number
+from calicache.graph_passes.common.arguments import (
+    number,
+    numbers,
+    of_kind,
+    path_of,
+    texts,
+    whole_number,
+)
 from calicache.graph_passes.common.errors import PlanError, RunError
 
 
@@ -116,3 +123,22 @@ def test_what_is_no_path_is_refused(value: Any) -> None:
         f"plan: path: expected a path as text, without a zero byte, got {value!r}. "
         "Give such a value as path."
     )
+
+
+@pytest.mark.parametrize(
+    "value", [[1, 2.5], (1, 2.5), torch.tensor([1, 2.5]), np.array([1, 2.5]), iter([1, 2.5])]
+)
+def test_numbers_are_taken_from_what_holds_several(value: Any) -> None:
+    assert numbers("timesteps", value, PlanError) == (1.0, 2.5)
+
+
+@pytest.mark.parametrize("value", ["12", 3, None, [], torch.tensor(3.0)])
+def test_one_number_and_none_are_refused(value: Any) -> None:
+    with pytest.raises(PlanError, match="timesteps: expected a list of numbers"):
+        numbers("timesteps", value, PlanError)
+
+
+@pytest.mark.parametrize("value", [[1, None], torch.zeros(2, 2), ["12"]])
+def test_several_that_are_no_numbers_are_refused(value: Any) -> None:
+    with pytest.raises(PlanError, match="timesteps: expected a number"):
+        numbers("timesteps", value, PlanError)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calicache.graph_passes.common.progress import Meter, Progress
+from calicache.graph_passes.common.errors import CalicacheError
+from calicache.graph_passes.common.progress import Meter, Progress, part_of
 
 works = st.floats(0, 1e6, allow_nan=False)
 
@@ -89,6 +90,29 @@ def test_nothing_ever_goes_back(total: float, pieces: list[tuple[str, float]]) -
     for before, after in pairwise(seen):
         assert before.done <= after.done
         assert before.total <= after.total
+
+
+@settings(deadline=None)
+@given(parts=st.lists(st.lists(st.tuples(works, works), max_size=5), min_size=2, max_size=3))
+def test_parts_of_a_work_are_told_as_one(parts: list[list[tuple[float, float]]]) -> None:
+    seen: list[Progress] = []
+    names = [f"part {number}" for number in range(len(parts))]
+    for number, told in enumerate(parts):
+        tell = part_of(seen.append, names, number)
+        assert tell is not None
+        for done, total in told:
+            tell(Progress(done, total, "stage"))
+            assert number <= seen[-1].done <= number + 1
+            assert (seen[-1].total, seen[-1].stage) == (len(parts), f"part {number}: stage")
+    assert [one.done for one in seen] == sorted(one.done for one in seen)
+
+
+def test_one_part_alone_is_told_as_it_is() -> None:
+    seen: list[Progress] = []
+    assert part_of(seen.append, ["all"], 0) == seen.append
+    assert part_of(None, ["one", "two"], 1) is None
+    with pytest.raises(CalicacheError, match="on_progress: expected a function"):
+        part_of("listener", ["one", "two"], 1)  # type: ignore[arg-type]
 
 
 def test_what_was_told_cannot_be_changed() -> None:

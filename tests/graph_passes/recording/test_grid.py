@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.recording.grid import MAX_CHANGE, Grid, grid_of, relative_change
+from calicache.graph_passes.recording.grid import (
+    MAX_CHANGE,
+    Grid,
+    best_grid,
+    grid_of,
+    relative_change,
+    whole_grid,
+)
 from calicache.graph_passes.recording.recorder import Recorder
 
 DOWN = Grid((900.0, 700.0, 400.0, 100.0), (0.0, 0.1, 0.2, 0.3))
@@ -163,3 +170,79 @@ def test_numbers_that_are_no_grid_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match="grid"):
         Grid(timesteps, changes)
+
+
+# --- several grids -------------------------------------------------------------------------------
+
+SHORT, LONG = (
+    Grid((1000.0, *rest), (0.0,) * (len(rest) + 1)) for rest in ((500.0,), (750, 500, 250))
+)
+TWICE = Grid((9.0, 6.0, 6.0, 3.0), (0.0, 0.1, 0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("grid", "timesteps", "held"),
+    [
+        (DOWN, (900.0, 700.0, 400.0, 100.0), True),
+        (DOWN, (700.0, 400.0), True),
+        (DOWN, (400.0004, 100.0), True),  # of 900, float32 rounds at 5e-5
+        (DOWN, (700.0, 100.0), False),
+        (DOWN, (100.0, 50.0), False),
+        (DOWN, (400.0, 700.0), False),
+        (UP, (0.25, 0.5), True),
+        (TWICE, (6.0, 3.0), True),
+        (TWICE, (6.0, 6.0, 3.0), True),
+        (TWICE, (9.0, 6.0, 3.0), False),
+        (Grid((), (0.0, 0.1)), (5.0, 4.0), True),  # whose steps are counted
+        (Grid((), (0.0, 0.1)), (5.0, 4.0, 3.0), False),
+    ],
+)
+def test_timesteps_one_after_another_are_held(
+    grid: Grid, timesteps: tuple[float, ...], held: bool
+) -> None:
+    assert grid.holds(timesteps) == held
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "best"),
+    [
+        ((1000.0,), (0, True)),  # both begin so
+        ((1000.0, 500.0), (0, False)),
+        ((1000.0, 750.0), (1, False)),
+        ((250.0,), (1, False)),
+        ((500.0,), (0, True)),
+        ((800.0,), (0, True)),  # none has it, and one timestep has no length of a step
+        ((800.0, 550.0), (1, False)),
+        ((800.0, 280.0), (0, False)),
+        ((1000.0, 900.0, 800.0), (1, False)),
+    ],
+)
+def test_the_grid_that_holds_timesteps_is_the_best_or_the_one_with_such_steps(
+    timesteps: tuple[float, ...], best: tuple[int, bool]
+) -> None:
+    assert best_grid((SHORT, LONG), timesteps) == best
+    assert best_grid((LONG,), timesteps) == (0, False)
+
+
+def test_of_two_grids_with_whole_timesteps_the_one_that_ends_with_them_counts() -> None:
+    begun = Grid((1000.0, 750.0), (0.0, 0.1))
+    assert whole_grid((LONG, begun), (1000.0, 750.0)) == (1, True)
+    assert whole_grid((LONG, begun), (1000.0, 750.0, 500.0)) == (0, True)  # broken off
+    assert whole_grid((LONG, begun), (500.0, 250.0)) == (0, True)
+    assert whole_grid((SHORT, LONG), (1000.0, 700.0, 400.0, 100.0)) == (1, False)
+    assert whole_grid((Grid((), (0.0, 0.1)),), (3.0, 2.0, 1.0)) == (0, False)
+
+
+def test_timesteps_between_the_first_and_the_last_are_spanned() -> None:
+    assert [DOWN.spans(value) for value in (901.0, 900.0, 300.0, 99.0)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert Grid((), (0.0, 0.1)).spans(-5.0)
+
+
+@pytest.mark.parametrize(("ahead", "place"), [(1, 2.0), (2, 3.0), (3, None)])
+def test_where_steps_are_counted_an_index_says_how_many(ahead: int, place: float | None) -> None:
+    assert Grid((), (0.0, 0.1, 0.1, 0.1)).following(1.0, None, None, ahead) == place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.recording.binding import Binding, bind
+from calicache.graph_passes.recording.grid import Grid
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import record
 from calicache.graph_passes.sampler.run_state import (
     Arrival,
+    CallContext,
     CallState,
     HeldInput,
     RunState,
@@ -59,19 +62,21 @@ def arrival(
     text: Tensor = TEXT,
     form: object = "form",
     name: str | None = None,
+    index: int | None = None,
+    sigma: float | None = None,
 ) -> Arrival:
     time = 9.0 - 2 * step if time is None else time
     tensors = {"x": latent(step, seed), "t": torch.tensor(time), "text": text}
-    return Arrival.of(tensors, CLASSES, binding.timestep, form, name)
+    return Arrival.of(tensors, CLASSES, binding.timestep, form, CallContext(name, index, sigma))
 
 
 def serve(run: RunState, arrival: Arrival, binding: Binding, calls: int = 1) -> CallState:
     """What a model does with a call, but for running it."""
     compiled: Any = None
-    follows = run.before(arrival, binding)
+    follows = run.before(arrival, [binding])
     if follows is None:
         run.make_room(arrival, calls)
-        place = start_place(arrival, binding)
+        place = start_place(arrival, binding.grid)
         state = CallState(compiled, arrival.kept(), place, (), (place,), place)
         run.keep(None, state)
         return state
@@ -106,7 +111,7 @@ def test_a_call_that_differs_begins_anew(binding: Binding, change: dict[str, Any
     serve(run, arrival(binding, 1), binding)
     state = serve(run, arrival(binding, 2, **change), binding)
     assert state.start == state.place
-    assert run.before(arrival(binding, 3), binding) is None or "time" in change
+    assert run.before(arrival(binding, 3), [binding]) is None or "time" in change
 
 
 def test_a_later_start_has_its_own_place(binding: Binding) -> None:
@@ -165,10 +170,49 @@ def test_names_tell_calls_apart_that_are_alike(binding: Binding) -> None:
         names = ("cond", "uncond") if step % 2 else ("uncond", "cond")
         for name in names:
             serve(run, arrival(binding, step, name=name), binding, calls=2)
-    assert {(state.arrival.name, state.start) for state in run.calls} == {
+    assert {(state.arrival.context.name, state.start) for state in run.calls} == {
         ("cond", 0),
         ("uncond", 0),
     }
+
+
+def test_an_index_or_a_sigma_that_turns_back_begins_anew(binding: Binding) -> None:
+    run = RunState()
+    said: list[tuple[dict[str, Any], bool]] = [
+        ({"index": 0, "sigma": 0.9}, True),
+        ({"index": 1, "sigma": 0.7}, False),
+        ({}, False),  # nothing is said
+        ({"index": 5, "sigma": 0.5}, False),
+    ]
+    for step, (context, begins) in enumerate(said):
+        state = serve(run, arrival(binding, step, **context), binding)
+        assert (state.start == state.place) == begins
+    for context in ({"index": 5}, {"index": 4}, {"sigma": 0.6}):
+        assert run.before(arrival(binding, 3.5, **context), [binding]) is None
+    for context in ({"index": 6}, {"sigma": 0.5}, {"sigma": 0.1}, {}):
+        assert run.before(arrival(binding, 3.5, **context), [binding]) is not None
+
+
+def test_where_nothing_counts_the_steps_an_index_does(binding: Binding) -> None:
+    counted = replace(binding, timestep=None, grid=Grid((), (0.0, 0.1, 0.1, 0.1)))
+    run = RunState()
+    told = [serve(run, arrival(counted, k, index=k), counted) for k in (1, 3)]
+    assert [(state.place, state.start) for state in told] == [(1, 1), (3, 1)]
+    again = serve(run, arrival(counted, 3.5, index=2), counted)
+    assert (again.place, again.start) == (2, 2)
+    silent = serve(run, arrival(counted, 4), counted)
+    assert (silent.place, silent.start) == (3, 2)
+
+
+def test_every_call_goes_on_under_its_own_recipe(binding: Binding) -> None:
+    fine = replace(binding, grid=Grid((9.0, 8.0, 7.0, 6.0), (0.0, 0.1, 0.1, 0.1)))
+    run = RunState()
+    serve(run, arrival(binding, 0), binding)
+    for recipe, place in ((0, 0.5), (1, 1.0)):
+        run.calls = [replace(run.calls[0], recipe=recipe)]
+        follows = run.before(arrival(binding, 0.5), [binding, fine])
+        assert follows is not None
+        assert follows[1] == place
 
 
 def test_runs_in_turn_never_go_on_with_one_another(binding: Binding) -> None:
@@ -185,7 +229,7 @@ def test_what_is_gone_is_told_from_what_is_near(binding: Binding) -> None:
 
     def call(step: int, shift: float) -> Arrival:
         tensors = {"x": latent(step + shift), "t": torch.tensor(9.0 - 2 * step), "text": TEXT}
-        return Arrival.of(tensors, CLASSES, binding.timestep, "form", None)
+        return Arrival.of(tensors, CLASSES, binding.timestep, "form")
 
     serve(run, call(0, 0.0), binding)
     serve(run, call(0, 3.0), binding)
@@ -227,7 +271,7 @@ def test_latents_are_copies(binding: Binding) -> None:
     run, call = RunState(), arrival(binding, 0)
     serve(run, call, binding)
     call.latents["x"].fill_(100.0)
-    assert run.before(arrival(binding, 1), binding) is not None
+    assert run.before(arrival(binding, 1), [binding]) is not None
 
 
 # --- values that stay the same over a run --------------------------------------------------------

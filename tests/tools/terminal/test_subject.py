@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,23 @@ def test_a_plan(home: Path) -> None:
     subject = read_subject(home / "plan")
     assert isinstance(subject, Plan)
     assert subject.recipe.rank == 4
+
+
+def test_a_plan_of_several_recipes_is_refused_and_each_of_them_is_a_plan(
+    home: Path, tmp_path: Path
+) -> None:
+    plan = Plan.load(home / "plan")
+    grid = replace(plan.binding.grid, timesteps=tuple(t / 2 for t in plan.binding.grid.timesteps))
+    Plan.join(plan, replace(plan, binding=replace(plan.binding, grid=grid))).save(tmp_path / "both")
+    with pytest.raises(PlanError, match=f"{tmp_path}.*got one for 6, 6-2 steps.* its folder, 6,"):
+        read_subject(tmp_path / "both")
+    for name in ("6", "6-2"):
+        subject = read_subject(tmp_path / "both" / name)
+        assert isinstance(subject, Plan)
+        assert subject.recipe == plan.recipe
+    assert_none_of_them(
+        tmp_path / "both" / "plans.json", "another file", "Give the folder of the plan."
+    )
 
 
 def test_an_artifact(home: Path) -> None:

@@ -11,7 +11,12 @@ from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.sampler.kept import keep_refresh
-from calicache.graph_passes.sampler.run_state import Arrival, CallState, RunState
+from calicache.graph_passes.sampler.run_state import (
+    Arrival,
+    CallState,
+    PastCall,
+    RunState,
+)
 from calicache.graph_passes.settings.choices import StepMode
 
 
@@ -27,6 +32,9 @@ class ModelCall:
         mode: of its step.
         place: of its step among the recorded ones.
         tensors: of the call, in order.
+        recipe: number of the recipe, in a plan of several.
+        opening: see `CallState`.
+        derived: whether it, or one before it, has a timestep that was not recorded.
     """
 
     run: RunState
@@ -36,6 +44,9 @@ class ModelCall:
     mode: StepMode
     place: float
     tensors: list[Tensor]
+    recipe: int = 0
+    opening: tuple[PastCall, ...] = ()
+    derived: bool = False
 
     @property
     def variant(self) -> nn.Module:
@@ -53,14 +64,30 @@ class ModelCall:
 
     def finish(self, outputs: Sequence[Tensor]) -> Any:
         """Keep what a REFRESH gave; the model's own outputs."""
+        self.run.keep(self.before, self.leave(outputs))
+        flat = list(outputs[: self.compiled.variant_set.outputs])
+        return pytree.tree_unflatten(flat, self.compiled.captured.output_tree)
+
+    def leave(self, outputs: Sequence[Tensor]) -> CallState:
+        """What the call leaves for the next one.
+
+        Args:
+            outputs: of the variant, which count where the step is REFRESH.
+        """
         variant_set, before = self.compiled.variant_set, self.before
         history = variant_set.history
         kept, places = (before.kept, before.refreshes) if before else ((), ())
         if self.mode is StepMode.REFRESH:
             kept = keep_refresh(variant_set, outputs, kept, history, self.tensors)
             places = (self.place, *places)[:history]
-        start = before.start if before else self.place
-        state = CallState(self.compiled, self.arrival.kept(), self.place, kept, places, start)
-        self.run.keep(before, state)
-        flat = list(outputs[: variant_set.outputs])
-        return pytree.tree_unflatten(flat, self.compiled.captured.output_tree)
+        return CallState(
+            self.compiled,
+            self.arrival.kept(),
+            self.place,
+            kept,
+            places,
+            before.start if before else self.place,
+            self.recipe,
+            self.opening,
+            self.derived,
+        )

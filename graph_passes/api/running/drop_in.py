@@ -1,0 +1,90 @@
+"""What makes an optimised model pass for the original: class, attributes, saving, copies."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from calicache.graph_passes.api.plan import Plan
+from calicache.graph_passes.api.running.weights import UNABLE, WeightVersions, unable
+from calicache.graph_passes.common.errors import CalicacheWarning
+
+PLAN_FOLDER = "calicache"  # in the folder of a model that was saved with its plan
+
+
+class DropIn(nn.Module):
+    """A module that stands in the place of another one.
+
+    Args:
+        original: the model as it was.
+        plan: what it runs under.
+    """
+
+    def __init__(self, original: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.original = original
+        # Where diffusers looks the class of a part of a pipeline up, to save it.
+        self.__module__ = type(original).__module__
+        self.plan = plan
+        self._weights = WeightVersions.of(original)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: calibration has no training mode, and a pipeline may ask for one."""
+        super().train(False)
+        if mode:
+            warnings.warn(
+                "An optimised model stays in eval mode. Train the original model, then optimise "
+                "it again.",
+                CalicacheWarning,
+                stacklevel=2,
+            )
+        return self
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The original's: what asks for a model of its kind, such as a pipeline, gets one.
+
+        `isinstance(fast, OptimizedModel)` is true all the same.
+        """
+        original = self.__dict__.get("_modules", {}).get("original")
+        return type(self) if original is None else type(original)
+
+    def save_pretrained(self, path: Path | str, **options: Any) -> None:
+        """Save the original as it saves itself, and the plan in a folder of it, `calicache`.
+
+        So a pipeline's own `save_pretrained` keeps both; what loads the folder gets the original.
+
+        Raises:
+            AttributeError: the original has no such method.
+            CalicacheError: the plan cannot be written.
+        """
+        self.original.save_pretrained(path, **options)  # type: ignore[operator]
+        self.plan.save(Path(path) / PLAN_FOLDER)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (type(self),), self.__dict__.copy()  # pickle's own way asks for __class__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._weights = WeightVersions.of(self.original)  # a copy has parameters of its own
+
+    def __repr__(self) -> str:
+        lines = self.plan.describe().splitlines()
+        name = type(self.original).__name__
+        return "\n  ".join((f"{name} optimised by calicache", *lines))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original":
+                raise
+            value = getattr(self.original, name)
+            return unable(name) if name in UNABLE else value
+
+
+def _empty(kind: type[DropIn]) -> DropIn:
+    return kind.__new__(kind)
