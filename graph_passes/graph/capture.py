@@ -112,7 +112,8 @@ def _export(
             fix="A graph cannot follow sizes and branches that differ from call to call, and this "
             "model reads such values (see the chained error)."
             if reads == DIFFERENT
-            else "Remove what torch.export cannot trace (see the chained error).",
+            else "Remove what torch.export cannot trace (see the chained error), or plan with "
+            "REFRESH and FORECAST steps alone: those run the model whole, cast or offloaded.",
         ) from error
     assert isinstance(module, fx.GraphModule)
     return exported, module

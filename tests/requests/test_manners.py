@@ -16,7 +16,7 @@ from support.tiny_pipelines import CASES, PipelineCase
 from torch import Tensor
 
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
-from calicache.graph_passes.common.errors import RunError
+from calicache.graph_passes.common.errors import CaptureError, RunError
 
 PIXART = next(case for case in CASES if case.name == "pixart")
 pytestmark = pytest.mark.slow
@@ -116,3 +116,23 @@ def test_sequential_offloading_goes_with_forecasts_and_is_refused_with_graphs(
     else:
         # The same operations on copies of the same weights.
         assert relative(PIXART.latents(pipe, PROMPT), expected) < 1e-5
+
+
+def test_layerwise_casting_goes_with_forecasts_and_is_refused_with_graphs() -> None:
+    """Weights in 8 bits that hooks make floats of, a layer at a time."""
+    bits = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    pipe = PIXART.build()
+    original = pipe.transformer = copy.deepcopy(pipe.transformer)
+    original.enable_layerwise_casting(**bits)
+    with record(original) as recording:
+        expected = PIXART.latents(pipe, PROMPT)
+    with pytest.raises(
+        CaptureError, match="REFRESH and FORECAST steps alone: those run the model whole"
+    ):
+        Plan.from_trajectory(original, recording, schedule="RCRCRC", rank=4)
+    plan = Plan.from_trajectory(original, recording, schedule="RRFRRF", order=1)
+    fast = pipe.transformer = optimize(original, plan)
+    # A third of six steps is forecast: near, and with the very weights of the recording.
+    assert 1e-6 < relative(PIXART.latents(pipe, PROMPT), expected) < 0.1
+    with pytest.raises(RunError, match=r"enable_layerwise_casting\(\)"):
+        fast.enable_layerwise_casting(**bits)
