@@ -129,7 +129,7 @@ def _table(findings: Sequence[Finding]) -> str:
             _full_rank_cell(finding),
             _cell(finding.onnx),
             "the same" if finding.sampler == failed_step else _cell(finding.sampler),
-            ", ".join(size for size, reason in finding.closed.items() if not reason) or "none",
+            _open_cell(finding.closed),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
@@ -138,6 +138,11 @@ def _table(findings: Sequence[Finding]) -> str:
 def _full_rank_cell(finding: Finding) -> str:
     stale = "" if finding.stale is None else f" ({finding.stale:.0e})"
     return _cell(finding.full_rank) + stale * finding.full_rank.passed
+
+
+def _open_cell(closed: Mapping[str, str]) -> str:
+    opened = [size for size, reason in closed.items() if not reason]
+    return ", ".join(opened) or ("none" if closed else "not tried")
 
 
 def _cell(check: Check) -> str:

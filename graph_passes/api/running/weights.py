@@ -60,8 +60,8 @@ class WeightVersions:
 
     Attributes:
         parameters: each by its identity, and how often it has been written to.
-        settings: of every module by name, a digest of its numbers, texts, and lists of such: the
-            scale of an adapter, or whether it is switched off. Training mode is none.
+        settings: of every module by name, a digest of its texts, switches and fractions, and of
+            lists with such: the scale of an adapter, or whether it is off. Training mode is none.
     """
 
     parameters: tuple[tuple[int, int], ...]
@@ -104,18 +104,34 @@ _OWN = frozenset(vars(nn.Module()))  # hooks, tables, and whether it is in train
 
 
 def _settings(module: nn.Module) -> str:
-    """The plain attributes of a module as text."""
-    named = vars(module).items()
-    return repr([pair for pair in named if pair[0] not in _OWN and _is_plain(pair[1])])
+    """The settings of a module as text.
+
+    Whole numbers alone are none: what a model keeps of the lengths that it has met is such.
+    """
+    named = []
+    for name, value in vars(module).items():
+        kind = type(value)
+        if kind in (int, type(None)) or name in _OWN:
+            continue
+        if kind in (dict, list, tuple, set):
+            parts = _parts(value)
+            is_setting = parts is not None and ({*map(type, parts)} != {int} or not parts)
+        else:
+            is_setting = kind in (bool, float, str)
+        if is_setting:
+            named.append((name, value))
+    return repr(named)
 
 
-def _is_plain(value: object) -> bool:
-    """Whether it is a number, a text, or a list, tuple, set or dict of such."""
-    if type(value) is dict:
-        return all(_is_plain(part) for pair in value.items() for part in pair)
-    if type(value) in (list, tuple, set):
-        return all(map(_is_plain, value))  # type: ignore[call-overload]
-    return value is None or type(value) in (bool, int, float, str)
+def _parts(value: object) -> list[object] | None:
+    """The texts and numbers in lists, sets and dicts; None where something else is in them."""
+    if value is None or type(value) in (bool, int, float, str):
+        return [value]
+    if type(value) not in (dict, list, tuple, set):
+        return None
+    inner = [*value, *value.values()] if type(value) is dict else [*value]  # type: ignore[misc]
+    parts = [_parts(part) for part in inner]
+    return None if None in parts else [leaf for part in parts for leaf in part or ()]
 
 
 def unable(name: str) -> Callable[..., NoReturn]:

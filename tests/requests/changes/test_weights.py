@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from model import FashionDiT
 from support.models import relative, sample_dit
+from torch import nn
 
 from calicache.graph_passes import Plan, Recording, StepMode, optimize, record
+from calicache.graph_passes.api.running.weights import WeightVersions
 from calicache.graph_passes.common.errors import PlanError, RunError
 
 pytestmark = pytest.mark.slow
@@ -121,3 +124,36 @@ def test_moving_and_copying_is_no_change(
     for model in (fast.to("cpu"), copy.deepcopy(fast), fast.requires_grad_(False)):
         model.reset()
         model(**dit_recording.calls[0])
+
+
+SETTINGS: dict[str, tuple[Any, Any]] = {
+    "a fraction": (0.5, 0.25),
+    "a switch": (False, True),
+    "a text": ("default", "second"),
+    "an adapter's scales": ({"default": 2.0}, {"default": 1.0}),
+    "adapters that are fused": ([], ["default"]),
+    "lists in lists": ({"a": [("x", 1)]}, {"a": [("x", 2)]}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_modules_count(setting: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before, after = SETTINGS[setting]
+    model[1].setting = before
+    state = WeightVersions.of(model)
+    assert state.refusal(model) is None
+    model[1].setting = after
+    refusal = state.refusal(model)
+    assert refusal is not None
+    assert refusal.where == "1"
+    assert refusal.got == "others in 1 of 3 modules"
+
+
+def test_what_a_model_keeps_while_it_runs_is_no_setting() -> None:
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    model[0].longest, model[0].shape, model[0].table = 77, (2, 3), {"angles": torch.ones(2)}
+    state = WeightVersions.of(model)
+    model[0].longest, model[0].shape, model[0].table = 512, (4, 9), {"angles": torch.ones(3)}
+    model.train()
+    assert state.refusal(model) is None
