@@ -104,9 +104,10 @@ def test_sizes_that_change_by_two_ratios_are_refused(fast) -> None:
 def test_moving_the_model_moves_what_other_batch_sizes_run(dit, forecast_plan) -> None:
     fast = optimize(copy.deepcopy(dit), forecast_plan)
     sample(fast, 1)
-    assert fast._forms._others
+    (recipe,) = fast._recipes.each
+    assert recipe.forms._others
     fast.to("cpu")
-    assert not fast._forms._others
+    assert not recipe.forms._others
     assert torch.isfinite(sample(fast, 1)).all()
 
 
