@@ -23,14 +23,17 @@ from calicache.export.layouts.step import step_model
 from calicache.export.session.runtime import onnx_runtime
 from calicache.export.sizes import (
     at_sizes,
+    at_words,
     check_operations,
     open_axes,
     open_sizes,
     points_of,
+    refused,
     tables_at,
 )
 from calicache.export.translation.precision import lower_precision
 from calicache.graph_passes.api.runtime import OptimizedModel
+from calicache.graph_passes.common.errors import CalicacheError, reason_of
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.rewriting.variants import VariantSet
@@ -116,7 +119,12 @@ def _open_models(optimized: OptimizedModel, wishes: Wishes) -> tuple[Models, Ope
         inputs = compiled.analysis.binding.signature.tensors
         own = tables and tables_at(tables, inputs)
         batch = sizes.get(Axis.BATCH, 1)
-        models_by_point.append(_models(compiled, replace(wishes, tables=own), batch))
+        try:
+            models_by_point.append(_models(compiled, replace(wishes, tables=own), batch))
+        except CalicacheError:
+            raise
+        except Exception as error:  # sizes that the recorded calls do not have, such as none left
+            raise refused(f"{at_words(sizes)}: {reason_of(error)}") from error
         noise = () if own is None else (noise_spec(compiled, own),)
         forms.append((*inputs, *cache_specs(compiled.variant_set), *noise))
     names = models_by_point[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calicache.export.artifact.open_sizes import Axis, OpenSize, Sizes, fitted_formula
 from calicache.graph_passes.api.runtime import OptimizedModel
-from calicache.graph_passes.common.errors import CalicacheError, ExportError
+from calicache.graph_passes.common.errors import CalicacheError, ExportError, reason_of
 from calicache.graph_passes.graph.operations import DATA_MOVEMENT
 from calicache.graph_passes.graph.surgery import module_path
 from calicache.graph_passes.recording.input_classes import Dependence
@@ -169,9 +169,14 @@ def at_sizes(optimized: OptimizedModel, axes: OpenAxes, sizes: Sizes) -> Optimiz
         return optimized.for_call(
             **{name: _repeated(value, rows, new_rows) for name, value in arguments.items()}
         )
-    except CalicacheError as error:
-        at = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise refused(f"at {at}: {error.got}") from error
+    except Exception as error:  # the model itself may refuse the size
+        reason = error.got if isinstance(error, CalicacheError) else reason_of(error)
+        raise refused(f"{at_words(sizes)}: {reason}") from error
+
+
+def at_words(sizes: Sizes) -> str:
+    """At which sizes, such as `at batch 2, prompt 7`."""
+    return "at " + ", ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
 def tables_at(tables: SamplerTables, specs: Sequence[TensorSpec]) -> SamplerTables:

@@ -67,7 +67,7 @@ def take_apart(name: str, seconds: float, known: Finding | None = None) -> Findi
         return finding
     except EOFError:
         process.join()
-        return failed(name, f"the process ended with exit code {process.exitcode}")
+        return known or failed(name, f"the process ended with exit code {process.exitcode}")
     finally:
         process.kill()
         process.join()
