@@ -119,16 +119,20 @@ def test_standard_files_pass_the_checker_and_strict_shape_inference(fast) -> Non
         onnx.shape_inference.infer_shapes(onnx.load(file), strict_mode=True, data_prop=True)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models_of_diffusers_are_equal_at_every_batch(name: str, tmp_path: Path) -> None:
-    """At the recorded batch what torch gives, and at others the same row by row."""
+def optimized_and_recorded(name: str) -> tuple[OptimizedModel, tuple[dict[str, Tensor], ...]]:
+    """A tiny transformer of diffusers, recorded with two samples, and its recorded calls."""
     entry = ENTRIES[name]
     model = make_model(entry)
     with record(model) as recording:
-        run = run_sampler(model, entry, 2, linear=True)
-        recording.finish(run.latents)
-    fast = optimize(model, Plan.from_trajectory(model, recording, schedule="RCURC", rank=2))
-    calls = recording.calls
+        recording.finish(run_sampler(model, entry, 2, linear=True).latents)
+    plan = Plan.from_trajectory(model, recording, schedule="RCURC", rank=2)
+    return optimize(model, plan), tuple(map(dict, recording.calls))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_diffusers_are_equal_at_every_batch(name: str, tmp_path: Path) -> None:
+    """At the recorded batch what torch gives, and at others the same row by row."""
+    fast, calls = optimized_and_recorded(name)
     for layout in ("step", "sampler"):
         export_onnx(fast, tmp_path / layout, layout=layout, **OPEN)
     steps, whole = Session(tmp_path / "step"), Session(tmp_path / "sampler")
@@ -230,35 +234,27 @@ def at_lengths(call: dict[str, Any], batch: int, prompt: int, tokens: int) -> di
 
 def test_prompt_tokens_and_batch_are_open_at_once(tmp_path: Path) -> None:
     """Flux: one sequence of text and latent, whose positions are inputs."""
-    entry = ENTRIES["FluxTransformer2DModel"]
-    model = make_model(entry)
-    with record(model) as recording:
-        recording.finish(run_sampler(model, entry, 2, linear=True).latents)
-    fast = optimize(model, Plan.from_trajectory(model, recording, schedule="RCURC", rank=2))
+    fast, recorded = optimized_and_recorded("FluxTransformer2DModel")
     export_onnx(fast, tmp_path / "d", dynamic=("batch", "prompt", "tokens"))
     session = Session(tmp_path / "d")
     sizes = {str(s.formula) for sizes in session.manifest.open_sizes.values() for s in sizes}
     assert {"batch", "prompt", "tokens", "prompt + tokens"} <= sizes
     for lengths in ((2, 7, 16), (1, 12, 9), (6, 3, 25)):
-        calls = [at_lengths(call, *lengths) for call in recording.calls]
+        calls = [at_lengths(call, *lengths) for call in recorded]
         other = fast.for_call(**unflattened(fast, calls[0]))
         for step, call in enumerate(calls):
             got = torch.from_numpy(session.step(step, **call))
             assert relative(got, first_tensor(other(**unflattened(fast, call)))) < SAME
     with pytest.raises(RunError, match="input prompt: expected 3, as in this run, got 4"):
-        session.step(1, **at_lengths(recording.calls[1], 6, 4, 25))
+        session.step(1, **at_lengths(recorded[1], 6, 4, 25))
 
 
 def test_prompt_of_a_whole_run_is_open(tmp_path: Path) -> None:
     """PixArt: attention to a text with a mask."""
-    entry = ENTRIES["PixArtTransformer2DModel"]
-    model = make_model(entry)
-    with record(model) as recording:
-        recording.finish(run_sampler(model, entry, 2, linear=True).latents)
-    fast = optimize(model, Plan.from_trajectory(model, recording, schedule="RCURC", rank=2))
+    fast, recorded = optimized_and_recorded("PixArtTransformer2DModel")
     export_onnx(fast, tmp_path / "long", layout="sampler", dynamic=("prompt",))
     session = Session(tmp_path / "long")
-    call = recording.calls[0]
+    call = recorded[0]
     given = {k: v.numpy() for k, v in call.items()}
     names = ("encoder_hidden_states", "encoder_attention_mask")
     whole = session.sample(**_run_inputs(session, given))
