@@ -38,5 +38,11 @@ def hash_weights(model: nn.Module) -> str:
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         if not value.is_meta:
-            digest.update(tensor_bytes(value))
+            digest.update(tensor_bytes(_whole(value)))
     return digest.hexdigest()
+
+
+def _whole(value: Tensor) -> Tensor:
+    """All of a tensor, whichever processes it is sharded over: that does not count."""
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole

@@ -89,12 +89,13 @@ class CallSignature:
         return arguments
 
     def check_kin(self, other: CallSignature) -> None:
-        """Refuse a form that differs from this one in more than sizes and constants.
+        """Refuse a form that differs from this one in more than sizes, precision and constants.
 
-        Sizes are shapes, and how many values a list has.
+        Sizes are shapes, and how many values a list has; precision is another floating-point
+        dtype, as after a cast.
 
         Raises:
-            RunError: other tensors, or another dtype or number of dimensions.
+            RunError: other tensors, or another kind of number or number of dimensions.
         """
         own, others = self.by_pattern(), other.by_pattern()
         constants = {constant.name: repr(constant.value) for constant in other.constants}
@@ -102,7 +103,7 @@ class CallSignature:
             got = others.get(name)
             if got is None:
                 raise _mismatch(name, f"a tensor {spec}", constants.get(name, "none"))
-            if got.dtype != spec.dtype or len(got.shape) != len(spec.shape):
+            if not _same_kind(got, spec) or len(got.shape) != len(spec.shape):
                 raise _mismatch(name, str(spec), str(got))
         for name in sorted(set(others) - set(own)):
             raise _mismatch(name, "no tensor", str(others[name]))
@@ -212,6 +213,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     if inner is None and callable(base := getattr(model, "get_base_model", None)):
         inner = base()
     return _unwrapped(inner) if isinstance(inner, nn.Module) and inner is not model else model
+
+
+def _same_kind(one: TensorSpec, other: TensorSpec) -> bool:
+    """Whether two tensors are of one dtype, or both of floating-point numbers."""
+    floats = one.torch_dtype.is_floating_point and other.torch_dtype.is_floating_point
+    return floats or one.dtype == other.dtype
 
 
 def _mismatch(where: str, expected: str, got: str) -> CalicacheError:

@@ -69,7 +69,7 @@ class Calibration:
         for number, name in enumerate(target.nodes):
             node = self.copies[name]
             with insert.graph.inserting_before(node):
-                up = parts[number].contiguous()
+                up = parts[number].clone()  # memory of its own, as safetensors demands
                 part = "up" if len(parts) == 1 else f"up_{number}"
                 correction = insert.linear(inner, target.name, part, up)
                 anchor = insert.anchor_rows(node)
@@ -153,7 +153,7 @@ def folded_value(
     if isinstance(bias, fx.Node):
         offset = -(factors.read @ captured.attribute(str(bias.target)).detach())  # -K b, (r,)
     with insert.graph.inserting_before(product.next):
-        return insert.linear(product, site, "read", factors.read, offset)
+        return insert.linear(product, site, "read", factors.read.contiguous(), offset)
 
 
 def _in_dtype(insert: Insertion, node: fx.Node, dtype: torch.dtype) -> fx.Node:

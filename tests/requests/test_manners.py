@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import ModelMixin, PixArtAlphaPipeline
+from safetensors.torch import load_file, save_model
 from support.models import relative
 from support.tiny_pipelines import CASES, PipelineCase
-from torch import Tensor
+from torch import Tensor, nn
 
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
 from calicache.graph_passes.common.errors import CaptureError, RunError
@@ -63,6 +64,33 @@ def test_copies_do_the_same(way: str, planned: tuple[PipelineCase, Plan, Tensor]
     assert type(copied) is OptimizedModel
     pipe.transformer = copied
     assert torch.equal(case.latents(pipe, PROMPT), expected)
+
+
+def test_a_deep_copy_holds_every_weight_once(planned: tuple[PipelineCase, Plan, Tensor]) -> None:
+    case, plan, _ = planned
+    fast = optimize(case.build().transformer, plan)
+    copied = copy.deepcopy(fast)
+    assert not _storages(copied).keys() & _storages(fast).keys()
+    assert sum(_storages(copied).values()) == sum(_storages(fast).values()) > 0
+
+
+def _storages(model: nn.Module) -> dict[int, int]:
+    """Bytes of everything that a model and its graphs hold, by address."""
+    tensors = (*model.parameters(), *model.buffers())
+    storages = (value.untyped_storage() for value in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def test_safetensors_saves_it(planned: tuple[PipelineCase, Plan, Tensor], tmp_path: Path) -> None:
+    """It refuses tensors that are not contiguous, or that are a part of another's memory."""
+    case, plan, _ = planned
+    fast = optimize(case.build().transformer, plan)
+    save_model(fast, str(tmp_path / "fast.safetensors"))
+    saved = load_file(tmp_path / "fast.safetensors")
+    weights = fast.state_dict()
+    once = {value.data_ptr(): value.nbytes for value in weights.values()}
+    assert sum(value.nbytes for value in saved.values()) == sum(once.values())
+    assert all(torch.equal(value, weights[name]) for name, value in saved.items())
 
 
 def test_a_pipeline_is_saved_with_its_plan(

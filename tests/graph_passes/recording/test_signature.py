@@ -182,12 +182,13 @@ def test_a_call_with_other_arguments_is_left_as_it_is() -> None:
     "other",
     [
         {"x": torch.zeros(5, 4)},
+        {"x": X.double()},
         {"scale": 2.0},
         {"extra": 3},
         {"cond": {"note": "a"}},
     ],
 )
-def test_other_sizes_and_constants_are_kin(other: dict[str, Any]) -> None:
+def test_other_sizes_precisions_and_constants_are_kin(other: dict[str, Any]) -> None:
     signature = flat(X, T).signature()
     signature.check_kin(flat(**{"x": X, "timestep": T, **other}).signature())
 
@@ -201,7 +202,7 @@ def test_lists_of_other_lengths_are_kin() -> None:
     ("kwargs", "place", "expected", "got"),
     [
         ({"x": torch.zeros(2, 3, 4)}, "argument x", "float32 (2, 3)", "float32 (2, 3, 4)"),
-        ({"x": X.double()}, "argument x", "float32 (2, 3)", "float64 (2, 3)"),
+        ({"x": X.long()}, "argument x", "float32 (2, 3)", "int64 (2, 3)"),
         ({"scale": X}, "argument scale", "no tensor", "float32 (2, 3)"),
         ({"timestep": 5}, "argument timestep", "a tensor int64 (2,)", "5"),
         ({"cond": {"text": X}}, "argument cond.text", "no tensor", "float32 (2, 3)"),

@@ -1,0 +1,32 @@
+"""Transformers that are sharded over processes, under plans that run them whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.processes import run_in_processes
+from safetensors.torch import load_file
+from support.models import relative
+from torch import Tensor
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    run_in_processes(Path(__file__).parent / "sharded_forecasts.py", str(folder))
+    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
+
+
+def test_forecasts_on_shards_are_those_of_the_whole_model(
+    by_rank: list[dict[str, Tensor]],
+) -> None:
+    first, second = by_rank
+    for name in ("sharded", "planned on shards"):
+        # The same operations on gathered weights, and weights of outputs fitted to the same runs.
+        assert relative(first[name], first["whole"]) < 1e-5
+        assert torch.equal(first[name], second[name])
+    assert 1e-5 < relative(first["whole"], first["plain"]) < 0.1
