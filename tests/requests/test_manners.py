@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import ModelMixin, PixArtAlphaPipeline
 from support.models import relative
-from support.tiny_pipelines import CASES, PipelineCase
+from support.pipelines.tiny import CASES, PipelineCase
 from torch import Tensor
 
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
@@ -78,9 +78,26 @@ def test_a_pipeline_is_saved_with_its_plan(
     loaded.set_progress_bar_config(disable=True)
     # Float32 weights, the same operations: only the order of sums may differ.
     assert relative(case.latents(loaded, PROMPT), plain) < 1e-5
-    kept = Plan.load(tmp_path / "pipe" / "transformer" / "calicache")
+    kept = Plan.load(tmp_path / "pipe" / "transformer" / "calicache.plan")
     loaded.transformer = optimize(loaded.transformer, kept)
     assert relative(case.latents(loaded, PROMPT), expected) < 1e-5
+
+
+def test_a_variant_of_the_weights_is_found_beside_the_plan(
+    planned: tuple[PipelineCase, Plan, Tensor], tmp_path: Path
+) -> None:
+    case, plan, _ = planned
+    pipe = case.build()
+    plain = case.latents(pipe, PROMPT)
+    pipe.transformer = optimize(pipe.transformer, plan)
+    pipe.save_pretrained(tmp_path / "pipe", variant="fp16")
+
+    loaded = PixArtAlphaPipeline.from_pretrained(tmp_path / "pipe", variant="fp16")
+    loaded.set_progress_bar_config(disable=True)
+    # The name of a variant says nothing of the numbers: these are the same float32 weights.
+    assert relative(case.latents(loaded, PROMPT), plain) < 1e-5
+    with pytest.raises(ValueError, match="variant=bf16"):
+        PixArtAlphaPipeline.from_pretrained(tmp_path / "pipe", variant="bf16")
 
 
 def test_a_pipeline_takes_it_for_its_transformer(

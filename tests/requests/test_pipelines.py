@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline, FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
 from support.models import relative
-from support.tiny_pipelines import CASES, PipelineCase
+from support.pipelines.tiny import CASES, PipelineCase
 from torch import Tensor
 
 from calicache.graph_passes import OptimizedModel, Plan, optimize, record

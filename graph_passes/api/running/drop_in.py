@@ -12,7 +12,9 @@ from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.running.weights import UNABLE, WeightVersions, unable
 from calicache.graph_passes.common.errors import CalicacheWarning
 
-PLAN_FOLDER = "calicache"  # in the folder of a model that was saved with its plan
+# In the folder of a model that was saved with its plan. All names there need a dot: diffusers looks
+# behind it for a variant of the weights, such as `fp16`.
+PLAN_FOLDER = "calicache.plan"
 
 
 class DropIn(nn.Module):
@@ -53,7 +55,7 @@ class DropIn(nn.Module):
         return type(self) if original is None else type(original)
 
     def save_pretrained(self, path: Path | str, **options: Any) -> None:
-        """Save the original as it saves itself, and the plan in a folder of it, `calicache`.
+        """Save the original as it saves itself, and the plan in a folder of it, `calicache.plan`.
 
         So a pipeline's own `save_pretrained` keeps both; what loads the folder gets the original.
 
