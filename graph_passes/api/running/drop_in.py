@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,17 +56,25 @@ class DropIn(nn.Module):
         original = self.__dict__.get("_modules", {}).get("original")
         return type(self) if original is None else type(original)
 
-    def save_pretrained(self, path: Path | str, **options: Any) -> None:
+    @property
+    def save_pretrained(self) -> Callable[..., None]:
         """Save the original as it saves itself, and the plan in a folder of it, `calicache.plan`.
 
         So a pipeline's own `save_pretrained` keeps both; what loads the folder gets the original.
+        It has the signature of the original's, where pipelines look up what they may ask for.
 
         Raises:
             AttributeError: the original has no such method.
             CalicacheError: the plan cannot be written.
         """
-        self.original.save_pretrained(path, **options)  # type: ignore[operator]
-        self.plan.save(Path(path) / PLAN_FOLDER)
+        save: Callable[..., Any] = self.original.save_pretrained  # type: ignore[assignment]
+
+        @functools.wraps(save)
+        def save_with_plan(path: Path | str, *args: Any, **options: Any) -> None:
+            save(path, *args, **options)
+            self.plan.save(Path(path) / PLAN_FOLDER)
+
+        return save_with_plan
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (type(self),), self.__dict__.copy()  # pickle's own way asks for __class__
@@ -85,7 +95,7 @@ class DropIn(nn.Module):
             if name == "original":
                 raise
             value = getattr(self.original, name)
-            return unable(name) if name in UNABLE else value
+            return unable(self.original, name) if name in UNABLE else value
 
 
 def _empty(kind: type[DropIn]) -> DropIn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -134,10 +134,17 @@ def _parts(value: object) -> list[object] | None:
     return None if None in parts else [leaf for part in parts for leaf in part or ()]
 
 
-def unable(name: str) -> Callable[..., NoReturn]:
-    """What stands for a method that an optimised model cannot carry out."""
+def unable(model: nn.Module, name: str) -> Callable[..., None]:
+    """What stands for a method in `UNABLE`: a refusal, where there is something to change.
 
-    def refuse(*_: Any, **__: Any) -> NoReturn:
+    Args:
+        model: the original.
+        name: of the method.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        if name in _IDLE and _IDLE[name](model):
+            return
         raise RunError(
             f"{name}()",
             expected="calls that leave the model as it was optimised",
@@ -146,3 +153,31 @@ def unable(name: str) -> Callable[..., NoReturn]:
         )
 
     return refuse
+
+
+def _has_default_attention(model: Any) -> bool:
+    """Whether the processors of attention are the default ones, in one implementation or another.
+
+    Asked for by setting them, as diffusers names them nowhere; those of before come back.
+    """
+    before = model.attn_processors
+    model.set_default_attn_processor()
+    default = {name: _kind(value) for name, value in model.attn_processors.items()}
+    model.set_attn_processor(dict(before))  # which empties what it is given
+    return default == {name: _kind(value) for name, value in before.items()}
+
+
+def _kind(processor: object) -> str:
+    """Its class; `AttnProcessor2_0` computes what `AttnProcessor` does, in another way."""
+    return type(processor).__name__.removesuffix("2_0")
+
+
+def _has_no_adapter(model: nn.Module) -> bool:
+    return not getattr(model, "peft_config", None)
+
+
+_IDLE: Mapping[str, Callable[[nn.Module], bool]] = {
+    "set_default_attn_processor": _has_default_attention,
+    "unload_lora": _has_no_adapter,
+}
+"""When a method in `UNABLE` has nothing to change: pipelines call these in any case."""

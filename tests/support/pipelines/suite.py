@@ -86,9 +86,7 @@ def outcomes(checkout: Path, file: str, kind: Kind) -> Mapping[str, Any]:
     target = (OUT / f"{file.replace('/', '.')}.{kind}.json").absolute()
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        here = Path(__file__).resolve().parents[3]
-        paths = [str(here / folder) for folder in ("tests", "samples", "samples/fashion_dit")]
-        added = {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+        added = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         added |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "support.pipelines.plugin"]
         command += ["-p", "no:cacheprovider", "--outcomes", str(target), str(FOLDER / file)]
