@@ -11,7 +11,13 @@ from typing import Any, Self
 from torch import nn
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.api.running.weights import UNABLE, WeightVersions, unable
+from calicache.graph_passes.api.running.weights import (
+    FOLLOWED,
+    UNABLE,
+    OnChange,
+    WeightVersions,
+    unable,
+)
 from calicache.graph_passes.common.errors import CalicacheWarning
 
 # In the folder of a model that was saved with its plan. All names there need a dot: diffusers looks
@@ -25,14 +31,15 @@ class DropIn(nn.Module):
     Args:
         original: the model as it was.
         plan: what it runs under.
+        on_change: what happens where the original changes, through methods of its own too.
     """
 
-    def __init__(self, original: nn.Module, plan: Plan) -> None:
+    def __init__(self, original: nn.Module, plan: Plan, on_change: OnChange) -> None:
         super().__init__()
         self.original = original
         # Where diffusers looks the class of a part of a pipeline up, to save it.
         self.__module__ = type(original).__module__
-        self.plan = plan
+        self.plan, self.on_change = plan, on_change
         self._weights = WeightVersions.of(original)
 
     def train(self, mode: bool = True) -> Self:
@@ -95,7 +102,8 @@ class DropIn(nn.Module):
             if name == "original":
                 raise
             value = getattr(self.original, name)
-            return unable(self.original, name) if name in UNABLE else value
+            followed = name in FOLLOWED and self.on_change is OnChange.REFACTOR
+            return value if followed or name not in UNABLE else unable(self.original, name)
 
 
 def _empty(kind: type[DropIn]) -> DropIn:

@@ -51,6 +51,17 @@ UNABLE = frozenset(
 )
 """Methods of diffusers' models that would change the original and not the graphs made of it."""
 
+FOLLOWED = UNABLE - {
+    "enable_cache",
+    "enable_gradient_checkpointing",
+    "enable_layerwise_casting",
+    "load_attn_procs",
+    "set_attention_backend",
+    "set_attn_processor",
+    "set_default_attn_processor",
+}
+"""Those whose change is met when the next run begins, as parameters or settings are others."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightVersions:
@@ -145,11 +156,13 @@ def unable(model: nn.Module, name: str) -> Callable[..., None]:
     def refuse(*_: Any, **__: Any) -> None:
         if name in _IDLE and _IDLE[name](model):
             return
+        ways = ["Call it on the original model (`.original`), then optimise that"]
+        ways += ["optimise with on_change='refactor'"] * (name in FOLLOWED)
         raise RunError(
             f"{name}()",
             expected="calls that leave the model as it was optimised",
             got="one that changes it",
-            fix=f"Call it on the original model (`.original`), then optimise that. {AGAIN}",
+            fix=f"{', or '.join(ways)}.",
         )
 
     return refuse

@@ -23,7 +23,8 @@ MAKER = "get_dummy_components"
 class Replacements:
     """What was replaced in a run of tests.
 
-    Every second step is a CALIBRATE step at full rank: exact but for the order of sums.
+    Every second step is a CALIBRATE step at full rank: exact but for the order of sums. Changes of
+    weights are followed, as someone has it who loads adapters.
 
     Attributes:
         calls: of optimised models so far.
@@ -65,7 +66,10 @@ class Replacements:
         keys = {name: (kind, name, hash_weights(model)) for name, model in plain.items()}
         if not self._known.keys() >= set(keys.values()):
             plans = self._planned(test, components, plain)
-            self._known |= {keys[name]: optimize(plain[name], plan) for name, plan in plans.items()}
+            self._known |= {
+                keys[name]: optimize(plain[name], plan, on_change="refactor")
+                for name, plan in plans.items()
+            }
         known = {name: self._known.get(key) for name, key in keys.items()}
         # A copy is what `optimize` would make, in a fraction of the time.
         return {name: copy.deepcopy(model) for name, model in known.items() if model is not None}
