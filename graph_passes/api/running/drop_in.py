@@ -11,13 +11,8 @@ from typing import Any, Self
 from torch import nn
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.api.running.weights import (
-    FOLLOWED,
-    UNABLE,
-    OnChange,
-    WeightVersions,
-    unable,
-)
+from calicache.graph_passes.api.running.methods import FOLLOWED, UNABLE, unable
+from calicache.graph_passes.api.running.weights import OnChange, WeightVersions
 from calicache.graph_passes.common.errors import CalicacheWarning
 
 # In the folder of a model that was saved with its plan. All names there need a dot: diffusers looks

@@ -58,9 +58,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     target = session.config.option.outcomes
-    if target is not None:
+    to_the_end = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if target is not None and to_the_end:
         stash = session.config.stash
         found = {"tests": stash[OUTCOMES], "left": stash[REPLACEMENTS].left}
         target.write_text(json.dumps(found, indent=1))
