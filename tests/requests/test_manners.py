@@ -13,7 +13,7 @@ from accelerate import cpu_offload
 from diffusers import ModelMixin, PixArtAlphaPipeline
 from support.models import relative
 from support.pipelines.tiny import CASES, PipelineCase
-from torch import Tensor
+from torch import Tensor, nn
 
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
 from calicache.graph_passes.common.errors import CaptureError, RunError
@@ -100,6 +100,25 @@ def test_a_variant_of_the_weights_is_found_beside_the_plan(
     assert relative(case.latents(loaded, PROMPT), plain) < 1e-5
     with pytest.raises(ValueError, match="variant=bf16"):
         PixArtAlphaPipeline.from_pretrained(tmp_path / "pipe", variant="bf16")
+
+
+def test_its_weights_have_the_names_of_the_original(
+    planned: tuple[PipelineCase, Plan, Tensor],
+) -> None:
+    case, plan, expected = planned
+    pipe = case.make()
+    original = pipe.transformer
+    fast = optimize(original, plan, on_change="refactor")
+    pipe.transformer = fast
+    weights = {name: value.clone() for name, value in fast.state_dict().items()}
+    assert list(weights) == list(original.state_dict())
+    fast.load_state_dict({name: 0.9 * value for name, value in weights.items()})
+    assert relative(case.latents(pipe, PROMPT), expected) > 0.01
+    fast.load_state_dict(weights)
+    assert torch.equal(case.latents(pipe, PROMPT), expected)
+    around = nn.ModuleDict({"model": fast})
+    around.load_state_dict(around.state_dict())  # which has the names of all that is inside
+    assert torch.equal(case.latents(pipe, PROMPT), expected)
 
 
 def test_a_pipeline_takes_it_for_its_transformer(

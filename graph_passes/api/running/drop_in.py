@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,6 +77,19 @@ class DropIn(nn.Module):
             self.plan.save(Path(path) / PLAN_FOLDER)
 
         return save_with_plan
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """The original's: by its names, and without what is made of it.
+
+        A module around this one, which asks with a destination, gets all that is in here.
+        """
+        if args or "destination" in options:
+            return super().state_dict(*args, **options)
+        return self.original.state_dict(**options)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Load the original's weights; that they have changed is met when the next run begins."""
+        return self.original.load_state_dict(state_dict, *args, **options)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (type(self),), self.__dict__.copy()  # pickle's own way asks for __class__
