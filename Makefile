@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser packages oldest check test fuzz damage kills lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
+.PHONY: help demo browser packages oldest check test fuzz damage kills diffusers-suite lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 21
@@ -57,6 +57,11 @@ damage: $(INSTALLED) ## Damage files of every format in N ways and read them (N=
 
 kills: $(INSTALLED) ## Kill saves at random moments and at every system call (strace; minutes)
 	PYTHONPATH=tests:samples:samples/fashion_dit OMP_NUM_THREADS=1 $(BIN)/python -m damage.kills
+
+# The tests of diffusers need two packages more, which are not installed beside what calicache has.
+diffusers-suite: $(INSTALLED) ## Run diffusers' own tests of pipelines with optimised transformers (DIFFUSERS=checkout; hours; goes on where it stopped)
+	$(BIN)/python -m pip install --quiet --no-deps --target out/diffusers_suite/packages parameterized==0.9.0 requests-mock==1.12.1
+	PYTHONPATH=tests:samples:samples/fashion_dit:out/diffusers_suite/packages $(BIN)/python -m support.pipelines.suite $(DIFFUSERS) $(FILES)
 
 lint: $(INSTALLED) ## Check style, types and the layers of imports
 	$(BIN)/ruff check .

@@ -38,6 +38,8 @@ def optimize(
         strict: refuse timesteps that were not recorded.
         on_change: of weights, noticed when a run begins: `refuse` raises; `refactor` makes graphs
             and factors of the new ones, as `plan.rebind` does, in the time that `optimize` takes.
+            Methods that load or set adapters, or fuse projections, are refused by the first and
+            carried out by the second.
         max_forms: how many other forms of call (sizes, lengths of prompts) keep their graphs.
         on_progress: told how many calibration targets have their factors.
 

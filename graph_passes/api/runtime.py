@@ -47,7 +47,8 @@ class OptimizedModel(DropIn):
         original: the model as it was.
         plan: what it runs under.
         strict: whether timesteps that were not recorded are refused.
-        on_change: what happens at the start of a run where weights have changed.
+        on_change: what happens at the start of a run where weights have changed, and to methods
+            of the original that change them.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class OptimizedModel(DropIn):
         on_change: OnChange = OnChange.REFUSE,
         max_forms: int = MAX_FORMS,
     ) -> None:
-        super().__init__(original, plan)
-        self.strict, self.on_change = strict, on_change
+        super().__init__(original, plan, on_change)
+        self.strict = strict
         self._recipes = Recipes(original, plan, (compiled, *others), max_forms)
         self.variants = self._recipes.modules()
         self._by_form: list[OptimizedModel] = []

@@ -106,9 +106,9 @@ def test_reference_lists_every_command() -> None:
 
 
 def test_make_targets_in_the_pages_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     consoles = [block.code for page in PAGES for block in blocks(text_of(page), "console")]
-    used = {name for code in consoles for name in re.findall(r"^make (\w+)", code, re.M)}
+    used = {name for code in consoles for name in re.findall(r"^make ([\w-]+)", code, re.M)}
     assert {"demo", "test", "docs"} <= used <= targets
 
 

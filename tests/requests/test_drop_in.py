@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import relative
-from support.tiny_pipelines import CASES, STEPS, PipelineCase
+from support.pipelines.tiny import CASES, STEPS, PipelineCase
 from torch import nn
 
 from calicache.graph_passes import (

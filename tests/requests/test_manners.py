@@ -13,7 +13,7 @@ from accelerate import cpu_offload
 from diffusers import ModelMixin, PixArtAlphaPipeline
 from safetensors.torch import load_file, save_model
 from support.models import relative
-from support.tiny_pipelines import CASES, PipelineCase
+from support.pipelines.tiny import CASES, PipelineCase
 from torch import Tensor, nn
 
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize, record
@@ -106,9 +106,47 @@ def test_a_pipeline_is_saved_with_its_plan(
     loaded.set_progress_bar_config(disable=True)
     # Float32 weights, the same operations: only the order of sums may differ.
     assert relative(case.latents(loaded, PROMPT), plain) < 1e-5
-    kept = Plan.load(tmp_path / "pipe" / "transformer" / "calicache")
+    kept = Plan.load(tmp_path / "pipe" / "transformer" / "calicache.plan")
     loaded.transformer = optimize(loaded.transformer, kept)
     assert relative(case.latents(loaded, PROMPT), expected) < 1e-5
+
+
+def test_a_variant_of_the_weights_is_found_beside_the_plan(
+    planned: tuple[PipelineCase, Plan, Tensor], tmp_path: Path
+) -> None:
+    case, plan, _ = planned
+    pipe = case.build()
+    plain = case.latents(pipe, PROMPT)
+    pipe.transformer = optimize(pipe.transformer, plan)
+    pipe.save_pretrained(tmp_path / "pipe", variant="fp16", safe_serialization=False)
+    names = {path.name for path in (tmp_path / "pipe" / "transformer").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.fp16.bin", "calicache.plan"}
+
+    loaded = PixArtAlphaPipeline.from_pretrained(tmp_path / "pipe", variant="fp16")
+    loaded.set_progress_bar_config(disable=True)
+    # The name of a variant says nothing of the numbers: these are the same float32 weights.
+    assert relative(case.latents(loaded, PROMPT), plain) < 1e-5
+    with pytest.raises(ValueError, match="variant=bf16"):
+        PixArtAlphaPipeline.from_pretrained(tmp_path / "pipe", variant="bf16")
+
+
+def test_its_weights_have_the_names_of_the_original(
+    planned: tuple[PipelineCase, Plan, Tensor],
+) -> None:
+    case, plan, expected = planned
+    pipe = case.make()
+    original = pipe.transformer
+    fast = optimize(original, plan, on_change="refactor")
+    pipe.transformer = fast
+    weights = {name: value.clone() for name, value in fast.state_dict().items()}
+    assert list(weights) == list(original.state_dict())
+    fast.load_state_dict({name: 0.9 * value for name, value in weights.items()})
+    assert relative(case.latents(pipe, PROMPT), expected) > 0.01
+    fast.load_state_dict(weights)
+    assert torch.equal(case.latents(pipe, PROMPT), expected)
+    around = nn.ModuleDict({"model": fast})
+    around.load_state_dict(around.state_dict())  # which has the names of all that is inside
+    assert torch.equal(case.latents(pipe, PROMPT), expected)
 
 
 def test_a_pipeline_takes_it_for_its_transformer(

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline, FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers.models.attention_processor import SlicedAttnProcessor
 from support.models import relative
-from support.tiny_pipelines import CASES, PipelineCase
+from support.pipelines.tiny import CASES, PipelineCase
 from torch import Tensor
 
 from calicache.graph_passes import OptimizedModel, Plan, optimize, record
@@ -217,3 +218,27 @@ def test_methods_that_would_change_the_original_are_refused(method: str) -> None
     fast = optimized(BY_NAME["flux"])
     with pytest.raises(RunError, match=rf"{method}\(\).*original"):
         getattr(fast, method)({})
+
+
+def test_attention_that_is_default_already_may_be_set() -> None:
+    """Tests of diffusers do so to every part; other processors would not reach the graphs."""
+    original = BY_NAME["pixart"].make().transformer
+    with record(original) as recording:
+        pipe = BY_NAME["pixart"].make()
+        pipe.transformer = original
+        BY_NAME["pixart"].latents(pipe, PROMPT)
+    plan = Plan.from_trajectory(original, recording, schedule=3, rank=4, correct=False)
+    fast = optimize(original, plan)
+    processors = original.attn_processors
+    fast.set_default_attn_processor()
+    assert original.attn_processors == processors
+
+    original.set_attn_processor(SlicedAttnProcessor(1))
+    with pytest.raises(RunError, match=r"set_default_attn_processor\(\)"):
+        fast.set_default_attn_processor()
+
+
+def test_adapters_that_are_not_there_may_be_unloaded() -> None:
+    pipe = pipeline(BY_NAME["flux"])
+    pipe.unload_lora_weights()
+    assert isinstance(pipe.transformer, OptimizedModel)

@@ -11,7 +11,7 @@ import torch
 from diffusion import GuidedDDIM, add_noise, ddim_timesteps
 from model import FashionDiT
 from support.models import relative
-from support.tiny_pipelines import CASES
+from support.pipelines.tiny import CASES
 from torch import Tensor, nn
 
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record

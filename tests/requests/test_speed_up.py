@@ -10,8 +10,8 @@ import pytest
 import torch
 from model import FashionDiT
 from support.models import relative, sample_dit
+from support.pipelines.tiny import CASES, PipelineCase, wan22_pipeline
 from support.search.steady import counting, steady
-from support.tiny_pipelines import CASES, PipelineCase, wan22_pipeline
 from torch import Tensor
 
 from calicache import OptimizedModel, Plan, restore, speed_up

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from support.models import relative
-from support.tiny_pipelines import flow_vae
+from support.pipelines.tiny import flow_vae
 from torch import Tensor
 from zoo.drive import make_model
 from zoo.report import ENTRIES

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.api.running.weights import UNABLE, WeightVersions, unable
+from calicache.graph_passes.api.running.methods import FOLLOWED, UNABLE, unable
+from calicache.graph_passes.api.running.weights import OnChange, WeightVersions
 from calicache.graph_passes.common.errors import CalicacheWarning
 
-PLAN_FOLDER = "calicache"  # in the folder of a model that was saved with its plan
+# In the folder of a model that was saved with its plan. All names there need a dot: diffusers looks
+# behind it for a variant of the weights, such as `fp16`.
+PLAN_FOLDER = "calicache.plan"
 
 
 class DropIn(nn.Module):
@@ -21,14 +26,15 @@ class DropIn(nn.Module):
     Args:
         original: the model as it was.
         plan: what it runs under.
+        on_change: what happens where the original changes, through methods of its own too.
     """
 
-    def __init__(self, original: nn.Module, plan: Plan) -> None:
+    def __init__(self, original: nn.Module, plan: Plan, on_change: OnChange) -> None:
         super().__init__()
         self.original = original
         # Where diffusers looks the class of a part of a pipeline up, to save it.
         self.__module__ = type(original).__module__
-        self.plan = plan
+        self.plan, self.on_change = plan, on_change
         self._weights = WeightVersions.of(original)
 
     def train(self, mode: bool = True) -> Self:
@@ -52,17 +58,38 @@ class DropIn(nn.Module):
         original = self.__dict__.get("_modules", {}).get("original")
         return type(self) if original is None else type(original)
 
-    def save_pretrained(self, path: Path | str, **options: Any) -> None:
-        """Save the original as it saves itself, and the plan in a folder of it, `calicache`.
+    @property
+    def save_pretrained(self) -> Callable[..., None]:
+        """Save the original as it saves itself, and the plan in a folder of it, `calicache.plan`.
 
         So a pipeline's own `save_pretrained` keeps both; what loads the folder gets the original.
+        It has the signature of the original's, where pipelines look up what they may ask for.
 
         Raises:
             AttributeError: the original has no such method.
             CalicacheError: the plan cannot be written.
         """
-        self.original.save_pretrained(path, **options)  # type: ignore[operator]
-        self.plan.save(Path(path) / PLAN_FOLDER)
+        save: Callable[..., Any] = self.original.save_pretrained  # type: ignore[assignment]
+
+        @functools.wraps(save)
+        def save_with_plan(path: Path | str, *args: Any, **options: Any) -> None:
+            save(path, *args, **options)
+            self.plan.save(Path(path) / PLAN_FOLDER)
+
+        return save_with_plan
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """The original's: by its names, and without what is made of it.
+
+        A module around this one, which asks with a destination, gets all that is in here.
+        """
+        if args or "destination" in options:
+            return super().state_dict(*args, **options)
+        return self.original.state_dict(**options)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Load the original's weights; that they have changed is met when the next run begins."""
+        return self.original.load_state_dict(state_dict, *args, **options)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (type(self),), self.__dict__.copy()  # pickle's own way asks for __class__
@@ -83,7 +110,8 @@ class DropIn(nn.Module):
             if name == "original":
                 raise
             value = getattr(self.original, name)
-            return unable(name) if name in UNABLE else value
+            followed = name in FOLLOWED and self.on_change is OnChange.REFACTOR
+            return value if followed or name not in UNABLE else unable(self.original, name)
 
 
 def _empty(kind: type[DropIn]) -> DropIn:

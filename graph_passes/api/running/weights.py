@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NoReturn
 
 from torch import nn
 
@@ -22,34 +21,6 @@ class OnChange(StrEnum):
 
     REFUSE = "refuse"
     REFACTOR = "refactor"
-
-
-UNABLE = frozenset(
-    {
-        "add_adapter",
-        "delete_adapters",
-        "disable_adapters",
-        "disable_lora",
-        "enable_adapters",
-        "enable_cache",
-        "enable_gradient_checkpointing",
-        "enable_layerwise_casting",
-        "enable_lora",
-        "fuse_lora",
-        "fuse_qkv_projections",
-        "load_attn_procs",
-        "load_lora_adapter",
-        "set_adapter",
-        "set_adapters",
-        "set_attention_backend",
-        "set_attn_processor",
-        "set_default_attn_processor",
-        "unfuse_lora",
-        "unfuse_qkv_projections",
-        "unload_lora",
-    }
-)
-"""Methods of diffusers' models that would change the original and not the graphs made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +103,3 @@ def _parts(value: object) -> list[object] | None:
     inner = [*value, *value.values()] if type(value) is dict else [*value]  # type: ignore[misc]
     parts = [_parts(part) for part in inner]
     return None if None in parts else [leaf for part in parts for leaf in part or ()]
-
-
-def unable(name: str) -> Callable[..., NoReturn]:
-    """What stands for a method that an optimised model cannot carry out."""
-
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise RunError(
-            f"{name}()",
-            expected="calls that leave the model as it was optimised",
-            got="one that changes it",
-            fix=f"Call it on the original model (`.original`), then optimise that. {AGAIN}",
-        )
-
-    return refuse

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from support.models import relative
-from support.tiny_pipelines import CASES, PipelineCase
+from support.pipelines.tiny import CASES, PipelineCase
 
 from calicache.export import Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record

@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from methods import sample_dpm
 from model import FashionDiT, FashionDiTConfig
 from support.models import sample_dit, shake
+from support.pipelines.tiny import CASES, PipelineCase
 from support.search.searches import (
     assert_same_plan,
     each,
@@ -24,7 +25,6 @@ from support.search.searches import (
     record_runs,
     sample_errors,
 )
-from support.tiny_pipelines import CASES, PipelineCase
 from torch import Tensor, nn
 from weights import DIT_WEIGHTS, load_weights
 

@@ -94,6 +94,29 @@ def test_another_scale_is_followed_where_that_is_asked_for(adapted: Adapted) -> 
     assert same_runs(fast, plain)
 
 
+def test_methods_of_the_original_are_followed_where_that_is_asked_for() -> None:
+    """What pipelines call when they load adapters or fuse projections."""
+    model = make_model(WAN)
+    with record(model) as recording:
+        recording.finish(run_sampler(model, WAN, linear=True).latents)
+    plan = Plan.from_trajectory(
+        model, recording, schedule=2, rank=4096, weighting="none", correct=False
+    )
+    fast = optimize(model, plan, on_change="refactor")
+    before = run_sampler(model, WAN, linear=True)
+    for call in ("fuse_qkv_projections", "unfuse_qkv_projections"):
+        getattr(fast, call)()
+        assert same_runs(fast, run_sampler(model, WAN, linear=True)), call
+    fast.add_adapter(adapter())
+    adapted = run_sampler(model, WAN, linear=True)
+    assert relative(adapted.outputs[-1], before.outputs[-1]) > 0.1
+    assert same_runs(fast, adapted)
+    fast.unload_lora()
+    assert same_runs(fast, before)
+    with pytest.raises(RunError, match=r"enable_cache\(\)"):
+        fast.enable_cache(None)
+
+
 def test_a_model_inside_of_peft_is_recorded_by_its_own_arguments() -> None:
     """`get_peft_model` wraps the model, and calls may be positional."""
     torch.manual_seed(0)

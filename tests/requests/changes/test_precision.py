@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support.models import relative
-from support.tiny_pipelines import CASES
+from support.pipelines.tiny import CASES
 from torch import Tensor, nn
 
 from calicache.graph_passes import Plan, optimize, record

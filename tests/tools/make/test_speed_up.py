@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.tiny_pipelines import pixart_pipeline
+from support.pipelines.tiny import pixart_pipeline
 from typer.testing import CliRunner, Result
 
 from calicache.graph_passes import Plan, optimize
