@@ -1,6 +1,6 @@
 """A plan of forecasts on a transformer that FSDP shards; `test_sharded.py` runs it.
 
-    torchrun --nproc-per-node 2 sharded_forecasts.py FOLDER
+    torchrun --nproc-per-node 2 forecasts_on_shards.py FOLDER
 
 Every process saves latents of the plain model, of the plan on the whole model, and of the same
 plan on the sharded one, also where the plan is made of the sharded model itself.
