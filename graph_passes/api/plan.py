@@ -20,7 +20,7 @@ from calicache.graph_passes.api.plan_grids import (
     recordings_for,
     recordings_of,
 )
-from calicache.graph_passes.api.planner import planned, searched
+from calicache.graph_passes.api.planner import planned, rebound, searched
 from calicache.graph_passes.common.arguments import of_kind, texts, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
@@ -62,6 +62,8 @@ class Plan(PlanContent):
             where that is not known.
         no_sampler: why it is not known.
         front: what a search found beside this plan; None for a plan that was not searched.
+        in_sample: error of the recorded samples that the plan was made from; None where that was
+            not measured, or where the plan was changed since.
         others: plans of the other recipes. All that is beside them is of the first one.
         workspace: what was made of the model on the way, in memory alone; no part of the value.
     """
@@ -307,6 +309,7 @@ class Plan(PlanContent):
             self,
             recipe=self.front.recipe(place, self.recipe),
             front=replace(self.front, choice=place),
+            in_sample=None,
         )
 
     def with_schedule(self, schedule: Sequence[StepMode | str]) -> Plan:
@@ -351,9 +354,9 @@ class Plan(PlanContent):
         Args:
             model: in eval mode.
             recording: of this model; statistics and weights are then fitted anew, without a
-                search. Without it those of the old checkpoint stay, and the error is not known:
-                `recipe.correction` says so. A plan of several recipes takes one of each number
-                of steps.
+                search, and the error on the recorded runs is `in_sample`. Without it those of the
+                old checkpoint stay, and the error is not known: `describe` says so. A plan of
+                several recipes takes one of each number of steps.
             on_progress: told how many calls of the model were run.
 
         Raises:
@@ -366,11 +369,7 @@ class Plan(PlanContent):
         names, plans = [f"{name} steps" for name in self.names], []
         for number, (plan, one) in enumerate(zip(self.plans, recordings, strict=True)):
             space, told = Workspace(), part_of(on_progress, names, number)
-            fitted = plan.recipe.output_weights is not None
-            unfitted = plan._with().recipe
-            plans.append(
-                Plan._of(planned(model, one, unfitted, space, told, correct=fitted), space)
-            )
+            plans.append(Plan._of(rebound(model, one, plan.recipe, space, told), space))
         return Plan.join(*plans)
 
     def _with_weights(self, weights_hash: str) -> Plan:
@@ -379,6 +378,7 @@ class Plan(PlanContent):
             binding=replace(self.binding, weights_hash=weights_hash),
             recipe=replace(self.recipe, correction=f"{self.recipe.correction}; {OTHER_WEIGHTS}"),
             front=None,
+            in_sample=None,
             workspace=Workspace(),
         )
 
@@ -389,7 +389,7 @@ class Plan(PlanContent):
             latent=None,
             correction="not fitted: the plan was changed",
         )
-        return replace(self, recipe=replace(unfitted, **changes), front=None)
+        return replace(self, recipe=replace(unfitted, **changes), front=None, in_sample=None)
 
     def describe(self, latency: LatencyTable | None = None) -> str:
         """The plan in a few lines.
@@ -402,7 +402,7 @@ class Plan(PlanContent):
             PlanError: the seconds are of another checkpoint.
         """
         check_latency(latency, self.binding)
-        texts = [plan_text(plan.recipe, plan.front, latency) for plan in self.plans]
+        texts = [plan_text(plan.recipe, plan.front, plan.in_sample, latency) for plan in self.plans]
         if len(texts) == 1:
             return texts[0]
         recipes = ("  " + text.replace("\n", "\n    ") for text in texts)
@@ -415,7 +415,7 @@ class Plan(PlanContent):
     def _repr_html_(self) -> str:
         """What a notebook shows of the plan."""
         return "".join(
-            plan_html(plan.binding, plan.recipe, len(plan.statistics), plan.front)
+            plan_html(plan.binding, plan.recipe, len(plan.statistics), plan.front, plan.in_sample)
             for plan in self.plans
         )
 

@@ -26,7 +26,7 @@ from calicache.graph_passes.settings.schedule import (
     output_table,
 )
 
-FITTED = "fitted to the recorded runs"
+FITTED, NOT_FITTED = "fitted to the recorded runs", "not asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Recipe:
     ranks: Mapping[str, Count] = field(default_factory=dict)
     output_weights: Table | None = None
     latent: str | None = None
-    correction: str = "not asked for"
+    correction: str = NOT_FITTED
 
     def __post_init__(self) -> None:
         _check_schedule(self.schedule)
