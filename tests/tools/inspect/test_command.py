@@ -47,7 +47,8 @@ def test_text_is_as_it_was(home: Path, kind: str) -> None:
 
 
 KEYS = {
-    "plan": "kind path files binding recipe sampler inputs schedule targets front in_sample warnings",
+    "plan": "kind path files binding recipe sampler inputs schedule targets front in_sample "
+    "warnings",
     "artifact": "kind path manifest schedule modes run_share cache_bytes layers warnings",
     "recording": "kind path bytes value_bytes calls calls_per_step runs steps inputs constants "
     "timestep timestep_values warnings",
