@@ -104,7 +104,7 @@ performance: $(INSTALLED) ## Measure speed and memory of DiTs; writes docs/perfo
 	$(BIN)/calicache bench samples/fashion_dit/bench_model.py:fashion_dit dit-s dit-b dit-xl --docs docs
 
 models: $(INSTALLED) ## Try every diffusion transformer of diffusers; writes docs/models.md (about an hour; goes on where it stopped)
-	PYTHONPATH=tests $(BIN)/python -m zoo.census
+	PYTHONPATH=tests:samples:samples/fashion_dit $(BIN)/python -m zoo.census
 
 clean: ## Remove the virtual environment and all output
 	rm -rf $(VENV) out build dist *.egg-info samples/*/node_modules

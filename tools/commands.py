@@ -28,6 +28,7 @@ from calicache.tools.terminal.options import (
     PlanFolder,
     Provider,
     Runs,
+    each_there,
     there,
 )
 
@@ -69,10 +70,13 @@ def speed_up(
 
 def search(
     model: Model,
-    recording: Annotated[
-        Path,
+    recordings: Annotated[
+        list[Path],
         typer.Argument(
-            help="Three recorded runs or more, from Recording.save.", callback=there(RECORDING)
+            metavar="RECORDING...",
+            help="Three recorded runs or more, from Recording.save; one for each number of steps "
+            "that the plan is to have a recipe for.",
+            callback=each_there(RECORDING),
         ),
     ],
     output: Output,
@@ -97,6 +101,8 @@ def search(
     Ctrl-C stops it; the same command goes on later.
 
     Example: calicache search dit.py:build runs.safetensors -o out/plan --budget 0.5
+
+    For 20 and for 28 steps: calicache search dit.py:build 20.st 28.st -o out/plan --budget 0.5
     """
 
 

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 from torch import nn
 
-from calicache.graph_passes.api.plan_file import PlanContent, read_plans, write_plans
 from calicache.graph_passes.api.plan_grids import (
-    check_count,
-    check_grids,
     check_schedule,
-    grid_names,
-    place_of,
     recordings_for,
     recordings_of,
 )
-from calicache.graph_passes.api.planner import planned, searched
+from calicache.graph_passes.api.plan_recipes import PlanRecipes
+from calicache.graph_passes.api.planner import planned, rebound, searched
 from calicache.graph_passes.common.arguments import of_kind, texts, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import OnProgress, part_of
-from calicache.graph_passes.describe.html import plan_html
-from calicache.graph_passes.describe.text import plan_text
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import Workspace
-from calicache.graph_passes.search.ground import check_latency
 from calicache.graph_passes.settings.choices import (
     BranchKind,
     Granularity,
@@ -47,12 +40,14 @@ OTHER_WEIGHTS = "then given other weights, with which the error was not measured
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Plan(PlanContent):
+class Plan(PlanRecipes):
     """A recipe and its statistics, bound to one checkpoint and one form of call.
 
     A plan may hold several recipes, one for each grid of timesteps; it is then made from several
     recordings, or by `join`. `for_grid` gives the plan of one of them, which everything takes
-    that is not for several.
+    that is not for several; `describe`, `save`, `rebind` and `with_rank` are for all of them. The
+    attributes that hold a recipe, and what was found out for it, are those of the first:
+    `plan.for_grid(28).front` is that of 28 steps.
 
     Attributes:
         binding: the checkpoint and the calls that the plan is tied to.
@@ -62,100 +57,11 @@ class Plan(PlanContent):
             where that is not known.
         no_sampler: why it is not known.
         front: what a search found beside this plan; None for a plan that was not searched.
-        others: plans of the other recipes. All that is beside them is of the first one.
+        in_sample: error of the recorded samples that the plan was made from; None where that was
+            not measured, or where the plan was changed since.
         workspace: what was made of the model on the way, in memory alone; no part of the value.
+        others: plans of the other recipes.
     """
-
-    workspace: Workspace = field(default_factory=Workspace, compare=False, repr=False)
-    others: tuple[Plan, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.others:
-            check_grids([plan.binding for plan in self.plans])
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """A plan for every recipe."""
-        return (replace(self, others=()), *self.others) if self.others else (self,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of every recipe: its number of steps, such as `20`, or `20-2` for a second one."""
-        return grid_names([plan.binding.grid for plan in self.plans])
-
-    @property
-    def schedule(self) -> tuple[StepMode, ...]:
-        """Mode of every step.
-
-        Raises:
-            PlanError: the plan has several recipes.
-        """
-        return self.one("schedule").recipe.schedule
-
-    @property
-    def interval(self) -> int:
-        """Longest distance from one REFRESH to the next (or to the end).
-
-        Raises:
-            PlanError: the plan has several recipes.
-        """
-        return self.one("interval").recipe.interval
-
-    @staticmethod
-    def join(*plans: Plan) -> Plan:
-        """One plan with the recipes of several, for one model and other grids of timesteps.
-
-        A run whose first timesteps are those of several has the first of them until they part.
-
-        Raises:
-            PlanError: they are for other models, or two for the same timesteps.
-            RunError: the calls of one differ from another's in more than sizes and constants.
-        """
-        check_count(len(plans))
-        parts = [
-            part
-            for n, p in enumerate(plans)
-            for part in of_kind(f"plan {n}", p, Plan, PlanError).plans
-        ]
-        return replace(parts[0], others=tuple(parts[1:])) if parts[1:] else parts[0]
-
-    def for_grid(self, grid: int | Iterable[SupportsFloat]) -> Plan:
-        """The plan of one recipe.
-
-        Args:
-            grid: its number of steps, or its timesteps: all, or the last ones.
-
-        Raises:
-            PlanError: there is no such recipe, or several.
-        """
-        return self.plans[self.number_of(grid)]
-
-    def number_of(self, grid: int | Iterable[SupportsFloat]) -> int:
-        """Number of a recipe among `plans`; see `for_grid`.
-
-        Raises:
-            PlanError: there is no such recipe, or several.
-        """
-        return place_of([plan.binding.grid for plan in self.plans], grid)
-
-    def one(self, where: str) -> Plan:
-        """This plan, for what takes one recipe.
-
-        Args:
-            where: what takes it.
-
-        Raises:
-            PlanError: the plan has several recipes.
-        """
-        if not self.others:
-            return self
-        raise PlanError(
-            where,
-            expected="a plan with one recipe",
-            got=f"one for {', '.join(self.names)} steps",
-            fix=f"Take one of them: .for_grid({self.names[0]}), or its folder, {self.names[0]}, in "
-            "the saved plan's.",
-        )
 
     @staticmethod
     def from_trajectory(
@@ -225,13 +131,8 @@ class Plan(PlanContent):
                 part_of(on_progress, names, number),
             )
             space = workspace or Workspace()
-            plans.append(Plan._of(planned(model, one, recipe, space, told, correct=correct), space))
+            plans.append(Plan.of(planned(model, one, recipe, space, told, correct=correct), space))
         return Plan.join(*plans)
-
-    @staticmethod
-    def _of(content: PlanContent, workspace: Workspace) -> Plan:
-        parts = {field.name: getattr(content, field.name) for field in fields(PlanContent)}
-        return Plan(**parts, workspace=workspace)
 
     @staticmethod
     def search(
@@ -283,7 +184,7 @@ class Plan(PlanContent):
         for number, one in enumerate(recordings):
             space, told = workspace or Workspace(), part_of(on_progress, names, number)
             place = path if path is None or len(names) == 1 else Path(path) / str(one.steps)
-            plans.append(Plan._of(searched(model, one, request, space, place, told), space))
+            plans.append(Plan.of(searched(model, one, request, space, place, told), space))
         return Plan.join(*plans)
 
     def take(self, place: int) -> Plan:
@@ -307,6 +208,7 @@ class Plan(PlanContent):
             self,
             recipe=self.front.recipe(place, self.recipe),
             front=replace(self.front, choice=place),
+            in_sample=None,
         )
 
     def with_schedule(self, schedule: Sequence[StepMode | str]) -> Plan:
@@ -351,9 +253,9 @@ class Plan(PlanContent):
         Args:
             model: in eval mode.
             recording: of this model; statistics and weights are then fitted anew, without a
-                search. Without it those of the old checkpoint stay, and the error is not known:
-                `recipe.correction` says so. A plan of several recipes takes one of each number
-                of steps.
+                search, and the error on the recorded runs is `in_sample`. Without it those of the
+                old checkpoint stay, and the error is not known: `describe` says so. A plan of
+                several recipes takes one of each number of steps.
             on_progress: told how many calls of the model were run.
 
         Raises:
@@ -366,11 +268,7 @@ class Plan(PlanContent):
         names, plans = [f"{name} steps" for name in self.names], []
         for number, (plan, one) in enumerate(zip(self.plans, recordings, strict=True)):
             space, told = Workspace(), part_of(on_progress, names, number)
-            fitted = plan.recipe.output_weights is not None
-            unfitted = plan._with().recipe
-            plans.append(
-                Plan._of(planned(model, one, unfitted, space, told, correct=fitted), space)
-            )
+            plans.append(Plan.of(rebound(model, one, plan.recipe, space, told), space))
         return Plan.join(*plans)
 
     def _with_weights(self, weights_hash: str) -> Plan:
@@ -379,6 +277,7 @@ class Plan(PlanContent):
             binding=replace(self.binding, weights_hash=weights_hash),
             recipe=replace(self.recipe, correction=f"{self.recipe.correction}; {OTHER_WEIGHTS}"),
             front=None,
+            in_sample=None,
             workspace=Workspace(),
         )
 
@@ -389,48 +288,4 @@ class Plan(PlanContent):
             latent=None,
             correction="not fitted: the plan was changed",
         )
-        return replace(self, recipe=replace(unfitted, **changes), front=None)
-
-    def describe(self, latency: LatencyTable | None = None) -> str:
-        """The plan in a few lines.
-
-        Args:
-            latency: measured seconds of this checkpoint: each mode is then told what its steps
-                take, and whether that is more than a plain step takes here.
-
-        Raises:
-            PlanError: the seconds are of another checkpoint.
-        """
-        check_latency(latency, self.binding)
-        texts = [plan_text(plan.recipe, plan.front, latency) for plan in self.plans]
-        if len(texts) == 1:
-            return texts[0]
-        recipes = ("  " + text.replace("\n", "\n    ") for text in texts)
-        return "\n".join((f"{len(texts)} recipes, chosen by the timesteps", *recipes))
-
-    def __repr__(self) -> str:
-        lines = self.describe().splitlines()
-        return "\n  ".join((f"Plan for weights {self.binding.weights_hash[:12]}", *lines))
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows of the plan."""
-        return "".join(
-            plan_html(plan.binding, plan.recipe, len(plan.statistics), plan.front)
-            for plan in self.plans
-        )
-
-    def save(self, path: Path | str) -> None:
-        """Write the plan into a new or replaced folder, as plain data.
-
-        Of several recipes each has a folder in there, such as `20`, that is a plan by itself.
-        """
-        write_plans(dict(zip(self.names, self.plans, strict=True)), path)
-
-    @staticmethod
-    def load(path: Path | str) -> Plan:
-        """Read what `save` wrote.
-
-        Raises:
-            PlanError: a file is missing, damaged, of another version, or not a plan.
-        """
-        return Plan.join(*(Plan._of(content, Workspace()) for content in read_plans(path)))
+        return replace(self, recipe=replace(unfitted, **changes), front=None, in_sample=None)

@@ -26,7 +26,7 @@ from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.factors.statistics import Statistics, named_statistics, named_tensors
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.sampler.tables import ROW, SamplerTables
-from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.front import ErrorSummary, Front
 from calicache.graph_passes.settings.recipe import Recipe
 
 NOT_ASKED = "planned with correct=False: the recorded calls were not run"
@@ -50,6 +50,8 @@ class PlanContent:
             where that is not known.
         no_sampler: why it is not known.
         front: what a search found beside this plan; None for a plan that was not searched.
+        in_sample: error of the recorded samples that the plan was made from; None where that was
+            not measured, or where the plan was changed since.
     """
 
     binding: Binding
@@ -58,6 +60,7 @@ class PlanContent:
     sampler: SamplerTables | None = None
     no_sampler: str = NOT_ASKED
     front: Front | None = None
+    in_sample: ErrorSummary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class _PlanJson:
     sampler: _SamplerNumbers | None
     no_sampler: str
     front: Front | None = None
+    in_sample: ErrorSummary | None = None
 
 
 _DOCUMENT = DocumentKind(
@@ -182,6 +186,7 @@ def _write_files(content: PlanContent, folder: Path) -> None:
         None if content.sampler is None else _SamplerNumbers.of(content.sampler),
         content.no_sampler,
         content.front,
+        content.in_sample,
     )
     (folder / PLAN_FILE).write_text(_DOCUMENT.dumps(written))
     table = plan_table(content.binding, content.recipe)
@@ -231,7 +236,13 @@ def _read_plan(path: Path, folder: Path) -> PlanContent:
     except (*DAMAGES, TypeError) as error:
         raise _DOCUMENT.refused(path, error) from error
     return PlanContent(
-        written.binding, written.recipe, statistics, sampler, written.no_sampler, written.front
+        written.binding,
+        written.recipe,
+        statistics,
+        sampler,
+        written.no_sampler,
+        written.front,
+        written.in_sample,
     )
 
 

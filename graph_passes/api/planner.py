@@ -20,11 +20,12 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import assign_targets, compile_recipe
 from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
-from calicache.graph_passes.sampler.replay import replay
+from calicache.graph_passes.sampler.replay import plain_weights, replay
 from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import Weighting
-from calicache.graph_passes.settings.recipe import FITTED, Recipe
+from calicache.graph_passes.settings.front import ErrorSummary
+from calicache.graph_passes.settings.recipe import FITTED, NOT_FITTED, Recipe
 from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.sites.analysis import analyse_whole
 
@@ -39,6 +40,7 @@ def planned(
     on_progress: OnProgress | None,
     *,
     correct: bool,
+    measured: bool = False,
 ) -> PlanContent:
     """Statistics for a recipe, and its output weights.
 
@@ -48,19 +50,43 @@ def planned(
         recipe: what is chosen, without what is fitted.
         workspace: for what is made of the model on the way.
         on_progress: told how many calls of the model were run.
-        correct: fit output weights along the corrected trajectory.
+        correct: fit output weights along the corrected trajectory, which measures the error too.
+        measured: measure it without a fit as well.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
-    binding = bind(model, recording)
-    meter = Meter(planned_calls(recording, correct=correct), on_progress)
+    binding, run = bind(model, recording), correct or measured
+    meter = Meter(planned_calls(recording, correct=run), on_progress)
     task = PlanningTask(model, recording, binding, workspace, meter)
-    statistics = collect_statistics(task, recipe)
-    if not correct:
-        return PlanContent(binding, recipe, statistics)
-    recipe, sampler, reason = fit_to_sampler(task, recipe, statistics)
-    return PlanContent(binding, recipe, statistics, sampler, reason)
+    content = PlanContent(binding, recipe, collect_statistics(task, recipe))
+    return fit_to_sampler(task, content, fits=correct) if run else content
+
+
+def rebound(
+    model: nn.Module,
+    recording: Recording,
+    recipe: Recipe,
+    workspace: Workspace,
+    on_progress: OnProgress | None,
+) -> PlanContent:
+    """A recipe for other weights: its statistics and output weights anew, and its error.
+
+    Output weights are fitted where the recipe has some.
+
+    Args:
+        model: in eval mode; the one that was recorded.
+        recording: at least one whole run.
+        recipe: of a plan for other weights.
+        workspace: for what is made of the model on the way.
+        on_progress: told how many calls of the model were run.
+
+    Raises:
+        CalicacheError: whatever stage refuses names itself.
+    """
+    fits = recipe.output_weights is not None
+    plain = replace(recipe, output_weights=None, latent=None, correction=NOT_FITTED)
+    return planned(model, recording, plain, workspace, on_progress, correct=fits, measured=True)
 
 
 def searched(
@@ -111,20 +137,23 @@ def collect_statistics(task: PlanningTask, recipe: Recipe) -> Mapping[str, Stati
     )
 
 
-def fit_to_sampler(
-    task: PlanningTask, recipe: Recipe, statistics: Mapping[str, Statistics]
-) -> tuple[Recipe, SamplerTables | None, str]:
-    """The recipe with output weights, fitted with the calls of a step in one batch.
+def fit_to_sampler(task: PlanningTask, content: PlanContent, *, fits: bool) -> PlanContent:
+    """A plan replayed along the recorded runs, with the calls of a step in one batch.
+
+    Args:
+        task: the model and its recording.
+        content: of the plan, whose recipe has no output weights yet.
+        fits: fit output weights on the way.
 
     Returns:
-        The recipe, which says why where its weights are not fitted; the sampler's tables, and
-        why there are none.
+        The plan with its error on these runs, the sampler's tables, and the weights if they are
+        asked for; where the sampler's update is not known it says why there are none.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
     task.check_weights(LOAD)
-    calls = task.binding.calls
+    recipe, calls = content.recipe, task.binding.calls
     try:
         whole, form = task.recording.by_step(), task.binding.by_step()
         if recipe.touches_nothing:
@@ -134,17 +163,34 @@ def fit_to_sampler(
         length = len(recipe.schedule)
         recorded = _recorded_sampler(task, analysis.captured, whole, form.dependence, length)
     except NoSampler as unknown:
-        return replace(recipe, correction=f"not fitted: {unknown.reason}"), None, unknown.reason
-    compiled = compile_recipe(analysis, recipe, statistics, task.workspace.decompositions)
-    task.meter.stage("fit output weights", calls)
-    fit = replay(compiled.variant_set, recorded, recipe.schedule, recipe.order, meter=task.meter)
-    fitted = replace(
-        recipe, output_weights=fit.weights, latent=recorded.steps.latent, correction=FITTED
+        if fits:
+            recipe = replace(recipe, correction=f"not fitted: {unknown.reason}")
+        return replace(content, recipe=recipe, no_sampler=unknown.reason)
+    compiled = compile_recipe(analysis, recipe, content.statistics, task.workspace.decompositions)
+    task.meter.stage("fit output weights" if fits else "measure the error", calls)
+    weights = None if fits else plain_weights(recipe.schedule, recipe.order)
+    fit = replay(compiled.variant_set, recorded, recipe.schedule, recipe.order, weights, task.meter)
+    if fits:
+        latent = recorded.steps.latent
+        recipe = replace(recipe, output_weights=fit.weights, latent=latent, correction=FITTED)
+    sampler, reason = _tables(recorded, form.dependence)
+    return replace(
+        content,
+        recipe=recipe,
+        sampler=sampler,
+        no_sampler=reason,
+        in_sample=ErrorSummary.of(fit.errors),
     )
+
+
+def _tables(
+    recorded: RecordedSampler, dependence: Mapping[str, Dependence]
+) -> tuple[SamplerTables | None, str]:
+    """The sampler's tables, or why there are none."""
     try:
-        return fitted, recover_tables(recorded, form.dependence), ""
+        return recover_tables(recorded, dependence), ""
     except NoSampler as unknown:
-        return fitted, None, unknown.reason
+        return None, unknown.reason
 
 
 def _recorded_sampler(

@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from calicache.graph_passes.describe.text import in_sample_words
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
-from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.front import ErrorSummary, Front
 from calicache.graph_passes.settings.recipe import Recipe
 
 
-def plan_html(binding: Binding, recipe: Recipe, statistics: int, front: Front | None) -> str:
-    """Schedule, recipe, cost where a search counted it, and the front.
+def plan_html(
+    binding: Binding,
+    recipe: Recipe,
+    statistics: int,
+    front: Front | None,
+    in_sample: ErrorSummary | None,
+) -> str:
+    """Schedule, recipe, error, cost where a search counted it, and the front.
 
     Args:
         binding: what the plan is tied to.
         recipe: what it does.
         statistics: how many calibration targets it has statistics of.
         front: of the search that made it.
+        in_sample: error of the recorded samples that it was made from.
     """
     facts = [
         *_schedule_facts(recipe.schedule),
@@ -32,6 +40,8 @@ def plan_html(binding: Binding, recipe: Recipe, statistics: int, front: Front | 
         point = front.points[front.choice]
         facts.insert(2, ("cost", f"{point.cost:.3f} of the full run, in {front.unit}"))
         facts.insert(3, ("error", f"{point.error.mean:.3g} ± {point.error.deviation:.2g}"))
+    else:
+        facts.insert(2, ("error", in_sample_words(in_sample)))
     parts = ["<b>calicache plan</b>", _rows(facts)]
     if front is not None:
         parts.append(_front_table(front))

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from calicache.graph_passes.settings.choices import BranchKind, Granularity, StepMode
-from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.front import ErrorSummary, Front
 from calicache.graph_passes.settings.latency import BranchChoice, LatencyTable
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.schedule import count_modes
 
 
-def plan_text(recipe: Recipe, front: Front | None, latency: LatencyTable | None) -> str:
-    """Steps, recipe, what a search promised, and what its steps take where that was measured.
+def plan_text(
+    recipe: Recipe,
+    front: Front | None,
+    in_sample: ErrorSummary | None,
+    latency: LatencyTable | None,
+) -> str:
+    """Steps, recipe, its error, and what its steps take where that was measured.
 
     Args:
         recipe: of the plan.
         front: of the search that made it.
+        in_sample: error of the recorded samples that it was made from.
         latency: measured seconds of the same checkpoint.
     """
     lines = [f"{len(recipe.schedule)} steps: {count_modes(recipe.schedule)}"]
@@ -27,9 +33,19 @@ def plan_text(recipe: Recipe, front: Front | None, latency: LatencyTable | None)
         point = front.points[front.choice]
         lines.append(f"cost: {point.cost:.3f} of the full run, in {front.unit}")
         lines.append(f"error: {point.error.mean:.3g}, by {front.request}")
+    else:
+        lines.append(f"error: {in_sample_words(in_sample)}")
     if latency is not None:
         lines += (_mode_line(*mode, latency.runtime) for mode in _mode_shares(recipe, latency))
     return "\n".join(lines)
+
+
+def in_sample_words(error: ErrorSummary | None) -> str:
+    """The error of the samples that a plan was made from, in words."""
+    if error is None:
+        return "not measured"
+    samples = f"{error.samples} recorded sample{'s' * (error.samples > 1)}"
+    return f"{error.mean:.3g} in sample, over {samples}"
 
 
 def _mode_shares(recipe: Recipe, latency: LatencyTable) -> Iterator[tuple[StepMode, float, float]]:

@@ -85,14 +85,22 @@ class Binding:
     def classes_of(self, signature: CallSignature) -> dict[str, Dependence]:
         """Class of every tensor of another form of call.
 
+        A further tensor of a list has the class of the one that changes most often.
+
         Raises:
             RunError: the form differs in more than sizes, constants and lengths of lists.
         """
         if signature == self.signature:
             return self.dependence
         self.signature.check_kin(signature)
-        kinds = {name_pattern(name): kind for name, kind in self.dependence.items()}
-        return {spec.name: kinds[name_pattern(spec.name)] for spec in signature.tensors}
+        kinds: dict[str, Dependence] = {}
+        for name, kind in self.dependence.items():
+            pattern = name_pattern(name)
+            kinds[pattern] = max(kind, kinds.get(pattern, kind))
+        return {
+            spec.name: self.dependence.get(spec.name, kinds[name_pattern(spec.name)])
+            for spec in signature.tensors
+        }
 
     def for_call(self, model: nn.Module, call: FlatCall) -> Binding:
         """The same for calls of another form: other sizes, constants, or lengths of lists.

@@ -201,7 +201,8 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
                 name,
                 expected="a tensor, a number, a string, None, or a plain dict, list or tuple",
                 got=type(value).__name__,
-                fix="Pass plain values, or set the object on the model before recording.",
+                fix="Pass plain values, or record a module that has the object as an attribute and "
+                "passes it on, for a plan of REFRESH and FORECAST steps.",
             )
     assert tree is not None  # of a dict
     return FlatCall(tensors, constants, tuple(leaves), tree)

@@ -75,7 +75,7 @@ def replay(
             near as it can to the recorded one.
         meter: counts the steps of every run.
     """
-    plain = tuple((*row, 0.0) for row in output_table(schedule, order))
+    plain = plain_weights(schedule, order)
     anchors = anchor_table(schedule, order)
     sweep = _Sweep(variant_set.scheduled(anchors), recorded, schedule, weights or plain, order + 1)
     runs = [
@@ -94,6 +94,11 @@ def replay(
             meter.add(len(runs))
     errors = [error for run in runs for error in _errors(run, recorded.steps)]
     return Replay(tuple(rows), tuple(errors), answers)
+
+
+def plain_weights(schedule: Sequence[StepMode], order: int) -> Table:
+    """The weights of a plan without fitted ones, as in `Replay`: none of the latent."""
+    return tuple((*row, 0.0) for row in output_table(schedule, order))
 
 
 @dataclass(slots=True)

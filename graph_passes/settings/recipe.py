@@ -26,7 +26,7 @@ from calicache.graph_passes.settings.schedule import (
     output_table,
 )
 
-FITTED = "fitted to the recorded runs"
+FITTED, NOT_FITTED = "fitted to the recorded runs", "not asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Recipe:
     ranks: Mapping[str, Count] = field(default_factory=dict)
     output_weights: Table | None = None
     latent: str | None = None
-    correction: str = "not asked for"
+    correction: str = NOT_FITTED
 
     def __post_init__(self) -> None:
         _check_schedule(self.schedule)
@@ -95,17 +95,20 @@ class Recipe:
         return next((mode for mode in beside if mode is not StepMode.REFRESH), StepMode.REFRESH)
 
     def weights_at(
-        self, mode: StepMode, place: float, kept: Sequence[float]
+        self, mode: StepMode, place: float, kept: Sequence[float], start: float = 0
     ) -> tuple[Row, Row | None]:
         """Weights of the anchors and of the outputs at a step that lies anywhere.
 
-        What was fitted counts where the step and the kept refreshes are those that it was fitted
-        to; elsewhere Lagrange's formula does, and no weight of the latent.
+        What was fitted counts where the run began with the first step, and the step and the kept
+        refreshes are those that it was fitted to: it also mends what the steps before left, which
+        a run that began later has not. Elsewhere Lagrange's formula does, and no weight of the
+        latent.
 
         Args:
             mode: of the step.
             place: of the step.
             kept: places of the kept refreshes, newest first.
+            start: place of the step that the run began with.
         """
         kept, count = tuple(kept[: self.order + 1]), self.order + 1
         anchors = (1.0,) if mode is StepMode.REFRESH else lagrange_weights(kept, place)
@@ -116,7 +119,7 @@ class Recipe:
             return anchors, own if StepMode.FORECAST in self.schedule else None
         step = int(place)
         recorded = 0 <= place < len(fitted) and place == step and mode is self.schedule[step]
-        if recorded and kept == kept_refreshes(self.schedule, step, count):
+        if not start and recorded and kept == kept_refreshes(self.schedule, step, count):
             return anchors, fitted[step]
         return anchors, (*own, 0.0)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from zoo.finding import FULL_RANK_BOUND, Finding, take
+from zoo.other_sizes import entry_with, try_sizes
 from zoo.report import ENTRIES, FAMILIES, read_report, totals, totals_line, write_report
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -107,6 +108,33 @@ def test_report_lists_every_model_and_counts_right(published: dict[str, Finding]
     for name, column in (("full_rank", 3), ("onnx", 4), ("sampler", 5)):
         numbers = [row for row in rows if re.match(r"\d", row[column])]
         assert len(numbers) == written["totals"][name], name
+
+
+def test_no_other_size_is_wrong_in_silence(published: dict[str, Finding]) -> None:
+    tried = {name: finding.others for name, finding in published.items() if finding.others}
+    assert len(tried) > 10
+    assert {size for others in tried.values() for size in others} == {"batch", "prompt", "height"}
+    wrong = [
+        (name, size, check)
+        for name, others in tried.items()
+        for size, check in others.items()
+        if not check.explained
+    ]
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_calls_of_other_sizes_are_exact() -> None:
+    checks = try_sizes(ENTRIES["ZImageTransformer2DModel"])  # lists of images and of texts
+    assert [size for size, check in checks.items() if check.passed] == ["batch", "prompt", "height"]
+
+
+def test_tables_can_be_read_with_other_sizes() -> None:
+    name = "FluxTransformer2DModel"
+    entry, larger = ENTRIES[name], entry_with(name, {"TEXT": 9, "HEIGHT": 8})
+    assert larger.inputs(3)["encoder_hidden_states"].shape[:2] == (3, 9)
+    assert len(larger.inputs(3)["img_ids"]) == 2 * len(entry.inputs(2)["img_ids"])
+    assert entry_with(name, {}).inputs(2)["txt_ids"].shape == entry.inputs(2)["txt_ids"].shape
 
 
 def test_every_entry_has_a_name_of_its_own() -> None:

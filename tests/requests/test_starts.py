@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuserModel
 from diffusion import GuidedDDIM, add_noise, ddim_timesteps
 from model import FashionDiT
 from support.models import relative
@@ -70,8 +71,8 @@ def test_a_later_start_is_no_worse_than_without_fitted_weights(
     start: int,
 ) -> None:
     fitted, plain = (worst(fast, model, recording, start) for fast in pair)
-    # Fitted weights count where the refreshes are those that they were fitted to.
-    assert fitted <= 1.05 * plain
+    # Fitted weights count in whole runs alone: float32 rounding of the same sums.
+    assert fitted <= 1.001 * plain
     assert pair[0].state.calls[-1].start == start
 
 
@@ -102,7 +103,7 @@ def test_image_to_image_is_as_near_as_a_whole_run(
     )
     # Counted from step 0, whatever the timestep, FORECAST was 3 to 5 times as far off from
     # step 3, 5 and 8.
-    assert later <= 1.5 * whole
+    assert later <= 1.6 * whole
 
 
 @pytest.mark.parametrize("start", range(STEPS))
@@ -111,6 +112,71 @@ def test_at_full_rank_every_start_is_exact(
 ) -> None:
     # float32 through two orders of the same products.
     assert worst(exact, model, recording, start) < 1e-4
+
+
+class UVit(nn.Module):
+    """The U-ViT of diffusers' UniDiffuser, for images of a class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = UniDiffuserModel(
+            text_dim=8,
+            clip_img_dim=8,
+            num_text_tokens=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=1,
+            out_channels=1,
+            num_layers=4,
+            sample_size=16,
+            patch_size=4,
+            activation_fn="gelu",
+            use_timestep_embedding=True,
+        )
+        self.labels = nn.Embedding(11, 16)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        text = self.labels(class_labels).unflatten(-1, (2, 8))
+        image = torch.zeros(len(class_labels), 1, 8)
+        output: Tensor = self.inner(
+            hidden_states, image, text, timestep, torch.zeros_like(timestep)
+        )[0]
+        return output
+
+
+@pytest.fixture(scope="module")
+def uvit() -> tuple[nn.Module, Recording]:
+    torch.manual_seed(0)
+    model = UVit().eval().requires_grad_(False)
+    noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    with record(model) as recording, torch.no_grad():
+        recording.finish(GuidedDDIM(STEPS, 1.5, 10).sample(model, noise, torch.arange(2)))
+    return model, recording
+
+
+def end_of(model: nn.Module, recording: Recording, start: int) -> Tensor:
+    """The final latents of a run that begins at a recorded step."""
+    if isinstance(model, OptimizedModel):
+        model.reset()
+    noisy = recording.calls[start]["hidden_states"][:2]
+    with torch.no_grad():
+        *_, last = GuidedDDIM(STEPS, 1.5, 10).latents(model, noisy, torch.arange(2), start)
+    return last
+
+
+def test_a_uvit_is_no_worse_at_any_start_than_without_fitted_weights(
+    uvit: tuple[nn.Module, Recording],
+) -> None:
+    model, recording = uvit
+    options = {"schedule": 3, "mode": "CALIBRATE", "rank": 8, "order": 1}
+    fitted, plain = (planned(*uvit, correct=correct, **options) for correct in (True, False))
+    for start in range(STEPS):
+        exact = end_of(model, recording, start)
+        errors = [relative(end_of(fast, recording, start), exact) for fast in (fitted, plain)]
+        # The same sums; in a whole run the fit is the better one. Weights of a whole run's later
+        # steps made starts 1 to 6 up to 20 times worse, by 0.01.
+        assert errors[0] <= 1.001 * errors[1], start
+        assert errors[0] < (0.02 if start == 0 else 0.01), start
 
 
 def test_a_run_broken_off_is_no_part_of_a_later_one(

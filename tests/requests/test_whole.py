@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from zoo.report import ENTRIES
 from calicache.export import export_onnx
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
 from calicache.graph_passes.api.running.forms import compile_plan
-from calicache.graph_passes.common.errors import CaptureError, PlanError
+from calicache.graph_passes.common.errors import CaptureError, PlanError, RecordError
 
 SCHEDULE = "RRFRFF"
 
@@ -156,6 +157,41 @@ def test_hidream_which_picks_experts_in_python() -> None:
     fast = optimize(model, plan)
     got = run_sampler(fast, entry, linear=True)
     assert 0 < relative(got.latents, run.latents) < 0.5
+
+
+class Given(nn.Module):
+    """A model that has some of its arguments already."""
+
+    def __init__(self, model: nn.Module, **given: Any) -> None:
+        super().__init__()
+        self.model, self.given = model, given
+
+    def forward(self, **call: Any) -> Any:
+        return self.model(**call, **self.given)
+
+
+@pytest.mark.slow
+def test_wan_animate_which_reads_keys_from_an_object() -> None:
+    entry = ENTRIES["WanAnimate2Transformer3DModel"]
+    torch.manual_seed(3)
+    cache = entry.inputs(2)["kv_cache"]
+    rest = {name: value for name, value in entry.call.items() if name != "kv_cache"}
+    bare, plain = replace(entry, call=rest), make_model(entry)
+    with pytest.raises(RecordError, match="WanAnimate2KVCache") as caught, record(plain):
+        run_sampler(plain, entry, linear=True)
+    assert caught.value.where == "kv_cache"
+    model = Given(plain, kv_cache=cache).eval()
+    before = [[value.clone() for value in layer.get()] for layer in cache.layer_caches]
+    with record(model) as recording:
+        run = run_sampler(model, bare, linear=True)
+        recording.finish(run.latents)
+    plan = Plan.from_trajectory(model, recording, schedule=2, mode="FORECAST", correct=False)
+    got = run_sampler(optimize(model, plan), bare, linear=True)
+    assert 0 < relative(got.latents, run.latents) < 0.5
+    # A step that is left out leaves nothing undone: the model reads the object alone.
+    after = [layer.get() for layer in cache.layer_caches]
+    for one, other in zip(before, after, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_a_search_of_forecasts_needs_no_graph(dit: FashionDiT) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.inputs import at_batch
+from zoo.tables.inputs import at_batch
 
 
 def unchanged(model: nn.Module) -> None:

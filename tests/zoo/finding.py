@@ -41,6 +41,7 @@ FULL_RANK_BOUND = 1e-4
 # ONNX Runtime sums in another order and has its own exp, erf and softmax: 1e-6 an operation, a
 # little more than torch against itself.
 ONNX_BOUND = 1e-3
+REFUSED, NOTHING = "refused", "n/a"  # how a reason begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ class Check:
         """Whether the two agree."""
         return self.error is not None and self.error <= self.bound
 
+    @property
+    def explained(self) -> bool:
+        """Whether the two agree, calicache refused in words, or there was nothing to compare."""
+        return self.passed or self.reason.startswith((REFUSED, NOTHING))
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -80,6 +86,7 @@ class Finding:
         seconds: that all of it took.
         closed: by size, why a file cannot leave it open, empty where it can; nothing was tried
             where there is no size.
+        others: by size, how calls of another one than the recorded did; see `zoo.other_sizes`.
     """
 
     name: str
@@ -93,6 +100,7 @@ class Finding:
     sampler: Check = Check(bound=ONNX_BOUND)
     seconds: float = 0.0
     closed: dict[str, str] = field(default_factory=dict)
+    others: dict[str, Check] = field(default_factory=dict)
 
 
 def failed(name: str, reason: str, seconds: float = 0.0) -> Finding:
@@ -123,7 +131,7 @@ def take(entry: ZooEntry, *, onnx: bool = True, sampler: bool = True) -> Finding
         finding = replace(finding, **_coverage(stale), stale=_finite(error))
         fast = optimize(model, full_rank(plan, stale.compiled.analysis.sites))
         error = _error_of_run(fast, entry, run)
-        finding = replace(finding, full_rank=_check(error, FULL_RANK_BOUND, "the original"))
+        finding = replace(finding, full_rank=check_error(error, FULL_RANK_BOUND, "the original"))
     except Exception as error:
         finding = replace(finding, full_rank=Check(reason=one_line(error)))
     else:
@@ -207,7 +215,7 @@ def _coverage(optimized: OptimizedModel) -> dict[str, Any]:
 
 def _error_of_run(model: nn.Module, entry: ZooEntry, run: DenoisingRun) -> float:
     """Error of a run of its own against the original's."""
-    return _worst(run_sampler(model, entry, linear=True).outputs, run.outputs)
+    return worst_error(run_sampler(model, entry, linear=True).outputs, run.outputs)
 
 
 def _step_layout_error(fast: OptimizedModel, recording: Recording) -> float:
@@ -223,7 +231,7 @@ def _step_layout_error(fast: OptimizedModel, recording: Recording) -> float:
             inputs = signature.unflatten([call[name] for name in names])
             expected.append(first_tensor(fast(**inputs)))
             got.append(torch.from_numpy(session.step(step, **call)))
-    return _worst(got, expected)
+    return worst_error(got, expected)
 
 
 def _check_sampler(fast: OptimizedModel, entry: ZooEntry, recording: Recording) -> Check:
@@ -255,14 +263,22 @@ def _guarded(compare: Callable[[], float]) -> Check:
         error = compare()
     except Exception as refusal:
         return Check(None, ONNX_BOUND, one_line(refusal))
-    return _check(error, ONNX_BOUND, "PyTorch")
+    return check_error(error, ONNX_BOUND, "PyTorch")
 
 
-def _worst(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def worst_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Relative L2 error of the worst step."""
     return max(map(relative, got, expected))
 
 
-def _check(error: float, bound: float, other: str) -> Check:
+def check_error(error: float, bound: float, other: str) -> Check:
+    """A comparison with its verdict.
+
+    Args:
+        error: relative L2; infinite where a value is not finite.
+        bound: largest that counts as equal.
+        other: what was compared with.
+    """
     if _finite(error) is None:
         return Check(None, bound, "values that are not finite")
     return Check(error, bound, "" if error <= bound else f"differs from {other} by {error:.1e}")

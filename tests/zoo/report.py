@@ -11,9 +11,9 @@ from typing import Any
 
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.files import atomic_path
-from zoo import audio, image, video, wan
 from zoo.entry import ZooEntry
-from zoo.finding import Check, Finding
+from zoo.finding import REFUSED, Check, Finding
+from zoo.tables import audio, image, video, wan
 
 FAMILIES: Mapping[str, Sequence[ZooEntry]] = {
     "Image": image.ENTRIES,
@@ -31,6 +31,7 @@ COLUMNS = (
     "ONNX step",
     "ONNX sampler",
     "any",
+    "other sizes",
 )
 SHOWN_REASON = 200
 
@@ -92,7 +93,8 @@ def totals_line(counts: Mapping[str, int]) -> str:
 def _finding(fields: Mapping[str, Any]) -> Finding:
     plain = {name: value for name, value in fields.items() if name != "family"}
     checks = {name: Check(**fields[name]) for name in ("full_rank", "onnx", "sampler")}
-    return Finding(**{**plain, **checks})
+    others = {size: Check(**check) for size, check in fields.get("others", {}).items()}
+    return Finding(**{**plain, **checks, "others": others})
 
 
 def _heading(findings: Sequence[Finding], where: Mapping[str, Mapping[str, Any]]) -> str:
@@ -114,11 +116,14 @@ batch 2, steps 1, 2 and 4 CALIBRATE, no adapter for any of them.
 - ONNX step, ONNX sampler: ONNX Runtime on the CPU against the optimised model in PyTorch, over
   the run. `n/a`: the update of the latent cannot be told from the model's output.
 - any: what one file in the layout `step` can leave open (`dynamic=`): the batch, the length of the
-  prompt, the tokens of a latent (B, tokens, C). Why the others are refused is in `models.json`."""
+  prompt, the tokens of a latent (B, tokens, C). Why the others are refused is in `models.json`.
+- other sizes: calls with 1 and 3 samples, a longer prompt and twice the height, under a plan that
+  was recorded at one size; those named are as exact as full rank is. `refused`: in words, which
+  `models.json` has. Sizes that a model does not have, or cannot take itself, are left out."""
 
 
 def _table(findings: Sequence[Finding]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---:|---:|---|---|---|---|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---:|---:|---|---|---|---|---|"]
     for finding in findings:
         known = finding.sites is not None and finding.coverage is not None
         failed_step = None if finding.onnx.passed or not known else finding.onnx
@@ -130,6 +135,7 @@ def _table(findings: Sequence[Finding]) -> str:
             _cell(finding.onnx),
             "the same" if finding.sampler == failed_step else _cell(finding.sampler),
             _open_cell(finding.closed),
+            _others_cell(finding.others),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
@@ -143,6 +149,18 @@ def _full_rank_cell(finding: Finding) -> str:
 def _open_cell(closed: Mapping[str, str]) -> str:
     opened = [size for size, reason in closed.items() if not reason]
     return ", ".join(opened) or ("none" if closed else "not tried")
+
+
+def _others_cell(others: Mapping[str, Check]) -> str:
+    if not others:
+        return "not tried"
+    exact = [size for size, check in others.items() if check.passed]
+    refused = [size for size, check in others.items() if check.reason.startswith(REFUSED)]
+    wrong = [size for size, check in others.items() if not check.explained]
+    parts = [", ".join(exact)] if exact else []
+    parts += [f"refused: {', '.join(refused)}"] if refused else []
+    parts += [f"**wrong**: {', '.join(wrong)}"] if wrong else []
+    return "; ".join(parts) or "none"
 
 
 def _cell(check: Check) -> str:

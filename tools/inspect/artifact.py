@@ -131,7 +131,11 @@ def _mode_facts(manifest: Manifest, record: ModeRecord) -> ModeFacts:
 
 
 def _cautions(manifest: Manifest, path: Path, cache_bytes: int) -> Iterator[Caution]:
-    yield from schedule_cautions(manifest.schedule, manifest.order, manifest.correction)
+    # Rows that were not fitted have no weight of the latent.
+    fitted = any(len(row) > manifest.order + 2 for row in manifest.output_weights or ())
+    yield from schedule_cautions(
+        manifest.schedule, manifest.order, manifest.correction, fitted=fitted
+    )
     # Integers multiply as often: what they save is time.
     low_rank = [t for t in manifest.targets if t.branch is BranchKind.LOW_RANK]
     saves = manifest.run_share < 1 or len(low_rank) < len(manifest.targets)

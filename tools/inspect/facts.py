@@ -12,13 +12,11 @@ from pydantic import PlainSerializer
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.settings.choices import STEP_LETTERS, StepMode
-from calicache.graph_passes.settings.recipe import FITTED
+from calicache.graph_passes.settings.recipe import NOT_FITTED
 
 # In JSON these two are their names, which stay readable and do not change with a new member.
 Mode = Annotated[StepMode, PlainSerializer(lambda mode: mode.name, return_type=str)]
 Class = Annotated[Dependence, PlainSerializer(lambda kind: kind.name.lower(), return_type=str)]
-
-NOT_ASKED = "not asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +97,16 @@ def _marks(schedule: Sequence[StepMode]) -> list[int]:
 
 
 def schedule_cautions(
-    schedule: Sequence[StepMode], order: int, correction: str
+    schedule: Sequence[StepMode], order: int, correction: str, *, fitted: bool
 ) -> Iterator[Caution]:
-    """What is odd about a schedule and its output weights."""
+    """What is odd about a schedule and its output weights.
+
+    Args:
+        schedule: mode of every step.
+        order: of the anchors.
+        correction: how the output weights were made, or why there are none.
+        fitted: whether there are any.
+    """
     refreshes = schedule.count(StepMode.REFRESH)
     if refreshes == len(schedule):
         yield Caution("no-saving", "Every step is REFRESH: nothing is saved.")
@@ -111,5 +116,5 @@ def schedule_cautions(
             f"Anchors of order {order} need {order + 1} REFRESH steps, the schedule has "
             f"{refreshes}: the order is never reached.",
         )
-    if correction not in (FITTED, NOT_ASKED):
+    if not fitted and not correction.startswith(NOT_FITTED):
         yield Caution("output-weights", f"There are no fitted output weights: {correction}.")

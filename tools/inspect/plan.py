@@ -16,10 +16,11 @@ from calicache.export.artifact.manifest import FileRecord
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATISTICS_FILE
 from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.describe.text import in_sample_words
 from calicache.graph_passes.factors.statistics import statistics_tensors
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.settings.choices import BranchKind, Weighting
-from calicache.graph_passes.settings.front import Front
+from calicache.graph_passes.settings.front import ErrorSummary, Front
 from calicache.graph_passes.settings.recipe import Recipe
 from calicache.tools.inspect.facts import (
     Caution,
@@ -72,6 +73,7 @@ class PlanFacts:
         inputs: the tensor arguments of a call.
         schedule: modes of the steps.
         targets: all that have statistics or a rank of their own, by name.
+        in_sample: error of the recorded samples that the plan was made from.
         warnings: what a user should know.
     """
 
@@ -85,6 +87,7 @@ class PlanFacts:
     schedule: ScheduleFacts
     targets: tuple[PlannedTarget, ...]
     front: Front | None
+    in_sample: ErrorSummary | None
     warnings: tuple[Caution, ...]
 
 
@@ -113,6 +116,7 @@ def plan_facts(path: Path, plan: Plan) -> PlanFacts:
         schedule=schedule_facts(recipe.schedule, recipe.order),
         targets=_targets(plan),
         front=plan.front,
+        in_sample=plan.in_sample,
         warnings=tuple(_cautions(plan)),
     )
 
@@ -129,7 +133,8 @@ def _targets(plan: Plan) -> tuple[PlannedTarget, ...]:
 
 def _cautions(plan: Plan) -> Iterator[Caution]:
     recipe, front = plan.recipe, plan.front
-    yield from schedule_cautions(recipe.schedule, recipe.order, recipe.correction)
+    fitted = recipe.output_weights is not None
+    yield from schedule_cautions(recipe.schedule, recipe.order, recipe.correction, fitted=fitted)
     missing = _without_statistics(plan)
     if missing:
         yield Caution(
@@ -178,6 +183,7 @@ def describe_plan(facts: PlanFacts) -> Iterator[RenderableType]:
             ("include", ", ".join(recipe.include)),
             ("exclude", ", ".join(recipe.exclude) or "nothing"),
             ("output weights", recipe.correction),
+            *([] if facts.front else [("error", in_sample_words(facts.in_sample))]),
             ("sampler", facts.sampler),
             ("statistics", f"of {len(statistics)} targets, {size}"),
         ]

@@ -11,7 +11,7 @@ from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.plan_file import PLAN_FILE, PLANS_FILE
 from calicache.tools.terminal.front import describe_point
 from calicache.tools.terminal.options import check_output
-from calicache.tools.terminal.text import show
+from calicache.tools.terminal.text import show, title
 
 
 def check_plan_output(output: Path) -> None:
@@ -27,11 +27,17 @@ def check_plan_output(output: Path) -> None:
 
 
 def show_saved(plan: Plan, output: Path, *, searched: bool) -> None:
-    """Print the point that a plan has taken, and what can be done with the plan."""
-    assert plan.front is not None
-    show(describe_point(plan.front, searched=searched))
-    named = shlex.quote(str(output))
+    """Print the points that a plan has taken, and what can be done with the plan."""
+    several = len(plan.plans) > 1
+    for name, one in zip(plan.names, plan.plans, strict=True):
+        assert one.front is not None
+        if several:
+            show(title(f"{name} steps"))
+        show(describe_point(one.front, searched=searched))
     typer.echo(f"\nPlan written: {output}")
+    if several:
+        typer.echo(f"It has a recipe for each of {', '.join(plan.names)} steps, a plan by itself:")
+    named = shlex.quote(str(output / plan.names[0] if several else output))
     typer.echo(f"The whole front: calicache inspect {named}")
     typer.echo(f"Another point of it: calicache take {named} NUMBER -o OTHER")
     typer.echo(f"For ONNX Runtime: calicache export MODEL {named} -o ARTIFACT")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import typer
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.common.errors import CalicacheError
+from calicache.graph_passes.common.errors import CalicacheError, SubjectError
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.search.ground import check_budget
 from calicache.graph_passes.settings.latency import LatencyTable
@@ -22,7 +23,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 def search(
     model: str,
-    recording: Path,
+    recordings: list[Path],
     output: Path,
     budget: float | None,
     max_error: float | None,
@@ -36,8 +37,9 @@ def search(
     # The small files first: what is wrong with them shows before a large model is read.
     table = LatencyTable.load(latency) if latency else None
     request = SearchRequest(budget, max_error, table, effort, ("*",), ())
-    runs = Recording.load(recording)
-    check_budget(request, runs.steps)
+    runs = _by_steps(recordings)
+    for steps in runs:
+        check_budget(request, steps)
     begun_before = folder.exists()
     try:
         with progress_shown() as on_progress:
@@ -63,3 +65,23 @@ def search(
         raise
     shutil.rmtree(folder, ignore_errors=True)
     show_saved(plan, output, searched=True)
+
+
+def _by_steps(paths: Sequence[Path]) -> Mapping[int, Recording]:
+    """Recordings by their numbers of steps, each of which is there once.
+
+    Raises:
+        SubjectError: two have the same number.
+    """
+    found: dict[int, Recording] = {}
+    for path in paths:
+        runs = Recording.load(path)
+        if runs.steps in found:
+            raise SubjectError(
+                str(path),
+                expected="runs of another number of steps than the recordings before it",
+                got=f"runs of {runs.steps} steps again",
+                fix="Record all runs of one number of steps together.",
+            )
+        found[runs.steps] = runs
+    return found

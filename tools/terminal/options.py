@@ -40,6 +40,18 @@ def there(expected: str) -> Callable[[Path | None], Path | None]:
     return check
 
 
+def each_there(expected: str) -> Callable[[list[Path]], list[Path]]:
+    """A check that all of several paths are there, as `there` has it for one."""
+    check = there(expected)
+
+    def check_all(paths: list[Path]) -> list[Path]:
+        for path in paths:
+            check(path)
+        return paths
+
+    return check_all
+
+
 def _exists(path: Path) -> bool:
     try:
         return standing(path).exists()

@@ -49,6 +49,11 @@ class ModelCall:
     derived: bool = False
 
     @property
+    def start(self) -> float:
+        """Place of the step that its run began with."""
+        return self.before.start if self.before else self.place
+
+    @property
     def variant(self) -> nn.Module:
         """The graph to run."""
         return self.compiled.variant_set.variants[self.mode].module
@@ -57,7 +62,8 @@ class ModelCall:
         """What the variant reads beside the call's tensors."""
         variant_set, recipe, before = self.compiled.variant_set, self.compiled.recipe, self.before
         refreshes = before.refreshes if before else ()
-        weights = variant_set.named_weights(*recipe.weights_at(self.mode, self.place, refreshes))
+        own = recipe.weights_at(self.mode, self.place, refreshes, self.start)
+        weights = variant_set.named_weights(*own)
         kept = before.kept if before else ()
         reads = variant_set.variants[self.mode].reads
         return variant_set.read(reads, kept, weights, self.tensors[0].device)
@@ -86,7 +92,7 @@ class ModelCall:
             self.place,
             kept,
             places,
-            before.start if before else self.place,
+            self.start,
             self.recipe,
             self.opening,
             self.derived,

@@ -54,6 +54,8 @@ def test_plan_shows_schedule_settings_and_statistics(plan: Plan) -> None:
     assert entries["output weights"] == "fitted to the recorded runs"
     assert entries["weights"] == plan.binding.weights_hash[:16]
     assert "cost" not in entries
+    assert plan.in_sample is not None
+    assert entries["error"].startswith(f"{plan.in_sample.mean:.3g} in sample")
 
 
 def test_plan_of_a_search_shows_cost_and_front(plan: Plan) -> None:

@@ -26,10 +26,18 @@ def linear(low: float, high: float) -> tuple[LatencyRow, ...]:
 
 
 def test_without_seconds_it_says_what_the_plan_does(forecast_plan: Plan) -> None:
-    steps, calibrate, weights = forecast_plan.describe().splitlines()
+    steps, calibrate, weights, error = forecast_plan.describe().splitlines()
     assert steps == "6 steps: 3 REFRESH + 1 CALIBRATE + 1 REUSE + 1 FORECAST"
     assert "rank 4, order 2, weighting covariance" in calibrate
     assert weights == f"output weights: {forecast_plan.recipe.correction}"
+    assert forecast_plan.in_sample is not None
+    mean, samples = forecast_plan.in_sample.mean, forecast_plan.in_sample.samples
+    assert error.startswith(f"error: {mean:.3g} in sample, over {samples} recorded sample")
+
+
+def test_an_error_that_was_not_measured_is_said_to_be_so(dit_plan: Plan) -> None:
+    *_, error = dit_plan.with_rank(2).describe().splitlines()
+    assert error == "error: not measured"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from calicache.graph_passes.recording.grid import grid_of
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import Recorder, record
 from calicache.graph_passes.recording.recording import Recording
+from calicache.graph_passes.recording.signature import flatten_call
 
 TIMES = (9.0, 5.0, 1.0)
 SHORT, LONG = torch.tensor([1, 1, 0]).bool(), torch.tensor([1, 1, 1]).bool()
@@ -54,6 +55,35 @@ def recorded(model: nn.Module, *masks: Tensor, calls: int = 1) -> Recording:
 
 def bound(model: nn.Module, *masks: Tensor, calls: int = 1) -> Binding:
     return bind(model, recorded(model, *masks, calls=calls))
+
+
+class Listed(nn.Module):
+    """Takes a list, as Z-Image does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: list[Tensor], timestep: Tensor) -> Tensor:
+        return torch.stack([self.fc(one) for one in x]) + timestep[:, None]
+
+
+def test_tensors_of_a_list_keep_their_own_class_at_other_sizes() -> None:
+    model, still = Listed(), torch.randn(3)
+    with record(model) as recording, torch.no_grad():
+        for time in TIMES:
+            model([torch.randn(3), still], torch.full((2,), time))
+    binding = bind(model, recording)
+    assert (binding.dependence["x.0"], binding.dependence["x.1"]) == (
+        Dependence.LATENT,
+        Dependence.RUN,
+    )
+    for count in (1, 3):
+        call = flatten_call(model, ([torch.randn(3)] * count, torch.ones(2)), {})
+        classes = binding.classes_of(call.signature())
+        wanted = [Dependence.LATENT, Dependence.RUN, Dependence.LATENT][:count]
+        # The third was not recorded: it may change as often as any of them.
+        assert [classes[f"x.{place}"] for place in range(count)] == wanted
 
 
 def test_it_holds_what_the_recording_showed(dit: FashionDiT, dit_recording: Recording) -> None:

@@ -309,4 +309,6 @@ def test_elsewhere_weights_are_those_of_lagrange() -> None:
     # A recorded step, but another refresh before it than it was fitted to.
     assert recipe.weights_at(F, 3.0, (1.0,)) == ((1.0, 0.0), (0.0, 1.0, 0.0, 0.0))
     assert recipe.weights_at(F, 3.0, (1.0, 0.0)) == ((3.0, -2.0), fitted[3])
+    # A run that began later has not the errors that the weights mend.
+    assert recipe.weights_at(F, 3.0, (1.0, 0.0), 1.0)[1] == (0.0, 3.0, -2.0, 0.0)
     assert recipe_of((R, C, C)).weights_at(C, 1.5, (0.0,)) == ((1.0, 0.0), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,29 @@ def test_with_a_recording_everything_is_fitted_anew(tuned: FashionDiT, dit_plan:
     assert replace(plan.recipe, correction="") == replace(fresh.recipe, correction="")
     assert plan.binding == fresh.binding
     assert plan.statistics.keys() == fresh.statistics.keys()
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_with_a_recording_the_error_is_measured(
+    tuned: FashionDiT, dit: FashionDiT, dit_recording: Recording, correct: bool, tmp_path: Path
+) -> None:
+    old = Plan.from_trajectory(dit, dit_recording, schedule=3, rank=4, correct=correct)
+    with record(tuned) as recording:
+        end = sample_dit(tuned)
+        recording.finish(end)
+    plan = old.rebind(tuned, recording)
+    assert (plan.recipe.output_weights is None) == (not correct)
+    assert plan.in_sample is not None
+    errors = [relative(*pair) for pair in zip(sample_dit(optimize(tuned, plan)), end, strict=True)]
+    assert plan.in_sample.samples == len(end)
+    # The same run of the sampler; its own update is recovered from the recording, to 1e-5.
+    assert plan.in_sample.mean == pytest.approx(sum(errors) / len(errors), rel=1e-2)
+    assert plan.in_sample.worst == pytest.approx(max(errors), rel=1e-2)
+    assert f"error: {plan.in_sample.mean:.3g} in sample" in plan.describe()
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").in_sample == plan.in_sample
+    assert plan.rebind(dit).in_sample is None
+    assert plan.rebind(dit).describe().endswith("error: not measured")
 
 
 @pytest.mark.parametrize("how", ["written", "replaced", "added"])

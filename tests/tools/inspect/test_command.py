@@ -35,6 +35,7 @@ def steady(text: str) -> str:
     text = re.sub(r"\b[0-9a-f]{16}\b", "<digest>", text)
     sizes = r"(\.onnx, |\.json, |\.gz, |\.bin, |\.safetensors, |file +|size +)[\d.]+ k?B"
     text = re.sub(sizes, r"\1<size>", text)
+    text = re.sub(r"\S+ in sample", "<number> in sample", text)
     return re.sub(r"calicache \d+\.\d+\.\d+", "calicache <version>", text)
 
 
@@ -46,7 +47,8 @@ def test_text_is_as_it_was(home: Path, kind: str) -> None:
 
 
 KEYS = {
-    "plan": "kind path files binding recipe sampler inputs schedule targets front warnings",
+    "plan": "kind path files binding recipe sampler inputs schedule targets front in_sample "
+    "warnings",
     "artifact": "kind path manifest schedule modes run_share cache_bytes layers warnings",
     "recording": "kind path bytes value_bytes calls calls_per_step runs steps inputs constants "
     "timestep timestep_values warnings",

@@ -256,6 +256,51 @@ def test_search_saves_a_plan_under_the_budget(given: tuple[str, Path], tmp_path:
     assert calicache("inspect", output).exit_code == 0
 
 
+@pytest.fixture(scope="module")
+def fewer(given: tuple[str, Path]) -> Path:
+    """Three runs of another number of steps."""
+    model, path = load_model(given[0]), given[1].with_name("five steps.safetensors")
+    with record(model) as recording:
+        for seed in range(3):
+            recording.finish(sample_dit(model, seed=seed, steps=5))
+    recording.save(path)
+    return path
+
+
+@pytest.mark.slow
+def test_several_recordings_make_a_plan_of_several_recipes(
+    given: tuple[str, Path], fewer: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a plan"
+    done = calicache("search", *given, fewer, "-o", output, "--budget", "0.6")
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(output)
+    assert plan.names == ("6", "5")
+    for name, one in zip(plan.names, plan.plans, strict=True):
+        assert one.front is not None
+        point = one.front.points[one.front.choice]
+        assert point.cost <= 0.6
+        assert f"{name} steps" in done.stdout
+        assert f"cost {point.cost:.3f} of the full run" in words(done.stdout)
+    assert "a recipe for each of 6, 5 steps" in words(done.stdout)
+    assert f"calicache inspect '{output / '6'}'" in words(done.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["a plan"]
+    model = load_model(given[0])
+    fast = optimize(model, plan)
+    for steps in (6, 5):
+        got, full = (sample_dit(one, seed=9, steps=steps) for one in (fast, model))
+        # Each under its own recipe, on an image that was not recorded.
+        assert relative(got, full) < 0.2
+
+
+def test_recordings_of_one_number_of_steps_are_refused(
+    given: tuple[str, Path], tmp_path: Path
+) -> None:
+    done = calicache("search", *given, given[1], "-o", tmp_path / "plan", "--budget", "0.6")
+    assert done.exit_code == 1
+    assert "got runs of 6 steps again" in words(done.stderr)
+
+
 @pytest.mark.slow
 def test_search_under_an_error_shows_a_bar_on_a_terminal(
     given: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

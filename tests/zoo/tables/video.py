@@ -12,20 +12,22 @@ from diffusers.models.transformers.transformer_sana_wm_refiner import (
 from torch import Tensor
 
 from zoo.entry import ZooEntry
-from zoo.inputs import TEXT, call, filled, listed, normal, prompt, repeated, some_padded
+from zoo.tables.inputs import call, filled, listed, normal, prompt, repeated, some_padded
+from zoo.tables.sizes import HEIGHT, TEXT
 
 FLOAT_STEPS = (1000.0, 20.0)
-FRAMES, SIDE = 2, 4
-TOKENS = FRAMES * SIDE * SIDE
-PLACES = torch.cartesian_prod(*map(torch.arange, (FRAMES, SIDE, SIDE))).T
+FRAMES, SIDE = 2, 4  # SIDE counts columns of tokens
+SIDES = 2 * HEIGHT, 2 * SIDE  # of a frame
+TOKENS = FRAMES * HEIGHT * SIDE
+PLACES = torch.cartesian_prod(*map(torch.arange, (FRAMES, HEIGHT, SIDE))).T
 
 
 def allegro_rope() -> Any:
     """Frequencies and places by axis."""
     frequencies = get_3d_rotary_pos_embed_allegro(
         embed_dim=12,
-        crops_coords=((0, 0), (SIDE, SIDE)),
-        grid_size=(SIDE, SIDE),
+        crops_coords=((0, 0), (HEIGHT, SIDE)),
+        grid_size=(HEIGHT, SIDE),
         temporal_size=FRAMES,
         interpolation_scale=(2.2, 2.0, 2.0),
     )
@@ -45,7 +47,7 @@ def refiner_rope(batch: int) -> Any:
         num_attention_heads=2,
     )
     cpu = torch.device("cpu")
-    return rope(rope.prepare_video_coords(batch, FRAMES, SIDE, SIDE, device=cpu, fps=24.0), cpu)
+    return rope(rope.prepare_video_coords(batch, FRAMES, HEIGHT, SIDE, device=cpu, fps=24.0), cpu)
 
 
 def camera(batch: int) -> Tensor:
@@ -99,9 +101,9 @@ KANDINSKY = dict(
     axes_dims=(4, 4, 4))
 KANDINSKY_TEXT = dict(KANDINSKY, in_text_dim=16, in_text_dim2=8, num_text_blocks=2)
 
-LATENT, PACKED = normal(4, FRAMES, 8, 8), normal(TOKENS, 4)
+LATENT, PACKED = normal(4, FRAMES, *SIDES), normal(TOKENS, 4)
 COGVIDEOX_CALL = call(  # frames before channels
-    hidden_states=normal(FRAMES, 4, 8, 8), encoder_hidden_states=prompt(), timestep=filled(999),
+    hidden_states=normal(FRAMES, 4, *SIDES), encoder_hidden_states=prompt(), timestep=filled(999),
     image_rotary_emb=None, attention_kwargs=None)
 
 ENTRIES: tuple[ZooEntry, ...] = (
@@ -112,8 +114,8 @@ ENTRIES: tuple[ZooEntry, ...] = (
              use_rotary_positional_embeddings=True),
         {**COGVIDEOX_CALL, "ofs": torch.full((1,), 2.0),
          "image_rotary_emb": get_3d_rotary_pos_embed(
-             embed_dim=16, crops_coords=None, grid_size=(SIDE, SIDE), temporal_size=1,
-             grid_type="slice", max_size=(SIDE, SIDE))}),
+             embed_dim=16, crops_coords=None, grid_size=(HEIGHT, SIDE), temporal_size=1,
+             grid_type="slice", max_size=(HEIGHT, SIDE))}),
     ZooEntry(
         "ConsisIDTransformer3DModel",
         dict(COGVIDEOX, num_attention_heads=3, use_rotary_positional_embeddings=True,
@@ -123,7 +125,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
              LFE_ff_mult=2, LFE_num_scale=2),
         {**COGVIDEOX_CALL,
          "image_rotary_emb": get_3d_rotary_pos_embed(
-             embed_dim=16, crops_coords=((0, 0), (SIDE, SIDE)), grid_size=(SIDE, SIDE),
+             embed_dim=16, crops_coords=((0, 0), (HEIGHT, SIDE)), grid_size=(HEIGHT, SIDE),
              temporal_size=FRAMES),
          "id_vit_hidden": [normal(3, 8)] * 2, "id_cond": normal(8)}),
     ZooEntry(
@@ -139,7 +141,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
              cross_attention_dim=16, num_layers=2, caption_channels=16),
         call(hidden_states=normal(TOKENS, 8), encoder_hidden_states=prompt(),
              timestep=filled(1000.0), encoder_attention_mask=some_padded(torch.bool),
-             num_frames=FRAMES, height=SIDE, width=SIDE,
+             num_frames=FRAMES, height=HEIGHT, width=SIDE,
              rope_interpolation_scale=(8 / 25, 32, 32), attention_kwargs=None),
         timesteps=FLOAT_STEPS),
     ZooEntry(
@@ -147,7 +149,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         call(hidden_states=PACKED, audio_hidden_states=normal(5, 4),
              encoder_hidden_states=prompt(), audio_encoder_hidden_states=prompt(),
              timestep=filled(1000.0), sigma=filled(1000.0), encoder_attention_mask=some_padded(),
-             audio_encoder_attention_mask=some_padded(), num_frames=FRAMES, height=SIDE,
+             audio_encoder_attention_mask=some_padded(), num_frames=FRAMES, height=HEIGHT,
              width=SIDE, fps=24.0, audio_num_frames=5, isolate_modalities=False,
              spatio_temporal_guidance_blocks=None, perturbation_mask=None,
              use_cross_timestep=False, attention_kwargs=None),
@@ -180,7 +182,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
              patch_size=2, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
              norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
              caption_channels=16, video_length=3),
-        call(hidden_states=normal(4, 3, 8, 8), encoder_hidden_states=prompt(),
+        call(hidden_states=normal(4, 3, *SIDES), encoder_hidden_states=prompt(),
              timestep=filled(999), enable_temporal_attentions=True)),
     ZooEntry(
         "AllegroTransformer3DModel",
@@ -200,9 +202,9 @@ ENTRIES: tuple[ZooEntry, ...] = (
         "CosmosTransformer3DModel 2.5",
         dict(COSMOS, in_channels=5, extra_pos_embed_type=None, use_crossattn_projection=True,
              crossattn_proj_in_channels=24, encoder_hidden_states_channels=32),
-        call(hidden_states=normal(4, 3, 8, 8),
-             condition_mask=repeated((torch.arange(3) < 1).float().repeat_interleave(64)
-                                     .reshape(1, 3, 8, 8)),
+        call(hidden_states=normal(4, 3, *SIDES),
+             condition_mask=repeated((torch.arange(3) < 1).float().repeat_interleave(16 * HEIGHT)
+                                     .reshape(1, 3, *SIDES)),
              timestep=filled(1.0, 1, 3, 1, 1), encoder_hidden_states=prompt(24),
              padding_mask=torch.zeros(1, 1, 64, 64)),
         timesteps=(1.0, 0.02)),
@@ -216,8 +218,8 @@ ENTRIES: tuple[ZooEntry, ...] = (
              position_ids=lambda batch: torch.cat(
                  [torch.arange(TEXT).expand(3, TEXT), *[PLACES + TEXT] * batch], dim=1),
              und_len=TEXT, sequence_length=lambda batch: TEXT + batch * TOKENS,
-             vision_tokens=listed(1, 4, FRAMES, 8, 8),
-             vision_token_shapes=lambda batch: [(FRAMES, SIDE, SIDE)] * batch,
+             vision_tokens=listed(1, 4, FRAMES, *SIDES),
+             vision_token_shapes=lambda batch: [(FRAMES, HEIGHT, SIDE)] * batch,
              vision_sequence_indexes=video_tokens, vision_mse_loss_indexes=video_tokens,
              vision_timesteps=lambda batch: torch.full((batch * TOKENS,), 1000.0),
              vision_noisy_frame_indexes=lambda batch: [torch.arange(FRAMES)] * batch),
@@ -235,31 +237,31 @@ ENTRIES: tuple[ZooEntry, ...] = (
         dict(in_channels=4, num_layers=2, hidden_size=32, num_attention_heads=2,
              softmax_every_n=2, linear_head_dim=16, caption_channels=16, mlp_ratio=2.0,
              chunk_plucker_channels=8, chunk_plucker_post_attn_blocks=2),
-        call(hidden_states=normal(4, 3, 4, 4), timestep=filled(1000.0, 1, 3),
+        call(hidden_states=normal(4, 3, HEIGHT, 4), timestep=filled(1000.0, 1, 3),
              encoder_hidden_states=normal(1, TEXT, 16), mask=some_padded(),
-             data_info={"img_hw": torch.tensor([[128.0, 128.0]])}, camera_conditions=camera,
-             chunk_plucker=normal(8, 3, 4, 4)),
+             data_info={"img_hw": torch.tensor([[32.0 * HEIGHT, 128.0]])}, camera_conditions=camera,
+             chunk_plucker=normal(8, 3, HEIGHT, 4)),
         timesteps=FLOAT_STEPS),
     ZooEntry(
         "Kandinsky5Transformer3DModel",
         dict(KANDINSKY_TEXT, visual_cond=True),
-        dict(hidden_states=normal(FRAMES, 8, 8, 9), encoder_hidden_states=prompt(),
+        dict(hidden_states=normal(FRAMES, *SIDES, 9), encoder_hidden_states=prompt(),
              pooled_projections=normal(8), timestep=filled(1000.0),
-             visual_rope_pos=[*map(torch.arange, (FRAMES, SIDE, SIDE))],
+             visual_rope_pos=[*map(torch.arange, (FRAMES, HEIGHT, SIDE))],
              text_rope_pos=torch.arange(TEXT), scale_factor=(1.0, 2.0, 2.0), sparse_params=None,
              return_dict=True),
         timesteps=FLOAT_STEPS),
     ZooEntry(
         "Kandinsky6Transformer3DModel",
         dict(KANDINSKY_TEXT, in_audio_dim=4, out_audio_dim=4),
-        call(hidden_states=normal(FRAMES, 8, 8, 9), audio_hidden_states=normal(5, 4),
+        call(hidden_states=normal(FRAMES, *SIDES, 9), audio_hidden_states=normal(5, 4),
              encoder_hidden_states=prompt(), pooled_projections=normal(8), timestep=filled(1000.0),
-             visual_rope_pos=(*map(torch.arange, (FRAMES, SIDE, SIDE)),),
+             visual_rope_pos=(*map(torch.arange, (FRAMES, HEIGHT, SIDE)),),
              encoder_attention_mask=some_padded(torch.bool), visual_token_type_ids=None),
         timesteps=FLOAT_STEPS),
     ZooEntry(
         "Kandinsky6SRTransformer3DModel",
         dict(KANDINSKY, nabla_window=(1, 1, 1)),
-        call(hidden_states=normal(FRAMES, 8, 8, 9), timestep=filled(1000.0)),
+        call(hidden_states=normal(FRAMES, *SIDES, 9), timestep=filled(1000.0)),
         timesteps=FLOAT_STEPS),
 )

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.tables.sizes import TEXT
+
 OfBatch = Callable[[int], Any]
-TEXT = 6  # tokens of a prompt
 
 
 def call(**inputs: Any) -> dict[str, Any]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zoo.inputs import TEXT, call, filled, integers, last_padded, normal, prompt, repeated
+from zoo.tables.inputs import call, filled, integers, last_padded, normal, prompt, repeated
+from zoo.tables.sizes import HEIGHT, TEXT
 
-SIDE = 4  # tokens along a side of the image
-TOKENS = SIDE * SIDE
-LATENT, PACKED = normal(4, 2 * SIDE, 2 * SIDE), normal(TOKENS, 16)
+SIDE = 4  # columns of tokens
+TOKENS = HEIGHT * SIDE
+LATENT, PACKED = normal(4, 2 * HEIGHT, 2 * SIDE), normal(TOKENS, 16)
 SIZES = {"original_size": repeated([64.0, 64.0]), "target_size": repeated([64.0, 64.0])}
 CROP = repeated([0.0, 0.0])
-IMAGE_SHAPES = [(1, SIDE, SIDE)]
+IMAGE_SHAPES = [(1, HEIGHT, SIDE)]
 
 # A constant, row and column of every token; time, row, column and layer.
-IMAGE_IDS = torch.cartesian_prod(torch.arange(1), torch.arange(SIDE), torch.arange(SIDE)).float()
+IMAGE_IDS = torch.cartesian_prod(torch.arange(1), torch.arange(HEIGHT), torch.arange(SIDE)).float()
 DIAGONAL_IDS = torch.stack([torch.zeros(TEXT), torch.arange(TEXT), torch.arange(TEXT)], -1)
 NO_IDS = torch.zeros(TEXT, 3)
-IMAGE_IDS4 = torch.cartesian_prod(*map(torch.arange, (1, SIDE, SIDE, 1)))
+IMAGE_IDS4 = torch.cartesian_prod(*map(torch.arange, (1, HEIGHT, SIDE, 1)))
 TEXT_IDS4 = torch.cartesian_prod(*map(torch.arange, (1, 1, 1, TEXT)))
 
 

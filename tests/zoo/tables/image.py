@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from torch import nn
 
 from zoo.entry import ZooEntry
-from zoo.image_parts import (
+from zoo.tables.image_parts import (
     BRIA_CALL,
     COGVIEW,
     COGVIEW_CALL,
@@ -44,7 +44,8 @@ from zoo.image_parts import (
     normal_experts,
     text_then_image,
 )
-from zoo.inputs import TEXT, call, filled, integers, last_padded, listed, normal, prompt, repeated
+from zoo.tables.inputs import call, filled, integers, last_padded, listed, normal, prompt, repeated
+from zoo.tables.sizes import HEIGHT, TEXT
 
 DOWN, FLOW, RISING = (1000, 20), (1.0, 0.02), (0.0, 0.98)
 
@@ -60,7 +61,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         "DreamLiteTransformer2DModel",
         dict(HEADS, in_channels=32, cross_attention_dim=16, norm_type="ada_norm",
              num_embeds_ada_norm=1000),
-        call(hidden_states=normal(32, SIDE, SIDE), encoder_hidden_states=prompt(),
+        call(hidden_states=normal(32, HEIGHT, SIDE), encoder_hidden_states=prompt(),
              timestep=torch.tensor(999)),
         module="diffusers.models.transformers.transformer_2d_dreamlite"),
     ZooEntry(
@@ -73,7 +74,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
              text_embedding_mask_t5=last_padded(),
              image_meta_size=repeated([64.0, 64.0, 64.0, 64.0, 0.0, 0.0]), style=filled(0),
              image_rotary_emb=get_2d_rotary_pos_embed(
-                 16, ((0, 0), (SIDE, SIDE)), (SIDE, SIDE), output_type="pt"))),
+                 16, ((0, 0), (HEIGHT, SIDE)), (HEIGHT, SIDE), output_type="pt"))),
     ZooEntry(
         "LuminaNextDiT2DModel",
         dict(sample_size=8, hidden_size=32, num_layers=2, num_attention_heads=2, num_kv_heads=1,
@@ -166,7 +167,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         "ZImageTransformer2DModel",
         dict(in_channels=4, dim=32, n_layers=2, n_refiner_layers=2, n_heads=2, n_kv_heads=2,
              cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[128, 16, 16]),
-        call(x=listed(4, 1, 2 * SIDE, 2 * SIDE), t=filled(0.0), cap_feats=listed(TEXT, 16)),
+        call(x=listed(4, 1, 2 * HEIGHT, 2 * SIDE), t=filled(0.0), cap_feats=listed(TEXT, 16)),
         latent="x.0", timestep="t", timesteps=RISING),
     ZooEntry(
         "OmniGenTransformer2DModel",
@@ -213,7 +214,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         "HunyuanImageTransformer2DModel",
         dict(HEADS, in_channels=8, out_channels=8, num_single_layers=2, num_refiner_layers=2,
              text_embed_dim=16, text_embed_2_dim=16, rope_axes_dim=(8, 8)),
-        call(hidden_states=normal(8, SIDE, SIDE), timestep=filled(1000.0),
+        call(hidden_states=normal(8, HEIGHT, SIDE), timestep=filled(1000.0),
              encoder_hidden_states=prompt(), encoder_attention_mask=last_padded(),
              encoder_hidden_states_2=normal(4, 16), encoder_attention_mask_2=last_padded(length=4)),
         timesteps=DOWN),
@@ -228,7 +229,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         "ErnieImageTransformer2DModel",
         dict(hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32,
              in_channels=8, out_channels=8, text_in_dim=16, rope_axes_dim=(4, 6, 6)),
-        call(hidden_states=normal(8, SIDE, SIDE), timestep=filled(1000.0), text_bth=prompt(),
+        call(hidden_states=normal(8, HEIGHT, SIDE), timestep=filled(1000.0), text_bth=prompt(),
              text_lens=lambda batch: torch.tensor([TEXT, TEXT - 1] * batch)[:batch]),
         timesteps=DOWN),
     ZooEntry(
@@ -245,21 +246,21 @@ ENTRIES: tuple[ZooEntry, ...] = (
         timesteps=RISING),
     ZooEntry(
         "JoyImageEditTransformer3DModel", JOY,
-        call(hidden_states=normal(2, 4, 1, 2 * SIDE, 2 * SIDE), timestep=filled(1000.0),
+        call(hidden_states=normal(2, 4, 1, 2 * HEIGHT, 2 * SIDE), timestep=filled(1000.0),
              encoder_hidden_states=prompt()),
         timesteps=DOWN),
     ZooEntry(
         "JoyImageEditPlusTransformer3DModel", JOY,
         call(hidden_states=normal(TOKENS + 2 * SIDE, 4, 1, 2, 2), timestep=filled(1000.0),
              encoder_hidden_states=prompt(), encoder_hidden_states_mask=last_padded(),
-             shape_list=lambda batch: [[(1, SIDE, SIDE), (1, 2, SIDE)]] * batch),
+             shape_list=lambda batch: [[(1, HEIGHT, SIDE), (1, 2, SIDE)]] * batch),
         timesteps=DOWN),
     ZooEntry(
         "Kandinsky6Transformer3DModel (image)",
         dict(in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16,
              model_dim=32, ff_dim=32, num_text_blocks=2, num_visual_blocks=2, axes_dims=(4, 6, 6),
              in_audio_dim=4, out_audio_dim=4),
-        call(hidden_states=normal(1, 2 * SIDE, 2 * SIDE, 9), audio_hidden_states=None,
+        call(hidden_states=normal(1, 2 * HEIGHT, 2 * SIDE, 9), audio_hidden_states=None,
              encoder_hidden_states=prompt(), pooled_projections=normal(16),
              timestep=filled(1000.0), visual_rope_pos=None,
              encoder_attention_mask=last_padded(torch.bool), visual_token_type_ids=None),

@@ -6,7 +6,8 @@ import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 from zoo.entry import ZooEntry
-from zoo.inputs import TEXT, call, filled, integers, normal, prompt, repeated, some_padded
+from zoo.tables.inputs import call, filled, integers, normal, prompt, repeated, some_padded
+from zoo.tables.sizes import TEXT
 
 RESIDUES = 10
 
