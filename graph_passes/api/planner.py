@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 from torch import nn
 
 from calicache.graph_passes.api.plan_file import PlanContent
-from calicache.graph_passes.common.errors import NoSampler
+from calicache.graph_passes.common.errors import CalicacheWarning, CaptureError, NoSampler
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.recording.input_classes import Dependence
+from calicache.graph_passes.recording.reads import alike_calls
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import assign_targets, compile_recipe
 from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
@@ -29,6 +31,11 @@ from calicache.graph_passes.settings.recipe import FITTED, NOT_FITTED, Recipe
 from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.sites.analysis import analyse_whole
 
+OTHER_READS = (
+    "The model reads other values in the other calls of a step, such as lengths of masks: the plan "
+    "is made from the first call of every step. The optimised model captures the others when they "
+    "come, with the same factors; the sampler's update cannot be told from the first ones alone."
+)
 LOAD = "Load the weights, or plan for costs alone: weighting='none', correct=False."
 
 
@@ -44,6 +51,9 @@ def planned(
 ) -> PlanContent:
     """Statistics for a recipe, and its output weights.
 
+    Where no one graph is for all calls of a step, as of two texts with masks of their own, the plan
+    is made from the first of them, with a warning.
+
     Args:
         model: in eval mode; the one that was recorded.
         recording: at least one whole run.
@@ -56,10 +66,19 @@ def planned(
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
-    binding, run = bind(model, recording), correct or measured
+    run = correct or measured
     meter = Meter(planned_calls(recording, correct=run), on_progress)
-    task = PlanningTask(model, recording, binding, workspace, meter)
-    content = PlanContent(binding, recipe, collect_statistics(task, recipe))
+    task = PlanningTask(model, recording, bind(model, recording), workspace, meter)
+    try:
+        statistics = collect_statistics(task, recipe)
+    except CaptureError:
+        first = alike_calls(model, recording)
+        if first is None:
+            raise
+        warnings.warn(OTHER_READS, CalicacheWarning, stacklevel=3)
+        task = PlanningTask(model, first, bind(model, first), workspace, meter)
+        statistics = collect_statistics(task, recipe)
+    content = PlanContent(task.binding, recipe, statistics)
     return fit_to_sampler(task, content, fits=correct) if run else content
 
 

@@ -150,6 +150,15 @@ class Recording:
         results = {count // beside: value for count, value in self.results.items()}
         return Recording(calls, batch_signature(self.signature, beside, batch), results)
 
+    def first_calls(self) -> Recording:
+        """The first call of every step; this recording where a step has one call."""
+        beside = self.calls_per_step
+        if beside == 1:
+            return self
+        calls = [call for run in self.runs[::beside] for call in run]
+        results = {count // beside: value for count, value in self.results.items()}
+        return Recording(calls, self._signature, results)
+
     def take_runs(self, places: Sequence[int]) -> Recording:
         """A recording of some runs, for a recording with one call a step.
 
