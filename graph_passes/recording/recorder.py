@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import CalicacheWarning, RecordError
@@ -22,6 +23,8 @@ from calicache.graph_passes.recording.signature import (
 )
 from calicache.graph_passes.recording.timestep import Call
 
+DERIVED = ("timestep", "denoisings", "runs", "run_outputs", "ends", "steps", "dependence")
+
 
 class Recorder(Recording):
     """A recording that still grows: what `record` gives.
@@ -33,14 +36,20 @@ class Recorder(Recording):
     def __init__(self) -> None:
         self._grown_calls: list[Call] = []
         self._grown_results: dict[int, Tensor] = {}
+        self._grown_outputs: dict[int, Tensor] = {}
         self.left_out = 0
-        super().__init__(self._grown_calls, None, self._grown_results)
+        super().__init__(self._grown_calls, None, self._grown_results, self._grown_outputs)
 
-    def append(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def append(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> int | None:
         """Keep one call.
 
         A call that asks for the step of the last one again, with a text of another length, is left
         out.
+
+        Returns:
+            The place of the call; None where it is left out.
 
         Raises:
             RecordError: the call has another form than the ones before, or a tensor without
@@ -54,11 +63,24 @@ class Recorder(Recording):
             if not self._asks_again(self._signature, flat):
                 raise _changed_form(self._signature, signature)
             self._leave_out(self._signature, signature)
-            return
+            return None
         last = self.calls[-1] if self.calls else {}
         call = {name: _detached(v, last.get(name)) for name, v in flat.tensors.items()}
         self._grown_calls.append(call)
         self._forget_derived()
+        return len(self._grown_calls) - 1
+
+    def answer(self, place: int, returned: Any) -> None:
+        """Keep the first tensor that a call returned, where it is one with values.
+
+        Args:
+            place: of the call.
+            returned: by the model.
+        """
+        first = next(iter(pytree.tree_leaves(returned)), None)
+        if isinstance(first, Tensor) and not _unusable(first):
+            self._grown_outputs[place] = first.detach().to("cpu", copy=True)
+            vars(self).pop("run_outputs", None)
 
     def finish(self, latents: Tensor) -> None:
         """Keep the result of the run that just ended: the latents after the sampler's last step.
@@ -113,13 +135,13 @@ class Recorder(Recording):
 
     def _forget_derived(self) -> None:
         """Runs, classes and the timestep are computed again from what has been added."""
-        for name in ("timestep", "denoisings", "runs", "ends", "steps", "dependence"):
+        for name in DERIVED:
             vars(self).pop(name, None)
 
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Recorder]:
-    """Keep the inputs of every call of `model` made inside the `with` block.
+    """Keep inputs and output of every call of `model` made inside the `with` block.
 
     Args:
         model: the denoiser that the user's sampler or pipeline calls.
@@ -135,21 +157,28 @@ def record(model: nn.Module) -> Iterator[Recorder]:
         RecordError: what is given is no model.
     """
     of_kind("model", model, nn.Module, RecordError)
-    recorder = Recorder()
+    recorder, places = Recorder(), list[int | None]()
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.append(module, args, kwargs)
+        places.append(recorder.append(module, args, kwargs))
 
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    def answer(_: nn.Module, __: tuple[Any, ...], returned: Any) -> None:
+        place = places.pop()
+        if place is not None:
+            recorder.answer(place, returned)
+
+    before = model.register_forward_pre_hook(keep, with_kwargs=True)
+    after = model.register_forward_hook(answer)
     try:
         yield recorder
     finally:
-        handle.remove()
+        before.remove()
+        after.remove()
 
 
 def _detached(value: Tensor, last: Tensor | None) -> Tensor:
     """A copy on the CPU; the last call's own where it is equal."""
-    if value.is_meta or value.layout is not torch.strided or value.is_nested:
+    if _unusable(value):
         raise RecordError(
             "argument",
             expected="tensors with values, neither sparse nor nested",
@@ -158,6 +187,11 @@ def _detached(value: Tensor, last: Tensor | None) -> Tensor:
         )
     copy = value.detach().to("cpu", copy=True)
     return last if last is not None and torch.equal(copy, last) else copy
+
+
+def _unusable(value: Tensor) -> bool:
+    """Whether a tensor has no values of its own, or not one beside the other."""
+    return value.is_meta or value.layout is not torch.strided or value.is_nested
 
 
 def _changed_form(first: CallSignature, now: CallSignature) -> RecordError:

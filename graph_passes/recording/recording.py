@@ -6,29 +6,24 @@ A run is one denoising from noise to result; a new run is seen where the timeste
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
 
-from pydantic import Field, TypeAdapter
-from safetensors import SafetensorError
+import torch
 from torch import Tensor
 
 from calicache.graph_passes.common.arguments import path_of, whole_number
-from calicache.graph_passes.common.bounds import Digest
-from calicache.graph_passes.common.documents import DocumentKind
 from calicache.graph_passes.common.errors import RecordError
-from calicache.graph_passes.common.files import Target, atomic_path
+from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.common.tensor_files import (
     digests,
-    owner_of,
     read_tensors,
     write_tensors,
 )
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
+from calicache.graph_passes.recording.recording_file import RECORDING, TARGET, RecordingJson
 from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.step_calls import batch_signature, batch_size, merge_calls
 from calicache.graph_passes.recording.timestep import (
@@ -40,7 +35,7 @@ from calicache.graph_passes.recording.timestep import (
     find_timestep,
 )
 
-NO_RESULTS: Mapping[int, Tensor] = MappingProxyType({})
+NO_TENSORS: Mapping[int, Tensor] = MappingProxyType({})
 
 
 class Recording:
@@ -50,15 +45,18 @@ class Recording:
         calls: tensors by argument name, detached, on the CPU.
         signature: the form that all calls share; None where nothing was recorded.
         results: what the sampler made of a run, by the number of calls before its end.
+        outputs: the first tensor that the model returned, as far as known, by place of the call.
     """
 
     def __init__(
         self,
         calls: Sequence[Call],
         signature: CallSignature | None,
-        results: Mapping[int, Tensor] = NO_RESULTS,
+        results: Mapping[int, Tensor] = NO_TENSORS,
+        outputs: Mapping[int, Tensor] = NO_TENSORS,
     ) -> None:
-        self._calls, self._signature, self._results = calls, signature, results
+        self._calls, self._signature = calls, signature
+        self._results, self._outputs = results, outputs
 
     @property
     def calls(self) -> Sequence[Call]:
@@ -69,6 +67,11 @@ class Recording:
     def results(self) -> Mapping[int, Tensor]:
         """Latents after the last step of a run, by the number of calls before its end."""
         return self._results
+
+    @property
+    def outputs(self) -> Mapping[int, Tensor]:
+        """The first tensor that the model returned, by the place of the call, as far as known."""
+        return self._outputs
 
     @property
     def signature(self) -> CallSignature:
@@ -113,6 +116,17 @@ class Recording:
         return tuple(run[k::beside] for run in self.denoisings for k in range(beside))
 
     @cached_property
+    def run_outputs(self) -> tuple[tuple[Tensor | None, ...], ...]:
+        """The model's output in every call of `runs`; None where it is not known."""
+        counts = [0, *accumulate(len(run) for run in self.denoisings)]
+        beside = self.calls_per_step
+        return tuple(
+            tuple(self.outputs.get(place) for place in range(first + k, end, beside))
+            for first, end in pairwise(counts)
+            for k in range(beside)
+        )
+
+    @cached_property
     def ends(self) -> tuple[Tensor | None, ...]:
         """What the sampler made of every run's last output, where `finish` was given it."""
         counts = accumulate(len(run) for run in self.denoisings)
@@ -148,7 +162,19 @@ class Recording:
             for first in range(0, len(run), beside)
         ]
         results = {count // beside: value for count, value in self.results.items()}
-        return Recording(calls, batch_signature(self.signature, beside, batch), results)
+        signature = batch_signature(self.signature, beside, batch)
+        return Recording(calls, signature, results, self._outputs_by_step(batch))
+
+    def _outputs_by_step(self, batch: int) -> dict[int, Tensor]:
+        """The outputs of every step in one batch, where all are known and have that dimension."""
+        beside = self.calls_per_step
+        outputs: dict[int, Tensor] = {}
+        for step in range(len(self.calls) // beside):
+            places = range(step * beside, (step + 1) * beside)
+            parts = [self.outputs[place] for place in places if place in self.outputs]
+            if len(parts) == beside and all(part.shape[:1] == (batch,) for part in parts):
+                outputs[step] = torch.cat(parts)
+        return outputs
 
     def first_calls(self) -> Recording:
         """The first call of every step; this recording where a step has one call."""
@@ -157,7 +183,9 @@ class Recording:
             return self
         calls = [call for run in self.runs[::beside] for call in run]
         results = {count // beside: value for count, value in self.results.items()}
-        return Recording(calls, self._signature, results)
+        known = enumerate(chain.from_iterable(self.run_outputs[::beside]))
+        outputs = {place: value for place, value in known if value is not None}
+        return Recording(calls, self._signature, results, outputs)
 
     def take_runs(self, places: Sequence[int]) -> Recording:
         """A recording of some runs, for a recording with one call a step.
@@ -170,13 +198,16 @@ class Recording:
         """
         calls: list[Call] = []
         results: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
         for place in places:
             place = whole_number("run", place, RecordError, 0, len(self.runs) - 1)
+            known = enumerate(self.run_outputs[place], start=len(calls))
+            outputs |= {at: value for at, value in known if value is not None}
             calls.extend(self.runs[place])
             end = self.ends[place]
             if end is not None:
                 results[len(calls)] = end.clone()  # a run may be taken twice
-        return Recording(calls, self._signature, results)
+        return Recording(calls, self._signature, results, outputs)
 
     def __repr__(self) -> str:
         if not self.calls:
@@ -203,11 +234,12 @@ class Recording:
                     tensors[keys[id(value)]] = value
             table.append({name: keys[id(value)] for name, value in call.items()})
         tensors |= {f"result.{n}": value for n, value in self.results.items()}
-        content = _RecordingJson(
-            self.signature, tuple(table), tuple(self.results), digests(tensors)
+        tensors |= {f"output.{n}": value for n, value in self.outputs.items()}
+        content = RecordingJson(
+            self.signature, tuple(table), tuple(self.results), digests(tensors), tuple(self.outputs)
         )
-        with atomic_path(path_of(path, RecordError), _TARGET) as temporary:
-            write_tensors(_RECORDING, content, tensors, temporary)
+        with atomic_path(path_of(path, RecordError), TARGET) as temporary:
+            write_tensors(RECORDING, content, tensors, temporary)
 
     @staticmethod
     def load(path: Path | str) -> Recording:
@@ -216,60 +248,23 @@ class Recording:
         Raises:
             RecordError: the file is missing, damaged, or something else.
         """
-        content, values = read_tensors(_RECORDING, path_of(path, RecordError))
+        content, values = read_tensors(RECORDING, path_of(path, RecordError))
         try:
             calls = [{name: values[key] for name, key in row.items()} for row in content.calls]
             results = {count: values[f"result.{count}"] for count in content.results}
+            outputs = {place: values[f"output.{place}"] for place in content.outputs}
             _ = [spec.torch_dtype for spec in content.signature.tensors]
         except (KeyError, RecordError) as error:
-            raise _RECORDING.refused(path, error) from error
+            raise RECORDING.refused(path, error) from error
         for call in calls:
             _check_loaded(call, content.signature, path)
-        return Recording(calls, content.signature, results)
-
-
-@dataclass(frozen=True, slots=True)
-class _RecordingJson:
-    """What the head of a recording's file holds.
-
-    Attributes:
-        signature: the form that all calls share.
-        calls: name of the tensor of every argument, call by call.
-        results: see `Recording`.
-        tensors: digests of all tensors.
-    """
-
-    signature: CallSignature
-    calls: Annotated[tuple[dict[str, str], ...], Field(min_length=1)]
-    results: tuple[Annotated[int, Field(ge=1)], ...]
-    tensors: dict[str, Digest]
-
-
-_RECORDING = DocumentKind(
-    "recording",
-    2,
-    TypeAdapter(_RecordingJson),
-    RecordError,
-    "a recording written by Recording.save",
-    "Record again.",
-)
-
-
-def _foreign(path: Path) -> str | None:
-    try:
-        owner = owner_of(path)
-    except (OSError, SafetensorError):
-        return "something else"
-    return None if owner == _RECORDING.name else "a file of something else"
-
-
-_TARGET = Target("a recording", RecordError, _foreign)
+        return Recording(calls, content.signature, results, outputs)
 
 
 def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> None:
     odd = set(call) - {spec.name for spec in signature.tensors}
     if odd:
-        raise _RECORDING.refused(path, f"a call with another argument: {min(odd)}")
+        raise RECORDING.refused(path, f"a call with another argument: {min(odd)}")
     for spec in signature.tensors:
         tensor = call.get(spec.name)
         if tensor is None or tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:

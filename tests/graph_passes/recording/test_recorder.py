@@ -15,7 +15,7 @@ from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import Recorder, record
 from calicache.graph_passes.recording.recording import Recording
 
-DERIVED = ("timestep", "denoisings", "runs", "ends", "steps", "dependence")
+DERIVED = ("timestep", "denoisings", "runs", "run_outputs", "ends", "steps", "dependence")
 TIMES = (9.0, 5.0, 1.0)
 
 
