@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.common.arguments import of_kind
@@ -26,6 +28,8 @@ from calicache.graph_passes.graph.surgery import (
 )
 from calicache.graph_passes.recording.reads import DIFFERENT, answering
 from calicache.graph_passes.recording.signature import CallSignature
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +176,33 @@ def _answered(model: nn.Module, reads: str) -> nn.Module:
 
     @functools.wraps(forward)
     def answered(*args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
-        with answering(reads) as seen:
+        with answering(reads) as seen, _Detached():
             result = forward(*args, **kwargs)
         return result, seen
 
     copied.forward = answered
     return copied
+
+
+class _Detached(TorchFunctionMode):
+    """`x.data` as `x.detach()`: the tracer loses what is written to the first.
+
+    CogVideoX writes its positions so, for sizes that it was not made for.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func == _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def _check_shapes(model: nn.Module, graph: fx.Graph) -> None:
@@ -216,6 +241,8 @@ def _flat_module(
     for node in source.nodes:
         if node.op == "output":
             output = node.args[0]
+        elif node.target is aten.detach.default:  # the same value, without gradients
+            copies[node] = copies[node.args[0]]
         elif node not in copies and (node.op != "placeholder"):
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     flat, read = pytree.tree_leaves(output)[:outputs], pytree.tree_leaves(output)[outputs:]

@@ -201,6 +201,19 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else x * 2
 
 
+class WritesToData(nn.Module):
+    """Fills a part of a tensor by `.data`, as CogVideoX does, and reads weights so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = x.new_zeros(3, 4)
+        table.data[:, 1:].copy_(torch.arange(9, dtype=x.dtype).view(3, 3))
+        return F.linear(x, self.inner.weight.data, self.inner.bias.data) + table
+
+
 class ChangesInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x.add_(1)
@@ -224,6 +237,16 @@ def test_in_place_ops_become_pure_ones() -> None:
     captured = captured_from(model, X)
     assert_pure(captured.graph)
     torch.testing.assert_close(run(captured, X), model(X), **CLOSE)
+
+
+def test_what_is_written_to_data_is_traced() -> None:
+    model = WritesToData().eval()
+    x = torch.randn(3, 4)
+    captured = captured_from(model, x)
+    assert_pure(captured.graph)
+    torch.testing.assert_close(run(captured, x), model(x), **CLOSE)
+    linear = next(node for node in captured.graph.nodes if node.target is aten.linear.default)
+    assert [node.target for node in linear.args[1:]] == ["inner.weight", "inner.bias"]
 
 
 def test_a_module_called_again_is_marked() -> None:
