@@ -234,7 +234,7 @@ class Recording:
                     tensors[keys[id(value)]] = value
             table.append({name: keys[id(value)] for name, value in call.items()})
         tensors |= {f"result.{n}": value for n, value in self.results.items()}
-        tensors |= {f"output.{n}": value for n, value in self.outputs.items()}
+        tensors |= _apart({f"output.{n}": value for n, value in self.outputs.items()})
         content = RecordingJson(
             self.signature, tuple(table), tuple(self.results), digests(tensors), tuple(self.outputs)
         )
@@ -259,6 +259,15 @@ class Recording:
         for call in calls:
             _check_loaded(call, content.signature, path)
         return Recording(calls, content.signature, results, outputs)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with copies of those that are there twice, as in runs that were taken twice."""
+    first = {id(value): name for name, value in reversed([*tensors.items()])}
+    return {
+        name: value if first[id(value)] == name else value.clone()
+        for name, value in tensors.items()
+    }
 
 
 def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> None:

@@ -7,10 +7,17 @@ from fnmatch import fnmatchcase
 from threading import RLock
 from typing import Any
 
+import torch
 from torch import nn
 
 from calicache.graph_passes.api.plan import Plan
-from calicache.graph_passes.common.errors import CalicacheError, RunError, SiteError
+from calicache.graph_passes.common.errors import (
+    CalicacheError,
+    CaptureError,
+    RunError,
+    SiteError,
+    reason_of,
+)
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.reads import fits_fixed
@@ -70,6 +77,7 @@ class FormTable:
                     return self._use(compiled)
             binding = self.plan.binding.for_call(self.original, call)
             try:
+                self._check_precision(call)
                 recipe = self.plan.recipe
                 analysis = analyse(self.original, binding, recipe.include, recipe.exclude)
                 return self._use(self._compile(analysis))
@@ -82,6 +90,28 @@ class FormTable:
                     fix="Call the model as it was recorded, or record and plan again for this "
                     "call.",
                 ) from error
+
+    def _check_precision(self, call: FlatCall) -> None:
+        """Refuse tensors of another precision that the model itself does not take.
+
+        Tracing does not see that weights are of another dtype.
+
+        Raises:
+            CaptureError: it does not; with its reason.
+        """
+        signature, own = call.signature(), self.plan.binding.signature.by_pattern()
+        if all(own[name].dtype == spec.dtype for name, spec in signature.by_pattern().items()):
+            return
+        try:
+            with torch.no_grad():
+                self.original(**signature.unflatten([*call.tensors.values()]))
+        except Exception as error:
+            raise CaptureError(
+                type(self.original).__name__,
+                expected="tensors of a precision that the model takes",
+                got=reason_of(error),
+                fix="Cast the model too: fast.to(dtype).",
+            ) from error
 
     def for_binding(self, binding: Binding) -> Compiled:
         """The graphs for calls of another form.

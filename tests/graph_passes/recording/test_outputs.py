@@ -72,6 +72,8 @@ def test_every_call_has_its_own(signs: tuple[float, ...], way: str, tmp_path: Pa
         assert recording.calls[0]["x"].shape == (2 * len(signs), 3)
     elif way == "runs taken":
         recording = recording.by_step().take_runs([1, 0, 1])
+        recording.save(tmp_path / "twice")
+        recording = Recording.load(tmp_path / "twice")
     elif way == "first calls":
         recording = recording.first_calls()
         assert all(float(call["sign"].mean()) == 1.0 for call in recording.calls)
