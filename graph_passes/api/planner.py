@@ -17,7 +17,7 @@ from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.recording.input_classes import Dependence
-from calicache.graph_passes.recording.reads import alike_calls
+from calicache.graph_passes.recording.reads import DIFFERENT
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import assign_targets, compile_recipe
 from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
@@ -72,14 +72,29 @@ def planned(
     try:
         statistics = collect_statistics(task, recipe)
     except CaptureError:
-        first = alike_calls(model, recording)
+        first = _first_calls(task)
         if first is None:
             raise
         warnings.warn(OTHER_READS, CalicacheWarning, stacklevel=3)
-        task = PlanningTask(model, first, bind(model, first), workspace, meter)
+        task = first
         statistics = collect_statistics(task, recipe)
     content = PlanContent(task.binding, recipe, statistics)
     return fit_to_sampler(task, content, fits=correct) if run else content
+
+
+def _first_calls(task: PlanningTask) -> PlanningTask | None:
+    """The same with the first call of every step alone, where the others read other values.
+
+    Two texts that are padded to one length have masks of their own: a graph is made for one.
+
+    Returns:
+        None where that is not what tells the calls apart.
+    """
+    first = task.recording.first_calls()
+    if first is task.recording or task.binding.reads != DIFFERENT:
+        return None
+    binding = bind(task.model, first)
+    return None if binding.reads == DIFFERENT else replace(task, recording=first, binding=binding)
 
 
 def rebound(

@@ -62,20 +62,6 @@ def find_reads(model: nn.Module, recording: Recording) -> str:
     return first
 
 
-def alike_calls(model: nn.Module, recording: Recording) -> Recording | None:
-    """The first call of every step, where the model reads other values in the others.
-
-    Two texts that are padded to one length have masks of their own: a graph is made for one.
-
-    Returns:
-        None where that is not what tells the calls apart.
-    """
-    first = recording.first_calls()
-    if first is recording or find_reads(model, recording) != DIFFERENT:
-        return None
-    return None if find_reads(model, first) == DIFFERENT else first
-
-
 def read_call(model: nn.Module, signature: CallSignature, call: Mapping[str, Tensor]) -> str:
     """The answers to all that the model reads in one call, which is run."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

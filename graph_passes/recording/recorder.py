@@ -80,7 +80,7 @@ class Recorder(Recording):
         first = next(iter(pytree.tree_leaves(returned)), None)
         if isinstance(first, Tensor) and not _unusable(first):
             self._grown_outputs[place] = first.detach().to("cpu", copy=True)
-            vars(self).pop("run_outputs", None)
+            self._forget_derived()
 
     def finish(self, latents: Tensor) -> None:
         """Keep the result of the run that just ended: the latents after the sampler's last step.

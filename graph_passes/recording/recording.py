@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -179,16 +179,10 @@ class Recording:
     def first_calls(self) -> Recording:
         """The first call of every step; this recording where a step has one call."""
         beside = self.calls_per_step
-        if beside == 1:
-            return self
-        calls = [call for run in self.runs[::beside] for call in run]
-        results = {count // beside: value for count, value in self.results.items()}
-        known = enumerate(chain.from_iterable(self.run_outputs[::beside]))
-        outputs = {place: value for place, value in known if value is not None}
-        return Recording(calls, self._signature, results, outputs)
+        return self if beside == 1 else self.take_runs(range(0, len(self.runs), beside))
 
     def take_runs(self, places: Sequence[int]) -> Recording:
-        """A recording of some runs, for a recording with one call a step.
+        """A recording of some runs, each with one call a step.
 
         Args:
             places: in `runs`.

@@ -69,7 +69,9 @@ class Calibration:
         for number, name in enumerate(target.nodes):
             node = self.copies[name]
             with insert.graph.inserting_before(node):
-                up = parts[number].clone()  # memory of its own, as safetensors demands
+                up = parts[number].contiguous()
+                if len(parts) > 1:
+                    up = up.clone()  # memory of its own, as safetensors demands
                 part = "up" if len(parts) == 1 else f"up_{number}"
                 correction = insert.linear(inner, target.name, part, up)
                 anchor = insert.anchor_rows(node)

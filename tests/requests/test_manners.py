@@ -81,13 +81,21 @@ def _storages(model: nn.Module) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
-def test_safetensors_saves_it(planned: tuple[PipelineCase, Plan, Tensor], tmp_path: Path) -> None:
-    """It refuses tensors that are not contiguous, or that are a part of another's memory."""
+@pytest.mark.parametrize("inside", [False, True])
+def test_safetensors_saves_it(
+    inside: bool, planned: tuple[PipelineCase, Plan, Tensor], tmp_path: Path
+) -> None:
+    """It refuses tensors that are not contiguous, or that are a part of another's memory.
+
+    Inside of another module the factors are saved too.
+    """
     case, plan, _ = planned
     fast = optimize(case.build().transformer, plan)
-    save_model(fast, str(tmp_path / "fast.safetensors"))
+    model = nn.ModuleList([fast]) if inside else fast
+    save_model(model, str(tmp_path / "fast.safetensors"))
     saved = load_file(tmp_path / "fast.safetensors")
-    weights = fast.state_dict()
+    weights = model.state_dict()
+    assert any("calibration" in name for name in weights) == inside
     once = {value.data_ptr(): value.nbytes for value in weights.values()}
     assert sum(value.nbytes for value in saved.values()) == sum(once.values())
     assert all(torch.equal(value, weights[name]) for name, value in saved.items())
