@@ -35,9 +35,9 @@ from calicache.export.sizes import tables_at
 from calicache.export.translation.precision import check_precision
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.common.arguments import of_kind, path_of, texts
+from calicache.graph_passes.common.disk.files import atomic_path
+from calicache.graph_passes.common.disk.hashing import sha256_of
 from calicache.graph_passes.common.errors import ExportError
-from calicache.graph_passes.common.files import atomic_path
-from calicache.graph_passes.common.hashing import sha256_of
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.rewriting.compile import Compiled

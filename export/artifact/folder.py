@@ -9,10 +9,10 @@ from typing import Any
 from calicache.export.artifact.manifest import MANIFEST, MANIFEST_FILE, FileRecord, Manifest
 from calicache.export.artifact.validity import check_manifest, check_models
 from calicache.graph_passes.common.arguments import path_of
+from calicache.graph_passes.common.disk.files import Target, foreign_folder
+from calicache.graph_passes.common.disk.hashing import sha256_of
+from calicache.graph_passes.common.disk.replacing import standing
 from calicache.graph_passes.common.errors import ArtifactError, ExportError, RecordError
-from calicache.graph_passes.common.files import Target, foreign_folder
-from calicache.graph_passes.common.hashing import sha256_of
-from calicache.graph_passes.common.replacing import standing
 
 
 def read_manifest(path: Path | str) -> Manifest:

@@ -11,10 +11,10 @@ from pydantic import TypeAdapter
 from calicache.export.artifact.folder import check_file, read_manifest
 from calicache.export.artifact.manifest import GRAPHS_FILE
 from calicache.graph_passes.common.arguments import path_of
-from calicache.graph_passes.common.documents import DocumentKind
+from calicache.graph_passes.common.disk.documents import DocumentKind
+from calicache.graph_passes.common.disk.files import read_bounded
+from calicache.graph_passes.common.disk.replacing import standing
 from calicache.graph_passes.common.errors import ArtifactError
-from calicache.graph_passes.common.files import read_bounded
-from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.describe.graphs import ModelGraphs
 
 _PACKED, _UNPACKED = 2**25, 2**27  # bytes; those of 10,000 nodes in four modes are a tenth

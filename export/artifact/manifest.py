@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from calicache.export.artifact.open_sizes import Axis, OpenSize, Sizes
-from calicache.graph_passes.common.bounds import Calls, Count, Digest, FileName, Number
-from calicache.graph_passes.common.documents import DocumentKind
+from calicache.graph_passes.common.disk.bounds import Calls, Count, Digest, FileName, Number
+from calicache.graph_passes.common.disk.documents import DocumentKind
 from calicache.graph_passes.common.errors import ArtifactError
 from calicache.graph_passes.common.rejection import Rejection
 from calicache.graph_passes.recording.signature import TensorSpec

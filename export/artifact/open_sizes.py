@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from calicache.graph_passes.common.bounds import Count
+from calicache.graph_passes.common.disk.bounds import Count
 
 Factor = Annotated[int, Field(ge=-(2**40), le=2**40)]
 

@@ -18,7 +18,7 @@ from calicache.export.artifact.names import (
     STEP_INPUT,
     next_name,
 )
-from calicache.graph_passes.common.bounds import MAX_WEIGHT
+from calicache.graph_passes.common.disk.bounds import MAX_WEIGHT
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.rewriting.insertion import slot_name
 from calicache.graph_passes.settings.choices import StepMode

@@ -34,8 +34,8 @@ from calicache.export.session.runtime import (
 )
 from calicache.graph_passes.api.running.runs import binding_run, started_run
 from calicache.graph_passes.common.arguments import of_kind, path_of, whole_number
+from calicache.graph_passes.common.disk.replacing import standing
 from calicache.graph_passes.common.errors import ArtifactError, ExportError, RunError
-from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.rewriting.insertion import slot_name
 from calicache.graph_passes.settings.choices import StepMode
 

@@ -9,8 +9,8 @@ from calicache.graph_passes.api.running.forms import compile_plan
 from calicache.graph_passes.api.running.weights import OnChange
 from calicache.graph_passes.api.runtime import MAX_FORMS, OptimizedModel
 from calicache.graph_passes.common.arguments import of_kind
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.settings.choices import member
 

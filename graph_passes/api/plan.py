@@ -18,8 +18,8 @@ from calicache.graph_passes.api.plan_grids import (
 from calicache.graph_passes.api.plan_recipes import PlanRecipes
 from calicache.graph_passes.api.planner import planned, rebound, searched
 from calicache.graph_passes.common.arguments import of_kind, texts, whole_number
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import OnProgress, part_of
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import Workspace

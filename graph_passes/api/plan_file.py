@@ -17,12 +17,17 @@ from torch import Tensor
 
 from calicache.graph_passes.api.plan_table import TABLE_FILE, plan_table
 from calicache.graph_passes.common.arguments import path_of
-from calicache.graph_passes.common.bounds import MAX_GRIDS, Calls, Digest, FileName, Number
-from calicache.graph_passes.common.documents import DAMAGES, DocumentKind
+from calicache.graph_passes.common.disk.bounds import MAX_GRIDS, Calls, Digest, FileName, Number
+from calicache.graph_passes.common.disk.documents import DAMAGES, DocumentKind
+from calicache.graph_passes.common.disk.files import (
+    Target,
+    atomic_path,
+    check_regular,
+    foreign_folder,
+)
+from calicache.graph_passes.common.disk.hashing import sha256_of
+from calicache.graph_passes.common.disk.replacing import standing
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.files import Target, atomic_path, check_regular, foreign_folder
-from calicache.graph_passes.common.hashing import sha256_of
-from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.factors.statistics import Statistics, named_statistics, named_tensors
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.sampler.tables import ROW, SamplerTables

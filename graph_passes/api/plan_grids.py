@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsFloat
 
 from calicache.graph_passes.common.arguments import numbers, of_kind, whole_number
-from calicache.graph_passes.common.bounds import MAX_GRIDS, MAX_STEPS
+from calicache.graph_passes.common.disk.bounds import MAX_GRIDS, MAX_STEPS
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.grid import Grid, whole_grid

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from calicache.graph_passes.common.bounds import Digest
+from calicache.graph_passes.common.disk.bounds import Digest
+from calicache.graph_passes.common.disk.hashing import digest, hash_weights
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.hashing import digest, hash_weights
 from calicache.graph_passes.recording.grid import Grid, grid_of
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.reads import (

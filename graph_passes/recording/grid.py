@@ -15,7 +15,7 @@ from math import ceil, floor, inf, log
 import torch
 from torch import Tensor
 
-from calicache.graph_passes.common.bounds import Number
+from calicache.graph_passes.common.disk.bounds import Number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recording import Recording

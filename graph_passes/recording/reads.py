@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from calicache.graph_passes.common.arguments import of_kind
+from calicache.graph_passes.common.disk.hashing import digest
 from calicache.graph_passes.common.errors import CaptureError, RecordError, RunError, reason_of
-from calicache.graph_passes.common.hashing import digest
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.common.arguments import path_of, whole_number
-from calicache.graph_passes.common.errors import RecordError
-from calicache.graph_passes.common.files import atomic_path
-from calicache.graph_passes.common.tensor_files import (
+from calicache.graph_passes.common.disk.files import atomic_path
+from calicache.graph_passes.common.disk.tensor_files import (
     digests,
     read_tensors,
     write_tensors,
 )
+from calicache.graph_passes.common.errors import RecordError
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
 from calicache.graph_passes.recording.recording_file import RECORDING, TARGET, RecordingJson
 from calicache.graph_passes.recording.signature import CallSignature

@@ -9,11 +9,11 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 
-from calicache.graph_passes.common.bounds import Digest
-from calicache.graph_passes.common.documents import DocumentKind
+from calicache.graph_passes.common.disk.bounds import Digest
+from calicache.graph_passes.common.disk.documents import DocumentKind
+from calicache.graph_passes.common.disk.files import Target
+from calicache.graph_passes.common.disk.tensor_files import owner_of
 from calicache.graph_passes.common.errors import RecordError
-from calicache.graph_passes.common.files import Target
-from calicache.graph_passes.common.tensor_files import owner_of
 from calicache.graph_passes.recording.signature import CallSignature
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calicache.graph_passes.common.bounds import Shape
+from calicache.graph_passes.common.disk.bounds import Shape
 from calicache.graph_passes.common.errors import CalicacheError, RecordError, RunError
 from calicache.graph_passes.recording.call_tree import CallTree, flatten, leaf_names, unflatten
 

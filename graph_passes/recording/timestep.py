@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 
 from torch import Tensor
 
-from calicache.graph_passes.common.bounds import Calls
+from calicache.graph_passes.common.disk.bounds import Calls
 from calicache.graph_passes.common.errors import RunError
 
 Call = Mapping[str, Tensor]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from calicache.graph_passes.common.disk.hashing import tensor_bytes
 from calicache.graph_passes.common.errors import NoSampler, PlanError
-from calicache.graph_passes.common.hashing import tensor_bytes
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.factors import Decompositions
 from calicache.graph_passes.graph.capture import CapturedGraph

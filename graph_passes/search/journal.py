@@ -17,12 +17,12 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from calicache.graph_passes.common.arguments import path_of
-from calicache.graph_passes.common.bounds import Digest
-from calicache.graph_passes.common.documents import DocumentKind
+from calicache.graph_passes.common.disk.bounds import Digest
+from calicache.graph_passes.common.disk.documents import DocumentKind
+from calicache.graph_passes.common.disk.files import Target, atomic_path
+from calicache.graph_passes.common.disk.replacing import settle
+from calicache.graph_passes.common.disk.tensor_files import digests, read_tensors, write_tensors
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.files import Target, atomic_path
-from calicache.graph_passes.common.replacing import settle
-from calicache.graph_passes.common.tensor_files import digests, read_tensors, write_tensors
 
 KEY_FILE = "search.json"
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from calicache.graph_passes.common.arguments import number, of_kind, path_of, whole_number
-from calicache.graph_passes.common.bounds import Count
-from calicache.graph_passes.common.documents import DocumentKind
+from calicache.graph_passes.common.disk.bounds import Count
+from calicache.graph_passes.common.disk.documents import DocumentKind
+from calicache.graph_passes.common.disk.files import Target, atomic_path
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.files import Target, atomic_path
 
 EVERY = "*"  # the group of the row in which no branch is treated
 

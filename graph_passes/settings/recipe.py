@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import ceil, floor
 
-from calicache.graph_passes.common.bounds import MAX_STEPS, MAX_WEIGHT, Count
+from calicache.graph_passes.common.disk.bounds import MAX_STEPS, MAX_WEIGHT, Count
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import (
     BranchKind,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from support.small_subjects import STEPS, small_model, small_plan, small_runs
+from support.small.subjects import STEPS, small_model, small_plan, small_runs
 from torch import Tensor
 
 from calicache.export import Layout, Session, export_onnx

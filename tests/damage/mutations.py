@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
 
 Json = Any
 

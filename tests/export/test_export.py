@@ -31,9 +31,9 @@ from calicache.graph_passes import (
     optimize,
     record,
 )
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
+from calicache.graph_passes.common.disk.hashing import sha256_of
 from calicache.graph_passes.common.errors import ArtifactError, ExportError
-from calicache.graph_passes.common.hashing import sha256_of
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from calicache.export import Layout, read_manifest
 from calicache.export.latency import measure_latency
 from calicache.graph_passes import Plan, Recording, StepMode, record
 from calicache.graph_passes.api.speed.cases import Case, latency_cases, latency_schedule
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import BenchError, ExportError, PlanError
-from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.settings.latency import (
     EVERY,
     BranchChoice,

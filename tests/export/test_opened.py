@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import relative, shake
-from support.small_subjects import small_model, small_plan, small_runs
+from support.small.subjects import small_model, small_plan, small_runs
 from torch import Tensor, nn
 
 from calicache.export import Session, export_onnx, load_artifact, measure_latency, read_sampler

@@ -74,6 +74,7 @@ def test_type_checker_links_resolve_to_the_folders() -> None:
     assert sorted(links) == [
         "__init__.py",
         "__init__.pyi",
+        "__main__.py",
         "export",
         "graph_passes",
         "lazy_names.py",
@@ -83,6 +84,7 @@ def test_type_checker_links_resolve_to_the_folders() -> None:
     assert {name: link.resolve() for name, link in links.items()} == {
         "__init__.py": ROOT / "calicache" / "__init__.py",
         "__init__.pyi": ROOT / "calicache" / "__init__.pyi",
+        "__main__.py": ROOT / "calicache" / "__main__.py",
         "lazy_names.py": ROOT / "calicache" / "lazy_names.py",
         **{name: ROOT / name for name in FOLDERS},
     }

@@ -22,7 +22,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from calicache.export import Layout, Session, export_onnx
 from calicache.graph_passes import OptimizedModel
-from calicache.graph_passes.common.hashing import hash_weights
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.graph import capture
 from calicache.graph_passes.sampler.tables import SamplerTables
 

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from calicache.graph_passes.common.disk.files import atomic_path
 from calicache.graph_passes.common.environment import environment
-from calicache.graph_passes.common.files import atomic_path
 from zoo.entry import ZooEntry
 from zoo.finding import REFUSED, Check, Finding
 from zoo.tables import audio, image, video, wan

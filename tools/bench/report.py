@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from calicache.graph_passes.common.disk.files import atomic_path
 from calicache.graph_passes.common.environment import environment
-from calicache.graph_passes.common.files import atomic_path
 from calicache.tools.bench.compile_time import STAGES
 from calicache.tools.terminal.options import import_library
 

@@ -9,8 +9,8 @@ import typer
 
 from calicache.export.artifact.folder import read_manifest
 from calicache.export.artifact.graph_file import read_graphs
+from calicache.graph_passes.common.disk.files import atomic_path
 from calicache.graph_passes.common.errors import SubjectError
-from calicache.graph_passes.common.files import atomic_path
 from calicache.graph_passes.describe.blocks import BlockView, FoldedView, fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import PLAIN, ModelGraphs
 from calicache.graph_passes.settings.choices import StepMode

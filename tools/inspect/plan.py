@@ -15,7 +15,7 @@ from rich.text import Text
 from calicache.export.artifact.manifest import FileRecord
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.plan_file import PLAN_FILE, SAMPLER_FILE, STATISTICS_FILE
-from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.common.disk.hashing import sha256_of
 from calicache.graph_passes.describe.text import in_sample_words
 from calicache.graph_passes.factors.statistics import statistics_tensors
 from calicache.graph_passes.recording.binding import Binding

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.common.disk.files import atomic_path
 from calicache.graph_passes.describe.blocks import fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import ModelGraphs
 from calicache.graph_passes.settings.choices import BranchKind, StepMode

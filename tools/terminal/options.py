@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from calicache.graph_passes.common.disk.replacing import standing
 from calicache.graph_passes.common.errors import LibraryError, ModelError, SubjectError, reason_of
-from calicache.graph_passes.common.replacing import standing
 
 PIPELINE = "a pipeline (the folder of diffusers' save_pretrained)"
 PLAN = "a plan (the folder of Plan.save)"

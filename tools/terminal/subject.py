@@ -15,8 +15,8 @@ from calicache.graph_passes.api.plan_file import (
     SAMPLER_FILE,
     STATISTICS_FILE,
 )
+from calicache.graph_passes.common.disk.replacing import standing
 from calicache.graph_passes.common.errors import SubjectError, reason_of
-from calicache.graph_passes.common.replacing import standing
 from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.terminal.options import KINDS
 from calicache.tools.terminal.text import some_names

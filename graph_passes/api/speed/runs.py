@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.api.speed.eager import wait
 from calicache.graph_passes.api.speed.subject import Request, Run, Subject
+from calicache.graph_passes.common.disk.hashing import digest
 from calicache.graph_passes.common.errors import DependenceError, RecordError
-from calicache.graph_passes.common.hashing import digest
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.recorder import record

@@ -20,9 +20,9 @@ from calicache.graph_passes.api.speed.runs import fingerprint, requests_of
 from calicache.graph_passes.api.speed.store import Kept, Store
 from calicache.graph_passes.api.speed.subject import Request, Subject
 from calicache.graph_passes.api.speed.summary import Summary
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import CalicacheError, PlanError
-from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.common.progress import OnProgress
 from calicache.graph_passes.settings.request import SearchRequest
 

@@ -20,10 +20,10 @@ from pydantic import TypeAdapter
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.api.speed.summary import Promise
 from calicache.graph_passes.common.arguments import path_of
-from calicache.graph_passes.common.documents import DocumentKind
+from calicache.graph_passes.common.disk.documents import DocumentKind
+from calicache.graph_passes.common.disk.files import PLAIN_FILE, atomic_path
+from calicache.graph_passes.common.disk.replacing import hold
 from calicache.graph_passes.common.errors import CalicacheError, CalicacheWarning, PlanError
-from calicache.graph_passes.common.files import PLAIN_FILE, atomic_path
-from calicache.graph_passes.common.replacing import hold
 
 SUMMARY_FILE = "summary.json"
 

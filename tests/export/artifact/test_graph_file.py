@@ -8,16 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.small_graphs import small_model
-from support.small_subjects import small_folder
+from support.small.graphs import small_model
+from support.small.subjects import small_folder
 
 from calicache.export.artifact import graph_file
 from calicache.export.artifact.graph_file import read_graphs, write_graphs
 from calicache.export.artifact.manifest import GRAPHS_FILE, FileRecord
 from calicache.graph_passes import view_graphs
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
+from calicache.graph_passes.common.disk.hashing import sha256_of
 from calicache.graph_passes.common.errors import ArtifactError
-from calicache.graph_passes.common.hashing import sha256_of
 
 pytestmark = pytest.mark.slow
 

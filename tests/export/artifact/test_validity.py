@@ -10,14 +10,14 @@ from typing import Any
 
 import onnx
 import pytest
-from support.small_subjects import other_artifact
+from support.small.subjects import other_artifact
 
 from calicache.export import Layout, Session
 from calicache.export.artifact.folder import load_artifact
 from calicache.export.artifact.model_file import read_interface
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
+from calicache.graph_passes.common.disk.hashing import sha256_of
 from calicache.graph_passes.common.errors import ArtifactError
-from calicache.graph_passes.common.hashing import sha256_of
 
 pytestmark = pytest.mark.slow
 

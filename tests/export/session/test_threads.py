@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.small_subjects import small_model, small_plan, small_runs
+from support.small.subjects import small_model, small_plan, small_runs
 
 from calicache.export import Session, export_onnx
 from calicache.export.session.run import SessionRun

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.small_subjects import small_model, small_plan, small_runs
+from support.small.subjects import small_model, small_plan, small_runs
 
 from calicache.graph_passes import LatencyTable, Plan, Recording
 from calicache.graph_passes.settings.latency import BranchChoice, LatencyRow

@@ -37,9 +37,9 @@ from calicache.graph_passes import (
     uniform_schedule,
 )
 from calicache.graph_passes.api.plan_file import PLAN_FILE, STATISTICS_FILE
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
+from calicache.graph_passes.common.disk.hashing import hash_weights, sha256_of
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.hashing import hash_weights, sha256_of
 from calicache.graph_passes.common.progress import Progress
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.statistics import (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.small_subjects import small_model, small_plan, small_runs
+from support.small.subjects import small_model, small_plan, small_runs
 
 from calicache.graph_passes import (
     LatencyTable,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.small_graphs import small_model
+from support.small.graphs import small_model
 
 from calicache.graph_passes import ModelGraphs, OptimizedModel, view_graphs
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from support.small_graphs import (
+from support.small.graphs import (
     CALIBRATE,
     FORECAST,
     REFRESH,

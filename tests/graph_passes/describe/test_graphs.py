@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-from support.small_graphs import (
+from support.small.graphs import (
     CALIBRATE,
     FORECAST,
     REFRESH,

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from support.search.fronts import front_of
-from support.small_subjects import small_model, small_plan, small_runs
+from support.small.subjects import small_model, small_plan, small_runs
 from torch import nn
 
 from calicache.graph_passes import OptimizedModel, Plan, StepMode, optimize

@@ -12,8 +12,8 @@ from model import FashionDiT
 from support.models import STEPS
 from torch import Tensor, nn
 
+from calicache.graph_passes.common.disk.hashing import digest, hash_weights
 from calicache.graph_passes.common.errors import DependenceError, RecordError
-from calicache.graph_passes.common.hashing import digest, hash_weights
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.grid import grid_of
 from calicache.graph_passes.recording.input_classes import Dependence

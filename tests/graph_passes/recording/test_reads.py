@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from calicache.export import Session, export_onnx, read_sampler
 from calicache.graph_passes import OptimizedModel, Plan, Recording, StepMode, optimize, record
+from calicache.graph_passes.common.disk.hashing import digest
 from calicache.graph_passes.common.errors import CaptureError, RunError
-from calicache.graph_passes.common.hashing import digest
 from calicache.graph_passes.graph.capture import capture
 from calicache.graph_passes.recording.reads import answering, check_fixed, find_reads
 

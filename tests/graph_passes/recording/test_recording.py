@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from support.models import STEPS, sample_dit
 from torch import Tensor, nn
 
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
 from calicache.graph_passes.common.errors import RecordError
 from calicache.graph_passes.recording.recorder import Recorder, record
 from calicache.graph_passes.recording.recording import Recording

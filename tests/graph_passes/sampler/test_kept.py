@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.small_graphs import small_model
+from support.small.graphs import small_model
 from torch import Tensor
 
 from calicache.graph_passes import StepMode

@@ -29,7 +29,7 @@ from calicache.graph_passes import (
     optimize,
 )
 from calicache.graph_passes.api.plan_file import PLAN_FILE
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import member
 from calicache.graph_passes.settings.recipe import Recipe

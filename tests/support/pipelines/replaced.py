@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from calicache.graph_passes import OptimizedModel, Plan, Recording, optimize, record
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import CalicacheError
-from calicache.graph_passes.common.hashing import hash_weights
 
 NAMES = ("transformer", "transformer_2")
 MAKER = "get_dummy_components"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from support.tiny_bench import BLOCKS, build, tiny
+from support.small.bench import BLOCKS, build, tiny
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -28,7 +28,7 @@ from calicache.tools.bench.rows import BenchSettings, BenchTask, bench_rows, cho
 from calicache.tools.bench.run import MEMORY_PER_ROW, Timing, operator_times, run_bench
 from calicache.tools.cli import app
 
-TINY = f"{Path(__file__).parents[2] / 'support' / 'tiny_bench.py'}:tiny"
+TINY = f"{Path(__file__).parents[2] / 'support' / 'small' / 'bench.py'}:tiny"
 STEPS, INTERVAL = 6, 3
 
 

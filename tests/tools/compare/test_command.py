@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from calicache.export import export_onnx
 from calicache.graph_passes import Plan, Recording, optimize
-from calicache.graph_passes.common.bounds import MAX_WEIGHT
+from calicache.graph_passes.common.disk.bounds import MAX_WEIGHT
 from calicache.tools.cli import app
 from calicache.tools.compare.comparison import compare
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from support.golden import assert_golden
 from support.models import modes
 from support.search.fronts import front_of
-from support.small_subjects import other_artifact, small_folder
+from support.small.subjects import other_artifact, small_folder
 from typer.testing import CliRunner, Result
 
 from calicache.export import Attention, Layout, Manifest, Precision, read_manifest

@@ -13,7 +13,7 @@ import pytest
 from model import FashionDiT
 from support.artifacts import exported
 from support.models import sample_dit
-from support.small_graphs import (
+from support.small.graphs import (
     CALIBRATE,
     FORECAST,
     REFRESH,
@@ -36,9 +36,9 @@ from calicache.graph_passes import (
     view_block,
     view_graphs,
 )
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
+from calicache.graph_passes.common.disk.hashing import sha256_of
 from calicache.graph_passes.common.errors import ArtifactError, CalicacheError
-from calicache.graph_passes.common.hashing import sha256_of
 from calicache.tools.cli import app
 from calicache.tools.graph.command import GraphFormat, first_cheap_mode, view_text
 from calicache.tools.graph.draw import mermaid_text, svg_text

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 from support.golden import assert_golden
-from support.small_graphs import CALIBRATE, MODES, REUSE, small_graphs
+from support.small.graphs import CALIBRATE, MODES, REUSE, small_graphs
 
 from calicache.graph_passes import fold_blocks, view_block
 from calicache.graph_passes.common.errors import LibraryError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.golden import assert_golden
-from support.small_graphs import CALIBRATE, MODES, REFRESH, small_graphs
+from support.small.graphs import CALIBRATE, MODES, REFRESH, small_graphs
 
 from calicache.graph_passes import fold_blocks, view_block
 from calicache.graph_passes.describe.graphs import Mark

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.small_subjects import small_folder
+from support.small.subjects import small_folder
 
 from calicache.export import Manifest, load_artifact
 from calicache.graph_passes import Plan

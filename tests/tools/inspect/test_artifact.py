@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.small_subjects import (
+from support.small.subjects import (
     codes,
     other_artifact,
     printed,

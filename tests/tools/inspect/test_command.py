@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.golden import assert_golden
-from support.small_subjects import printed
+from support.small.subjects import printed
 from typer.testing import CliRunner, Result
 
 from calicache.export import Manifest

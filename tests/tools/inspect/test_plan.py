@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.search.fronts import front_of
-from support.small_subjects import codes, printed, small_folder, small_model, small_runs, texts
+from support.small.subjects import codes, printed, small_folder, small_model, small_runs, texts
 
 from calicache.graph_passes import Dependence, Plan, StepMode
 from calicache.graph_passes.settings.front import ErrorSummary

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import torch
-from support.small_subjects import codes, printed, small_model, small_runs, texts
+from support.small.subjects import codes, printed, small_model, small_runs, texts
 
 from calicache.graph_passes import Dependence, Recording, StepMode
 from calicache.tools.inspect.recording import RecordingFacts, RunFacts, recording_facts

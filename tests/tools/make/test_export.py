@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.small_subjects import small_model, small_runs
+from support.small.subjects import small_model, small_runs
 from typer.testing import CliRunner, Result
 
 from calicache.export import Layout, Session, load_artifact
@@ -16,7 +16,7 @@ from calicache.graph_passes import Plan, optimize
 from calicache.tools.cli import app
 from calicache.tools.terminal.model_file import load_model
 
-MODEL = "from support.small_subjects import small_model\n\ndef build():\n    return small_model()\n"
+MODEL = "from support.small.subjects import small_model\n\ndef build():\n    return small_model()\n"
 
 
 def calicache(*arguments: str | Path) -> Result:

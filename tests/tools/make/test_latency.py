@@ -11,7 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from calicache.graph_passes import Plan, Recording, record
-from calicache.graph_passes.common.hashing import hash_weights
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.settings.latency import LatencyTable
 from calicache.tools.cli import app
 from calicache.tools.terminal.model_file import load_model

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_subjects import STEPS, small_model, small_runs
+from support.small.subjects import STEPS, small_model, small_runs
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -33,7 +33,7 @@ SCHEDULE = (R, C, F, R, U, C)
 SECTIONS = ["summary", "tradeoff", "schedule", "errors", "steps", "energy", "cost", "operators"]
 SECTIONS += ["belonging", "graphs", "more"]
 MODEL_FILE = (
-    "from support.small_subjects import small_model\n\ndef build():\n    return small_model()\n"
+    "from support.small.subjects import small_model\n\ndef build():\n    return small_model()\n"
 )
 
 

@@ -12,8 +12,8 @@ from diffusers import DiTTransformer2DModel
 from support.models import diffusers_calls, shake
 from torch import nn
 
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import LibraryError, ModelError
-from calicache.graph_passes.common.hashing import hash_weights
 from calicache.tools.terminal.model_file import call_in_file, load_model
 
 SOURCE = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.small_subjects import small_folder
+from support.small.subjects import small_folder
 
 from calicache.export import Manifest
 from calicache.graph_passes import Plan, Recording

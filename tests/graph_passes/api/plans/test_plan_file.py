@@ -23,7 +23,7 @@ from calicache.graph_passes.api.plan_file import (
     SAMPLER_FILE,
     STATISTICS_FILE,
 )
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.documents import sum_of
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.sampler.tables import SamplerTables
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from calicache.export import export_onnx
 from calicache.graph_passes import OptimizedModel, Plan, Progress, Recording, optimize, record
 from calicache.graph_passes.api.plan_file import PLAN_FILE, PLANS_FILE, STATISTICS_FILE
-from calicache.graph_passes.common.bounds import MAX_GRIDS
-from calicache.graph_passes.common.documents import sum_of
+from calicache.graph_passes.common.disk.bounds import MAX_GRIDS
+from calicache.graph_passes.common.disk.documents import sum_of
 from calicache.graph_passes.common.errors import CalicacheError, ExportError, PlanError, RunError
 from calicache.graph_passes.recording.grid import Grid
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.search.steady import steady
-from support.small_subjects import STEPS, small_model
+from support.small.subjects import STEPS, small_model
 from torch import Tensor, nn
 
 Sample = Callable[[nn.Module], Tensor]

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 from support.search.steady import FORECAST, PLAIN
-from support.small_subjects import small_runs
+from support.small.subjects import small_runs
 from torch import nn
 
 from calicache import LatencyTable, Plan
 from calicache.graph_passes import Recording, measure_eager
 from calicache.graph_passes.api.speed.eager import runtime_of, seconds_of
+from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import BenchError
-from calicache.graph_passes.common.hashing import hash_weights
 from calicache.graph_passes.rewriting.compile import assign_targets
 from calicache.graph_passes.settings.choices import Granularity
 from calicache.graph_passes.settings.latency import BranchChoice

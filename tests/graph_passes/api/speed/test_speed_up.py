@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.search.searches import assert_same_plan, sample_errors
 from support.search.steady import counting, steady
-from support.small_subjects import STEPS, small_model
+from support.small.subjects import STEPS, small_model
 from torch import Tensor, nn
 
 from calicache import speed_up

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_subjects import STEPS, small_model
+from support.small.subjects import STEPS, small_model
 from torch import Tensor, nn
 
 from calicache import OptimizedModel, Plan, optimize, record, restore

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from calicache.graph_passes.common import replacing
+from calicache.graph_passes.common.disk import replacing
+from calicache.graph_passes.common.disk.files import Target, atomic_path, foreign_folder
+from calicache.graph_passes.common.disk.replacing import put, scratch_folder, settle, standing
 from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.files import Target, atomic_path, foreign_folder
-from calicache.graph_passes.common.replacing import put, scratch_folder, settle, standing
 
 NAMES = {"one", "two"}
 FOLDER = Target("a folder of tests", PlanError, lambda at: foreign_folder(at, lambda _: NAMES))

@@ -19,9 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, from_json
 from safetensors import SafetensorError
 
+from calicache.graph_passes.common.disk.files import read_bounded
+from calicache.graph_passes.common.disk.replacing import standing
 from calicache.graph_passes.common.errors import CalicacheError, reason_of
-from calicache.graph_passes.common.files import read_bounded
-from calicache.graph_passes.common.replacing import standing
 
 Value = TypeVar("Value")
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calicache.graph_passes.common.documents import DAMAGES, DocumentKind
-from calicache.graph_passes.common.files import check_regular
-from calicache.graph_passes.common.hashing import digest
+from calicache.graph_passes.common.disk.documents import DAMAGES, DocumentKind
+from calicache.graph_passes.common.disk.files import check_regular
+from calicache.graph_passes.common.disk.hashing import digest
 
 OWNER, _CONTENT = "calicache", "content"
 

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calicache.graph_passes.common.errors import FileError, PlanError
-from calicache.graph_passes.common.files import (
+from calicache.graph_passes.common.disk.files import (
     PLAIN_FILE,
     Target,
     atomic_path,
@@ -23,7 +22,8 @@ from calicache.graph_passes.common.files import (
     foreign_folder,
     read_bounded,
 )
-from calicache.graph_passes.common.hashing import sha256_of
+from calicache.graph_passes.common.disk.hashing import sha256_of
+from calicache.graph_passes.common.errors import FileError, PlanError
 
 # A folder with these files and no others is one of ours.
 FOLDER = Target("a folder of tests", PlanError, lambda at: foreign_folder(at, lambda _: OWN))
@@ -188,7 +188,7 @@ def test_a_full_disk_is_told_with_the_path_and_what_is_left(tmp_path: Path) -> N
 import resource
 from pathlib import Path
 from calicache.graph_passes.common.errors import FileError
-from calicache.graph_passes.common.files import atomic_path
+from calicache.graph_passes.common.disk.files import atomic_path
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if the disk ended there
 try:
     with atomic_path(Path({str(target)!r})) as temporary:

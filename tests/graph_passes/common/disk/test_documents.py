@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from calicache.graph_passes.common.bounds import Calls, Digest, FileName, Number, Shape
-from calicache.graph_passes.common.documents import DocumentKind, sum_of
+from calicache.graph_passes.common.disk.bounds import Calls, Digest, FileName, Number, Shape
+from calicache.graph_passes.common.disk.documents import DocumentKind, sum_of
 from calicache.graph_passes.common.errors import PlanError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from calicache.graph_passes.common.disk.replacing import put, scratch_folder, settle
 from calicache.graph_passes.common.errors import CalicacheError, FileError, reason_of
-from calicache.graph_passes.common.replacing import put, scratch_folder, settle
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+../../calicache/__main__.py

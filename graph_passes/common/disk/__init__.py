@@ -1,0 +1,1 @@
+"""Files and folders: written as a whole, checked as they are read."""
