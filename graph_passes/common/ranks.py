@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,27 +29,32 @@ class RankError(CalicacheError):
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of a group; this one alone without a group.
+    """The processes of a group; by default this one alone.
+
+    Every process of the group calls the same methods in the same order.
 
     Attributes:
-        group: of torch.distributed; every process of it calls the same methods in the same order.
+        rank: of this process, from 0.
+        size: how many processes there are.
+        group: of torch.distributed; None for its default one, which is not to be held: where
+            something outlives its end, processes abort.
     """
 
+    rank: int = 0
+    size: int = 1
     group: distributed.ProcessGroup | None = None
 
-    @property
-    def rank(self) -> int:
-        """Of this process, from 0."""
-        return 0 if self.group is None else self.group.rank()
-
-    @property
-    def size(self) -> int:
-        """How many processes there are."""
-        return 1 if self.group is None else self.group.size()
+    @staticmethod
+    def of(group: distributed.ProcessGroup | None) -> Ranks:
+        """The processes of a group; this one alone for None."""
+        if group is None:
+            return ALONE
+        own = None if group is distributed.group.WORLD else group
+        return Ranks(group.rank(), group.size(), own)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items of this process: every `size`-th, from its rank on."""
-        return items if self.group is None else items[self.rank :: self.size]
+        return items if self.size == 1 else items[self.rank :: self.size]
 
     def gather(self, own: Result) -> list[Result]:
         """What every process gives, by rank.
@@ -56,10 +62,10 @@ class Ranks:
         Raises:
             RankError: a process is gone.
         """
-        if self.group is None:
+        if self.size == 1:
             return [own]
         values: list[Any] = [None] * self.size
-        self._talk(lambda: distributed.all_gather_object(values, own, group=self.group))
+        self._talk(partial(distributed.all_gather_object, values, own, self.group))
         return values
 
     def in_order(self, own: Sequence[Result]) -> list[Result]:
@@ -80,7 +86,7 @@ class Ranks:
                 process raises the same.
             RankError: a process is gone.
         """
-        if self.group is None:
+        if self.size == 1:
             return [function(item) for item in items]
         results = self.in_order([_outcome(function, item) for item in self.share(items)])
         return [_value(result) for result in results]
@@ -92,10 +98,11 @@ class Ranks:
             CalicacheError: what was raised there; every process raises the same.
             RankError: a process is gone.
         """
-        if self.group is None:
+        if self.size == 1:
             return compute()
         values: list[Any] = [_outcome(lambda _: compute(), None) if self.rank == 0 else None]
-        self._talk(lambda: distributed.broadcast_object_list(values, group=self.group, group_src=0))
+        share = partial(distributed.broadcast_object_list, values, group=self.group, group_src=0)
+        self._talk(share)
         value: Result = _value(values[0])
         return value
 
@@ -108,13 +115,13 @@ class Ranks:
         Raises:
             RankError: a process is gone.
         """
-        if self.group is None:
+        if self.size == 1:
             return value
         # NCCL has no tensors on the CPU, gloo has them everywhere.
         kinds = distributed.get_backend_config(self.group)
         place = value.device if value.device.type in kinds else torch.device("cuda")
         total = value.to(place, copy=True)
-        self._talk(lambda: distributed.all_reduce(total, group=self.group))
+        self._talk(partial(distributed.all_reduce, total, group=self.group))
         return total.to(value.device)
 
     def check_alike(self, where: str, value: object, fix: str) -> None:

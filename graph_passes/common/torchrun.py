@@ -28,6 +28,6 @@ def torchrun_ranks() -> Iterator[Ranks]:
         torch.cuda.set_device(distributed.get_node_local_rank() % torch.cuda.device_count())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     try:
-        yield Ranks(distributed.group.WORLD)
+        yield Ranks.of(distributed.group.WORLD)
     finally:
         distributed.destroy_process_group()
