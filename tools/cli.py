@@ -23,6 +23,7 @@ WORK: dict[Callable[..., None], str] = {
     commands.take: "calicache.tools.make.take",
     commands.export: "calicache.tools.make.export",
     commands.latency: "calicache.tools.make.latency",
+    commands.cost: "calicache.tools.make.cost",
     commands.inspect: "calicache.tools.inspect.command",
     commands.diff: "calicache.tools.diff.command",
     commands.graph: "calicache.tools.graph.command",

@@ -163,6 +163,54 @@ def latency(
     """
 
 
+def cost(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help=f"{BENCH_MODELS}; FILE.py:FUNCTION that returns a BenchModel or the model; or a "
+            "folder with the config.json of a model of diffusers.",
+        ),
+    ],
+    recording: Annotated[
+        Path | None,
+        typer.Option(help="Whose calls the model gets.", callback=there(RECORDING)),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Count this plan, for calls of its form.", callback=there(PLAN)),
+    ] = None,
+    argument: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            help="NAME=SIZES of a tensor of the call, such as hidden_states=1x4096x64; with the "
+            "dtype where it is not float32: class_labels=2:int64.",
+        ),
+    ] = [],  # noqa: B006  # read alone
+    latent: Annotated[str, typer.Option(help="The input that is denoised.")] = "hidden_states",
+    timestep: Annotated[str, typer.Option(help="The input that counts the steps.")] = "timestep",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights; as they are made, or saved, if left out."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of a run.", min=5)] = 20,
+    rank: Annotated[int, typer.Option(help="Of the calibration branches.")] = 128,
+    order: Order = 2,
+    runs: Annotated[int, typer.Option(help="Recorded, to search with.", min=3)] = 3,
+    budget: Annotated[float, typer.Option(help="Of the search.")] = 0.4,
+    json: Json = False,
+) -> None:
+    """Say what a model, planning and a search take, in bytes and calls, from shapes alone.
+
+    No weights are read and nothing is computed: the model may be larger than this machine.
+
+    Example: calicache cost dit-xl
+
+    From a config alone: calicache cost wan/transformer --input hidden_states=1x16x21x60x104
+    --input timestep=1 --input encoder_hidden_states=1x512x4096
+    """
+
+
 def inspect(
     path: Annotated[
         Path,

@@ -221,7 +221,7 @@ def probe_schedule(steps: int) -> tuple[StepMode, ...]:
 def survey_targets(ground: Ground) -> TargetSurvey | None:
     """Statistics, spectra and sensitivities of all layers and all whole branches."""
     analysis = ground.analysis
-    targets = _possible_targets(analysis)
+    targets = possible_targets(analysis)
     if not targets:
         return None
     # Two plain runs, and one from every branch on, which is half of one on average.
@@ -263,7 +263,7 @@ def _allocations(
             yield level, allocation
 
 
-def _possible_targets(analysis: Analysis) -> tuple[CalibrationTarget, ...]:
+def possible_targets(analysis: Analysis) -> tuple[CalibrationTarget, ...]:
     """All layers and all whole branches, at their largest rank; a name counts once."""
     targets: dict[str, CalibrationTarget] = {}
     for granularity in Granularity:

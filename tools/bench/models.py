@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from calicache.graph_passes.common.errors import BenchError, ModelError
+from calicache.graph_passes.recording.recorder import Recorder
+from calicache.graph_passes.recording.recording import Recording
 from calicache.tools.terminal.model_file import call_in_file
 from calicache.tools.terminal.options import import_library
 
@@ -25,19 +27,19 @@ class BenchModel:
         width: channels of the latent stream; the rank is measured against it.
         build: makes the model, in eval mode. Weights may be random: time does not depend on them.
         noise: shape of the latents (B, C, ...); a call takes 2 B, guidance batched.
-        inputs: the model's other tensors, the same at every step, (2 B, ...).
+        inputs: the model's other arguments, the same at every step, tensors of (2 B, ...).
         latent, timestep: names of the arguments that the sampler makes.
-        guidance: scale of classifier-free guidance.
+        guidance: scale of classifier-free guidance; None for none, and calls of B.
     """
 
     name: str
     width: int
     build: Callable[[], nn.Module]
     noise: tuple[int, ...]
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     latent: str = "hidden_states"
     timestep: str = "timestep"
-    guidance: float = 4.0
+    guidance: float | None = 4.0
 
     def draw(self, seed: int) -> Tensor:
         """Noise to start from."""
@@ -52,15 +54,40 @@ class BenchModel:
             noise: latents to start from.
             steps: calls of the model.
         """
-        x, rows = noise, 2 * self.noise[0]
+        x, parts = noise, 1 if self.guidance is None else 2
         for now in torch.linspace(999, 0, steps).round().long():
-            tensors = {self.latent: torch.cat([x, x]), self.timestep: now.expand(rows).clone()}
+            timesteps = now.expand(parts * self.noise[0]).clone()
+            tensors = {self.latent: torch.cat(parts * [x]), self.timestep: timesteps}
             result = model(**tensors, **self.inputs)
             output = result if isinstance(result, Tensor) else result[0]
-            conditional, unconditional = output[:, : x.shape[1]].chunk(2)
-            guided = unconditional + self.guidance * (conditional - unconditional)
-            x = 0.98 * x - 0.05 * guided
+            x = 0.98 * x - 0.05 * self._guided(output[:, : x.shape[1]])
             yield x
+
+    def _guided(self, output: Tensor) -> Tensor:
+        if self.guidance is None:
+            return output
+        conditional, unconditional = output.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def imagined(self, module: nn.Module, steps: int) -> Recording:
+        """A run as its calls would be if the model returned its latents: it is not run.
+
+        Args:
+            module: the model, on any device.
+            steps: of the run.
+
+        Raises:
+            RecordError: the model does not take these arguments.
+        """
+        recorder = Recorder()
+
+        def answer(**call: Any) -> Tensor:
+            recorder.append(module, (), call)
+            latents: Tensor = call[self.latent]
+            return latents
+
+        recorder.finish(self.sample(answer, self.draw(0), steps))
+        return recorder
 
     def sample(self, model: Denoiser, noise: Tensor, steps: int) -> Tensor:
         """The latents after the last step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 import traceback
@@ -153,6 +154,27 @@ def _load_folder(folder: Path) -> nn.Module:
         got=got,
         fix="Save the model with save_pretrained, or give FILE.py:FUNCTION.",
     )
+
+
+def load_config(folder: Path) -> nn.Module:
+    """A model of diffusers from its config.json alone, on the meta device: no weights are read.
+
+    Raises:
+        ModelError: there is no such file, or its class cannot be made of it.
+    """
+    diffusers = import_library("diffusers", "diffusers", "has its class", "evaluate")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        with torch.device("meta"):
+            model: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+    except Exception as error:  # whatever the class raises
+        raise ModelError(
+            str(folder),
+            expected="a folder with the config.json of a model that diffusers has",
+            got=reason_of(error),
+            fix="Give the folder of the denoiser, or FILE.py:FUNCTION.",
+        ) from error
+    return model.to("meta", saved_dtype(folder)).eval()
 
 
 def saved_dtype(folder: Path) -> torch.dtype | None:

@@ -1,0 +1,1 @@
+"""What planning, searching and running take at any size, from shapes alone."""
