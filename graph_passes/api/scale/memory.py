@@ -105,9 +105,13 @@ def observing_bytes(
 
 def decomposing_bytes(targets: Sequence[CalibrationTarget]) -> int:
     """Of decomposing one target after another: those that are held, and the largest being made."""
-    held = sum(_held_bytes(target) for target in targets)
     largest = max((_decomposition_bytes(target) for target in targets), default=0)
-    return min(held, MOST_BYTES) + largest
+    return held_bytes(targets) + largest
+
+
+def held_bytes(targets: Sequence[CalibrationTarget]) -> int:
+    """Of the decompositions that are held from then on."""
+    return min(sum(_held_bytes(target) for target in targets), MOST_BYTES)
 
 
 def factor_bytes(targets: Sequence[CalibrationTarget], itemsize: int) -> int:

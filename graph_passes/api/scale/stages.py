@@ -10,6 +10,7 @@ from calicache.graph_passes.api.scale.memory import (
     decomposing_bytes,
     factor_bytes,
     fits_held,
+    held_bytes,
     live_bytes,
     moment_numbers,
     node_bytes,
@@ -91,6 +92,7 @@ def planning_stages(compiled: Compiled, runs: int) -> tuple[Stage, ...]:
     itemsize = _itemsize(compiled.analysis)
     live = live_bytes(captured.graph) * analysis.binding.calls
     kept = analysis.binding.calls * compiled.cost.cache_bytes
+    kept += kept // (recipe.order + 1)  # the newest refresh is made before the oldest goes
     factors = factor_bytes(targets, itemsize)
     share = compiled.cost.run_share(schedule)
     return (
@@ -111,7 +113,7 @@ def planning_stages(compiled: Compiled, runs: int) -> tuple[Stage, ...]:
             "fit output weights",
             beside * len(schedule) * share,
             0.0,
-            moments + factors + kept + live,
+            moments + factors + held_bytes(targets) + kept + live,
         ),
     )
 
@@ -163,7 +165,7 @@ def search_stages(
             "try candidates",
             plain * tried,
             0.0,
-            moments + _level_bytes(analysis, targets) + kept + live,
+            moments + held_bytes(targets) + _level_bytes(analysis, targets) + kept + live,
         ),
     )
 
