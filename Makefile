@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser packages oldest check test fuzz damage kills diffusers-suite lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance models clean
+.PHONY: help demo browser packages oldest check test fuzz damage kills diffusers-suite lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance scale models clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 21
@@ -102,6 +102,9 @@ fidelity: $(INSTALLED) ## Measure every method on 2,048 images; writes docs/fide
 
 performance: $(INSTALLED) ## Measure speed and memory of DiTs; writes docs/performance.md (half an hour)
 	$(BIN)/calicache bench samples/fashion_dit/bench_model.py:fashion_dit dit-s dit-b dit-xl --docs docs
+
+scale: $(INSTALLED) ## Measure what planning takes beside what `calicache cost` says; writes docs/scale.md (half an hour; goes on where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python samples/scale/scale_report.py
 
 models: $(INSTALLED) ## Try every diffusion transformer of diffusers; writes docs/models.md (about an hour; goes on where it stopped)
 	PYTHONPATH=tests:samples:samples/fashion_dit $(BIN)/python -m zoo.census

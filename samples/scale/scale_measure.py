@@ -55,11 +55,11 @@ def _here(name: str) -> str:
 CASES = (
     Case(SAMPLE, 28),
     Case("dit-s", 43),
-    Case(_here("narrow_flux"), 85, steps=6),
-    Case(_here("narrow_wan"), 71, steps=6),
+    Case(_here("narrow_flux"), 57, steps=6),
+    Case(_here("narrow_wan"), 57, steps=6),
     Case(_here("short_flux"), 128, (OBSERVE,), steps=6),
     Case(_here("short_wan"), 128, (OBSERVE,), steps=6),
-    Case("dit-b", 85, steps=6),
+    Case("dit-b", 85, (OBSERVE, PLAN), steps=6),
     Case("dit-xl", 128, (OBSERVE,), steps=6),
 )
 

@@ -2,7 +2,7 @@
 
 `calicache cost samples/scale/scale_models.py:flux --dtype bfloat16` says what all of it takes.
 A short version has the true widths, one block of each kind and few tokens; a narrow one has more
-blocks at an eighth or a quarter of the width. Their weights are random.
+blocks at a sixth or a tenth of the width. Their weights are random.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def short_flux() -> BenchModel:
 
 
 def narrow_flux() -> BenchModel:
-    """768 channels, 144 tokens beside 32 of text."""
-    return _flux("FLUX, 768 wide, 2 + 2 blocks", (2, 2), 6, 12, 32)
+    """512 channels, 64 tokens beside 16 of text."""
+    return _flux("FLUX, 512 wide, 2 + 2 blocks", (2, 2), 4, 8, 16)
 
 
 def wan() -> BenchModel:
@@ -42,8 +42,8 @@ def short_wan() -> BenchModel:
 
 
 def narrow_wan() -> BenchModel:
-    """640 channels, 192 tokens."""
-    return _wan("Wan, 640 wide, 4 blocks", 4, 5, (3, 16, 16), 32)
+    """512 channels, 108 tokens."""
+    return _wan("Wan, 512 wide, 4 blocks", 4, 4, (3, 12, 12), 16)
 
 
 def _flux(name: str, blocks: tuple[int, int], heads: int, side: int, text: int) -> BenchModel:

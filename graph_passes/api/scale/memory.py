@@ -19,7 +19,7 @@ from calicache.graph_passes.graph.operations import VIEWS
 from calicache.graph_passes.settings.choices import StepMode, Weighting
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
-SUM_ITEMSIZE = torch.float32.itemsize  # of the second moments while they grow
+SUM_DTYPE = torch.float32  # of the second moments while they grow
 FLOAT32, FLOAT64 = torch.float32.itemsize, torch.float64.itemsize
 INCREMENTS = 3  # float32 copies of a value while its increment is made: value, product, result
 MATRICES = 6  # float64 (n, n) of an eigendecomposition: matrix, copy, vectors, LAPACK's three
@@ -98,7 +98,7 @@ def observing_bytes(
     return (
         live_bytes(captured.graph)
         + refreshes * node_bytes(captured, names)
-        + SUM_ITEMSIZE * moment_numbers(targets, weighting)
+        + SUM_DTYPE.itemsize * moment_numbers(targets, weighting)
         + INCREMENTS * FLOAT32 * widest
     )
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from calicache.graph_passes.api.scale.memory import (
     FLOAT32,
-    SUM_ITEMSIZE,
+    SUM_DTYPE,
     factor_bytes,
     live_bytes,
     moment_numbers,
@@ -154,9 +154,9 @@ def model_scale(
         request_bytes=binding.calls * compiled.cost.cache_bytes,
         factor_bytes=factor_bytes(targets, itemsize),
         statistics_bytes=FLOAT32 * numbers,
-        sum_bytes=SUM_ITEMSIZE * numbers,
+        sum_bytes=SUM_DTYPE.itemsize * numbers,
         search_statistics_bytes=FLOAT32 * every,
-        search_sum_bytes=SUM_ITEMSIZE * every,
+        search_sum_bytes=SUM_DTYPE.itemsize * every,
         recording_bytes=_recording_bytes(analysis, len(recipe.schedule)),
         planning=planning_stages(compiled, extent.runs),
         search=search_stages(analysis, possible, len(recipe.schedule), extent),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calicache.graph_passes.api.scale.memory import FLOAT32, looked_at, node_bytes
+import torch
+
+from calicache.graph_passes.api.scale.memory import FLOAT32, SUM_DTYPE, looked_at, node_bytes
 from calicache.graph_passes.factors.statistics import statistics_shapes
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.rewriting.fold import FLOPS_PER_BYTE
@@ -19,7 +21,7 @@ from calicache.graph_passes.sites.targets import CalibrationTarget
 # 8, and an eigendecomposition of n columns in the time of 11 to 20 n^3 float32 MACs.
 DOUBLE = 2.4
 EIGEN = 13.0
-SUM_WORK = 1.0  # of a product in the dtype of the second moments' sums
+SUM_WORK = DOUBLE if SUM_DTYPE is torch.float64 else 1.0
 MOVES = 3  # reads and writes of an elementwise operation
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from calicache.graph_passes.api.scale.memory import SUM_ITEMSIZE, decomposing_bytes, live_bytes
+from calicache.graph_passes.api.scale.memory import SUM_DTYPE, decomposing_bytes, live_bytes
 from calicache.graph_passes.factors.streams import KeptValues, Moments
 from calicache.graph_passes.settings.choices import Granularity, StepMode
 from calicache.graph_passes.sites.targets import CalibrationTarget
@@ -20,7 +20,7 @@ def test_sums_have_the_size_that_is_counted() -> None:
     moments = Moments(TARGET, kept)
     for step in range(2):
         moments.add(step, {"x": torch.randn(1, 3, 4), "y": torch.randn(1, 3, 6)})
-    assert {value.element_size() for value in moments.sums.values()} == {SUM_ITEMSIZE}
+    assert {value.dtype for value in moments.sums.values()} == {SUM_DTYPE}
 
 
 def test_values_live_until_they_are_last_used() -> None:
