@@ -18,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from scale_measure import CASES, OBSERVE, PLAN, SEARCH, Case, said, scale_of, took  # noqa: E402
+from scale_measure import CASES, OBSERVE, OBSERVING, PLAN, SEARCH, Case, said, scale_of, took  # noqa: E402
 
 from calicache.graph_passes.common.disk.files import atomic_path  # noqa: E402
 from calicache.graph_passes.common.environment import environment  # noqa: E402
@@ -103,8 +103,8 @@ def _large_table(scales: Mapping[str, Any]) -> Iterator[str]:
         "statistics; sums while observed": lambda s: _pair(s, "statistics_bytes", "sum_bytes"),
         "of a search": lambda s: _pair(s, "search_statistics_bytes", "search_sum_bytes"),
         "factors": lambda s: _bytes(s["factor_bytes"]),
-        "observing: memory": lambda s: _peak(s, s["planning"][:1]),
-        "observing: plain runs": lambda s: _runs(s, s["planning"][:1]),
+        "observing: memory": lambda s: _peak(s, s["planning"][:OBSERVING]),
+        "observing: plain runs": lambda s: _runs(s, s["planning"][:OBSERVING]),
         "`from_trajectory`: memory": lambda s: _peak(s, s["planning"]),
         "`from_trajectory`: plain runs": lambda s: _runs(s, s["planning"]),
         "`Plan.search`: memory": lambda s: _peak(s, s["search"]),

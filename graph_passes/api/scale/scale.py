@@ -21,7 +21,13 @@ from calicache.graph_passes.api.scale.memory import (
     moment_numbers,
     node_bytes,
 )
-from calicache.graph_passes.api.scale.stages import Extent, Stage, planning_stages, search_stages
+from calicache.graph_passes.api.scale.stages import (
+    Extent,
+    Stage,
+    bind_stage,
+    planning_stages,
+    search_stages,
+)
 from calicache.graph_passes.factors.factors import Decompositions, make_factors
 from calicache.graph_passes.graph.surgery import graph_outputs
 from calicache.graph_passes.recording.binding import Binding
@@ -136,10 +142,11 @@ def model_scale(
     possible = possible_targets(analysis)
     numbers = moment_numbers(targets, weighting)
     every = moment_numbers(possible, Weighting.COVARIANCE)
-    itemsize = parameters[0].element_size()
+    weights = sum(value.nbytes for value in tensors)
+    bound = bind_stage(analysis, weights)
     return ModelScale(
         parameters=sum(value.numel() for value in parameters),
-        weight_bytes=sum(value.nbytes for value in tensors),
+        weight_bytes=weights,
         dtype=str(parameters[0].dtype).removeprefix("torch."),
         call_macs=analysis.plain_macs,
         call_bytes=live_bytes(analysis.captured.graph),
@@ -152,14 +159,14 @@ def model_scale(
         modes=_modes(analysis, recipe, compiled),
         run_share=compiled.cost.run_share(recipe.schedule),
         request_bytes=binding.calls * compiled.cost.cache_bytes,
-        factor_bytes=factor_bytes(targets, itemsize),
+        factor_bytes=factor_bytes(targets, parameters[0].element_size()),
         statistics_bytes=FLOAT32 * numbers,
         sum_bytes=SUM_DTYPE.itemsize * numbers,
         search_statistics_bytes=FLOAT32 * every,
         search_sum_bytes=SUM_DTYPE.itemsize * every,
         recording_bytes=_recording_bytes(analysis, len(recipe.schedule)),
-        planning=planning_stages(compiled, extent.runs),
-        search=search_stages(analysis, possible, len(recipe.schedule), extent),
+        planning=(bound, *planning_stages(compiled, extent.runs)),
+        search=(bound, *search_stages(analysis, possible, len(recipe.schedule), extent)),
     )
 
 

@@ -16,7 +16,12 @@ from calicache.graph_passes.api.scale.memory import (
     node_bytes,
     observing_bytes,
 )
-from calicache.graph_passes.api.scale.work import decompose_macs, increment_macs, moment_macs
+from calicache.graph_passes.api.scale.work import (
+    HASHED,
+    decompose_macs,
+    increment_macs,
+    moment_macs,
+)
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.search.families import (
     CHEAP_WORK,
@@ -74,8 +79,14 @@ class Stage:
     nbytes: int
 
 
+def bind_stage(analysis: Analysis, weight_bytes: int) -> Stage:
+    """What all planning begins with: the weights are hashed, and one call tells what it reads."""
+    live = live_bytes(analysis.captured.graph)
+    return Stage("bind to the weights", 1.0, HASHED * weight_bytes, live)
+
+
 def planning_stages(compiled: Compiled, runs: int) -> tuple[Stage, ...]:
-    """Of `Plan.from_trajectory` with output weights.
+    """Of `Plan.from_trajectory` with output weights, after `bind_stage`.
 
     Args:
         compiled: with factors that hold nothing.
@@ -102,7 +113,7 @@ def planning_stages(compiled: Compiled, runs: int) -> tuple[Stage, ...]:
             beside * added * sums,
             observing_bytes(captured, targets, *how) if targets else live,
         ),
-        Stage("run the recorded calls", 1.0 + beside, 0.0, moments + live),
+        Stage("run the recorded calls", float(beside), 0.0, moments + live),
         Stage(
             "make factors",
             0.0,
@@ -124,7 +135,7 @@ def search_stages(
     steps: int,
     extent: Extent,
 ) -> tuple[Stage, ...]:
-    """Of `Plan.search` with all modes, costs in MACs.
+    """Of `Plan.search` with all modes and costs in MACs, after `bind_stage`.
 
     Args:
         analysis: of the model.
@@ -146,7 +157,7 @@ def search_stages(
     observed, sums = plain * (steps - how[1].count(StepMode.FORECAST)) / steps, 0.0
     sums += moment_macs(targets, Weighting.COVARIANCE) + increment_macs(captured, targets, *how)
     return (
-        Stage("run the recorded calls", 1.0 + searched + 2 * (choice + report), 0.0, live),
+        Stage("run the recorded calls", float(searched + 2 * (choice + report)), 0.0, live),
         Stage("measure cheap steps", 2 * CHEAP_WORK * plain, 0.0, kept + live),
         Stage("measure sensitivities", probes, 0.0, 2 * watched + 2 * live),
         Stage(

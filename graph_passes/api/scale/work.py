@@ -21,6 +21,7 @@ from calicache.graph_passes.sites.targets import CalibrationTarget
 # 8, and an eigendecomposition of n columns in the time of 11 to 20 n^3 float32 MACs.
 DOUBLE = 2.4
 EIGEN = 13.0
+HASHED = 50.0  # a byte of the weights, hashed: SHA-256 took 0.6 GB a second beside 30 GMAC/s
 SUM_WORK = DOUBLE if SUM_DTYPE is torch.float64 else 1.0
 MOVES = 3  # reads and writes of an elementwise operation
 
