@@ -13,6 +13,7 @@ from calicache.graph_passes.api.plan_file import PlanContent
 from calicache.graph_passes.common.errors import CalicacheWarning, CaptureError, NoSampler
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.factors.observe import observe
+from calicache.graph_passes.factors.spread import over_all_tokens, with_whole_values
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.binding import bind
@@ -160,15 +161,19 @@ def collect_statistics(task: PlanningTask, recipe: Recipe) -> Mapping[str, Stati
     analysis = task.workspace.analysis(task.model, task.binding, recipe.include, recipe.exclude)
     assignment = assign_targets(analysis, recipe)
     task.meter.stage("observe increments")
-    return observe(
-        analysis.captured,
-        assignment.targets if recipe.calibrates else (),
+    captured, targets = with_whole_values(
+        analysis.captured, assignment.targets if recipe.calibrates else ()
+    )
+    own = observe(
+        captured,
+        targets,
         task.recording,
         recipe.weighting,
         recipe.schedule,
         recipe.order,
         task.meter,
     )
+    return over_all_tokens(captured, targets, own)
 
 
 def fit_to_sampler(task: PlanningTask, content: PlanContent, *, fits: bool) -> PlanContent:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.offloading import lacks_weights
 from calicache.graph_passes.common.progress import Meter
 from calicache.graph_passes.factors.factors import Decompositions
 from calicache.graph_passes.recording.binding import Binding
@@ -111,7 +112,7 @@ class PlanningTask:
         Raises:
             PlanError: there are no weights.
         """
-        if any(parameter.is_meta for parameter in self.model.parameters()):
+        if lacks_weights(self.model):
             raise PlanError(
                 "model",
                 expected="weights, to run the recorded calls with",
