@@ -18,11 +18,10 @@ from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import CaptureError, reason_of
-from calicache.graph_passes.common.offloading import is_offloaded
+from calicache.graph_passes.common.offloading import input_device, is_offloaded
 from calicache.graph_passes.graph.forms import write_out_forms
 from calicache.graph_passes.graph.shards import WeightShard, split_layers
 from calicache.graph_passes.graph.surgery import (
-    device_of,
     find_node,
     finish,
     module_path,
@@ -61,8 +60,8 @@ class CapturedGraph:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; the CPU for a model without any."""
-        return device_of(self.module)
+        """Where calls are run; the CPU for a model without weights."""
+        return input_device(self.module)
 
     def node(self, name: str) -> fx.Node:
         """The node of that name."""
@@ -110,7 +109,7 @@ def _export(
     model: nn.Module, signature: CallSignature, reads: str
 ) -> tuple[ExportedProgram, fx.GraphModule]:
     """What torch.export makes of the model, and its module."""
-    device = device_of(model)
+    device = input_device(model)
     examples = [torch.zeros(s.shape, dtype=s.torch_dtype, device=device) for s in signature.tensors]
     arguments = signature.unflatten(examples)
     try:
