@@ -17,6 +17,7 @@ from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.spread import over_all_tokens, with_whole_values
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
+from calicache.graph_passes.graph.shards import check_split
 from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.reads import DIFFERENT
@@ -70,6 +71,7 @@ def planned(
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
+    check_split(model, ranks, searches=False)
     run = correct or measured
     meter = Meter(planned_calls(recording, correct=run) / ranks.size, on_progress)
     task = PlanningTask(model, recording, bind(model, recording), workspace, meter, ranks)
@@ -146,6 +148,7 @@ def searched(
     Raises:
         CalicacheError: the request cannot be met, or a stage refuses; it names itself.
     """
+    check_split(model, ranks, searches=not request.touches_nothing)
     result = search_plan(model, recording, request, workspace, path, on_progress, ranks)
     return PlanContent(**{field.name: getattr(result, field.name) for field in fields(result)})
 

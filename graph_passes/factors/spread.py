@@ -13,7 +13,13 @@ from calicache.graph_passes.common.errors import ObserveError
 from calicache.graph_passes.common.ranks import Ranks
 from calicache.graph_passes.factors.statistics import SecondMoments, Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.shards import COLUMNS, WeightShard, add_up, gather_channels
+from calicache.graph_passes.graph.shards import (
+    COLUMNS,
+    WeightShard,
+    add_up,
+    gather_channels,
+    groups_of,
+)
 from calicache.graph_passes.graph.surgery import copy_graph
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
@@ -110,11 +116,6 @@ def _mean(ranks: Ranks, name: str, own: Statistics, tokens: int) -> SecondMoment
 
 def _sharing_tokens(captured: CapturedGraph) -> Ranks:
     """The processes that the graph talks to, but for those that share weights with this one."""
-    groups = {
-        node.args[-1]
-        for node in captured.graph.nodes
-        if getattr(node.target, "namespace", "") == "_c10d_functional" and len(node.args) > 1
-    }
-    groups -= {shard.group for shard in captured.shards.values()}
-    ranks = [Ranks.of(distributed_c10d._resolve_process_group(str(name))) for name in groups]
+    groups = groups_of(captured.graph) - {shard.group for shard in captured.shards.values()}
+    ranks = [Ranks.of(distributed_c10d._resolve_process_group(name)) for name in groups]
     return max(ranks, key=lambda one: one.size, default=Ranks())

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from calicache.graph_passes.common.errors import CaptureError
+from calicache.graph_passes.common.errors import CaptureError, PlanError
+from calicache.graph_passes.common.ranks import Ranks
 
 collectives = torch.ops._c10d_functional
 ROWS, COLUMNS = 0, 1
@@ -126,6 +127,43 @@ def split_layers(model: nn.Module) -> tuple[nn.Module, dict[str, WeightShard]]:
         raise _not_split("model", "weights that fully_shard of FSDP spreads over processes")
     shards: dict[str, WeightShard] = {}
     return _written_out(model, "", shards, {}), shards
+
+
+def groups_of(graph: fx.Graph) -> set[str]:
+    """Names of the process groups that a graph talks to."""
+    nodes = (n for n in graph.nodes if getattr(n.target, "namespace", "") == "_c10d_functional")
+    return {str(node.args[-1]) for node in nodes if node.target is not collectives.wait_tensor.default}
+
+
+def check_split(model: nn.Module, ranks: Ranks, *, searches: bool) -> None:
+    """Refuse what processes cannot do together that already share each call of a model.
+
+    Args:
+        model: that is planned for.
+        ranks: the processes that are to share recorded runs.
+        searches: whether it is a search that looks inside the model.
+
+    Raises:
+        PlanError: they cannot; with what to do.
+    """
+    if not (searches or ranks.size > 1) or not _is_shared(model):
+        return
+    raise PlanError(
+        "search" if searches else "group",
+        expected="a model that each process runs by itself",
+        got="one that several share: its weights or its tokens are split over them",
+        fix="Search before it is split: the plan is of its weights, and holds; or search with "
+        "modes=('FORECAST',), or plan with Plan.from_trajectory and a schedule."
+        if searches
+        else "Leave the group out: every process plans alike then.",
+    )
+
+
+def _is_shared(model: nn.Module) -> bool:
+    """Whether its weights are DTensors, or diffusers splits its tokens."""
+    configs = (getattr(module, "_parallel_config", None) for module in model.modules())
+    tokens = any(getattr(config, "context_parallel_config", None) for config in configs)
+    return tokens or any(map(is_split, model.parameters()))
 
 
 def _classes(model: nn.Module) -> Iterator[type]:
