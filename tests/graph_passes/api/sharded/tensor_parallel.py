@@ -13,6 +13,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from calicache.export import export_onnx
 from calicache.graph_passes import Plan, SiteRule, optimize, record
 from calicache.graph_passes.common.errors import CalicacheError
 from calicache.graph_passes.graph.shards import groups_of
+from calicache.graph_passes.rewriting.workspace import Workspace
 
 STEPS = 6
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -95,11 +97,12 @@ def result(model: nn.Module) -> Tensor:
     return x
 
 
-def plan_of(model: nn.Module, **settings: Any) -> Plan:
-    """Of one recorded run."""
+def planner(model: nn.Module, workspace: Workspace, runs: int = 1) -> Callable[..., Plan]:
+    """Makes plans of recorded runs, with one capture of the model for all of them."""
     with record(model) as recording:
-        recording.finish(result(model))
-    return Plan.from_trajectory(model, recording, order=1, **settings)
+        for _ in range(runs):
+            recording.finish(result(model))
+    return partial(Plan.from_trajectory, model, recording, order=1, workspace=workspace)
 
 
 def refusal(attempt: Callable[[], object]) -> list[str]:
@@ -111,10 +114,12 @@ def refusal(attempt: Callable[[], object]) -> list[str]:
     return []
 
 
-def refusals(model: FashionDiT, parts: FashionDiT, mesh: DeviceMesh, folder: str) -> Any:
+def refusals(
+    model: FashionDiT, parts: FashionDiT, plans: Callable[..., Plan], mesh: DeviceMesh, folder: str
+) -> dict[str, list[str]]:
     """Everything that cannot be done."""
-    plan = plan_of(model, **CASES["all modes"])
-    integers = plan_of(model, schedule="RRCRRC", branch="int8")
+    plan = plans(**CASES["all modes"])
+    integers = plans(schedule="RRCRRC", branch="int8", correct=False)
     tables = parallelize_module(copy.deepcopy(model), mesh, {"class_embed": RowwiseParallel()})
     dtensors = split(model, mesh, **{"mlp.fc1": ColwiseParallel(use_local_output=False)})
     with record(parts) as recording:
@@ -139,21 +144,23 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     model = small_model()
     parts = split(model, mesh)
+    workspace = Workspace()
+    plans, plans_of_parts = planner(model, workspace), planner(parts, workspace)
     results = {"plain": result(model), "plain, split": result(parts)}
     for name, settings in CASES.items():
-        plan = plan_of(model, **settings)
-        results[name] = result(optimize(model, plan))
-        fast = optimize(parts, plan)
-        results[f"{name}, split"] = result(fast)
+        plan = plans(**settings)
+        whole, fast = optimize(model, plan), optimize(parts, plan)
+        results[name], results[f"{name}, split"] = result(whole), result(fast)
         if name == "all modes":
             assert groups_of(fast.compiled.captured.graph)
             names = [target.name for target in fast.compiled.targets]
-            assert names == [target.name for target in optimize(model, plan).compiled.targets]
+            assert names == [target.name for target in whole.compiled.targets]
         if name in OWN:
-            results[f"{name}, planned split"] = result(optimize(parts, plan_of(parts, **settings)))
+            own = optimize(parts, plans_of_parts(**settings))
+            results[f"{name}, planned split"] = result(own)
     rank, folder = distributed.get_rank(), sys.argv[1]
     save_file(results, Path(folder) / f"{rank}.safetensors")
-    refused = refusals(model, parts, mesh, folder)
+    refused = refusals(model, parts, plans, mesh, folder)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(refused))
     distributed.destroy_process_group()
 
