@@ -171,7 +171,8 @@ def _check_alone(captured: CapturedGraph) -> None:
             "model",
             expected="a model that one process runs by itself",
             got="one that talks to other processes in every call",
-            fix="Export the model before it is split over them: the plan is of its weights, and holds.",
+            fix="Export the model before it is split over them: the plan is of its weights, and "
+            "holds.",
         )
 
 

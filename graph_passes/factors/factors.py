@@ -59,7 +59,7 @@ class Decompositions:
         Raises:
             DecomposeError: weight or statistics are not finite; with the target's name.
         """
-        # First of all: parts are gathered in all processes, or in none, whatever each of them holds.
+        # First of all: parts are gathered in all processes or in none, whatever each of them holds.
         weights = [captured.whole_attribute(name) for name in target.weights]
         source, known = self.held.get(target.name, (None, None))
         if known is not None and source is statistics:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
-from torch import fx
+from torch import distributed, fx
 from torch.distributed import distributed_c10d
 
 from calicache.graph_passes.common.errors import ObserveError
@@ -117,5 +118,12 @@ def _mean(ranks: Ranks, name: str, own: Statistics, tokens: int) -> SecondMoment
 def _sharing_tokens(captured: CapturedGraph) -> Ranks:
     """The processes that the graph talks to, but for those that share weights with this one."""
     groups = groups_of(captured.graph) - {shard.group for shard in captured.shards.values()}
-    ranks = [Ranks.of(distributed_c10d._resolve_process_group(name)) for name in groups]
+    ranks = [Ranks.of(_group_of(name)) for name in groups]
     return max(ranks, key=lambda one: one.size, default=Ranks())
+
+
+def _group_of(name: str) -> distributed.ProcessGroup:
+    """The process group of a name, by which collective operations in a graph call it."""
+    resolve: Any = vars(distributed_c10d)["_resolve_process_group"]
+    group: distributed.ProcessGroup = resolve(name)
+    return group

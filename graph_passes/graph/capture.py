@@ -150,8 +150,8 @@ def _check_places(model: nn.Module) -> None:
             got="some that hooks of accelerate keep elsewhere"
             if offloaded
             else f"some on each of {', '.join(sorted(devices))}",
-            fix="Plan with REFRESH and FORECAST steps alone, which run the model whole, or put it on "
-            "one device.",
+            fix="Plan with REFRESH and FORECAST steps alone, which run the model whole, or put it "
+            "on one device.",
         )
 
 

@@ -25,8 +25,8 @@ collectives = torch.ops._c10d_functional
 ROWS, COLUMNS = 0, 1
 STYLES = {"ColwiseParallel": ROWS, "RowwiseParallel": COLUMNS}
 WHOLE_MODEL = (
-    "Plan with REFRESH and FORECAST steps alone, which run the model whole, or split its linear layers "
-    "by ColwiseParallel() and RowwiseParallel() as they are by default."
+    "Plan with REFRESH and FORECAST steps alone, which run the model whole, or split its linear "
+    "layers by ColwiseParallel() and RowwiseParallel() as they are by default."
 )
 
 
@@ -70,7 +70,8 @@ def gather_channels(value: Tensor, count: int, group: str) -> Tensor:
     """
     pile = collectives.all_gather_into_tensor(value.contiguous(), count, group)
     pile = collectives.wait_tensor(pile)  # (count * B, ..., C)
-    return pile.unflatten(0, (count, value.shape[0])).movedim(0, -2).flatten(-2)
+    beside: Tensor = pile.unflatten(0, (count, value.shape[0])).movedim(0, -2).flatten(-2)
+    return beside
 
 
 def add_up(value: Tensor, group: str) -> Tensor:
@@ -94,6 +95,9 @@ class SplitLinear(nn.Module):
         shard: which part it has.
         gathers: of a layer with own rows of W: whether all channels of y are wanted.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, shard: WeightShard, *, gathers: bool) -> None:
         super().__init__()
@@ -132,7 +136,9 @@ def split_layers(model: nn.Module) -> tuple[nn.Module, dict[str, WeightShard]]:
 def groups_of(graph: fx.Graph) -> set[str]:
     """Names of the process groups that a graph talks to."""
     nodes = (n for n in graph.nodes if getattr(n.target, "namespace", "") == "_c10d_functional")
-    return {str(node.args[-1]) for node in nodes if node.target is not collectives.wait_tensor.default}
+    return {
+        str(node.args[-1]) for node in nodes if node.target is not collectives.wait_tensor.default
+    }
 
 
 def check_split(model: nn.Module, ranks: Ranks, *, searches: bool) -> None:
@@ -235,32 +241,27 @@ def _style(module: nn.Module, path: str) -> tuple[int, tuple[Any, Any, bool]]:
         CaptureError: nothing of the kind is.
     """
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    found = [(hook, *hook.func.__qualname__.split(".")) for hook in map(_bound, hooks) if hook]
-    names = [name for _, *name in found]
+    calls = [call for call in map(_bound, hooks) if call]
+    names = [getattr(call.func, "__qualname__", "") for call in calls]
     for style, dim in STYLES.items():
-        if names == [[style, "_prepare_input_fn"], [style, "_prepare_output_fn"]]:
-            (enter, *_), (leave, *_) = found
-            (before,), (after,) = enter.args[0], leave.args[0]
-            if isinstance(module, nn.Linear) and len(hooks) == len(found):
-                return dim, (before, after, leave.args[1])
+        if names == [f"{style}._prepare_input_fn", f"{style}._prepare_output_fn"]:
+            (before,), (after,) = calls[0].args[0], calls[1].args[0]
+            if isinstance(module, nn.Linear) and len(hooks) == len(calls):
+                return dim, (before, after, calls[1].args[1])
     raise _not_split(path, f"a {type(module).__name__} that is split in another way")
 
 
 def _bound(hook: object) -> partial[Any] | None:
     """What a hook of `distribute_module` calls."""
-    values = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
-    return next(_partials(values), None)
-
-
-def _partials(values: list[object]) -> Iterator[partial[Any]]:
-    yield from (value for value in values if isinstance(value, partial))
+    values = (cell.cell_contents for cell in getattr(hook, "__closure__", None) or ())
+    return next((value for value in values if isinstance(value, partial)), None)
 
 
 def _not_split(path: str, got: str) -> CaptureError:
     return CaptureError(
         path or "model",
-        expected="weights that are whole in every process, or linear layers that tensor parallelism "
-        "splits evenly by rows or columns",
+        expected="weights that are whole in every process, or linear layers that tensor "
+        "parallelism splits evenly by rows or columns",
         got=got,
         fix=WHOLE_MODEL,
     )

@@ -20,6 +20,7 @@ import torch
 from diffusers import ContextParallelConfig
 from diffusers.models import attention_dispatch
 from safetensors.torch import save_file
+from support.artifacts import quick_exports
 from support.pipelines.tiny import CASES, PipelineCase
 from torch import Tensor, distributed, nn
 
@@ -109,4 +110,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quick_exports():
+        main()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from model import Attention, FashionDiT, FashionDiTConfig
 from safetensors.torch import save_file
+from support.artifacts import quick_exports
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate
@@ -166,4 +167,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quick_exports():
+        main()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from calicache.graph_passes import Plan, optimize, record
 from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import CaptureError
+from calicache.graph_passes.graph.capture import capture
 
 pytestmark = pytest.mark.slow
 
@@ -74,9 +75,8 @@ def test_forecasts_run_and_graphs_are_refused(
 
 def test_weights_on_several_devices_are_refused() -> None:
     model = copy.deepcopy(FLUX.build().transformer)
-    plan = plan_of(model, "RRCRRC")
+    plan = plan_of(model)
     model.proj_out.weight = nn.Parameter(model.proj_out.weight.to("meta"))
-    plan = plan.rebind(model)
     with pytest.raises(CaptureError, match="on one device") as refused:
-        optimize(model, plan)
+        capture(model, plan.binding.signature)
     assert refused.value.got == "some on each of cpu, meta"
