@@ -45,7 +45,7 @@ def test_split_tokens_make_what_all_of_them_make(
         if name in first:
             assert relative(first[name], whole) < 1e-5
             assert torch.equal(first[name], second[name])
-    assert 1e-4 < relative(whole, plain) < 0.2
+    assert 1e-4 < relative(whole, plain) < 0.5  # a plan does something
 
 
 def test_statistics_by_channels_of_split_tokens_are_refused(folder: Path) -> None:
