@@ -39,9 +39,9 @@ from calicache.graph_passes.common.disk.files import atomic_path
 from calicache.graph_passes.common.disk.hashing import sha256_of
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.common.shards import groups_of
 from calicache.graph_passes.describe.graphs import view_graphs
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.shards import groups_of
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.settings.front import Front

@@ -13,11 +13,11 @@ from calicache.graph_passes.api.plan_file import PlanContent
 from calicache.graph_passes.common.errors import CalicacheWarning, CaptureError, NoSampler
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.common.ranks import ALONE, Ranks
+from calicache.graph_passes.common.shards import check_split
 from calicache.graph_passes.factors.observe import observe
 from calicache.graph_passes.factors.spread import over_all_tokens, with_whole_values
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.shards import check_split
 from calicache.graph_passes.recording.binding import bind
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.recording.reads import DIFFERENT

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calicache.graph_passes.common.errors import DecomposeError
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.shards import COLUMNS
 from calicache.graph_passes.factors.covariance import decompose_branch, decompose_increments
 from calicache.graph_passes.factors.decompose import (
     CalibrationFactors,
@@ -22,7 +23,6 @@ from calicache.graph_passes.factors.decompose import (
 from calicache.graph_passes.factors.quantise import QuantisedWeight, quantise_weight
 from calicache.graph_passes.factors.statistics import SecondMoments, Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.shards import COLUMNS
 from calicache.graph_passes.settings.choices import BranchKind, Granularity
 from calicache.graph_passes.sites.targets import CalibrationTarget
 

@@ -12,15 +12,15 @@ from torch.distributed import distributed_c10d
 
 from calicache.graph_passes.common.errors import ObserveError
 from calicache.graph_passes.common.ranks import Ranks
-from calicache.graph_passes.factors.statistics import SecondMoments, Statistics
-from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.shards import (
+from calicache.graph_passes.common.shards import (
     COLUMNS,
     WeightShard,
     add_up,
     gather_channels,
     groups_of,
 )
+from calicache.graph_passes.factors.statistics import SecondMoments, Statistics
+from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import copy_graph
 from calicache.graph_passes.sites.targets import CalibrationTarget
 

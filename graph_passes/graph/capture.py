@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import CaptureError, reason_of
 from calicache.graph_passes.common.offloading import input_device, is_offloaded
+from calicache.graph_passes.common.shards import WeightShard, split_layers
 from calicache.graph_passes.graph.forms import write_out_forms
-from calicache.graph_passes.graph.shards import WeightShard, split_layers
 from calicache.graph_passes.graph.surgery import (
     find_node,
     finish,

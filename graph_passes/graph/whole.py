@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.common.offloading import input_device
+from calicache.graph_passes.common.shards import arrived
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.shards import arrived
 from calicache.graph_passes.recording.signature import CallSignature
 
 WHOLE = "whole_model"

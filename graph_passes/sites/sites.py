@@ -14,9 +14,9 @@ from torch import fx
 from calicache.graph_passes.common.arguments import texts
 from calicache.graph_passes.common.errors import PlanError, SiteError
 from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.shards import WeightShard
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.operations import LINEAR, MATRIX_PRODUCTS
-from calicache.graph_passes.graph.shards import WeightShard
 from calicache.graph_passes.graph.surgery import module_path, shape_of
 from calicache.graph_passes.recording.input_classes import Dependence
 from calicache.graph_passes.sites.branches import ResidualBranch, find_branches

@@ -11,8 +11,8 @@ from types import MappingProxyType
 from calicache.graph_passes.common.arguments import of_kind, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.shards import WeightShard
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.shards import WeightShard
 from calicache.graph_passes.graph.surgery import shape_of
 from calicache.graph_passes.settings.choices import BranchKind, Granularity, SiteMode, SiteRule
 from calicache.graph_passes.sites.branches import ResidualBranch

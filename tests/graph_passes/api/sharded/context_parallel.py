@@ -26,7 +26,7 @@ from torch import Tensor, distributed, nn
 
 from calicache.graph_passes import Plan, optimize, record
 from calicache.graph_passes.common.errors import CalicacheError
-from calicache.graph_passes.graph.shards import groups_of
+from calicache.graph_passes.common.shards import groups_of
 from calicache.graph_passes.rewriting.workspace import Workspace
 
 PLANS: dict[str, dict[str, Any]] = {

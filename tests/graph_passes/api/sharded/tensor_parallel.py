@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 from calicache.export import export_onnx
 from calicache.graph_passes import Plan, SiteRule, optimize, record
 from calicache.graph_passes.common.errors import CalicacheError
-from calicache.graph_passes.graph.shards import groups_of
+from calicache.graph_passes.common.shards import groups_of
 from calicache.graph_passes.rewriting.workspace import Workspace
 
 STEPS = 6
