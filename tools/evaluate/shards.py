@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calicache.graph_passes.common.disk.documents import DAMAGES, DocumentKind, sum_of
 from calicache.graph_passes.common.disk.files import Target, atomic_path
+from calicache.graph_passes.common.disk.replacing import settle
 from calicache.graph_passes.common.disk.tensor_files import (
     digests,
     owner_of,
@@ -151,6 +152,7 @@ def is_sampled(shard: Shard) -> bool:
     """
     if not shard.path.exists():
         return False
+    settle(shard.path)  # a save that was killed when it was as good as done left its folder
     read_shard(shard)
     return True
 
