@@ -309,7 +309,7 @@ def evaluate(
     plan: PlanFolder,
     output: Output,
     samples: Annotated[
-        int, typer.Option(help="Images of the full model, and under the plan.", min=1)
+        int, typer.Option(help="Images of the full model, and under the plan.", min=2)
     ] = 50_000,
     shard: Annotated[int, typer.Option(help="Images of a file.", min=1)] = 500,
     batch: Annotated[int, typer.Option(help="Images sampled together.", min=1)] = 50,

@@ -63,6 +63,14 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """The real images: how many, and the SHA-256 of their file."""
+
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """What `calicache evaluate` measured.
 
@@ -72,7 +80,7 @@ class Evaluation:
         shard: images of a shard.
         settings: that the images under the plan were sampled with.
         networks: hash of the weights of each scoring network.
-        reference: images in the reference; None without one.
+        reference: real images that FID is against; None without.
         equal_images: that the plan gives as the full model does, to the last bit of uint8; PSNR is
             the mean over the others.
         figures: by their names.
@@ -84,7 +92,7 @@ class Evaluation:
     shard: int
     settings: SampleSettings
     networks: Mapping[str, str]
-    reference: int | None
+    reference: Reference | None
     equal_images: int
     figures: Mapping[str, Figure]
     environment: Mapping[str, Mapping[str, str | int]]
@@ -118,13 +126,13 @@ def describe_evaluation(evaluation: Evaluation) -> RenderableType:
         (FIGURES[name], f"{figure.value:.4f}", _interval(figure))
         for name, figure in evaluation.figures.items()
     ]
-    reference = evaluation.reference
+    real = evaluation.reference
     return Group(
         fact_grid(
             [
                 ("model", evaluation.name),
                 ("images", f"{evaluation.samples} of each run, in shards of {evaluation.shard}"),
-                ("reference", f"{reference} images" if reference else "none: no FID against it"),
+                ("reference", f"{real.images} images" if real else "none: no FID against it"),
                 ("equal", f"{evaluation.equal_images} images are the same in both runs"),
             ]
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -86,10 +87,10 @@ def measure(
     totals = _totals(features, small, networks, reference, ranks)
     values = _values(totals)
     left_out: list[dict[str, float]] = []
-    if len(pairs) > 1:
+    if sum(pair["full"].count for pair in pairs[1:]) > 1:  # one image has no covariance
         left_out = ranks.map(lambda k: _values(totals.without(k, features[k])), range(len(pairs)))
     figures = {
-        name: Figure.of(value, [one[name] for one in left_out if name in one])
+        name: Figure.of(value, [one.get(name, math.nan) for one in left_out])
         for name, value in values.items()
     }
     return figures, sum(int(one.psnr.isinf().sum()) for one in small)

@@ -22,6 +22,7 @@ from calicache.graph_passes.common.disk.files import Target, atomic_path
 from calicache.graph_passes.common.errors import EvaluateError, reason_of
 
 _ENTRY = "arr_0.npy"
+_FEWEST = 2  # images that have a covariance
 _DAMAGES = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -100,7 +101,7 @@ def _shape(file: IO[bytes]) -> tuple[int, ...]:
     version = npy.read_magic(file)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    if dtype != np.uint8 or fortran or len(shape) != 4 or min(shape) < 1:
+    if dtype != np.uint8 or fortran or len(shape) != 4 or min(shape) < 1 or shape[0] < _FEWEST:
         raise ValueError(f"{dtype} {shape}{' in the order of Fortran' if fortran else ''}")
     return tuple(shape)
 
@@ -108,7 +109,7 @@ def _shape(file: IO[bytes]) -> tuple[int, ...]:
 def _refused(path: Path, error: BaseException) -> EvaluateError:
     return EvaluateError(
         str(path),
-        expected="an npz file with images arr_0, uint8 (M, H, W, C)",
+        expected=f"an npz file with {_FEWEST} images or more: arr_0, uint8 (M, H, W, C)",
         got=reason_of(error),
         fix="Write it with numpy.savez(path, images).",
     )

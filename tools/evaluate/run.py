@@ -18,7 +18,7 @@ from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import EvaluateError
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.common.ranks import ALONE, Ranks
-from calicache.tools.evaluate.evaluation import Evaluation
+from calicache.tools.evaluate.evaluation import Evaluation, Reference
 from calicache.tools.evaluate.measure import RUNS, Pair, measure
 from calicache.tools.evaluate.networks import Networks, networks_of
 from calicache.tools.evaluate.npz import NpzImages, write_npz
@@ -88,7 +88,7 @@ def run_evaluation(
         shard=settings.shard,
         settings=pairs[0]["plan"].settings,
         networks=_hashes(networks),
-        reference=reference.shape[0] if reference else None,
+        reference=ranks.first(partial(_facts, reference)),
         equal_images=equal,
         figures=figures,
         environment=environment(),
@@ -128,6 +128,12 @@ def _plan_hash(plan: Path) -> str:
     folder = standing(plan)
     files = (folder / name for name in (PLANS_FILE, PLAN_FILE))
     return sha256_of(next(file for file in files if file.is_file()))
+
+
+def _facts(reference: NpzImages | None) -> Reference | None:
+    if reference is None:
+        return None
+    return Reference(reference.shape[0], sha256_of(reference.path))
 
 
 def _hashes(networks: Networks) -> dict[str, str]:
