@@ -21,18 +21,19 @@ from calicache.tools.evaluate.scores import (
     image_psnr,
     inception_score,
 )
-from calicache.tools.evaluate.shards import Run, Shard, read_shard
+from calicache.tools.evaluate.shards import RUNS, Run, Shard, read_shard
 
-RUNS: tuple[Run, Run] = ("full", "plan")
+_REFERENCE_BATCH = 50
 Pair = Mapping[Run, Shard]
 
 
 @dataclass(frozen=True, slots=True)
 class _Small:
-    """What every process has of every shard: logits (N, K) by run, PSNR (N,)."""
+    """What every process has of every shard: logits (N, K) by run, PSNR (N,), (H, W, C)."""
 
     logits: Mapping[Run, Tensor]
     psnr: Tensor
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ def measure(
 
     meter.stage("score")
     small = ranks.map(score, range(len(pairs)))
+    for pair, one in zip(pairs, small, strict=True):
+        _check_shape(pair["full"], one.shape, small[0].shape, "of the first shard")
     totals = _totals(features, small, networks, reference, ranks)
     values = _values(totals)
     left_out: list[dict[str, float]] = []
@@ -101,9 +104,10 @@ def _score(
 ) -> tuple[Mapping[Run, Tensor], _Small]:
     images = {run: read_shard(pair[run]) for run in RUNS}
     for run in RUNS:
-        _check_shape(pair[run], images[run], images["full"].shape[1:], "of the full model")
+        shape = images[run].shape[1:]
+        _check_shape(pair[run], shape, images["full"].shape[1:], "of the full model")
         if reference is not None:
-            _check_shape(pair[run], images[run], reference.shape[1:], f"in {reference.path}")
+            _check_shape(pair[run], shape, reference.shape[1:], f"in {reference.path}")
     size = pair["full"].settings.batch
     logits = {
         run: _apply(networks.logits, images[run], "logits", size)
@@ -111,7 +115,8 @@ def _score(
         if networks.logits is not None
     }
     features = {run: _apply(networks.features, images[run], "features", size) for run in RUNS}
-    return features, _Small(logits, image_psnr(images["plan"], images["full"]))
+    psnr = image_psnr(images["plan"], images["full"])
+    return features, _Small(logits, psnr, tuple(images["full"].shape[1:]))
 
 
 def _apply(network: torch.nn.Module, images: Tensor, name: str, size: int) -> Tensor:
@@ -119,12 +124,12 @@ def _apply(network: torch.nn.Module, images: Tensor, name: str, size: int) -> Te
     return torch.cat([apply(network, part, name) for part in torch.split(images, size)]).float()
 
 
-def _check_shape(shard: Shard, images: Tensor, shape: Sequence[int], of: str) -> None:
-    if tuple(images.shape[1:]) != tuple(shape):
+def _check_shape(shard: Shard, shape: Sequence[int], others: Sequence[int], of: str) -> None:
+    if tuple(shape) != tuple(others):
         raise EvaluateError(
             str(shard.path),
-            expected=f"images {tuple(shape)}, like those {of}",
-            got=f"images {tuple(images.shape[1:])}",
+            expected=f"images {tuple(others)}, like those {of}",
+            got=f"images {tuple(shape)}",
             fix="Sample images of one size, and give a reference of it.",
         )
 
@@ -154,9 +159,6 @@ def _real(networks: Networks, reference: NpzImages, width: int, ranks: Ranks) ->
         if number % ranks.size == ranks.rank:
             total += Moments.of(apply(networks.features, part, "features"))
     return total.everywhere(ranks)
-
-
-_REFERENCE_BATCH = 50
 
 
 def _values(totals: _Totals) -> dict[str, float]:

@@ -19,11 +19,11 @@ from calicache.graph_passes.common.errors import EvaluateError
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.tools.evaluate.evaluation import Evaluation, Reference
-from calicache.tools.evaluate.measure import RUNS, Pair, measure
+from calicache.tools.evaluate.measure import Pair, measure
 from calicache.tools.evaluate.networks import Networks, networks_of
 from calicache.tools.evaluate.npz import NpzImages, write_npz
 from calicache.tools.evaluate.sampling import missing_shards, sample_shards
-from calicache.tools.evaluate.shards import Run, SampleSettings, Shard, read_shard
+from calicache.tools.evaluate.shards import RUNS, Run, SampleSettings, Shard, read_shard
 from calicache.tools.evaluate.subject import EvaluationModel
 
 EVALUATION_FILE = "evaluation.json"

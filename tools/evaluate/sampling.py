@@ -1,4 +1,4 @@
-"""Sample what is missing: shards of two runs, shared by processes, in an order of rounds."""
+"""Sample what is missing: shards of two runs, shared by processes in rounds."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from calicache.graph_passes.common.errors import EvaluateError
 
 SHARDS = "shards"  # the folder of them
 Run = Literal["full", "plan"]
+RUNS: tuple[Run, Run] = ("full", "plan")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,24 @@ def test_a_reference_of_another_size_is_refused(output: Path, tmp_path: Path) ->
         evaluate(output, reference=real)
     assert "(4, 4, 1)" in told.value.expected
     assert told.value.got == "images (5, 4, 1)"
+
+
+def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    def sample(_: nn.Module, seeds: Sequence[int]) -> Tensor:
+        return torch.zeros(len(seeds), 5, 4 * (1 + seeds[0] // 2), 1, dtype=torch.uint8)
+
+    subject = replace(small(), sample=sample, features=MeanLevel().eval(), logits=None)
+    with pytest.raises(EvaluateError) as told:
+        evaluate(tmp_path / "out", subject)
+    assert told.value.where.endswith("full-00001.safetensors")
+    assert told.value.got == "images (5, 8, 1)"
+
+
+class MeanLevel(nn.Module):
+    """One feature of images of any size."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean((2, 3))
 
 
 @pytest.mark.parametrize(
