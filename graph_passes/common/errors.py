@@ -157,6 +157,12 @@ class CompareError(CalicacheError):
     stage = "compare"
 
 
+class EvaluateError(CalicacheError):
+    """Images cannot be sampled or scored as asked, or a shard of them is another one."""
+
+    stage = "evaluate"
+
+
 class LibraryError(CalicacheError):
     """A library that only some commands need is not installed."""
 
