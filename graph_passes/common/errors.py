@@ -44,6 +44,12 @@ class FileError(CalicacheError):
     stage = "file"
 
 
+class RankError(CalicacheError):
+    """The processes that share a piece of work do not go on together."""
+
+    stage = "distributed"
+
+
 class RecordError(CalicacheError):
     """A call of the model cannot be recorded, or a recording cannot be read."""
 
