@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser packages oldest check test fuzz damage kills diffusers-suite lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity performance scale models clean
+.PHONY: help demo browser packages oldest check test fuzz damage kills diffusers-suite lint format docs train classifier card scenes scenes-autoencoder scenes-card plan fidelity evaluation performance scale models clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 21
@@ -99,6 +99,12 @@ plan: $(INSTALLED) ## Search the plan that ships with the sample DiT (a minute)
 
 fidelity: $(INSTALLED) ## Measure every method on 2,048 images; writes docs/fidelity.md (hours; goes on where it stopped)
 	$(BIN)/python samples/fashion_dit/evaluate.py
+
+evaluation: $(INSTALLED) ## Sample 50,000 images in full and under the released plan, two processes; writes docs/fidelity.md (hours; goes on where it stopped)
+	$(BIN)/python samples/fashion_dit/evaluation.py out/fashion-mnist.npz
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 -m calicache evaluate samples/fashion_dit/evaluation.py:fashion_dit samples/fashion_dit/plan -o out/evaluation --batch 20 --reference out/fashion-mnist.npz
+	cp out/evaluation/evaluation.json docs/
+	$(BIN)/python samples/fashion_dit/fidelity_report.py
 
 performance: $(INSTALLED) ## Measure speed and memory of DiTs; writes docs/performance.md (half an hour)
 	$(BIN)/calicache bench samples/fashion_dit/bench_model.py:fashion_dit dit-s dit-b dit-xl --docs docs

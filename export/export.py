@@ -39,7 +39,9 @@ from calicache.graph_passes.common.disk.files import atomic_path
 from calicache.graph_passes.common.disk.hashing import sha256_of
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.common.shards import groups_of
 from calicache.graph_passes.describe.graphs import view_graphs
+from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.rewriting.compile import Compiled
 from calicache.graph_passes.sampler.tables import SamplerTables
 from calicache.graph_passes.settings.front import Front
@@ -83,7 +85,7 @@ def export_onnx(
 
     Raises:
         ExportError: an unknown layout, no sampler where one is needed, or one where none is,
-            a precision that the model or its operators cannot have,
+            a precision that the model or its operators cannot have, a model split over processes,
             torch.onnx refuses an op, an op is made for one size where that is to be open,
             something else is in the place of the folder, or ONNX Runtime does not take the models
             for valid.
@@ -100,6 +102,7 @@ def export_onnx(
     meter.stage("translate the graphs")
     wishes = Wishes(layout, attention, tables, _axes(dynamic), precision)
     compiled = compiled_for(optimized, layout)
+    _check_alone(compiled.captured)
     with atomic_path(path, ARTIFACT) as folder:
         models, sizes = make_models(optimized, wishes)
         meter.add()
@@ -158,6 +161,19 @@ def one_of(name: str, value: object, choices: type[Choice]) -> Choice:
             name, expected=" | ".join(choices), got=repr(value), fix="Choose one of these."
         )
     return known
+
+
+def _check_alone(captured: CapturedGraph) -> None:
+    """Refuse the graph of one process of several."""
+    groups = groups_of(captured.graph)
+    if groups:
+        raise ExportError(
+            "model",
+            expected="a model that one process runs by itself",
+            got="one that talks to other processes in every call",
+            fix="Export the model before it is split over them: the plan is of its weights, and "
+            "holds.",
+        )
 
 
 def _axes(dynamic: Sequence[str]) -> tuple[Axis, ...]:

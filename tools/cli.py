@@ -29,6 +29,7 @@ WORK: dict[Callable[..., None], str] = {
     commands.graph: "calicache.tools.graph.command",
     commands.report: "calicache.tools.report.command",
     commands.compare: "calicache.tools.compare.command",
+    commands.evaluate: "calicache.tools.evaluate.command",
     commands.bench: "calicache.tools.bench.command",
 }
 

@@ -15,6 +15,7 @@ from calicache.tools.terminal.options import (
     ARTIFACT,
     CPU,
     KINDS,
+    NPZ,
     PIPELINE,
     PLAN,
     RECORDING,
@@ -29,6 +30,7 @@ from calicache.tools.terminal.options import (
     Provider,
     Runs,
     each_there,
+    function_there,
     there,
 )
 
@@ -340,6 +342,39 @@ def compare(
     """Run an artifact beside the full model along recorded runs: error and time of every step.
 
     Example: calicache compare out/dit.onnx.d --recording runs.safetensors --grid compare.png
+    """
+
+
+def evaluate(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py:FUNCTION",
+            help="That returns an EvaluationModel: model, sampler, scoring networks.",
+            callback=function_there,
+        ),
+    ],
+    plan: PlanFolder,
+    output: Output,
+    samples: Annotated[
+        int, typer.Option(help="Images of the full model, and under the plan.", min=2)
+    ] = 50_000,
+    shard: Annotated[int, typer.Option(help="Images of a file.", min=1)] = 500,
+    batch: Annotated[int, typer.Option(help="Images sampled together.", min=1)] = 50,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="npz with real images arr_0, uint8 (M, H, W, C), for FID.", callback=there(NPZ)
+        ),
+    ] = None,
+) -> None:
+    """Sample the same seeds in full and under a plan, and measure FID, IS and PSNR.
+
+    Example: calicache evaluate dit.py:evaluation out/plan -o out/evaluation
+
+    In four processes: torchrun --nproc-per-node 4 -m calicache evaluate ...
+
+    After whatever stopped it, the same command goes on: shards of images that are there stay.
     """
 
 

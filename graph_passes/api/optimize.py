@@ -11,6 +11,7 @@ from calicache.graph_passes.api.runtime import MAX_FORMS, OptimizedModel
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.offloading import lacks_weights
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.settings.choices import member
 
@@ -54,9 +55,9 @@ def optimize(
     on_change = member(OnChange, on_change)
     _check_weights(model, plan)
     meter = Meter(0.0, on_progress)
-    meta = any(parameter.is_meta for parameter in model.parameters())
+    empty = lacks_weights(model)
     graphs = (
-        None if one.recipe.touches_nothing and not meta else compile_plan(model, one, meter)
+        None if one.recipe.touches_nothing and not empty else compile_plan(model, one, meter)
         for one in plan.plans
     )
     return OptimizedModel(

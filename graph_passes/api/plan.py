@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from calicache.graph_passes.api.plan_grids import (
     check_schedule,
@@ -21,6 +21,7 @@ from calicache.graph_passes.common.arguments import of_kind, texts, whole_number
 from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.progress import OnProgress, part_of
+from calicache.graph_passes.common.ranks import Ranks
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import Workspace
 from calicache.graph_passes.settings.choices import (
@@ -81,6 +82,7 @@ class Plan(PlanRecipes):
         exclude: Sequence[str] = (),
         workspace: Workspace | None = None,
         on_progress: OnProgress | None = None,
+        group: distributed.ProcessGroup | None = None,
     ) -> Plan:
         """Plan for a model from what its sampler was seen to do.
 
@@ -106,6 +108,8 @@ class Plan(PlanRecipes):
             exclude: shell patterns; sites to leave alone.
             workspace: of an earlier plan for this model: what was made there is not made again.
             on_progress: told how many calls of the model were run.
+            group: processes that share the recorded runs: all call this with the same arguments,
+                and all get the plan. None for this one alone.
 
         Raises:
             CalicacheError: whatever stage refuses names itself.
@@ -124,14 +128,15 @@ class Plan(PlanRecipes):
             include=texts("include", include, PlanError),
             exclude=texts("exclude", exclude, PlanError),
         )
-        names, plans = [f"{one.steps} steps" for one in recordings], []
+        names, plans, ranks = [f"{one.steps} steps" for one in recordings], [], Ranks.of(group)
         for number, one in enumerate(recordings):
             recipe, told = (
                 settings(named_schedule(schedule, one.steps, mode)),
                 part_of(on_progress, names, number),
             )
             space = workspace or Workspace()
-            plans.append(Plan.of(planned(model, one, recipe, space, told, correct=correct), space))
+            content = planned(model, one, recipe, space, told, correct=correct, ranks=ranks)
+            plans.append(Plan.of(content, space))
         return Plan.join(*plans)
 
     @staticmethod
@@ -149,6 +154,7 @@ class Plan(PlanRecipes):
         path: Path | str | None = None,
         workspace: Workspace | None = None,
         on_progress: OnProgress | None = None,
+        group: distributed.ProcessGroup | None = None,
     ) -> Plan:
         """The best plan under a budget, or the cheapest one under an error.
 
@@ -170,6 +176,8 @@ class Plan(PlanRecipes):
             path: a folder for what is done already; an interrupted search goes on from there.
             workspace: of an earlier plan for this model: what was made there is not made again.
             on_progress: told how much is done and how much is still to do.
+            group: processes that share the recorded runs: all call this with the same arguments,
+                and all get the plan. None for this one alone.
 
         Returns:
             A plan with the search's front, whose other points `take` gives.
@@ -180,11 +188,12 @@ class Plan(PlanRecipes):
         patterns = texts("include", include, PlanError), texts("exclude", exclude, PlanError)
         request = SearchRequest(budget, max_error, latency, effort, *patterns, search_modes(modes))
         recordings = recordings_of(recording)
-        names, plans = [f"{one.steps} steps" for one in recordings], []
+        names, plans, ranks = [f"{one.steps} steps" for one in recordings], [], Ranks.of(group)
         for number, one in enumerate(recordings):
             space, told = workspace or Workspace(), part_of(on_progress, names, number)
             place = path if path is None or len(names) == 1 else Path(path) / str(one.steps)
-            plans.append(Plan.of(searched(model, one, request, space, place, told), space))
+            content = searched(model, one, request, space, place, told, ranks)
+            plans.append(Plan.of(content, space))
         return Plan.join(*plans)
 
     def take(self, place: int) -> Plan:
@@ -245,6 +254,7 @@ class Plan(PlanRecipes):
         recording: Recording | Mapping[int, Recording] | None = None,
         *,
         on_progress: OnProgress | None = None,
+        group: distributed.ProcessGroup | None = None,
     ) -> Plan:
         """The plan for other weights of the same architecture: fine-tuned, or with a LoRA fused.
 
@@ -257,6 +267,7 @@ class Plan(PlanRecipes):
                 old checkpoint stay, and the error is not known: `describe` says so. A plan of
                 several recipes takes one of each number of steps.
             on_progress: told how many calls of the model were run.
+            group: processes that share the recorded runs, as in `from_trajectory`.
 
         Raises:
             CalicacheError: whatever stage refuses names itself.
@@ -268,7 +279,8 @@ class Plan(PlanRecipes):
         names, plans = [f"{name} steps" for name in self.names], []
         for number, (plan, one) in enumerate(zip(self.plans, recordings, strict=True)):
             space, told = Workspace(), part_of(on_progress, names, number)
-            plans.append(Plan.of(rebound(model, one, plan.recipe, space, told), space))
+            content = rebound(model, one, plan.recipe, space, told, Ranks.of(group))
+            plans.append(Plan.of(content, space))
         return Plan.join(*plans)
 
     def _with_weights(self, weights_hash: str) -> Plan:

@@ -12,7 +12,10 @@ from torch import nn
 from calicache.graph_passes.api.plan_file import PlanContent
 from calicache.graph_passes.common.errors import CalicacheWarning, CaptureError, NoSampler
 from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.common.ranks import ALONE, Ranks
+from calicache.graph_passes.common.shards import check_split
 from calicache.graph_passes.factors.observe import observe
+from calicache.graph_passes.factors.spread import over_all_tokens, with_whole_values
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.binding import bind
@@ -48,6 +51,7 @@ def planned(
     *,
     correct: bool,
     measured: bool = False,
+    ranks: Ranks = ALONE,
 ) -> PlanContent:
     """Statistics for a recipe, and its output weights.
 
@@ -62,13 +66,16 @@ def planned(
         on_progress: told how many calls of the model were run.
         correct: fit output weights along the corrected trajectory, which measures the error too.
         measured: measure it without a fit as well.
+        ranks: the processes that share the recorded runs.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
+    check_split(model, ranks, searches=False)
     run = correct or measured
-    meter = Meter(planned_calls(recording, correct=run), on_progress)
-    task = PlanningTask(model, recording, bind(model, recording), workspace, meter)
+    meter = Meter(planned_calls(recording, correct=run) / ranks.size, on_progress)
+    task = PlanningTask(model, recording, bind(model, recording), workspace, meter, ranks)
+    task.check_alike(recipe)
     try:
         statistics = collect_statistics(task, recipe)
     except CaptureError:
@@ -103,6 +110,7 @@ def rebound(
     recipe: Recipe,
     workspace: Workspace,
     on_progress: OnProgress | None,
+    ranks: Ranks = ALONE,
 ) -> PlanContent:
     """A recipe for other weights: its statistics and output weights anew, and its error.
 
@@ -114,13 +122,16 @@ def rebound(
         recipe: of a plan for other weights.
         workspace: for what is made of the model on the way.
         on_progress: told how many calls of the model were run.
+        ranks: the processes that share the recorded runs.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
     """
     fits = recipe.output_weights is not None
     plain = replace(recipe, output_weights=None, latent=None, correction=NOT_FITTED)
-    return planned(model, recording, plain, workspace, on_progress, correct=fits, measured=True)
+    return planned(
+        model, recording, plain, workspace, on_progress, correct=fits, measured=True, ranks=ranks
+    )
 
 
 def searched(
@@ -130,13 +141,15 @@ def searched(
     workspace: Workspace,
     path: Path | str | None,
     on_progress: OnProgress | None,
+    ranks: Ranks = ALONE,
 ) -> PlanContent:
     """What a search comes to; see `Plan.search`.
 
     Raises:
         CalicacheError: the request cannot be met, or a stage refuses; it names itself.
     """
-    result = search_plan(model, recording, request, workspace, path, on_progress)
+    check_split(model, ranks, searches=not request.touches_nothing)
+    result = search_plan(model, recording, request, workspace, path, on_progress, ranks)
     return PlanContent(**{field.name: getattr(result, field.name) for field in fields(result)})
 
 
@@ -160,15 +173,20 @@ def collect_statistics(task: PlanningTask, recipe: Recipe) -> Mapping[str, Stati
     analysis = task.workspace.analysis(task.model, task.binding, recipe.include, recipe.exclude)
     assignment = assign_targets(analysis, recipe)
     task.meter.stage("observe increments")
-    return observe(
-        analysis.captured,
-        assignment.targets if recipe.calibrates else (),
+    captured, targets = with_whole_values(
+        analysis.captured, assignment.targets if recipe.calibrates else ()
+    )
+    own = observe(
+        captured,
+        targets,
         task.recording,
         recipe.weighting,
         recipe.schedule,
         recipe.order,
         task.meter,
+        task.ranks,
     )
+    return over_all_tokens(captured, targets, own)
 
 
 def fit_to_sampler(task: PlanningTask, content: PlanContent, *, fits: bool) -> PlanContent:
@@ -203,7 +221,8 @@ def fit_to_sampler(task: PlanningTask, content: PlanContent, *, fits: bool) -> P
     compiled = compile_recipe(analysis, recipe, content.statistics, task.workspace.decompositions)
     task.meter.stage("fit output weights" if fits else "measure the error", calls)
     weights = None if fits else plain_weights(recipe.schedule, recipe.order)
-    fit = replay(compiled.variant_set, recorded, recipe.schedule, recipe.order, weights, task.meter)
+    steps = recipe.schedule, recipe.order
+    fit = replay(compiled.variant_set, recorded, *steps, weights, task.meter, task.ranks)
     if fits:
         latent = recorded.steps.latent
         recipe = replace(recipe, output_weights=fit.weights, latent=latent, correction=FITTED)
@@ -246,8 +265,8 @@ def _recorded_sampler(
         task.model,
         task.recording,
         ("sampler", length, task.binding.weights_hash),
-        lambda: recover_sampler(captured, whole, dependence, length, meter),
+        lambda: recover_sampler(captured, whole, dependence, length, meter, task.ranks),
     )
     if meter.done == before:  # an earlier plan has run them
-        meter.add(sum(map(len, recorded.runs)))
+        meter.add(sum(map(len, task.ranks.share(recorded.runs))))
     return recorded

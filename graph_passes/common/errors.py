@@ -44,6 +44,12 @@ class FileError(CalicacheError):
     stage = "file"
 
 
+class RankError(CalicacheError):
+    """The processes that share a piece of work do not go on together."""
+
+    stage = "distributed"
+
+
 class RecordError(CalicacheError):
     """A call of the model cannot be recorded, or a recording cannot be read."""
 
@@ -155,6 +161,12 @@ class CompareError(CalicacheError):
     """A recording and an artifact cannot be run side by side."""
 
     stage = "compare"
+
+
+class EvaluateError(CalicacheError):
+    """Images cannot be sampled or scored as asked, or a shard of them is another one."""
+
+    stage = "evaluate"
 
 
 class LibraryError(CalicacheError):

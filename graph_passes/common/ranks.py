@@ -15,16 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from calicache.graph_passes.common.errors import CalicacheError
+from calicache.graph_passes.common.errors import CalicacheError, RankError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class RankError(CalicacheError):
-    """The processes that share a piece of work do not go on together."""
-
-    stage = "distributed"
 
 
 @dataclass(frozen=True, slots=True)

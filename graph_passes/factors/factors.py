@@ -6,12 +6,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from calicache.graph_passes.common.errors import DecomposeError
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.shards import COLUMNS
 from calicache.graph_passes.factors.covariance import decompose_branch, decompose_increments
 from calicache.graph_passes.factors.decompose import (
     CalibrationFactors,
@@ -57,11 +59,13 @@ class Decompositions:
         Raises:
             DecomposeError: weight or statistics are not finite; with the target's name.
         """
+        # First of all: parts are gathered in all processes or in none, whatever each of them holds.
+        weights = [captured.whole_attribute(name) for name in target.weights]
         source, known = self.held.get(target.name, (None, None))
         if known is not None and source is statistics:
             return known
         with _naming(target):
-            fresh = _decompose(captured, target, statistics)
+            fresh = _decompose(captured, target, statistics, weights)
         with self.lock:
             self._hold(target.name, statistics, fresh)
         return fresh
@@ -105,7 +109,9 @@ def make_factors(
         meter.add(len(targets) - len(corrected))
     factors: dict[str, Factors] = {}
     with single_threads() as workers:
-        for target, result in zip(corrected, workers.map(factors_of, corrected), strict=True):
+        # Parts of weights are gathered in one order in all processes.
+        results = (map if captured.shards else workers.map)(factors_of, corrected)
+        for target, result in zip(corrected, results, strict=True):
             factors[target.name] = result
             if meter:
                 meter.add()
@@ -135,14 +141,41 @@ def _factors(
     decompositions: Decompositions,
 ) -> Factors:
     if target.branch is BranchKind.INT8:
+        _check_integers(target)
         with _naming(target):
             return quantise_weight(captured.attribute(target.weights[0]))
     if any(parameter.is_meta for parameter in captured.module.parameters()):
         return blank_factors(captured, target)
     decomposition = decompositions.of(captured, target, statistics)
     with _naming(target):
-        factors = decomposition.at(target.rank)
+        factors = own_factors(decomposition.at(target.rank), target)
     return factors.to(factors.up.to(captured.device))
+
+
+def own_factors(factors: CalibrationFactors, target: CalibrationTarget) -> CalibrationFactors:
+    """What a process multiplies by: all, or its part where the layer is split.
+
+    A layer with own rows of W has those of B, one with own columns those of A: the sums of all
+    processes are then B A (x - x*). No A x can be read off a part of y.
+    """
+    shard = target.shard
+    if shard is None:
+        return factors
+    if shard.dim == COLUMNS:
+        return replace(factors, down=shard.part(factors.down, 1), read=None)
+    ups = [shard.part(up, 0) for up in torch.split(factors.up, list(target.out_features))]
+    return replace(factors, up=torch.cat(ups), read=None)
+
+
+def _check_integers(target: CalibrationTarget) -> None:
+    """Refuse integers for a part of every sum: each part would have scales of its own."""
+    if target.shard and target.shard.dim == COLUMNS:
+        raise DecomposeError(
+            target.name,
+            expected="a layer with whole rows of W, for a calibration branch of int8",
+            got=f"one split by columns over {target.shard.count} processes",
+            fix="Leave it to branch='low_rank' with a SiteRule.",
+        )
 
 
 @contextmanager
@@ -163,20 +196,23 @@ def blank_factors(captured: CapturedGraph, target: CalibrationTarget) -> Calibra
     """Factors of the right shapes that hold nothing, for costs and for timing steps."""
     value = captured.node(target.nodes[0]).meta["val"]
     blank = torch.zeros(0, dtype=value.dtype, device=captured.device)
-    down = blank.new_zeros(target.rank, target.in_features)
-    up = blank.new_zeros(sum(target.out_features), target.rank)
+    inputs, outputs = target.own_features
+    down = blank.new_zeros(target.rank, inputs)
+    up = blank.new_zeros(outputs, target.rank)
     read = None if target.granularity is Granularity.BRANCH else up.T
     return CalibrationFactors(down, up, 0.0, read)
 
 
 def _decompose(
-    captured: CapturedGraph, target: CalibrationTarget, statistics: Statistics | None
+    captured: CapturedGraph,
+    target: CalibrationTarget,
+    statistics: Statistics | None,
+    weights: Sequence[Tensor],
 ) -> Decomposition:
     if target.granularity is Granularity.BRANCH:
         assert isinstance(statistics, SecondMoments)
         value = captured.node(target.nodes[0]).meta["val"]
         return decompose_branch(statistics, value.dtype)
-    weights = [captured.attribute(name) for name in target.weights]
     if isinstance(statistics, SecondMoments):
         return decompose_increments(weights, statistics)
     (weight,) = weights

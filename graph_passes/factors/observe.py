@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import ObserveError
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.factors.streams import Channels, KeptValues, Moments, stream_of
 from calicache.graph_passes.graph.capture import CapturedGraph
@@ -27,6 +30,7 @@ def observe(
     schedule: Sequence[StepMode],
     order: int = 0,
     meter: Meter | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Statistics]:
     """Run the recorded calls through the graph and collect statistics, by target name.
 
@@ -43,7 +47,8 @@ def observe(
         weighting: what the statistics are for.
         schedule: mode of every step.
         order: of the anchors.
-        meter: counts the steps of every run.
+        meter: counts the steps of every run that this process looks at.
+        ranks: the processes that share the runs.
 
     Raises:
         ObserveError: a value is NaN or Inf, or no run has the increments that are needed.
@@ -53,11 +58,11 @@ def observe(
     streams = {target.name: stream_of(target, weighting, kept) for target in seen}
     watched = {node for target in seen for node in (target.input_node, *target.nodes)}
     runs = [run[: len(schedule)] for run in recording.runs] if streams else []
-    earlier = 0
-    for run in runs:
-        kept.start()
-        _feed_run(captured, list(streams.values()), watched, run, earlier, meter)
-        earlier += len(run)
+    earlier = [0, *accumulate(len(run) for run in runs)]
+    feed = partial(_feed_run, captured, list(streams.values()), watched, kept, meter)
+    ranks.map(feed, list(zip(runs, earlier, strict=False)))
+    for stream in streams.values():
+        stream.sum_over(ranks)
     return {name: streams.pop(name).result() for name in list(streams)}
 
 
@@ -70,9 +75,9 @@ def _feed_run(
     captured: CapturedGraph,
     streams: Sequence[Channels | Moments],
     watched: Collection[str],
-    run: Run,
-    earlier: int,
+    kept: KeptValues,
     meter: Meter | None,
+    place: tuple[Run, int],
 ) -> None:
     """Run the recorded calls of a run, as far as streams look at them.
 
@@ -80,10 +85,13 @@ def _feed_run(
         captured: the graph.
         streams: for the values of its nodes.
         watched: nodes whose values have to be finite, with those that the streams look at.
-        run: as long as the schedule at the most.
-        earlier: recorded steps of the runs before, for errors.
+        kept: what the streams keep of a run.
         meter: counts the steps.
+        place: the run, as long as the schedule at the most, and how many steps were recorded in
+            the runs before it, for errors.
     """
+    run, earlier = place
+    kept.start()
     for stream in streams:
         stream.start()
     for step, call in enumerate(run):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calicache.graph_passes.common.errors import ObserveError
+from calicache.graph_passes.common.ranks import Ranks
 from calicache.graph_passes.factors.statistics import (
     ChannelStatistics,
     SecondMoments,
@@ -79,6 +80,11 @@ class Channels:
             self.output.add(y.double() - self.before[1].double())
         self.before = (x, y)
 
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add what the other processes have seen."""
+        for mean in (self.input, self.output):
+            mean.sum_over(ranks)
+
     def result(self) -> ChannelStatistics:
         """Both means."""
         return ChannelStatistics(self.input.mean(), self.output.mean())
@@ -94,7 +100,8 @@ class Moments:
 
     def __init__(self, target: CalibrationTarget, kept: KeptValues) -> None:
         self.kept = kept
-        self.parts = tuple(statistics_shapes(Weighting.COVARIANCE, target))
+        self.shapes = statistics_shapes(Weighting.COVARIANCE, target)
+        self.parts = tuple(self.shapes)
         self.inputs = (target.input_node,) * ("input" in self.parts)
         self.outputs = target.nodes * ("output" in self.parts or "cross" in self.parts)
         self.nodes = (*self.inputs, *self.outputs)
@@ -126,20 +133,34 @@ class Moments:
                 self._accumulate(part, _stacked(left), _stacked(right))
         self.rows += len((*dx, *dy)[0])
 
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add what the other processes have seen."""
+        if ranks.size == 1:
+            return
+        for part in self.parts:
+            if part != "energy":
+                own = self.sums.pop(part, torch.zeros(self.shapes[part], dtype=torch.float64))
+                self.sums[part] = ranks.add(own)
+        counts = ranks.gather((self.energy, self.rows))
+        self.energy = sum(energy for energy, _ in counts)
+        self.rows = sum(rows for _, rows in counts)
+
     def result(self) -> SecondMoments:
         """Means over tokens, float32 on the CPU; the sums become them."""
         if not self.rows:
             raise no_increment("a run with a CALIBRATE step after a REFRESH step")
-        means = {name: value.div_(self.rows).cpu() for name, value in self.sums.items()}
+        means = {n: value.div_(self.rows).float().cpu() for n, value in self.sums.items()}
         if "energy" in self.parts:
             means["energy"] = torch.tensor(self.energy / self.rows)
         return SecondMoments(**means)
 
     def _accumulate(self, part: str, left: Tensor, right: Tensor) -> None:
-        if part in self.sums:  # in place: the moments of a large model are as large as its weights
-            self.sums[part].addmm_(left.T, right)
+        # One step in float32, the sum in float64: the same to 1e-12 however runs are shared out.
+        step = left.T @ right
+        if part in self.sums:
+            self.sums[part].add_(step)
         else:
-            self.sums[part] = left.T @ right
+            self.sums[part] = step.double()
 
 
 def _stacked(increments: Sequence[Tensor]) -> Tensor:
@@ -173,6 +194,13 @@ class _NormalisedMean:
         normalised = ((magnitude - low) / (high - low + EPSILON)).sum(dim=0)  # (C,)
         self.total = normalised if self.total is None else self.total + normalised
         self.samples += value.shape[0]
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add what the other processes have seen."""
+        seen = [pair for pair in ranks.gather((self.total, self.samples)) if pair[1]]
+        self.samples = sum(samples for _, samples in seen)
+        if ranks.size > 1 and seen:
+            self.total = torch.stack([total.cpu() for total, _ in seen if total is not None]).sum(0)
 
     def mean(self) -> Tensor:
         """float32 (C,) on the CPU."""

@@ -6,7 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import CaptureError, reason_of
+from calicache.graph_passes.common.offloading import input_device, is_offloaded
+from calicache.graph_passes.common.shards import WeightShard, split_layers
 from calicache.graph_passes.graph.forms import write_out_forms
 from calicache.graph_passes.graph.surgery import (
-    device_of,
     find_node,
     finish,
     module_path,
@@ -42,12 +43,15 @@ class CapturedGraph:
         signature: the form of the call the graph was captured for.
         output_tree: how the flat outputs become the model's return value.
         fixed: tensors of the signature whose recorded values are built into the graph.
+        shards: which part of a weight this process has, by the weight's name, for those that are
+            split over several.
     """
 
     module: fx.GraphModule
     signature: CallSignature
     output_tree: pytree.TreeSpec
     fixed: tuple[str, ...] = ()
+    shards: Mapping[str, WeightShard] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -56,8 +60,8 @@ class CapturedGraph:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; the CPU for a model without any."""
-        return device_of(self.module)
+        """Where calls are run; the CPU for a model without weights."""
+        return input_device(self.module)
 
     def node(self, name: str) -> fx.Node:
         """The node of that name."""
@@ -68,6 +72,11 @@ class CapturedGraph:
         value = read_attribute(self.module, target)
         assert isinstance(value, Tensor)
         return value
+
+    def whole_attribute(self, target: str) -> Tensor:
+        """The same with the parts of all processes, which have to ask at the same time."""
+        value, shard = self.attribute(target), self.shards.get(target)
+        return shard.whole(value) if shard else value
 
 
 def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> CapturedGraph:
@@ -85,20 +94,22 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
     of_kind("model", model, nn.Module, CaptureError)
     of_kind("signature", signature, CallSignature, CaptureError)
     _check_mode(model)
-    exported, module = _export(model, signature, reads)
+    _check_places(model)
+    written_out, shards = split_layers(model)
+    exported, module = _export(written_out, signature, reads)
     _check_training(model, module.graph)
     _check_changes(model, exported)
     output_tree, _ = exported.call_spec.out_spec.children()
     flat, fixed = _flat_module(module, signature, output_tree.num_leaves)
     _check_shapes(model, flat.graph)
-    return CapturedGraph(flat, signature, output_tree, fixed)
+    return CapturedGraph(flat, signature, output_tree, fixed, shards)
 
 
 def _export(
     model: nn.Module, signature: CallSignature, reads: str
 ) -> tuple[ExportedProgram, fx.GraphModule]:
     """What torch.export makes of the model, and its module."""
-    device = device_of(model)
+    device = input_device(model)
     examples = [torch.zeros(s.shape, dtype=s.torch_dtype, device=device) for s in signature.tensors]
     arguments = signature.unflatten(examples)
     try:
@@ -126,6 +137,22 @@ def _export(
 def _check_mode(model: nn.Module) -> None:
     if model.training:
         raise _not_in_eval_mode(model, "training mode")
+
+
+def _check_places(model: nn.Module) -> None:
+    """Refuse weights that accelerate or others have spread over devices."""
+    devices = {str(value.device) for value in model.parameters()}
+    offloaded = is_offloaded(model)
+    if offloaded or len(devices) > 1:
+        raise CaptureError(
+            type(model).__name__,
+            expected="weights on one device, all in its memory",
+            got="some that hooks of accelerate keep elsewhere"
+            if offloaded
+            else f"some on each of {', '.join(sorted(devices))}",
+            fix="Plan with REFRESH and FORECAST steps alone, which run the model whole, or put it "
+            "on one device.",
+        )
 
 
 def _check_training(model: nn.Module, graph: fx.Graph) -> None:

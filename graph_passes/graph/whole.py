@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from calicache.graph_passes.common.offloading import input_device
+from calicache.graph_passes.common.shards import arrived
 from calicache.graph_passes.graph.capture import CapturedGraph
-from calicache.graph_passes.graph.surgery import device_of
 from calicache.graph_passes.recording.signature import CallSignature
 
 WHOLE = "whole_model"
@@ -34,7 +35,8 @@ class WholeModel(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         """The leaves of what the model returns."""
-        return tuple(pytree.tree_leaves(self.model(**self.signature.unflatten(tensors))))
+        leaves = pytree.tree_leaves(self.model(**self.signature.unflatten(tensors)))
+        return tuple(map(arrived, leaves))
 
 
 def capture_whole(
@@ -47,10 +49,11 @@ def capture_whole(
         signature: the form of the calls.
         call: a call of that form.
     """
-    device = device_of(model)
+    device = input_device(model)
     tensors = [call[spec.name].to(device) for spec in signature.tensors]
     with torch.no_grad():
         leaves, tree = pytree.tree_flatten(model(**signature.unflatten(tensors)))
+    leaves = [arrived(value) for value in leaves]
     graph = fx.Graph()
     inputs = [_placeholder(graph, place, value) for place, value in enumerate(tensors)]
     whole = graph.call_module(WHOLE, tuple(inputs))

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.disk.hashing import digest
 from calicache.graph_passes.common.errors import CaptureError, RecordError, RunError, reason_of
+from calicache.graph_passes.common.offloading import input_device, lacks_weights
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import CallSignature
 
@@ -52,7 +53,7 @@ def find_reads(model: nn.Module, recording: Recording) -> str:
     """
     of_kind("model", model, nn.Module, RecordError)
     of_kind("recording", recording, Recording, RecordError)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if lacks_weights(model):
         return NOTHING
     runs, signature = recording.runs, recording.signature
     first = read_call(model, signature, runs[0][0])
@@ -64,7 +65,7 @@ def find_reads(model: nn.Module, recording: Recording) -> str:
 
 def read_call(model: nn.Module, signature: CallSignature, call: Mapping[str, Tensor]) -> str:
     """The answers to all that the model reads in one call, which is run."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = input_device(model)
     arguments = signature.unflatten([value.to(device) for value in call.values()])
     with torch.no_grad(), _Recorder() as recorder:
         model(**arguments)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from calicache.graph_passes.common.arguments import path_of, whole_number
 from calicache.graph_passes.common.disk.files import atomic_path
@@ -22,8 +22,15 @@ from calicache.graph_passes.common.disk.tensor_files import (
     write_tensors,
 )
 from calicache.graph_passes.common.errors import RecordError
+from calicache.graph_passes.common.ranks import Ranks
 from calicache.graph_passes.recording.input_classes import Dependence, classify_inputs
-from calicache.graph_passes.recording.recording_file import RECORDING, TARGET, RecordingJson
+from calicache.graph_passes.recording.recording_file import (
+    RECORDING,
+    TARGET,
+    RecordingJson,
+    apart,
+    check_loaded,
+)
 from calicache.graph_passes.recording.signature import CallSignature
 from calicache.graph_passes.recording.step_calls import batch_signature, batch_size, merge_calls
 from calicache.graph_passes.recording.timestep import (
@@ -203,6 +210,57 @@ class Recording:
                 results[len(calls)] = end.clone()  # a run may be taken twice
         return Recording(calls, self._signature, results, outputs)
 
+    def gather(self, group: distributed.ProcessGroup | None = None) -> Recording:
+        """What every process of a group has recorded, as one recording for all of them.
+
+        The first runs of every process come first, then the second ones: where process r of n has
+        recorded the seeds `seeds[r::n]`, the runs stand in the order of the seeds.
+
+        Args:
+            group: all its processes call this; None for all that torch.distributed knows, or this
+                one alone where it is not started.
+
+        Raises:
+            RecordError: the processes have recorded calls of other forms.
+            RankError: a process is gone.
+        """
+        if group is None and distributed.is_initialized():
+            group = distributed.group.WORLD
+        ranks = Ranks.of(group)
+        forms = [form for form in ranks.gather(self._signature) if form is not None]
+        for form in forms:
+            if form != forms[0]:
+                name, expected, got = forms[0].difference(form)
+                raise RecordError(
+                    f"argument {name}",
+                    expected=f"{expected} in every process",
+                    got=got,
+                    fix="Record calls of one form in all of them.",
+                )
+        calls: list[Call] = []
+        results: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+        for run, known, end in ranks.in_order(self._whole_runs()):
+            outputs |= {len(calls) + place: value for place, value in known.items()}
+            calls += run
+            if end is not None:
+                results[len(calls)] = end
+        return Recording(calls, forms[0] if forms else None, results, outputs)
+
+    def _whole_runs(self) -> list[tuple[Run, dict[int, Tensor], Tensor | None]]:
+        """Calls, known outputs by place and the result of every denoising."""
+        if self._signature is None:
+            return []
+        counts = [0, *accumulate(len(run) for run in self.denoisings)]
+        return [
+            (
+                list(run),
+                {k: self.outputs[first + k] for k in range(len(run)) if first + k in self.outputs},
+                self.results.get(first + len(run)),
+            )
+            for first, run in zip(counts, self.denoisings, strict=False)
+        ]
+
     def __repr__(self) -> str:
         if not self.calls:
             return "Recording without calls"
@@ -228,7 +286,7 @@ class Recording:
                     tensors[keys[id(value)]] = value
             table.append({name: keys[id(value)] for name, value in call.items()})
         tensors |= {f"result.{n}": value for n, value in self.results.items()}
-        tensors |= _apart({f"output.{n}": value for n, value in self.outputs.items()})
+        tensors |= apart({f"output.{n}": value for n, value in self.outputs.items()})
         content = RecordingJson(
             self.signature, tuple(table), tuple(self.results), digests(tensors), tuple(self.outputs)
         )
@@ -251,29 +309,5 @@ class Recording:
         except (KeyError, RecordError) as error:
             raise RECORDING.refused(path, error) from error
         for call in calls:
-            _check_loaded(call, content.signature, path)
+            check_loaded(call, content.signature, path)
         return Recording(calls, content.signature, results, outputs)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with copies of those that are there twice, as in runs that were taken twice."""
-    first = {id(value): name for name, value in reversed([*tensors.items()])}
-    return {
-        name: value if first[id(value)] == name else value.clone()
-        for name, value in tensors.items()
-    }
-
-
-def _check_loaded(call: Call, signature: CallSignature, path: Path | str) -> None:
-    odd = set(call) - {spec.name for spec in signature.tensors}
-    if odd:
-        raise RECORDING.refused(path, f"a call with another argument: {min(odd)}")
-    for spec in signature.tensors:
-        tensor = call.get(spec.name)
-        if tensor is None or tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
-            raise RecordError(
-                f"{path}: {spec.name}",
-                expected=str(spec),
-                got="nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}",
-                fix="The file is damaged; record again.",
-            )

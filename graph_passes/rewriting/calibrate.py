@@ -21,6 +21,7 @@ from calicache.graph_passes.graph.operations import (
     quantised_product,
     token_scales,
 )
+from calicache.graph_passes.graph.surgery import shape_of
 from calicache.graph_passes.rewriting.fold import reads_output
 from calicache.graph_passes.rewriting.insertion import CacheSource, Insertion
 from calicache.graph_passes.sites.targets import CalibrationTarget
@@ -65,7 +66,8 @@ class Calibration:
         insert, first = self.insert, self.copies[target.nodes[0]]
         with insert.graph.inserting_before(first):
             inner = self._inner(target, factors)
-        parts = torch.split(factors.up, list(target.out_features))
+        widths = [shape_of(self.copies[name])[-1] for name in target.nodes]
+        parts = torch.split(factors.up, widths)
         for number, name in enumerate(target.nodes):
             node = self.copies[name]
             with insert.graph.inserting_before(node):

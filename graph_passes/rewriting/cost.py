@@ -134,7 +134,7 @@ def _target_cost(
 
 
 def _factor_bytes(target: CalibrationTarget, itemsize: int) -> int:
-    outputs = sum(target.out_features)
+    inputs, outputs = target.own_features
     if target.branch is BranchKind.INT8:
-        return target.in_features * outputs + outputs * torch.float32.itemsize
-    return target.rank * (target.in_features + outputs) * itemsize
+        return inputs * outputs + outputs * torch.float32.itemsize
+    return target.rank * (inputs + outputs) * itemsize

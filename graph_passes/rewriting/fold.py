@@ -68,7 +68,7 @@ def fold_groups(targets: Sequence[CalibrationTarget], itemsize: int) -> list[Fol
         readers.setdefault(target.input_node, []).append(target)
     groups = []
     for group in readers.values():
-        rank, channels = sum(target.rank for target in group), group[0].in_features
+        rank, channels = sum(target.rank for target in group), group[0].own_features[0]
         operations = 2 * sum(_macs_of_a_token(target) for target in group)
         threshold = math.inf
         whole = any(target.branch is BranchKind.INT8 for target in group)  # needs x itself
@@ -79,9 +79,9 @@ def fold_groups(targets: Sequence[CalibrationTarget], itemsize: int) -> list[Fol
 
 
 def reads_output(target: CalibrationTarget) -> bool:
-    """Whether A x is cheaper to read off y than to make from x."""
+    """Whether A x is cheaper to read off y than to make from x; of a split layer y is no whole."""
     linear = target.granularity is Granularity.LINEAR and len(target.nodes) == 1
-    return linear and target.out_features[0] < target.in_features
+    return linear and not target.shard and target.out_features[0] < target.in_features
 
 
 def fold_macs(target: CalibrationTarget) -> int:
@@ -90,5 +90,5 @@ def fold_macs(target: CalibrationTarget) -> int:
 
 
 def _macs_of_a_token(target: CalibrationTarget) -> int:
-    channels = target.out_features[0] if reads_output(target) else target.in_features
+    channels = target.out_features[0] if reads_output(target) else target.own_features[0]
     return target.rank * channels

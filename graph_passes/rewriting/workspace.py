@@ -7,6 +7,7 @@ files begin with an empty one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,8 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from calicache.graph_passes.common.disk.hashing import tensor_bytes
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.offloading import lacks_weights
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.factors.factors import Decompositions
 from calicache.graph_passes.recording.binding import Binding
 from calicache.graph_passes.recording.recording import Recording
@@ -93,7 +97,8 @@ class PlanningTask:
         recording: of its calls.
         binding: of both.
         workspace: for what is made of the model on the way.
-        meter: counts calls of the model.
+        meter: counts calls of the model in this process.
+        ranks: the processes that share the recorded runs.
     """
 
     model: nn.Module
@@ -101,6 +106,34 @@ class PlanningTask:
     binding: Binding
     workspace: Workspace
     meter: Meter
+    ranks: Ranks = ALONE
+
+    def key(self, settings: object) -> str:
+        """What the results depend on, as text: checkpoint, recording and what is asked for."""
+        digest = hashlib.sha256()
+        results = {str(count): end for count, end in self.recording.results.items()}
+        for tensors in (*self.recording.calls, results):
+            for name, value in tensors.items():
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+                digest.update(tensor_bytes(value))
+        return f"{self.binding.weights_hash} {digest.hexdigest()} {settings}"
+
+    def check_alike(self, settings: object) -> None:
+        """Refuse processes that do not plan for the same.
+
+        Args:
+            settings: what is asked for.
+
+        Raises:
+            RankError: one has another model, recording or wish.
+        """
+        if self.ranks.size > 1:
+            own = hashlib.sha256(self.key(settings).encode()).hexdigest()[:12]
+            self.ranks.check_alike(
+                "model, recording and settings",
+                own,
+                "Give every process the same: recording.gather() joins what each has recorded.",
+            )
 
     def check_weights(self, fix: str) -> None:
         """Refuse a model on the meta device, where the recorded calls have to be run.
@@ -111,7 +144,7 @@ class PlanningTask:
         Raises:
             PlanError: there are no weights.
         """
-        if any(parameter.is_meta for parameter in self.model.parameters()):
+        if lacks_weights(self.model):
             raise PlanError(
                 "model",
                 expected="weights, to run the recorded calls with",

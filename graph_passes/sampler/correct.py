@@ -16,12 +16,14 @@ weights reach, the change c of the weights solves
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.sampler.least_squares import NormalEquations
 from calicache.graph_passes.sampler.update import SamplerSteps
 
@@ -35,45 +37,65 @@ def fit_step(
     before: Sequence[Sequence[Tensor]],
     recorded: Sequence[Tensor],
     plain: tuple[float, ...],
+    ranks: Ranks = ALONE,
 ) -> tuple[float, ...]:
     """Least squares for the distance of x_{k+1} to the recorded one, around plain weights.
 
     Args:
         sampler: how the next latent is made.
         step: k.
-        features: of every run: the terms of x, and what is mixed, None where there is none.
-        before: of every run: the terms of the step before.
-        recorded: of every run: the recorded x_{k+1}, one copy (B, ...).
+        features: of every own run: the terms of x, and what is mixed, None where there is none.
+        before: of every own run: the terms of the step before.
+        recorded: of every own run: the recorded x_{k+1}, one copy (B, ...).
         plain: weights to start from (order + 3).
+        ranks: the processes that share the runs.
 
     Returns:
         The weights; plain ones where outputs do not move the latent, as in the last step of a
         sampler that ends on its own estimate of x_0.
     """
     runs = zip(features, before, recorded, strict=True)
-    equations = reduce(add, (_equations(sampler, step, *run, plain) for run in runs))
-    energy = sum(float(target.double().square().sum()) for target in recorded)
-    mixed = [k for k, value in enumerate(features[0][1]) if value is not None]
-    changes = dict(zip(mixed, equations.solution(energy).tolist(), strict=True))
+    fits = ranks.in_order([_run_fit(sampler, step, *run, plain) for run in runs])
+    equations = reduce(add, (fit.equations for fit in fits))
+    solution = equations.solution(sum(fit.energy for fit in fits))
+    changes = dict(zip(fits[0].mixed, solution.tolist(), strict=True))
     return tuple(weight + changes.get(k, 0.0) for k, weight in enumerate(plain))
 
 
-def _equations(
+@dataclass(frozen=True, slots=True)
+class _RunFit:
+    """What one run adds to the least squares of a step, on the CPU.
+
+    Attributes:
+        equations: of the features that are mixed.
+        energy: |x_{k+1}|^2.
+        mixed: places of these features.
+    """
+
+    equations: NormalEquations
+    energy: float
+    mixed: tuple[int, ...]
+
+
+def _run_fit(
     sampler: SamplerSteps,
     step: int,
     features: Features,
     before: Sequence[Tensor],
     recorded: Tensor,
     plain: tuple[float, ...],
-) -> NormalEquations:
-    """Those of one run, on the CPU."""
+) -> _RunFit:
     terms, outputs = features
     plain_terms = [terms[0], *sampler.output_terms(mix(plain, outputs))]
     reached = sampler.next_latent(step, plain_terms, before).double().chunk(sampler.parts)[0]
     residual = (recorded.double() - reached).flatten()
     columns = [_move(sampler, step, value) for value in outputs if value is not None]
     equations = NormalEquations.of(torch.stack(columns), residual)
-    return NormalEquations(equations.gram.cpu(), equations.moment.cpu())
+    return _RunFit(
+        NormalEquations(equations.gram.cpu(), equations.moment.cpu()),
+        float(recorded.double().square().sum()),
+        tuple(k for k, value in enumerate(outputs) if value is not None),
+    )
 
 
 def _move(sampler: SamplerSteps, step: int, output: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.common.errors import NoSampler
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
 from calicache.graph_passes.recording.input_classes import Dependence
@@ -48,6 +50,7 @@ def recover_sampler(
     dependence: Mapping[str, Dependence],
     length: int,
     meter: Meter | None = None,
+    ranks: Ranks = ALONE,
 ) -> RecordedSampler:
     """The plain model along the recorded runs of one length, and the sampler's update.
 
@@ -59,7 +62,8 @@ def recover_sampler(
         recording: the recorded runs.
         dependence: class of every tensor argument.
         length: of the runs to use, in steps.
-        meter: counts the steps of every run.
+        meter: counts the steps of every run that this process looks at.
+        ranks: the processes that share the runs.
 
     Raises:
         NoSampler: it cannot be told from the recording.
@@ -72,18 +76,41 @@ def recover_sampler(
     if not runs or length < 2:
         raise NoSampler(f"no recorded run has the plan's {length} steps")
     latent = find_latent(runs[0][0], meta, dependence)
-    outputs: list[list[Tensor]] = []
-    for run, answers in zip(runs, known, strict=True):
-        outputs.append([])
-        same = _gives(captured, run, answers)
-        for call, answer in zip(run, answers, strict=True):
-            own = answer.to(captured.device) if same and answer is not None else None
-            own = run_plain(captured, call) if own is None else own
-            outputs[-1].append(latent_channels(own, call[latent]))
-            if meter:
-                meter.add()
+    answered = list(zip(runs, known, strict=True))
+    outputs = [
+        [latent_channels(own.to(captured.device), run[0][latent]) for own in every]
+        for run, every in zip(runs, _all_outputs(captured, answered, meter, ranks), strict=True)
+    ]
     steps = find_sampler_steps(latent, runs, outputs, ends)
     return RecordedSampler(tuple(runs), tuple(map(tuple, outputs)), tuple(ends), steps)
+
+
+def _all_outputs(
+    captured: CapturedGraph,
+    runs: Sequence[tuple[Run, Sequence[Tensor | None]]],
+    meter: Meter | None,
+    ranks: Ranks,
+) -> list[list[Tensor]]:
+    """Outputs of every run: those that the recording tells, and what the model gives else."""
+    missing = ranks.map(partial(_missing, captured, meter), runs)
+    known = ({k: own for k, own in enumerate(answers) if own is not None} for _, answers in runs)
+    every = ({**told, **new} for told, new in zip(known, missing, strict=True))
+    return [[outputs[step] for step in sorted(outputs)] for outputs in every]
+
+
+def _missing(
+    captured: CapturedGraph, meter: Meter | None, run: tuple[Run, Sequence[Tensor | None]]
+) -> dict[int, Tensor]:
+    """The outputs of a run that its recording does not tell, by step, on the CPU."""
+    calls, answers = run
+    same = _gives(captured, calls, answers)
+    outputs: dict[int, Tensor] = {}
+    for step, (call, answer) in enumerate(zip(calls, answers, strict=True)):
+        if answer is None or not same:
+            outputs[step] = run_plain(captured, call).cpu()
+        if meter:
+            meter.add()
+    return outputs
 
 
 def _gives(captured: CapturedGraph, run: Run, recorded: Sequence[Tensor | None]) -> bool:

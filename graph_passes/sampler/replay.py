@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.correct import fit_step, mix
@@ -62,6 +64,7 @@ def replay(
     order: int,
     weights: Table | None = None,
     meter: Meter | None = None,
+    ranks: Ranks = ALONE,
 ) -> Replay:
     """Run the cached sampler from the recorded noise, all runs step by step.
 
@@ -73,27 +76,31 @@ def replay(
         order: of the anchors; order + 1 refreshes are used.
         weights: as in `Replay`; None fits them on the way, so that every next latent comes as
             near as it can to the recorded one.
-        meter: counts the steps of every run.
+        meter: counts the steps of every run of this process.
+        ranks: the processes that share the runs.
     """
     plain = plain_weights(schedule, order)
     anchors = anchor_table(schedule, order)
-    sweep = _Sweep(variant_set.scheduled(anchors), recorded, schedule, weights or plain, order + 1)
+    variants = variant_set.scheduled(anchors)
+    sweep = _Sweep(variants, recorded, schedule, weights or plain, order + 1, ranks)
     runs = [
-        _CachedRun(run, end, recorded.outputs[k] if recorded.outputs else None)
-        for k, (run, end) in enumerate(zip(recorded.runs, recorded.ends, strict=True))
+        _CachedRun(
+            recorded.runs[k], recorded.ends[k], recorded.outputs[k] if recorded.outputs else None
+        )
+        for k in ranks.share(range(len(recorded.runs)))
     ]
     rows: list[tuple[float, ...]] = []
     answers: dict[int, Answer] = {}
     for step, mode in enumerate(schedule):
         features = [sweep.features(run, step) for run in runs]
         if mode is StepMode.REFRESH and recorded.outputs:
-            answer = _answer(runs, step, recorded.steps.latent)
+            answer = sweep.answer(runs, step)
             answers |= {} if answer is None else {step: answer}
         rows.append(sweep.advance(runs, features, step, fits=weights is None))
         if meter:
             meter.add(len(runs))
-    errors = [error for run in runs for error in _errors(run, recorded.steps)]
-    return Replay(tuple(rows), tuple(errors), answers)
+    errors = ranks.in_order([_errors(run, recorded.steps) for run in runs])
+    return Replay(tuple(rows), tuple(chain.from_iterable(errors)), answers)
 
 
 def plain_weights(schedule: Sequence[StepMode], order: int) -> Table:
@@ -124,6 +131,7 @@ class _Sweep:
     schedule: Sequence[StepMode]
     weights: Table
     history: int
+    ranks: Ranks
 
     @property
     def sampler(self) -> SamplerSteps:
@@ -156,12 +164,22 @@ class _Sweep:
         if fits:
             wanted = [recorded_next(run.recorded, run.end, step, latent, parts) for run in runs]
             before = [run.before for run in runs]
-            weights = fit_step(self.sampler, step, features, before, wanted, weights)
+            weights = fit_step(self.sampler, step, features, before, wanted, weights, self.ranks)
         for run, (terms, outputs) in zip(runs, features, strict=True):
             now = [terms[0], *self.sampler.output_terms(mix(weights, outputs))]
             run.x = self.sampler.next_latent(step, now, run.before)
             run.before = now
         return weights
+
+    def answer(self, runs: Sequence[_CachedRun], step: int) -> Answer | None:
+        """How the outputs of a REFRESH step answered to the latents; None where these are right."""
+        latent = self.sampler.latent
+        changes = self.ranks.in_order([_change(run, step, latent) for run in runs])
+        product, moved, total, size = (sum(sums) for sums in zip(*changes, strict=True))
+        if moved <= ROUNDING**2 * size:  # the first step, or one after nothing but REFRESH steps
+            return None
+        gain = product / moved
+        return Answer(gain, max(0.0, total / moved - gain**2) ** 0.5)
 
     def _run_variant(
         self, run: _CachedRun, mode: StepMode, step: int, tensors: Sequence[Tensor]
@@ -170,20 +188,13 @@ class _Sweep:
         return first
 
 
-def _answer(runs: Sequence[_CachedRun], step: int, latent: str) -> Answer | None:
-    product = moved = total = size = 0.0
-    for run in runs:
-        assert run.x is not None
-        assert run.exact is not None
-        dx = (run.x - run.recorded[step][latent]).double().flatten()
-        de = (run.outputs[0] - run.exact[step]).double().flatten()
-        product, moved = product + float(de @ dx), moved + float(dx @ dx)
-        total += float(de @ de)
-        size += float(run.x.double().square().sum())
-    if moved <= ROUNDING**2 * size:  # the first step, or one after nothing but REFRESH steps
-        return None
-    gain = product / moved
-    return Answer(gain, max(0.0, total / moved - gain**2) ** 0.5)
+def _change(run: _CachedRun, step: int, latent: str) -> tuple[float, float, float, float]:
+    """(e^ - e) . (x^ - x), |x^ - x|^2, |e^ - e|^2 and |x^|^2 of a run."""
+    assert run.x is not None
+    assert run.exact is not None
+    dx = (run.x - run.recorded[step][latent]).double().flatten()
+    de = (run.outputs[0] - run.exact[step]).double().flatten()
+    return float(de @ dx), float(dx @ dx), float(de @ de), float(run.x.double().square().sum())
 
 
 def _errors(run: _CachedRun, sampler: SamplerSteps) -> tuple[float, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from statistics import fmean
 
 from pydantic import TypeAdapter
@@ -136,17 +138,18 @@ def find_candidates(
     of them becomes under its own answers.
     """
     candidates: dict[Schedule, Candidate] = {}
-    for proposal in find_proposals(ground, families, state, budget):
+    propose = partial(find_proposals, ground, families, state, budget)
+    for proposal in _agreed(ground, families, propose):
         least = min((candidate.error for candidate in candidates.values()), default=math.inf)
         is_new = len(candidates) < count and proposal.schedule not in candidates
         if is_new and state.expected_error(proposal) < least:
             candidates[proposal.schedule], state = _measure_proposal(ground, state, proposal)
     while 0 < len(candidates) < count:
         best = min(candidates.values(), key=lambda candidate: candidate.error)
-        near = _near(ground, best, budget, candidates)
-        if near is None:
+        near = _agreed(ground, families, partial(_near, ground, best, budget, set(candidates)))
+        if not near:
             break
-        candidates[near.schedule], state = _measure_proposal(ground, state, near)
+        candidates[near[0].schedule], state = _measure_proposal(ground, state, near[0])
     return sorted(candidates.values(), key=lambda candidate: candidate.error), state
 
 
@@ -174,9 +177,9 @@ def measure(ground: Ground, family: Family, order: int, schedule: Schedule) -> C
     fit = ground.journal.result(
         FIT,
         _key(family, order, schedule),
-        lambda: replay(family.variant_set, ground.recorded, schedule, order),
+        lambda: replay(family.variant_set, ground.recorded, schedule, order, ranks=ground.ranks),
     )
-    ground.meter.add(cost * ground.steps * len(ground.recorded.runs))
+    ground.meter.add(cost * ground.steps * len(ground.recorded.runs) / ground.ranks.size)
     return Candidate(family, order, schedule, cost, fit)
 
 
@@ -185,13 +188,13 @@ def sample_errors(
 ) -> list[float]:
     """Errors of samples that the weights of a candidate were not fitted to."""
     variant_set, weights = candidate.family.variant_set, candidate.fit.weights
-    schedule, order = candidate.schedule, candidate.order
+    schedule, order, ranks = candidate.schedule, candidate.order, ground.ranks
     errors = ground.journal.result(
         kind,
         candidate.key,
-        lambda: list(replay(variant_set, recorded, schedule, order, weights).errors),
+        lambda: list(replay(variant_set, recorded, schedule, order, weights, ranks=ranks).errors),
     )
-    ground.meter.add(candidate.cost * ground.steps * len(recorded.runs))
+    ground.meter.add(candidate.cost * ground.steps * len(recorded.runs) / ranks.size)
     return errors
 
 
@@ -212,6 +215,19 @@ def step_answers(fit: Replay, steps: int) -> tuple[Answer, ...]:
     gains = spread_over({k: answer.gain for k, answer in fit.answers.items()}, steps)
     spreads = spread_over({k: answer.spread for k, answer in fit.answers.items()}, steps)
     return tuple(Answer(*pair) for pair in zip(gains, spreads, strict=True))
+
+
+def _agreed(
+    ground: Ground, families: Sequence[Family], propose: Callable[[], Sequence[Proposal]]
+) -> list[Proposal]:
+    """What the first process proposes: rehearsals of others may differ in rounding."""
+    by_name = {family.spec.name: family for family in families}
+    told = ground.ranks.first(
+        lambda: [(p.family.spec.name, p.order, p.schedule, p.error) for p in propose()]
+    )
+    return [
+        Proposal(by_name[name], order, schedule, error) for name, order, schedule, error in told
+    ]
 
 
 def _measure_proposal(
@@ -249,17 +265,17 @@ def _improved(
 
 def _near(
     ground: Ground, best: Candidate, budget: float, measured: Collection[Schedule]
-) -> Proposal | None:
+) -> list[Proposal]:
     """The improved best candidate under its own answers, or its best neighbour."""
     family, order = best.family, best.order
     answers = step_answers(best.fit, ground.steps)
     rehearsal = Rehearsal(ground.span, answers, family.scales)
     better = _improved(rehearsal, family, order, best.schedule, budget)
     if better.schedule not in measured:
-        return better
+        return [better]
     ranked = neighbours(rehearsal, best.schedule, order, family.limits(order, budget))
     proposals = (Proposal(family, order, s, error) for s, error in ranked if s not in measured)
-    return next(proposals, None)
+    return list(islice(proposals, 1))
 
 
 def _simplified(proposal: Proposal, families: Sequence[Family]) -> Proposal:

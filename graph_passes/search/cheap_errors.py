@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from math import prod
 
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.rewriting.variants import VariantSet
 from calicache.graph_passes.sampler.kept import Kept, run_step
 from calicache.graph_passes.sampler.recover import RecordedSampler
@@ -22,6 +23,7 @@ def cheap_errors(
     schedule: Sequence[StepMode],
     modes: Collection[StepMode],
     meter: Meter | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[StepMode, Scales]:
     """Run cheap modes along the recorded latents, with anchors of all orders in turn.
 
@@ -31,7 +33,8 @@ def cheap_errors(
         schedule: which steps REFRESH; all others are tried in every mode, but for FORECAST ones,
             which are not run.
         modes: to try; FORECAST has no output of its own.
-        meter: counts the steps of every run.
+        meter: counts the steps of every run of this process.
+        ranks: the processes that share the runs.
 
     Returns:
         By mode: |e_mode - e| over the product of the lags, by number of kept refreshes and step
@@ -39,28 +42,49 @@ def cheap_errors(
         an order was not tried take their neighbours' values. K is 1 for a mode that looks at the
         newest refresh alone.
     """
-    history = variant_set.history
-    views = [variant_set.scheduled(anchor_table(schedule, order)) for order in range(history)]
+    probe = partial(_run_squares, variant_set, recorded, schedule, modes, meter)
+    by_run = ranks.map(probe, range(len(recorded.runs)))
     squares = {
-        mode: [defaultdict[int, float](float) for _ in range(_reach(variant_set, mode))]
+        mode: [_added(rows) for rows in zip(*(run[mode] for run in by_run), strict=True)]
         for mode in modes
     }
-    for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
-        kept: Kept = ()
-        for step, call in enumerate(run):
-            tensors, latent = list(call.values()), call[recorded.steps.latent]
-            if schedule[step] is StepMode.REFRESH:
-                _, kept = run_step(variant_set, StepMode.REFRESH, kept, step, tensors, history)
-            elif schedule[step] is not StepMode.FORECAST:
-                order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
-                for mode in modes:
-                    own, _ = run_step(views[order], mode, kept, step, tensors, history)
-                    off = (latent_channels(own, latent) - outputs[step]).double()
-                    row = squares[mode][min(order, len(squares[mode]) - 1)]
-                    row[step] += float(off.square().sum()) / recorded.steps.parts
-            if meter:
-                meter.add()
     return {mode: _scales(orders, schedule) for mode, orders in squares.items()}
+
+
+def _run_squares(
+    variant_set: VariantSet,
+    recorded: RecordedSampler,
+    schedule: Sequence[StepMode],
+    modes: Collection[StepMode],
+    meter: Meter | None,
+    place: int,
+) -> dict[StepMode, list[dict[int, float]]]:
+    """|e_mode - e|^2 along one run, over the parts of e: by mode, kept refreshes and step."""
+    history = variant_set.history
+    views = [variant_set.scheduled(anchor_table(schedule, order)) for order in range(history)]
+    squares: dict[StepMode, list[dict[int, float]]] = {
+        mode: [{} for _ in range(_reach(variant_set, mode))] for mode in modes
+    }
+    kept: Kept = ()
+    for step, call in enumerate(recorded.runs[place]):
+        tensors, latent = list(call.values()), call[recorded.steps.latent]
+        if schedule[step] is StepMode.REFRESH:
+            _, kept = run_step(variant_set, StepMode.REFRESH, kept, step, tensors, history)
+        elif schedule[step] is not StepMode.FORECAST:
+            order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
+            for mode in modes:
+                own, _ = run_step(views[order], mode, kept, step, tensors, history)
+                off = (latent_channels(own, latent) - recorded.outputs[place][step]).double()
+                row = squares[mode][min(order, len(squares[mode]) - 1)]
+                row[step] = float(off.square().sum()) / recorded.steps.parts
+        if meter:
+            meter.add()
+    return squares
+
+
+def _added(rows: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Sums by step."""
+    return {step: sum(row[step] for row in rows) for step in rows[0]}
 
 
 def _reach(variant_set: VariantSet, mode: StepMode) -> int:

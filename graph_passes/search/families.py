@@ -195,6 +195,7 @@ def build_family(
                 probe_schedule(ground.steps),
                 modes,
                 ground.meter,
+                ground.ranks,
             ),
         )
     if latency is None:
@@ -257,7 +258,8 @@ def _allocations(
     middle = request.budget or USUAL_LEVEL
     earlier: list[Mapping[str, int]] = []
     for level in sorted(LEVELS, key=lambda level: abs(level - middle))[: request.effort]:
-        allocation = allocate(options, level, full)
+        # By the first process: eigenvalues of another machine may differ in rounding.
+        allocation = ground.ranks.first(partial(allocate, options, level, full))
         if any(allocation.ranks.values()) and allocation.ranks not in earlier:
             earlier.append(allocation.ranks)
             yield level, allocation
@@ -280,7 +282,7 @@ def _sensitivities(ground: Ground, layers: Sequence[CalibrationTarget]) -> dict[
     captured, sites = ground.analysis.captured, ground.analysis.sites
     steps = sorted({max(BACK, round(share * (ground.steps - 1))) for share in PROBES})
     run, meter = ground.recorded.runs[0], ground.meter
-    return sensitivities(captured, sites, layers, run, steps, meter)
+    return sensitivities(captured, sites, layers, run, steps, meter, ground.ranks)
 
 
 def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, SecondMoments]:
@@ -293,6 +295,7 @@ def _moments(ground: Ground, targets: Sequence[CalibrationTarget]) -> dict[str, 
             probe_schedule(ground.steps),
             MAX_ORDER,
             ground.meter,
+            ground.ranks,
         )
         return named_tensors(statistics)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from calicache.graph_passes.common.disk.hashing import tensor_bytes
 from calicache.graph_passes.common.errors import NoSampler, PlanError
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.ranks import Ranks
 from calicache.graph_passes.factors.factors import Decompositions
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.recording.binding import Binding
@@ -44,6 +44,7 @@ class Ground:
         span: the same runs in coordinates, for rehearsals.
         choice: runs to choose with; `report` runs that have no part in the search.
         journal, meter: what is done.
+        ranks: the processes that share the runs.
     """
 
     binding: Binding
@@ -56,6 +57,7 @@ class Ground:
     report: RecordedSampler
     journal: Journal
     meter: Meter
+    ranks: Ranks
 
     @property
     def steps(self) -> int:
@@ -94,11 +96,13 @@ def prepare_ground(task: PlanningTask, request: SearchRequest, journal: Journal)
         parts = [whole.take_runs(places) for places in share_out(len(whole.runs))]
         meter.stage("run the recorded calls")
         recorded = recover_sampler(
-            analysis.captured, parts[0], binding.dependence, whole.steps, meter
+            analysis.captured, parts[0], binding.dependence, whole.steps, meter, task.ranks
         )
     except NoSampler as unknown:
         raise _no_sampler(unknown) from unknown
-    choice, report = (_without_outputs(part, recorded, analysis.captured) for part in parts[1:])
+    choice, report = (
+        _without_outputs(part, recorded, analysis.captured, task.ranks) for part in parts[1:]
+    )
     return Ground(
         binding=binding,
         analysis=analysis,
@@ -110,6 +114,7 @@ def prepare_ground(task: PlanningTask, request: SearchRequest, journal: Journal)
         report=report,
         journal=journal,
         meter=meter,
+        ranks=task.ranks,
     )
 
 
@@ -241,18 +246,8 @@ def share_out(runs: int) -> tuple[range, range, range]:
     return range(runs - 2 * each), range(runs - 2 * each, runs - each), range(runs - each, runs)
 
 
-def search_key(recording: Recording, binding: Binding, request: object) -> str:
-    """What the results of a search depend on, as text."""
-    digest = hashlib.sha256()
-    for tensors in (*recording.calls, {str(k): v for k, v in recording.results.items()}):
-        for name, value in tensors.items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(tensor_bytes(value))
-    return f"{binding.weights_hash} {digest.hexdigest()} {request}"
-
-
 def _without_outputs(
-    part: Recording, like: RecordedSampler, captured: CapturedGraph
+    part: Recording, like: RecordedSampler, captured: CapturedGraph, ranks: Ranks
 ) -> RecordedSampler:
     """Runs of the same sampler on the model's device; their outputs are not needed."""
     device = captured.device
@@ -261,12 +256,11 @@ def _without_outputs(
         for run in part.runs
     )
     ends = tuple(None if end is None else end.to(device) for end in part.ends)
-    for run in runs:
-        _check_update(captured, run, like.steps)
+    ranks.map(partial(_check_update, captured, like.steps), runs)
     return RecordedSampler(runs, (), ends, like.steps)
 
 
-def _check_update(captured: CapturedGraph, run: Run, sampler: SamplerSteps) -> None:
+def _check_update(captured: CapturedGraph, sampler: SamplerSteps, run: Run) -> None:
     """Refuse a run whose latents are made in another way, as with another guidance scale."""
     step = len(run) // 2
     terms: list[Tensor] = []

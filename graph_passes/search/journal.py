@@ -1,5 +1,7 @@
 """What a long search has done already, in a folder: an interrupted one goes on from there.
 
+Of several processes the first one writes and reads the results; large ones are read by all.
+
 Every file names its search and its entry, and holds a sum of its content: a file of another
 search, of another entry, or one that was changed is refused.
 """
@@ -10,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -23,6 +26,7 @@ from calicache.graph_passes.common.disk.files import Target, atomic_path
 from calicache.graph_passes.common.disk.replacing import settle
 from calicache.graph_passes.common.disk.tensor_files import digests, read_tensors, write_tensors
 from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 
 KEY_FILE = "search.json"
 
@@ -103,37 +107,31 @@ class Journal:
     Attributes:
         folder: made where it is missing.
         search: digest of what the results depend on.
+        ranks: the processes that make one result together.
     """
 
     folder: Path | None
     search: str = ""
+    ranks: Ranks = ALONE
 
     @staticmethod
-    def open(path: Path | str | None, key: str) -> Journal:
+    def open(path: Path | str | None, key: str, ranks: Ranks = ALONE) -> Journal:
         """Begin a journal, or go on with one of the same search.
 
         Args:
             path: a folder for the results; None keeps nothing.
             key: what the results depend on: model, recording, request.
+            ranks: the processes that make one result together.
 
         Raises:
             PlanError: the folder holds something else, or another search.
         """
         if path is None:
-            return Journal(None)
+            return Journal(None, ranks=ranks)
         folder = path_of(path, PlanError)
         own = _Head(hashlib.sha256(key.encode()).hexdigest())
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            settle(folder / KEY_FILE)
-            new = not any(folder.iterdir())
-        except OSError as error:
-            raise _HEAD.refused(folder, error) from error
-        if new:
-            _write(folder / KEY_FILE, _HEAD.dumps(own))
-        if _HEAD.read(folder / KEY_FILE, folder) != own:
-            raise _HEAD.refused(folder, "a search of another model, recording or request")
-        return Journal(folder, own.search)
+        ranks.first(partial(_begin, folder, own))
+        return Journal(folder, own.search, ranks)
 
     def result(self, kind: EntryKind[Value], key: str, compute: Callable[[], Value]) -> Value:
         """One result: read, or computed and kept.
@@ -146,21 +144,12 @@ class Journal:
         Raises:
             PlanError: its file is damaged, or holds something else.
         """
-        if self.folder is None:
-            return compute()
         name = "-".join(filter(None, (kind.name, key)))
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            entry = _ENTRY.read(path)
-            self._check(path, entry, name)
-            try:
-                return kind.schema.validate_json(entry.value, strict=True)
-            except ValueError as error:
-                raise _ENTRY.refused(path, error) from error
+        known = self.ranks.first(partial(self._known, kind, name))
+        if known:
+            return known[0]
         value = compute()
-        content = json.dumps(kind.schema.dump_python(value, mode="json"))  # inf stays inf
-        _write(path, _ENTRY.dumps(_Entry(self.search, name, content)))
-        return value
+        return self.ranks.first(partial(self._keep, kind, name, value))
 
     def tensors(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of that name: read, or computed and kept.
@@ -171,22 +160,57 @@ class Journal:
         if self.folder is None:
             return dict(compute())
         path = self.folder / f"{name}.safetensors"
-        if path.exists():
+        if self.ranks.first(path.exists):
             entry, tensors = read_tensors(_TENSORS, path)
             self._check(path, entry, name)
             return tensors
         value = {key: tensor.contiguous().cpu() for key, tensor in compute().items()}
-        with atomic_path(path, _NEW) as temporary:
-            write_tensors(
-                _TENSORS, _TensorEntry(self.search, name, digests(value)), value, temporary
-            )
+        self.ranks.first(partial(self._keep_tensors, path, name, value))
         return value
+
+    def _known(self, kind: EntryKind[Value], name: str) -> tuple[Value] | None:
+        """A result that was kept."""
+        path = None if self.folder is None else self.folder / f"{name}.json"
+        if path is None or not path.exists():
+            return None
+        entry = _ENTRY.read(path)
+        self._check(path, entry, name)
+        try:
+            return (kind.schema.validate_json(entry.value, strict=True),)
+        except ValueError as error:
+            raise _ENTRY.refused(path, error) from error
+
+    def _keep(self, kind: EntryKind[Value], name: str, value: Value) -> Value:
+        if self.folder is not None:
+            content = json.dumps(kind.schema.dump_python(value, mode="json"))  # inf stays inf
+            entry = _Entry(self.search, name, content)
+            _write(self.folder / f"{name}.json", _ENTRY.dumps(entry))
+        return value
+
+    def _keep_tensors(self, path: Path, name: str, value: Mapping[str, Tensor]) -> None:
+        entry = _TensorEntry(self.search, name, digests(value))
+        with atomic_path(path, _NEW) as temporary:
+            write_tensors(_TENSORS, entry, value, temporary)
 
     def _check(self, path: Path, entry: _Entry | _TensorEntry, name: str) -> None:
         if entry.search != self.search:
             raise _ENTRY.refused(path, "a result of another search")
         if entry.entry != name:
             raise _ENTRY.refused(path, f"the result {entry.entry} under another name")
+
+
+def _begin(folder: Path, own: _Head) -> None:
+    """Mark a new folder, and refuse another search's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        settle(folder / KEY_FILE)
+        new = not any(folder.iterdir())
+    except OSError as error:
+        raise _HEAD.refused(folder, error) from error
+    if new:
+        _write(folder / KEY_FILE, _HEAD.dumps(own))
+    if _HEAD.read(folder / KEY_FILE, folder) != own:
+        raise _HEAD.refused(folder, "a search of another model, recording or request")
 
 
 def _write(path: Path, text: str) -> None:

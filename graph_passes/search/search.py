@@ -15,6 +15,7 @@ from torch import nn
 
 from calicache.graph_passes.common.errors import NoSampler, PlanError
 from calicache.graph_passes.common.progress import Meter, OnProgress
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
@@ -39,7 +40,6 @@ from calicache.graph_passes.search.ground import (
     check_runs,
     check_samples,
     prepare_ground,
-    search_key,
     share_out,
 )
 from calicache.graph_passes.search.journal import Journal
@@ -79,6 +79,7 @@ def search_plan(
     workspace: Workspace,
     path: Path | str | None = None,
     on_progress: OnProgress | None = None,
+    ranks: Ranks = ALONE,
 ) -> SearchResult:
     """Search; see `Plan.search`.
 
@@ -89,11 +90,12 @@ def search_plan(
     binding = bind(model, recording)
     check_runs(recording, binding)
     check_latency(request.latency, binding)
-    journal = Journal.open(path, search_key(recording, binding, request))
     searched, _, _ = share_out(len(recording.runs) // recording.calls_per_step)
-    calls = RUNS * len(searched) * recording.steps
+    calls = RUNS * len(searched) * recording.steps / ranks.size
     meter = Meter(calls * request.effort, on_progress)
-    task = PlanningTask(model, recording, binding, workspace, meter)
+    task = PlanningTask(model, recording, binding, workspace, meter, ranks)
+    task.check_alike(request)
+    journal = Journal.open(path, task.key(request), ranks)
     ground = prepare_ground(task, request, journal)
     families, survey = find_families(ground, request)
     least = min(family.least_share(ground.steps) for family in families)

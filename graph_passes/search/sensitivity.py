@@ -8,12 +8,14 @@ to the branch's exits, since from there on the branch's own answer counts.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calicache.graph_passes.common.progress import Meter
+from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import graph_outputs
 from calicache.graph_passes.recording.timestep import Run
@@ -31,6 +33,7 @@ def sensitivities(
     run: Run,
     steps: Sequence[int],
     meter: Meter | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """|change of the output|^2 over |change of the target|^2, by name of target and branch.
 
@@ -40,7 +43,8 @@ def sensitivities(
         targets: linear ones; whole branches are measured in any case.
         run: a recorded run.
         steps: where to measure, each 2 or later.
-        meter: counts the measured steps.
+        meter: counts the steps that this process measures.
+        ranks: the processes that share the steps.
     """
     branch_of = {site.name: site.branch for site in sites.linears}
     exits = {branch.name: branch.exits for branch in sites.branches}
@@ -51,7 +55,8 @@ def sensitivities(
         branch = branch_of[target.sites[0]]
         followed = ends if branch is None else exits.get(branch, ends)
         probes[target.name] = (target.nodes, followed)
-    gains = _gains(captured, probes, ends, run, steps, meter)
+    changes = ranks.map(partial(_changes, captured, probes, ends, run, meter), steps)
+    gains = {name: _gain([of_step[name] for of_step in changes]) for name in probes}
     result = {name: gains[f"branch {name}"] for name in exits}
     for target in targets:  # through the branch, where there is one
         through = gains.get(f"branch {branch_of[target.sites[0]]}", 1.0)
@@ -59,27 +64,29 @@ def sensitivities(
     return result
 
 
-def _gains(
+def _changes(
     captured: CapturedGraph,
     probes: Mapping[str, Probe],
     ends: Collection[str],
     run: Run,
-    steps: Sequence[int],
     meter: Meter | None,
-) -> dict[str, float]:
-    """|change of what is followed|^2 over |change of the probe|^2, by name of the probe."""
+    step: int,
+) -> dict[str, tuple[float, float]]:
+    """|change of what is followed|^2 and |change of the probe|^2 in a step, by name of a probe."""
     graph = _Forks(captured)
-    changes: dict[str, tuple[float, float]] = {}  # of what is followed, of the value itself
     watched = {node for nodes, _ in probes.values() for node in nodes}
-    for step in steps:
-        earlier = graph.run(_tensors(captured, run[step - BACK]), watched)
-        tensors = _tensors(captured, run[step])
-        for name, followed, own in graph.fork(tensors, probes, earlier, {*watched, *ends}):
-            before = changes.get(name, (0.0, 0.0))
-            changes[name] = (before[0] + followed, before[1] + own)
-        if meter:
-            meter.add()
-    return {name: followed / own if own else 0.0 for name, (followed, own) in changes.items()}
+    earlier = graph.run(_tensors(captured, run[step - BACK]), watched)
+    tensors = _tensors(captured, run[step])
+    forks = graph.fork(tensors, probes, earlier, {*watched, *ends})
+    if meter:
+        meter.add()
+    return {name: (followed, own) for name, followed, own in forks}
+
+
+def _gain(changes: Sequence[tuple[float, float]]) -> float:
+    """Followed over own, of all steps together."""
+    followed, own = (sum(values) for values in zip(*changes, strict=True))
+    return followed / own if own else 0.0
 
 
 class _Forks:

@@ -14,6 +14,7 @@ from torch import fx
 from calicache.graph_passes.common.arguments import texts
 from calicache.graph_passes.common.errors import PlanError, SiteError
 from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.shards import WeightShard
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.operations import LINEAR, MATRIX_PRODUCTS
 from calicache.graph_passes.graph.surgery import module_path, shape_of
@@ -36,6 +37,7 @@ class LinearSite:
         tokens: rows of x in one call, over batch and sequence.
         branch: name of the residual branch that holds it; None for one on the stream itself,
             between two branches.
+        shard: which part of W this process has, where W is split; sizes are those of all of it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LinearSite:
     out_features: int
     tokens: int
     branch: str | None
+    shard: WeightShard | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,8 @@ def find_sites(
             rejections.append(Rejection(label, node.name, EXPERTS))
         if node.target is not LINEAR:
             continue
-        site = _linear_site(node, names[node.name], owner.get(node.name), between)
+        shard = captured.shards.get(str(node.args[1].target))
+        site = _linear_site(node, names[node.name], owner.get(node.name), between, shard)
         if isinstance(site, LinearSite):
             reason = _pattern_reason(site.name, include, exclude)
             site = Rejection(site.name, site.node, reason) if reason else site
@@ -152,7 +156,11 @@ def _between_branches(graph: fx.Graph, branches: Sequence[ResidualBranch]) -> fr
 
 
 def _linear_site(
-    node: fx.Node, name: str, branch: str | None, between: frozenset[str]
+    node: fx.Node,
+    name: str,
+    branch: str | None,
+    between: frozenset[str],
+    shard: WeightShard | None,
 ) -> LinearSite | Rejection:
     source, weight, bias = (*node.args, None)[:3]
     assert isinstance(source, fx.Node)
@@ -165,7 +173,10 @@ def _linear_site(
         return Rejection(name, node.name, f"not token-wise: its input has shape {shape}")
     if branch is None and node.name not in between:
         return Rejection(name, node.name, "before the first residual branch or after the last")
-    out_features, in_features = shape_of(weight)
+    sizes = [*shape_of(weight)]
+    if shard:
+        sizes[shard.dim] *= shard.count
+    out_features, in_features = sizes
     if not (out_features and in_features):
         return Rejection(name, node.name, "it has no channels")
     return LinearSite(
@@ -178,6 +189,7 @@ def _linear_site(
         out_features=out_features,
         tokens=prod(shape[:-1]),
         branch=branch,
+        shard=shard,
     )
 
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from calicache.graph_passes.common.arguments import of_kind, whole_number
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.rejection import Rejection
+from calicache.graph_passes.common.shards import WeightShard
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.graph.surgery import shape_of
 from calicache.graph_passes.settings.choices import BranchKind, Granularity, SiteMode, SiteRule
@@ -33,6 +34,7 @@ class CalibrationTarget:
         tokens: rows of x in one call.
         rank: r of a low-rank branch; 0 returns the anchors as they are.
         branch: kind of the calibration branch; one of INT8 has no rank.
+        shard: which part of W this process has, where W is split; sizes are those of all of it.
     """
 
     name: str
@@ -46,6 +48,15 @@ class CalibrationTarget:
     tokens: int
     rank: int
     branch: BranchKind = BranchKind.LOW_RANK
+    shard: WeightShard | None = None
+
+    @property
+    def own_features(self) -> tuple[int, int]:
+        """Channels of x, and of all y together, that this process has."""
+        sizes = [sum(self.out_features), self.in_features]
+        if self.shard:
+            sizes[self.shard.dim] //= self.shard.count
+        return sizes[1], sizes[0]
 
     @property
     def corrects(self) -> bool:
@@ -55,10 +66,10 @@ class CalibrationTarget:
     @property
     def calibrate_macs(self) -> int:
         """Of the calibration branch: T r (in + sum of out), or T in (sum of out) in integers."""
-        outputs = sum(self.out_features)
+        inputs, outputs = self.own_features
         if self.branch is BranchKind.INT8:
-            return self.tokens * self.in_features * outputs
-        return self.tokens * self.rank * (self.in_features + outputs)
+            return self.tokens * inputs * outputs
+        return self.tokens * self.rank * (inputs + outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +204,7 @@ def _layer_targets(
     sites: Sequence[LinearSite], treatments: Mapping[str, Treatment], *, joint: bool
 ) -> list[CalibrationTarget]:
     """Targets of single layers, or of sibling layers of one branch and one rank."""
-    groups: dict[tuple[str | None, str, int], list[LinearSite]] = {}
+    groups: dict[tuple[str | None, str, int, WeightShard | None], list[LinearSite]] = {}
     integers: list[CalibrationTarget] = []
     for site in sites:
         treatment = treatments[site.name]
@@ -206,10 +217,10 @@ def _layer_targets(
         # Before the ranks of siblings are merged: the error names the layer.
         _check_bounds(site.name, site.in_features, site.out_features, rank)
         siblings = site.input_node if joint else site.name
-        groups.setdefault((site.branch, siblings, rank), []).append(site)
+        groups.setdefault((site.branch, siblings, rank, site.shard), []).append(site)
     return integers + [
         target
-        for (_, _, rank), members in groups.items()
+        for (_, _, rank, _), members in groups.items()
         for target in _sibling_targets(members, rank)
     ]
 
@@ -244,6 +255,7 @@ def _layer_target(members: Sequence[LinearSite], rank: int) -> CalibrationTarget
         out_features=outs,
         tokens=first.tokens,
         rank=merged,
+        shard=first.shard,
     )
 
 

@@ -46,7 +46,7 @@ def sample_errors(images: Tensor, reference: Tensor) -> Tensor:
     return (images - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
 
 
-class _Signed(nn.Module):
+class Signed(nn.Module):
     """A classifier's features or logits from the uint8 images that torchmetrics hands on."""
 
     def __init__(self, classifier: FashionClassifier, *, logits: bool) -> None:
@@ -65,27 +65,27 @@ class SetScores:
     def __init__(self, data_folder: Path | None = None) -> None:
         classifier = load_classifier()
         self._fid = FrechetInceptionDistance(
-            _Signed(classifier, logits=False),
+            Signed(classifier, logits=False),
             reset_real_features=False,
             input_img_size=(1, 28, 28),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it keeps 10 numbers an image
-            self._is = InceptionScore(_Signed(classifier, logits=True), splits=1)
+            self._is = InceptionScore(Signed(classifier, logits=True), splits=1)
         split = load_split(data_folder, train=False)
         for part in torch.arange(len(split.labels)).split(BATCH):
-            self._fid.update(_eight_bit(split.batch(part)[0]), real=True)
+            self._fid.update(eight_bit(split.batch(part)[0]), real=True)
 
     def score(self, images: Iterable[Tensor]) -> tuple[float, float]:
         """FID and IS of images in -1 .. 1, given in batches (B, 1, 28, 28)."""
         self._fid.reset()
         self._is.reset()
         for batch in images:
-            self._fid.update(_eight_bit(batch), real=False)
-            self._is.update(_eight_bit(batch))
+            self._fid.update(eight_bit(batch), real=False)
+            self._is.update(eight_bit(batch))
         return float(self._fid.compute()), float(self._is.compute()[0])
 
 
-def _eight_bit(images: Tensor) -> Tensor:
+def eight_bit(images: Tensor) -> Tensor:
     """Images in -1 .. 1 to uint8; torchmetrics hands other values to FID's network unscaled."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()

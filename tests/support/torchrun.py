@@ -10,7 +10,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 SAMPLES = TESTS.parent / "samples"
-SECONDS = 300
+SECONDS = 600
 
 
 def torchrun(

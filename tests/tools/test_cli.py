@@ -33,6 +33,7 @@ PATHS = {
     "diff": ("plan", "plan"),
     "graph": ("artifact",),
     "report": ("plan", "-o", "report.html"),
+    "evaluate": ("MODEL", "plan", "-o", "evaluation"),
     "compare": ("artifact", "--recording", "runs"),
 }
 

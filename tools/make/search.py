@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import typer
+from torch import distributed
 
 from calicache.graph_passes.api.plan import Plan
 from calicache.graph_passes.common.errors import CalicacheError, SubjectError
+from calicache.graph_passes.common.ranks import Ranks
+from calicache.graph_passes.common.torchrun import torchrun_ranks
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.search.ground import check_budget
 from calicache.graph_passes.settings.latency import LatencyTable
@@ -30,8 +35,25 @@ def search(
     latency: Path | None,
     effort: int,
 ) -> None:
-    """Search, save and show what was found; what was done before Ctrl-C is kept."""
-    check_plan_output(output)
+    """Search, save and show what was found; what was done before Ctrl-C is kept.
+
+    Processes of torchrun share the recorded runs; the first one writes and shows.
+    """
+    with torchrun_ranks() as ranks:
+        _search(model, recordings, output, budget, max_error, latency, effort, ranks)
+
+
+def _search(
+    model: str,
+    recordings: list[Path],
+    output: Path,
+    budget: float | None,
+    max_error: float | None,
+    latency: Path | None,
+    effort: int,
+    ranks: Ranks,
+) -> None:
+    ranks.first(partial(check_plan_output, output))
     place = output.resolve()  # `.` has no name of its own
     folder = place.with_name(f"{place.name}.search")
     # The small files first: what is wrong with them shows before a large model is read.
@@ -40,9 +62,9 @@ def search(
     runs = _by_steps(recordings)
     for steps in runs:
         check_budget(request, steps)
-    begun_before = folder.exists()
+    begun_before = ranks.first(folder.exists)
     try:
-        with progress_shown() as on_progress:
+        with progress_shown() if ranks.rank == 0 else nullcontext() as on_progress:
             plan = Plan.search(
                 load_model(model),
                 runs,
@@ -52,19 +74,22 @@ def search(
                 effort=effort,
                 path=folder,
                 on_progress=on_progress,
+                group=distributed.group.WORLD if ranks.size > 1 else None,
             )
-        plan.save(output)
+        ranks.first(partial(plan.save, output))
     except KeyboardInterrupt as interrupt:
         kept = f"What is done lies in {folder}; the same command goes on from there."
-        typer.echo(f"Stopped. {kept if folder.exists() else 'Nothing was done yet.'}", err=True)
+        if ranks.rank == 0:
+            typer.echo(f"Stopped. {kept if folder.exists() else 'Nothing was done yet.'}", err=True)
         raise typer.Exit(INTERRUPTED) from interrupt
     except CalicacheError:
         # What is refused once is refused again; kept, it would stand in the way of other requests.
         if not begun_before:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
-    show_saved(plan, output, searched=True)
+    if ranks.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        show_saved(plan, output, searched=True)
 
 
 def _by_steps(paths: Sequence[Path]) -> Mapping[int, Recording]:

@@ -17,6 +17,7 @@ PLAN = "a plan (the folder of Plan.save)"
 ARTIFACT = "an artifact (the folder of export_onnx)"
 RECORDING = "a recording (the file of Recording.save)"
 TABLE = "a latency table (the file of calicache latency)"
+NPZ = "images in an npz file"
 KINDS = f"{PLAN}, {ARTIFACT} or {RECORDING}"
 CPU = "CPUExecutionProvider"
 _MODEL = (
@@ -80,6 +81,12 @@ def file_and_function(spec: str) -> tuple[Path, str]:
 def _model_there(spec: str | None) -> str | None:
     if spec is not None and not Path(spec).is_dir():
         file_and_function(spec)
+    return spec
+
+
+def function_there(spec: str) -> str:
+    """A check, before anything is loaded, that a text is `FILE.py:FUNCTION` of a file."""
+    file_and_function(spec)
     return spec
 
 

@@ -19,7 +19,7 @@ from calicache.graph_passes.graph.operations import VIEWS
 from calicache.graph_passes.settings.choices import StepMode, Weighting
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
-SUM_DTYPE = torch.float32  # of the second moments while they grow
+SUM_DTYPE = torch.float64  # of the second moments while they grow
 FLOAT32, FLOAT64 = torch.float32.itemsize, torch.float64.itemsize
 INCREMENTS = 3  # float32 copies of a value while its increment is made: value, product, result
 MATRICES = 6  # float64 (n, n) of an eigendecomposition: matrix, copy, vectors, LAPACK's three

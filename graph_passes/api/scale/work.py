@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from calicache.graph_passes.api.scale.memory import FLOAT32, SUM_DTYPE, looked_at, node_bytes
+from calicache.graph_passes.api.scale.memory import FLOAT32, looked_at, node_bytes
 from calicache.graph_passes.factors.statistics import statistics_shapes
 from calicache.graph_passes.graph.capture import CapturedGraph
 from calicache.graph_passes.rewriting.fold import FLOPS_PER_BYTE
@@ -22,7 +20,6 @@ from calicache.graph_passes.sites.targets import CalibrationTarget
 DOUBLE = 2.4
 EIGEN = 13.0
 HASHED = 50.0  # a byte of the weights, hashed: SHA-256 took 0.6 GB a second beside 30 GMAC/s
-SUM_WORK = DOUBLE if SUM_DTYPE is torch.float64 else 1.0
 MOVES = 3  # reads and writes of an elementwise operation
 
 
@@ -34,7 +31,7 @@ def moment_macs(targets: Sequence[CalibrationTarget], weighting: Weighting) -> f
         for shape in statistics_shapes(weighting, target).values()
         if len(shape) == 2
     )
-    return SUM_WORK * sum(squares)
+    return float(sum(squares))
 
 
 def increment_macs(

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from calicache.graph_passes.common.offloading import stored
+
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
@@ -31,14 +33,19 @@ def digest(value: Tensor) -> str:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of all parameters and saved buffers."""
+    """SHA-256 over names, shapes, dtypes and values of all parameters and saved buffers.
+
+    Where they are does not count: on a device, offloaded by accelerate, or sharded over processes,
+    all of which have to ask then.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if not isinstance(value, Tensor):  # extra state of a module's own making
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        if not value.is_meta:
-            digest.update(tensor_bytes(_whole(value)))
+        values = stored(model, name, value)
+        if not values.is_meta:
+            digest.update(tensor_bytes(_whole(values)))
     return digest.hexdigest()
 
 

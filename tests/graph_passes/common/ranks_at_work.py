@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from calicache.graph_passes.common.errors import PlanError
-from calicache.graph_passes.common.ranks import RankError, Ranks
+from calicache.graph_passes.common.errors import PlanError, RankError
+from calicache.graph_passes.common.ranks import Ranks
 from calicache.graph_passes.common.torchrun import torchrun_ranks
 
 ITEMS = range(5)

@@ -240,8 +240,8 @@ def test_memory_is_counted_and_never_passes_the_most(
     kept = Decompositions()
     for _ in range(2):
         make_factors(dit_analysis.captured, [*targets.values()], {}, kept)
-        assert kept.nbytes == sum(sizes[name] for name in kept.held) <= most
-    assert list(kept.held)[:3] == list(targets)[:3]
+        # Which are held is a matter of which thread is done first.
+        assert 0 < kept.nbytes == sum(sizes[name] for name in kept.held) <= most
     # What did not fit was decomposed at every request.
     assert kept.count == len(targets) + len(targets) - len(kept.held)
 

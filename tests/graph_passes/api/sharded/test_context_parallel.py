@@ -1,0 +1,57 @@
+"""Transformers whose tokens diffusers' context parallelism splits, under plans of every mode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.models import relative
+from support.torchrun import torchrun
+from torch import Tensor
+
+SCRIPT = Path(__file__).parent / "context_parallel.py"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes of torchrun have left what they made."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(SCRIPT, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_rank(folder: Path) -> list[dict[str, Tensor]]:
+    """The results of each."""
+    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", ["forecast", "all modes"])
+@pytest.mark.parametrize("way", ["flux ulysses", "flux ring", "wan ulysses"])
+def test_split_tokens_make_what_all_of_them_make(
+    way: str, kind: str, by_rank: list[dict[str, Tensor]]
+) -> None:
+    first, second = by_rank
+    model, split = way.split()
+    plain, whole = first[f"{model} plain"], first[f"{model} {kind}"]
+    # The same sums in another order, over six steps in float32.
+    assert relative(first[f"{model} plain {split}"], plain) < 1e-5
+    for name in (f"{model} {kind} {split}", f"{model} {kind} {split} planned"):
+        if name in first:
+            assert relative(first[name], whole) < 1e-5
+            assert torch.equal(first[name], second[name])
+    assert 1e-4 < relative(whole, plain) < 0.5  # a plan does something
+
+
+def test_statistics_by_channels_of_split_tokens_are_refused(folder: Path) -> None:
+    for rank in (0, 1):
+        kind, where, expected = json.loads((folder / f"{rank}.json").read_text())
+        assert kind == "ObserveError"
+        assert where == "transformer_blocks.0.attn.to_q"
+        assert "covariance" in expected
+        assert "2 processes" in expected
