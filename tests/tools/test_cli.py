@@ -70,7 +70,8 @@ def test_work_takes_what_the_command_line_gives(command: Callable[..., None]) ->
     work = getattr(importlib.import_module(WORK[command]), command.__name__)
     assert list(inspect.signature(work).parameters) == list(inspect.signature(command).parameters)
     given, taken = get_type_hints(command), get_type_hints(work)
-    choices = {"layout", "form", "attention", "precision"}  # lists of words here, a str there
+    # Lists of words here, a str there.
+    choices = {"layout", "form", "attention", "precision", "dtype"}
     assert {n: t for n, t in given.items() if n not in choices} == {
         n: t for n, t in taken.items() if n not in choices
     }
