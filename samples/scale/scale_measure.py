@@ -100,7 +100,8 @@ def took(case: Case, work: str) -> dict[str, float]:
     beside = _BesideCalls(module, recording)
     peak = peak_memory()
     seconds = beside.time(lambda told: _do(case, work, module, recording, space, told))
-    added, weights = peak(), sum(value.nbytes for value in module.state_dict().values())
+    added = max(0, peak())  # a process that has worked before gives back what it does not need
+    weights = sum(value.nbytes for value in module.state_dict().values())
     return {
         "capture_seconds": capture,
         "call_seconds": beside.call_seconds,
