@@ -275,7 +275,7 @@ def _mode_records(compiled: Compiled) -> tuple[ModeRecord, ...]:
     records = []
     for mode, variant in sorted(variant_set.variants.items()):
         kept = tuple(name for name in variant.reads if name not in variant_set.tables)
-        records.append(ModeRecord(mode, macs[mode], kept))
+        records.append(ModeRecord(mode, macs[mode], kept, variant.writes))
     return tuple(records)
 
 

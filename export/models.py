@@ -87,7 +87,7 @@ def compiled_for(optimized: OptimizedModel, layout: Layout) -> Compiled:
 
 
 def cache_specs(variant_set: VariantSet) -> tuple[TensorSpec, ...]:
-    """What a REFRESH step keeps."""
+    """What steps keep."""
     return tuple(
         TensorSpec(cache.name, cache.shape, str(cache.dtype).removeprefix("torch."))
         for cache in variant_set.caches

@@ -20,7 +20,7 @@ from calicache.graph_passes.settings.front import Front
 from calicache.graph_passes.settings.recipe import branch_words
 from calicache.graph_passes.settings.schedule import Table
 
-FORMAT = 11
+FORMAT = 12
 MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE = "model.onnx", "weights.bin", "manifest.json"
 GRAPHS_FILE = "graphs.json.gz"  # nothing that runs the model needs it
 
@@ -100,11 +100,12 @@ class TargetRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModeRecord:
-    """What one step in a mode costs, and which kept values it reads."""
+    """What one step in a mode costs, which kept values it reads, and which caches it adds to."""
 
     mode: StepMode
     macs: Count
     reads: tuple[str, ...]
+    writes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +147,10 @@ class Manifest:
         inputs: the model's own tensors; `outputs` its outputs by name.
         calls_per_step: how often a step calls the model, each call with caches of its own.
         fixed: digests of the values that an input can have, for inputs that decide sizes.
-        caches: what a REFRESH step keeps; `history` refreshes of each.
+        caches: what steps keep; `history` values of each at the most.
         open_sizes: what grows with sizes that are left open, by tensor; shapes and costs here are
             those of the recorded ones.
-        cache_bytes: of all kept refreshes of one call.
+        cache_bytes: of all kept values of one call.
         plain_macs: of one call of the model as it was.
         modes: every mode that the artifact has.
         targets, rejections: what CALIBRATE replaces, and what was left alone and why.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 from calicache.export.artifact.manifest import (
     GRAPHS_FILE,
     Layout,
     Manifest,
+    ModeRecord,
     model_file,
 )
 from calicache.export.artifact.model_file import Form, ModelInterface, read_interface
@@ -48,6 +49,7 @@ def check_manifest(manifest: Manifest) -> None:
         "outputs": len(set(manifest.outputs)) == len(manifest.outputs) > 0,
         "caches": len(set(caches)) == len(caches) and len(slots) == len(caches) * manifest.history,
         "reads": reads <= slots,
+        "writes": all(_are_written(record, caches) for record in manifest.modes),
         "fixed": set(manifest.fixed) <= set(inputs),
         "files": len({record.name for record in manifest.files}) == len(manifest.files),
         "sampler": (manifest.sampler is not None) == (manifest.layout is Layout.SAMPLER),
@@ -90,8 +92,7 @@ def check_models(manifest: Manifest, folder: Path) -> None:
         _check_inputs(manifest, name, model, {read for r in modes for read in r.reads})
         if len(modes) > 1 and manifest.layout is Layout.STEP:
             _check_branches(manifest, name, model)
-        refreshes = StepMode.REFRESH in {record.mode for record in modes}
-        _check_outputs(manifest, name, model, refreshes=refreshes)
+        _check_outputs(manifest, name, model, {cache for r in modes for cache in r.writes})
     if listed - used:
         raise ValueError(f"no model refers to {min(listed - used)}")
 
@@ -134,15 +135,13 @@ def _check_branches(manifest: Manifest, name: str, model: ModelInterface) -> Non
             raise ValueError(f"{name} has no branch {branch}")
 
 
-def _check_outputs(
-    manifest: Manifest, name: str, model: ModelInterface, *, refreshes: bool
-) -> None:
+def _check_outputs(manifest: Manifest, name: str, model: ModelInterface, writes: Set[str]) -> None:
     if manifest.sampler is not None:
         noise = _forms([manifest.sampler.noise])
         expected = {LATENTS_OUTPUT: noise[manifest.sampler.noise.name]}
         names = {LATENTS_OUTPUT}
     else:
-        caches = _forms(manifest.caches) if refreshes else {}
+        caches = _forms(spec for spec in manifest.caches if spec.name in writes)
         expected = {next_name(cache): form for cache, form in caches.items()}
         names = {*manifest.outputs, *expected}
     if set(model.outputs) != names:
@@ -186,6 +185,14 @@ def cache_slots(manifest: Manifest) -> dict[str, list[str]]:
     return {
         cache.name: [slot_name(cache.name, back) for back in history] for cache in manifest.caches
     }
+
+
+def _are_written(record: ModeRecord, caches: Sequence[str]) -> bool:
+    """Whether a mode adds to caches that there are, REFRESH to all of them."""
+    written = record.writes
+    if record.mode is StepMode.REFRESH:
+        return [*written] == [*caches]
+    return set(written) <= set(caches) and len(set(written)) == len(written)
 
 
 def _are_open(manifest: Manifest) -> bool:

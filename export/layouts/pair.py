@@ -29,7 +29,7 @@ def pair_models(
     """One model for every mode of the schedule.
 
     The model's inputs, `step` where the mode reads weights of its step, and the kept values
-    that the mode reads go in; the model's outputs come out, and from REFRESH all caches.
+    that the mode reads go in; the model's outputs come out, and what the mode keeps.
     A weight has one name in all models.
 
     Args:
@@ -57,8 +57,7 @@ def _mode_model(
         if name in slots
     }
     results = list(output_names(compiled.captured))
-    if mode is StepMode.REFRESH:
-        results += [next_name(cache.name) for cache in variant_set.caches]
+    results += [next_name(name) for name in variant.writes]
     added = {STEP_INPUT: "the step", **dict.fromkeys([*slots, *results], "another value")}
     check_names(signature, added)
     own = (spec.name for spec in signature.tensors)

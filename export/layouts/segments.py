@@ -6,7 +6,9 @@ A segment is a REFRESH and the cheap steps up to the next one. Three kinds of va
 - the caches that the segment's own REFRESH wrote: the inner loop reads them from outside, so no
   step copies them;
 - refreshes of earlier segments: they go from segment to segment through the outer loop, and are
-  one refresh older in each. How many, a cache's readers decide (`handed_on`).
+  one refresh older in each. How many, a cache's readers decide (`handed_on`);
+- kept outputs of the model, where CALIBRATE steps keep theirs too: like the state, they go from
+  step to step (`Run.carried`).
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ Values = Mapping[str, ir.Value]
 
 
 @dataclass(frozen=True, slots=True)
-class KeptRefresh:
-    """A refresh of one cache that goes from segment to segment.
+class KeptValue:
+    """A value of one cache that goes from segment to segment, or from step to step.
 
     Attributes:
         cache: the cache's name.
-        back: refreshes between it and the newest one before a segment; 0 is that one itself.
+        back: values between it and the newest one before a segment; 0 is that one itself.
     """
 
     cache: str
@@ -64,18 +66,27 @@ class KeptRefresh:
         return slot_name(self.cache, self.back + 1)
 
 
-Kept = Mapping[KeptRefresh, ir.Value]
+Kept = Mapping[KeptValue, ir.Value]
 
 
-def handed_on(variant_set: VariantSet, cache: CacheSpec) -> list[KeptRefresh]:
-    """The refreshes of a cache that a segment has from those before it: as many as are read."""
+def handed_on(
+    variant_set: VariantSet, cache: CacheSpec, *, by_step: bool = False
+) -> list[KeptValue]:
+    """The values of a cache that are handed on: as many as are read.
+
+    Args:
+        variant_set: what every mode reads.
+        cache: which.
+        by_step: from step to step; else from segment to segment.
+    """
     count = 0
     for mode, variant in variant_set.variants.items():
-        ahead = 1 if mode is StepMode.REFRESH else 0  # it reads before it writes the newest one
+        # REFRESH reads before it writes the newest one.
+        ahead = 1 if by_step or mode is StepMode.REFRESH else 0
         for back in range(variant_set.history):
             if slot_name(cache.name, back) in variant.reads:
                 count = max(count, back + ahead)
-    return [KeptRefresh(cache.name, back) for back in range(count)]
+    return [KeptValue(cache.name, back) for back in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,12 @@ class Run:
         """All modes but REFRESH."""
         return [mode for mode in self.models if mode is not StepMode.REFRESH]
 
+    @property
+    def carried(self) -> frozenset[str]:
+        """Names of the caches that cheap modes write as well."""
+        variants = self.variant_set.variants
+        return frozenset(name for mode in self.cheap_modes for name in variants[mode].writes)
+
     def table(self, name: str, values: int | Sequence[int]) -> ir.Value:
         """Whole numbers as an initializer."""
         return self.pool.shared(ir.tensor(np.array(values, np.int64)), name)
@@ -125,10 +142,11 @@ def loop_over_segments(run: Run, noise: ir.Value) -> tuple[list[ir.Node], ir.Val
     top = Body("run")
     # Nothing is before the first step: its weights for what is read there are 0.
     state = State(noise, (noise, noise) if run.arithmetic.sampler.looks_back else ())
+    carried = run.carried
     kept = {
         refresh: _zeros(run, top, refresh, cache)
         for cache in run.variant_set.caches
-        for refresh in handed_on(run.variant_set, cache)
+        for refresh in handed_on(run.variant_set, cache, by_step=cache.name in carried)
     }
     segment = _segment(run, state, kept)
     count = run.table("segments", len(run.refresh_steps))
@@ -136,7 +154,7 @@ def loop_over_segments(run: Run, noise: ir.Value) -> tuple[list[ir.Node], ir.Val
     return top.nodes, latents
 
 
-def _zeros(run: Run, top: Body, refresh: KeptRefresh, cache: CacheSpec) -> ir.Value:
+def _zeros(run: Run, top: Body, refresh: KeptValue, cache: CacheSpec) -> ir.Value:
     """What stands for a refresh that has not been yet."""
     dtype = tensor_adapters.from_torch_dtype(cache.dtype)
     zero = ir.tensor(np.zeros(1, dtype.numpy()), dtype=dtype)
@@ -155,10 +173,7 @@ def _segment(run: Run, start: State, kept_at_start: Kept) -> ir.Graph:
     body = Body("segment")
     counter = _counter(body)
     state = _inputs_like(body, start)
-    kept = {
-        refresh: body.input(refresh.name, value.dtype, value.shape.numpy())  # type: ignore[union-attr, arg-type]
-        for refresh, value in kept_at_start.items()
-    }
+    kept = _held_like(body, kept_at_start)
     marks = run.refresh_steps
     lengths = [after - mark - 1 for mark, after in pairwise([*marks, len(run.schedule)])]
     steps = run.table("refresh_steps", marks)
@@ -166,16 +181,28 @@ def _segment(run: Run, start: State, kept_at_start: Kept) -> ir.Graph:
     count = run.table("lengths", lengths)
     length = body.add("Gather", [count, counter.place], "length", INT64, ())
     after, fresh = _refresh(run, body, step, state, kept)
-    if run.cheap_modes:
-        older = {refresh.slot_after_refresh: value for refresh, value in kept.items()}
-        after = _add_cheap_steps(run, body, (step, length), after, {**fresh, **older})
     # To the next segment, this one's refresh is the newest of those before.
-    moved = [
-        kept[KeptRefresh(refresh.cache, refresh.back - 1)] if refresh.back else fresh[refresh.cache]
-        for refresh in kept
-    ]
+    moved = _pushed(kept, fresh)
+    if run.cheap_modes:
+        carried = {place: value for place, value in moved.items() if place.cache in run.carried}
+        older = {place.slot_after_refresh: v for place, v in kept.items() if place not in carried}
+        slots = {**fresh, **older}
+        after, carried = _add_cheap_steps(run, body, (step, length), after, slots, carried)
+        moved |= carried
     inputs = [*state.values(), *kept.values()]
-    return _close(body, counter, inputs, [*after.values(), *moved])
+    return _close(body, counter, inputs, [*after.values(), *moved.values()])
+
+
+def _pushed(kept: Kept, fresh: Values) -> dict[KeptValue, ir.Value]:
+    """Kept values after a step that may have written newer ones, by name of the cache."""
+    return {
+        place: value
+        if place.cache not in fresh
+        else kept[KeptValue(place.cache, place.back - 1)]
+        if place.back
+        else fresh[place.cache]
+        for place, value in kept.items()
+    }
 
 
 def _refresh(
@@ -194,38 +221,54 @@ def _refresh(
 
 
 def _add_cheap_steps(
-    run: Run, segment: Body, bounds: tuple[ir.Value, ir.Value], start: State, slots: Values
-) -> State:
-    """The inner loop of a segment: the state after its last step.
+    run: Run,
+    segment: Body,
+    bounds: tuple[ir.Value, ir.Value],
+    start: State,
+    slots: Values,
+    carried: Kept,
+) -> tuple[State, dict[KeptValue, ir.Value]]:
+    """The inner loop of a segment: the state and the kept outputs after its last step.
 
     Args:
         run: what the loops are made of.
         segment: the graph that the loop stands in.
         bounds: the step of the segment's REFRESH, and how many steps follow it.
         start: the state after the REFRESH.
-        slots: all kept values by the name that modes read, from outside of the loop.
+        slots: kept values by the name that modes read, from outside of the loop.
+        carried: kept values that go from step to step.
     """
     body = Body("cheap")
     counter, (refresh_step, length) = _counter(body), bounds
     state = _inputs_like(body, start)
     past = body.like("Add", counter.place, run.table("one", 1), "past")
     step = body.like("Add", refresh_step, past, "step")
+    held = _held_like(body, carried)
     inputs = run.inputs.of_the_model(body, step, state.x)
-    values = {**slots, **run.inputs.decided_by_step(body, step, run.cheap_modes)}
-    branches = {mode: _branch(run, mode, inputs, values) for mode in run.cheap_modes}
+    by_step = run.inputs.decided_by_step(body, step, run.cheap_modes)
+    values = {**slots, **{p.slot_before_refresh: v for p, v in held.items()}, **by_step}
+    branches = {mode: _branch(run, mode, inputs, values, held) for mode in run.cheap_modes}
     chosen = choose_by_mode(branches, step, run.schedule, run.pool)
-    output = chosen.outputs[0]
+    output, *others = chosen.outputs
     body.nodes += take_nodes(chosen)
     after = run.arithmetic.advance(body, step, state, output)
-    graph = _close(body, counter, state.values(), after.values())
-    x, *before = _add_loop(run, segment, length, start.values(), graph)
-    return State(x, tuple(before))
+    kept = others[len(others) - len(held) :]
+    graph = _close(body, counter, [*state.values(), *held.values()], [*after.values(), *kept])
+    last = _add_loop(run, segment, length, [*start.values(), *carried.values()], graph)
+    x, *before = last[: len(last) - len(held)]
+    return State(x, tuple(before)), dict(zip(held, last[1 + len(before) :], strict=True))
 
 
-def _branch(run: Run, mode: StepMode, inputs: Sequence[ir.Value], values: Values) -> ir.Graph:
+def _branch(
+    run: Run, mode: StepMode, inputs: Sequence[ir.Value], values: Values, held: Kept
+) -> ir.Graph:
+    """A mode as the body of an `If`: the model's outputs, then the kept outputs after the step."""
     prefix = mode.name.lower()
     nodes, results = run.variant(mode, inputs, values)
-    return ir.Graph([], own_outputs(results, nodes, prefix), nodes=nodes, name=prefix)
+    own, writes = run.variant_set.outputs, run.variant_set.variants[mode].writes
+    after = _pushed(held, dict(zip(writes, results[own:], strict=True)))
+    outputs = own_outputs([*results[:own], *after.values()], nodes, prefix)
+    return ir.Graph([], outputs, nodes=nodes, name=prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +304,13 @@ def _inputs_like(body: Body, state: State) -> State:
         for name, value in zip(("x", "x_before", "e_before"), state.values(), strict=False)
     ]
     return State(x, tuple(before))
+
+
+def _held_like(body: Body, kept: Kept) -> dict[KeptValue, ir.Value]:
+    return {
+        place: body.input(place.name, value.dtype, value.shape.numpy())  # type: ignore[union-attr, arg-type]
+        for place, value in kept.items()
+    }
 
 
 def _add_loop(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -24,15 +24,16 @@ from calicache.export.layouts.onnx_graph import (
 from calicache.export.translation.join import argument
 from calicache.export.translation.translate import translate
 from calicache.graph_passes.rewriting.compile import Compiled
+from calicache.graph_passes.rewriting.variants import Variant
 from calicache.graph_passes.settings.choices import StepMode
 
 
 def step_model(compiled: Compiled, attention: Attention = Attention.FUSED) -> ir.Model:
     """Pack the variants in the `step` layout.
 
-    The model's inputs, `step` (int64 scalar) and the kept refreshes of every cache go in; the
-    model's outputs and the caches' newest values come out: on a step that is not REFRESH those
-    that went in, so that all branches of the `If` have results of one form.
+    The model's inputs, `step` (int64 scalar) and the kept values of every cache go in; the
+    model's outputs and the caches' newest values come out. Where a step keeps none of a cache,
+    that is the one that went in, so that all branches of the `If` have results of one form.
 
     Args:
         compiled: the variants.
@@ -61,11 +62,11 @@ def step_model(compiled: Compiled, attention: Attention = Attention.FUSED) -> ir
     }
     branches: dict[StepMode, ir.Graph] = {}
     modules = {mode: variant.module for mode, variant in sorted(variant_set.variants.items())}
-    newest = [slots[cache.name] for cache in variant_set.caches]
+    newest = {cache.name: slots[cache.name] for cache in variant_set.caches}
     for mode, model in translate(modules, attention).items():
-        reads = [values[name] for name in variant_set.variants[mode].reads]
-        kept = [] if mode is StepMode.REFRESH else newest
-        branches[mode] = _branch(model, mode, [*arguments, *reads], pool, kept)
+        variant = variant_set.variants[mode]
+        reads = [values[name] for name in variant.reads]
+        branches[mode] = _branch(model, variant, [*arguments, *reads], pool, newest)
     body = choose_by_mode(branches, step, compiled.recipe.schedule, pool)
     outputs = list(body.outputs)
     for value, name in zip(outputs, results, strict=True):
@@ -76,21 +77,23 @@ def step_model(compiled: Compiled, attention: Attention = Attention.FUSED) -> ir
 
 def _branch(
     model: ir.Model,
-    mode: StepMode,
+    variant: Variant,
     inputs: Sequence[ir.Value],
     pool: InitializerPool,
-    kept: Sequence[ir.Value],
+    newest: Mapping[str, ir.Value],
 ) -> ir.Graph:
     """A variant as the body of an `If`: inputs and weights come from the outer graph.
 
     Args:
-        model: the variant.
-        mode: its own.
+        model: the variant in ONNX.
+        variant: the same, which says what it keeps.
         inputs: of it, from the outer graph.
         pool: the outer graph's initializers.
-        kept: the caches where it writes none.
+        newest: values of all caches before the step.
     """
-    prefix = mode.name.lower()
+    prefix = variant.mode.name.lower()
     nodes, results = inline(model, prefix, inputs, pool)
-    own = own_outputs([*results, *kept], nodes, prefix)
+    outputs, kept = results[: len(results) - len(variant.writes)], variant.writes
+    after = {**newest, **dict(zip(kept, results[len(outputs) :], strict=True))}
+    own = own_outputs([*outputs, *after.values()], nodes, prefix)
     return ir.Graph([], own, nodes=nodes, name=prefix)

@@ -13,6 +13,7 @@ from calicache.export.artifact.folder import load_artifact
 from calicache.export.artifact.manifest import Layout, model_file
 from calicache.export.artifact.names import GUIDANCE_INPUT, LATENTS_OUTPUT, STEP_INPUT, next_name
 from calicache.export.artifact.open_sizes import Sizes
+from calicache.export.session.caches import Caches
 from calicache.export.session.inputs import (
     check_values,
     finite_scale,
@@ -22,7 +23,6 @@ from calicache.export.session.inputs import (
     sized_inputs,
     wrong_input,
 )
-from calicache.export.session.kept_refreshes import KeptRefreshes
 from calicache.export.session.opening import check_cuda_graphs, open_model, running
 from calicache.export.session.run import SessionRun
 from calicache.export.session.runtime import (
@@ -166,9 +166,7 @@ class Session:
             raise
         names = (output.name for output in session.get_outputs())
         values = dict(zip(names, binding.get_outputs(), strict=True))
-        if mode is StepMode.REFRESH:
-            caches = self.manifest.caches
-            kept.keep({cache.name: values[next_name(cache.name)] for cache in caches})
+        kept.keep({name: values[next_name(name)] for name in self.manifest.mode(mode).writes})
         if self.manifest.layout is Layout.PAIR:
             run.outputs[mode] = {name: values[name] for name in self.manifest.outputs}
         return tuple(values[name].numpy().copy() for name in self.manifest.outputs)
@@ -221,7 +219,8 @@ class Session:
         call = whole_number("call", call, RunError, 0, self.manifest.calls_per_step - 1, fix)
         fix = "Export a plan with this many steps."
         mode = schedule[whole_number("step", step, RunError, 0, len(schedule) - 1, fix)]
-        if mode is not StepMode.REFRESH and self.manifest.caches and not self._run.kept[call].count:
+        counts = self._run.kept[call].counts
+        if mode is not StepMode.REFRESH and counts and not any(counts.values()):
             raise RunError(
                 f"step {step}",
                 expected="a REFRESH step before it",
@@ -252,7 +251,7 @@ class Session:
         step: int,
         feed: dict[str, np.ndarray[Any, Any]],
         mode: StepMode,
-        kept: KeptRefreshes,
+        kept: Caches,
     ) -> list[OrtValue | None]:
         used = {value.name for value in session.get_inputs()}
         if mode is StepMode.REFRESH:
@@ -275,12 +274,12 @@ class Session:
         binding: Any,
         session: Any,
         mode: StepMode,
-        kept: KeptRefreshes,
+        kept: Caches,
     ) -> list[OrtValue | None]:
         """Where the outputs go: None where ONNX Runtime allocates."""
         buffers: dict[str, OrtValue | None] = {**self._run.outputs.get(mode, {})}
-        if mode is StepMode.REFRESH:
-            buffers |= {next_name(c.name): kept.buffer(c) for c in self.manifest.caches}
+        writes = self.manifest.mode(mode).writes
+        buffers |= {next_name(name): kept.buffer(name) for name in writes}
         targets = [buffers.get(output.name) for output in session.get_outputs()]
         for output, buffer in zip(session.get_outputs(), targets, strict=True):
             if buffer is None:

@@ -108,7 +108,7 @@ class _PlanJson:
 
 _DOCUMENT = DocumentKind(
     "plan",
-    9,
+    10,
     TypeAdapter(_PlanJson),
     PlanError,
     "a folder written by Plan.save",

@@ -117,7 +117,7 @@ class OptimizedModel(DropIn):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, step: ModelCall, outputs: Sequence[Tensor]) -> Any:
-        """Keep what a REFRESH gave; the model's own outputs."""
+        """Keep what is for later steps; the model's own outputs."""
         return step.finish(outputs)
 
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:

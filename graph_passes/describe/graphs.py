@@ -192,8 +192,9 @@ def _view_variant(
         _check_name(view, old, variant)
         views[name] = view
     values, own = _names(graph_outputs(graph)), len(plain.outputs)
-    kept = zip(variant_set.caches, values[own:], strict=False)  # REFRESH alone has more
-    writes = tuple(CacheWrite(cache.name, node) for cache, node in kept)
+    writes = tuple(
+        CacheWrite(name, node) for name, node in zip(variant.writes, values[own:], strict=True)
+    )
     return GraphView(variant.mode.name.lower(), tuple(views.values()), values[:own], writes)
 
 

@@ -27,18 +27,27 @@ def verify_variants(captured: CapturedGraph, variant_set: VariantSet) -> Variant
         verify_functional(variant.module.graph)
         allowed = values
         if mode is StepMode.REFRESH:  # of all caches, only kept outputs are there to be mixed
-            own = {str(value) for value in graph_outputs(captured.graph)}
-            held = {n for n, (c, _) in variant_set.slots().items() if c.folded or c.node not in own}
+            held = {name for name, (c, _) in variant_set.slots().items() if not c.is_output}
             allowed = {name: form for name, form in values.items() if name not in held}
         _verify_placeholders(captured, variant, allowed)
-        expected = list(plain)
-        if mode is StepMode.REFRESH:
-            expected += [(cache.shape, cache.dtype) for cache in variant_set.caches]
+        _verify_writes(variant, variant_set)
+        by_name = {cache.name: (cache.shape, cache.dtype) for cache in variant_set.caches}
+        expected = [*plain, *(by_name[name] for name in variant.writes)]
         forms = _output_forms(variant.module.graph)
         if forms != expected:
             raise defect(f"outputs of {mode.name}", str(expected), str(forms))
         _verify_attributes(variant)
     return variant_set
+
+
+def _verify_writes(variant: Variant, variant_set: VariantSet) -> None:
+    caches = variant_set.caches
+    if variant.mode is not StepMode.REFRESH:
+        keeps = variant.mode.keeps_output
+        caches = tuple(cache for cache in caches if cache.is_output and keeps)
+    names = tuple(cache.name for cache in caches)
+    if variant.writes != names:
+        raise defect(f"caches of {variant.mode.name}", str(names), str(variant.writes))
 
 
 def _verify_placeholders(

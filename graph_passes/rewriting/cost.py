@@ -83,7 +83,7 @@ def model_cost(
         readers.setdefault(target.input_node, target.name)
     for cache in variant_set.caches:
         name = cache.folded or by_node.get(cache.node) or readers.get(cache.node)
-        if name in bytes_by_target:
+        if name in bytes_by_target and not cache.is_output:
             bytes_by_target[name] += cache.nbytes * cache.history
     folded = {cache.folded for cache in variant_set.caches}
     return ModelCost(

@@ -33,31 +33,38 @@ class CacheSource:
         node: the node whose value is kept; x where it is folded.
         folded: the calibration target whose A x is kept in the place of x, or None.
         place: the node by which the cache is named and ordered; the first output of that target.
+        is_output: whether it is the model's own output, which more steps than REFRESH ones keep.
     """
 
     node: str
     folded: str | None
     place: str
+    is_output: bool = False
 
     @staticmethod
     def of(node: fx.Node) -> CacheSource:
         """A node's own value."""
         return CacheSource(node.name, None, node.name)
 
+    @staticmethod
+    def of_output(node: fx.Node) -> CacheSource:
+        """An output of the model, before it is mixed."""
+        return CacheSource(node.name, None, node.name, is_output=True)
+
     @property
     def name(self) -> str:
         """Name of the placeholder that takes its newest value."""
-        own = cache_name(self.place)
+        own = cache_name(f"output_{self.place}" if self.is_output else self.place)
         return f"{own}_down" if self.folded else own
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSlot:
-    """One kept refresh of a cache, as a variant reads it.
+    """One kept value of a cache, as a variant reads it.
 
     Attributes:
         source: of the cache.
-        back: how many refreshes before the newest.
+        back: how many values before the newest.
         shape, dtype: of the cached value.
     """
 
@@ -68,7 +75,7 @@ class CacheSlot:
 
 
 def slot_name(cache: str, back: int) -> str:
-    """Name of a cache's value `back` refreshes before the newest."""
+    """Name of a cache's value `back` values before the newest."""
     return f"{cache}_back{back}" if back else cache
 
 

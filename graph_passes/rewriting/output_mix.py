@@ -60,7 +60,7 @@ def mix_outputs(
 
 def _mix(insert: Insertion, plain: fx.Node, own: object, *, keep_own: bool) -> fx.Node:
     assert isinstance(own, fx.Node)
-    kept = insert.slots(CacheSource.of(plain), cached_form(plain))
+    kept = insert.slots(CacheSource.of_output(plain), cached_form(plain))
     total = insert.weighted_sum(kept, OUTPUT_WEIGHT, first=1)
     if plain.target is LINEAR:
         total = insert.shaped(total, plain)

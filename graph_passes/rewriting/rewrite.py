@@ -129,7 +129,7 @@ def _cheap_variants(plan: _Rewrite, modes: Collection[StepMode]) -> dict[StepMod
 
 
 def _caches(plan: _Rewrite, slots: Iterable[CacheSlot]) -> tuple[CacheSpec, ...]:
-    """What is read of a REFRESH step, in the order of the plain graph."""
+    """What is kept for later steps, in the order of the plain graph."""
     forms: dict[CacheSource, tuple[tuple[int, ...], torch.dtype]] = {}
     history: dict[CacheSource, int] = {}
     for slot in slots:
@@ -138,14 +138,21 @@ def _caches(plan: _Rewrite, slots: Iterable[CacheSlot]) -> tuple[CacheSpec, ...]
     if plan.outputs is not None:  # REFRESH itself mixes its outputs with the kept ones
         for node in output_nodes(plan.captured):
             value = cached_form(node)
-            source = CacheSource.of(node)
+            source = CacheSource.of_output(node)
             forms[source] = tuple(value.shape), value.dtype
             history[source] = plan.history
     order = {node.name: number for number, node in enumerate(plan.captured.graph.nodes)}
-    # Of one place the folded value comes first.
-    sources = sorted(forms, key=lambda source: (order[source.place], source.folded is None))
+    # Of one place the folded value comes first, and the model's output last.
+    sources = sorted(forms, key=lambda s: (order[s.place], s.folded is None, s.is_output))
     return tuple(
-        CacheSpec(source.name, source.node, source.folded, *forms[source], history[source])
+        CacheSpec(
+            source.name,
+            source.node,
+            source.folded,
+            *forms[source],
+            history[source],
+            source.is_output,
+        )
         for source in sources
     )
 
@@ -155,7 +162,7 @@ def _refresh_variant(plan: _Rewrite, caches: Sequence[CacheSpec]) -> Variant:
     graph, copies = copy_graph(plan.captured.graph)
     insert = Insertion(graph, plan.history)
     targets = {target.name: target for target in plan.targets}
-    values = []
+    values: dict[str, fx.Node] = {}
     for cache in caches:
         value = copies[cache.node]
         if cache.folded is not None:
@@ -164,7 +171,7 @@ def _refresh_variant(plan: _Rewrite, caches: Sequence[CacheSpec]) -> Variant:
             value = folded_value(insert, plan.captured, copies, targets[cache.folded], factors)
         elif value.target is LINEAR:
             value = insert.linear_over_rows(value)
-        values.append(value)
+        values[cache.name] = value
     return _variant(plan, StepMode.REFRESH, insert, values)
 
 
@@ -187,7 +194,20 @@ def _calibrate_variant(plan: _Rewrite, tapped: Collection[str]) -> Variant:
         if name not in calibration.replaced and copies[name].target is LINEAR:
             insert.linear_over_rows(copies[name])
     _read_run_values(plan, insert, copies)
-    return _variant(plan, StepMode.CALIBRATE, insert)
+    values = {} if plan.outputs is None else _own_outputs(plan, insert)
+    return _variant(plan, StepMode.CALIBRATE, insert, values)
+
+
+def _own_outputs(plan: _Rewrite, insert: Insertion) -> dict[str, fx.Node]:
+    """A step's own outputs as they are cached, by name of the cache; they are not mixed yet."""
+    graph, order = insert.graph, list(plan.captured.graph.nodes)
+    own = [value for value in graph_outputs(graph) if isinstance(value, fx.Node)]
+    pairs = zip(output_nodes(plan.captured), own, strict=True)
+    with graph.inserting_before(graph.output_node()):
+        return {
+            CacheSource.of_output(like).name: insert.rows(value) if like.target is LINEAR else value
+            for like, value in sorted(pairs, key=lambda pair: order.index(pair[0]))
+        }
 
 
 def _reuse_variant(plan: _Rewrite) -> Variant:
@@ -216,7 +236,7 @@ def _read_run_values(plan: _Rewrite, insert: Insertion, copies: Mapping[str, fx.
 
 
 def _variant(
-    plan: _Rewrite, mode: StepMode, insert: Insertion, caches: Sequence[fx.Node] = ()
+    plan: _Rewrite, mode: StepMode, insert: Insertion, caches: Mapping[str, fx.Node] | None = None
 ) -> Variant:
     """The finished graph: outputs mixed, dead code and unused placeholders gone."""
     graph, arguments = insert.graph, len(plan.captured.signature.tensors)
@@ -224,7 +244,7 @@ def _variant(
     if plan.outputs is not None:
         keep_own = mode is not StepMode.FORECAST
         values = mix_outputs(insert, plan.captured, plan.latent, keep_own=keep_own)
-    graph.output_node().args = ((*values, *caches),)
+    graph.output_node().args = ((*values, *(caches or {}).values()),)
     finish(graph)
     _drop_unused(graph, arguments)
     live = {node.name for node in graph.nodes}
@@ -238,6 +258,7 @@ def _variant(
         reads=tuple(reads),
         slots={name: insert.cache_slots[name] for name in reads if name in insert.cache_slots},
         inserted=tuple(node.name for node in insert.new_nodes if node.name in live),
+        writes=tuple(caches or ()),
     )
 
 

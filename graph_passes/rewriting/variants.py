@@ -21,14 +21,15 @@ from calicache.graph_passes.settings.schedule import Row, Table
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """One value that a REFRESH step keeps for the steps after it.
+    """One value that steps keep for those after them.
 
     Attributes:
         name: of the placeholder that takes its newest value, such as `cache_linear_4`.
         node: whose value it is in the plain graph; x for a folded cache, which is A x.
         folded: the target whose A is applied, or None.
         shape, dtype: of the cached value.
-        history: how many refreshes of it are kept.
+        history: how many values of it are kept.
+        is_output: whether it is an output of the model; CALIBRATE steps keep theirs as well.
     """
 
     name: str
@@ -37,10 +38,11 @@ class CacheSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     history: int = 1
+    is_output: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Size of one kept refresh in memory."""
+        """Size of one kept value in memory."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -51,10 +53,12 @@ class Variant:
     Attributes:
         mode: what the step does.
         module: takes the model's tensors, then what `reads` names; returns the model's flat
-            outputs, then (REFRESH alone) all caches.
+            outputs, then what it keeps.
         reads: cache slots and weights of the step, in the order of the placeholders.
         slots: the cache slots among these, by name.
         inserted: names of the nodes that the plain graph does not have.
+        writes: names of the caches that the step keeps a value of: all of them in REFRESH, the
+            model's outputs in CALIBRATE.
     """
 
     mode: StepMode
@@ -62,6 +66,7 @@ class Variant:
     reads: tuple[str, ...]
     slots: Mapping[str, CacheSlot]
     inserted: tuple[str, ...]
+    writes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class VariantSet:
     Attributes:
         variants: by mode; REFRESH is always there.
         caches: in the order of REFRESH's extra outputs.
-        history: the most refreshes that are kept of any cache.
+        history: the most values that are kept of any cache.
         tables: the weights that the variants read, by name, each one number a step.
         outputs: how many flat outputs the model itself has.
     """
@@ -83,7 +88,7 @@ class VariantSet:
     outputs: int
 
     def slots(self) -> dict[str, tuple[CacheSpec, int]]:
-        """Every kept value by name: its cache, and how many refreshes back it is."""
+        """Every kept value by name: its cache, and how many values back it is."""
         return {
             slot_name(cache.name, back): (cache, back)
             for back in range(self.history)
@@ -121,17 +126,17 @@ class VariantSet:
     def read(
         self,
         reads: Sequence[str],
-        kept: Sequence[Mapping[str, Tensor]],
+        kept: Mapping[str, Sequence[Tensor]],
         weights: Mapping[str, float],
         device: torch.device,
     ) -> list[Tensor]:
-        """What a variant reads at a step: weights, and values of kept refreshes.
+        """What a variant reads at a step: weights, and kept values.
 
-        A refresh that has not been yet has weight 0; the newest one (or zeros) stands for it.
+        A value that has not been yet has weight 0; the newest one (or zeros) stands for it.
 
         Args:
             reads: names, in order.
-            kept: cache values by cache name, newest refresh first.
+            kept: values by name of their cache, newest first.
             weights: by name.
             device: of the tensors that are made here.
         """
@@ -142,8 +147,9 @@ class VariantSet:
                 values.append(torch.tensor(weights[name], device=device))
                 continue
             cache, back = slots[name]
-            if kept:
-                values.append(kept[back if back < len(kept) else 0][cache.name])
+            own = kept.get(cache.name, ())
+            if own:
+                values.append(own[back if back < len(own) else 0])
             else:
                 values.append(torch.zeros(cache.shape, dtype=cache.dtype, device=device))
         return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from torch import Tensor
@@ -117,7 +117,7 @@ class _CachedRun:
     exact: Sequence[Tensor] | None
     x: Tensor | None = None
     before: Sequence[Tensor] = ()
-    kept: Kept = ()
+    kept: Kept = field(default_factory=dict)
     outputs: tuple[Tensor, ...] = ()
 
 
@@ -149,7 +149,7 @@ class _Sweep:
         if mode is not StepMode.FORECAST:
             raw = self._run_variant(run, mode, step, list(call.values()))
             own = latent_channels(raw, run.x)
-            if mode is StepMode.REFRESH:
+            if mode.keeps_output:
                 run.outputs = (own, *run.outputs)[: self.history]
         return [run.x.chunk(self.sampler.parts)[0]], [own, *kept, run.x]
 
@@ -184,7 +184,7 @@ class _Sweep:
     def _run_variant(
         self, run: _CachedRun, mode: StepMode, step: int, tensors: Sequence[Tensor]
     ) -> Tensor:
-        first, run.kept = run_step(self.variant_set, mode, run.kept, step, tensors, self.history)
+        first, run.kept = run_step(self.variant_set, mode, run.kept, step, tensors)
         return first
 
 

@@ -174,8 +174,9 @@ class CallState:
         compiled: the graphs for its form.
         arrival: the newest call.
         place: of its step among the recorded ones; whole numbers are recorded steps.
-        kept: values of the kept refreshes, newest first.
-        refreshes: their places.
+        kept: values by cache.
+        refreshes: places of the kept refreshes, newest first.
+        outputs: places of the steps whose outputs are kept, newest first.
         start: place of the step that it began with.
         recipe: number of the recipe that it runs under, in a plan of several.
         opening: all calls so far, where their timesteps are those of several recipes.
@@ -187,6 +188,7 @@ class CallState:
     place: float
     kept: Kept
     refreshes: tuple[float, ...]
+    outputs: tuple[float, ...]
     start: float
     recipe: int = 0
     opening: tuple[PastCall, ...] = ()
@@ -241,7 +243,7 @@ class RunState:
         """
         beside = sum(state.arrival.beside(arrival) for state in self.calls)
         leaving = max(len(self.calls) - max(calls, beside + 1) + 1, 0)
-        gone = [replace(state, kept=(), opening=()) for state in self.calls[:leaving]]
+        gone = [replace(state, kept={}, opening=()) for state in self.calls[:leaving]]
         self.gone = [*self.gone, *gone][-MAX_GONE:]
         del self.calls[:leaving]
 

@@ -65,15 +65,16 @@ def _run_squares(
     squares: dict[StepMode, list[dict[int, float]]] = {
         mode: [{} for _ in range(_reach(variant_set, mode))] for mode in modes
     }
-    kept: Kept = ()
+    kept: Kept = {}
     for step, call in enumerate(recorded.runs[place]):
         tensors, latent = list(call.values()), call[recorded.steps.latent]
         if schedule[step] is StepMode.REFRESH:
-            _, kept = run_step(variant_set, StepMode.REFRESH, kept, step, tensors, history)
+            _, kept = run_step(variant_set, StepMode.REFRESH, kept, step, tensors)
         elif schedule[step] is not StepMode.FORECAST:
-            order = (schedule[:step].count(StepMode.REFRESH) - 1) % len(kept)
+            refreshes = schedule[:step].count(StepMode.REFRESH)
+            order = (refreshes - 1) % min(refreshes, history)
             for mode in modes:
-                own, _ = run_step(views[order], mode, kept, step, tensors, history)
+                own, _ = run_step(views[order], mode, kept, step, tensors)
                 off = (latent_channels(own, latent) - recorded.outputs[place][step]).double()
                 row = squares[mode][min(order, len(squares[mode]) - 1)]
                 row[step] = float(off.square().sum()) / recorded.steps.parts

@@ -3,7 +3,7 @@
 Every latent and output of a recorded run is a weighted sum of the first latent and of the
 recorded outputs, so in an orthonormal basis of their span a latent is a vector of at most 1 + T P
 numbers, whatever its size. A cached run is simulated there. At step k, with x_k and e_k recorded,
-E_j and p_j the outputs and steps of the kept refreshes, newest first:
+E_j the kept outputs and p_j the steps of the kept refreshes, newest first:
 
     o   = x^ - x_k                                         how far off the latent is
     e^  = e_k + g_k o + s_k |o| z_k                        the model's answer to it
@@ -110,6 +110,40 @@ class Rehearsal:
 
 
 @dataclass(frozen=True, slots=True)
+class _Places:
+    """The last steps of a kind under S schedules side by side.
+
+    Attributes:
+        steps: newest first, (S, K).
+        counts: how many of the K there are, (S,).
+    """
+
+    steps: Tensor
+    counts: Tensor
+
+    @staticmethod
+    def none(schedules: int, history: int) -> _Places:
+        """Before the first step."""
+        steps = torch.zeros(schedules, history, dtype=torch.float64)
+        return _Places(steps, torch.zeros(schedules, dtype=torch.long))
+
+    @property
+    def is_kept(self) -> Tensor:
+        """Which of the K places hold a step, (S, K)."""
+        return torch.arange(self.steps.shape[1])[None] < self.counts[:, None]
+
+    def pushed(self, is_new: Tensor, step: int) -> _Places:
+        """After a step that is of the kind under some schedules (S,)."""
+        newest = torch.full_like(self.steps[:, :1], float(step))
+        steps = torch.cat([newest, self.steps], 1)[:, :-1]
+        counts = (self.counts + 1).clamp(max=self.steps.shape[1])
+        return _Places(
+            torch.where(is_new[:, None], steps, self.steps),
+            torch.where(is_new, counts, self.counts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Walk:
     """Cached runs under S schedules side by side, before one of their steps.
 
@@ -117,33 +151,28 @@ class _Walk:
         latent: x^, (S, D). The coordinates are those of the span, then every z_k, then, where
             there are modes that need them, every z'_k.
         terms: x^ and the parts of m of the step before, (S, D) each; none before the first.
-        outputs: E of the kept refreshes, newest first, (S, K, P, D); 0 where fewer are kept.
-        places: p, their steps, (S, K).
-        counts: how many are kept, (S,).
+        outputs: E, the kept outputs, newest first, (S, K, P, D); 0 where fewer are kept.
+        answered: their steps.
+        refreshed: p, the steps of the kept refreshes.
     """
 
     latent: Tensor
     terms: tuple[Tensor, ...]
     outputs: Tensor
-    places: Tensor
-    counts: Tensor
-
-    @property
-    def is_kept(self) -> Tensor:
-        """Which of the K places hold a refresh, (S, K)."""
-        return torch.arange(self.places.shape[1])[None] < self.counts[:, None]
+    answered: _Places
+    refreshed: _Places
 
 
 def _start(rehearsal: Rehearsal, modes: Tensor, history: int) -> _Walk:
-    """All schedules (S, T) at the recorded x_0, with no refresh kept."""
+    """All schedules (S, T) at the recorded x_0, with nothing kept."""
     schedules, steps = modes.shape
     parts, inner = rehearsal.span.outputs.shape[1:]
     adds = any(bool((modes == mode).any()) for mode in rehearsal.scales)
     size = inner + steps + steps * adds
     first = _wide(rehearsal.span.latents[0], size).expand(schedules, -1)
     outputs = torch.zeros(schedules, history, parts, size, dtype=torch.float64)
-    places = torch.zeros(schedules, history, dtype=torch.float64)
-    return _Walk(first, (), outputs, places, torch.zeros(schedules, dtype=torch.long))
+    none = _Places.none(schedules, history)
+    return _Walk(first, (), outputs, none, none)
 
 
 def _advance(rehearsal: Rehearsal, walk: _Walk, mode: Tensor, step: int) -> _Walk:
@@ -153,13 +182,20 @@ def _advance(rehearsal: Rehearsal, walk: _Walk, mode: Tensor, step: int) -> _Wal
     features = torch.cat([own[:, None], walk.outputs, latent], 1)  # (S, 2 + K, P, D)
     speaks = (mode != StepMode.FORECAST)[:, None]
     always, never = torch.ones_like(speaks), torch.zeros_like(speaks)
-    is_mixed = torch.cat([speaks, walk.is_kept, always], 1)
-    plain = torch.cat([speaks.double(), _anchors(walk, step) * ~speaks, never], 1)
+    is_mixed = torch.cat([speaks, walk.answered.is_kept, always], 1)
+    plain = torch.cat([speaks.double(), _lagrange(walk.answered, step) * ~speaks, never], 1)
     features = features * is_mixed[..., None, None]
     weights = (plain + _change(rehearsal.span, walk, features, plain, step)) * is_mixed
     terms = (walk.latent, *_mixed(weights, features).unbind(1))
-    outputs, places, counts = _kept(walk, own, mode, step)
-    return _Walk(_next(rehearsal.span, step, terms, walk.terms), terms, outputs, places, counts)
+    answers = (mode == StepMode.REFRESH) | (mode == StepMode.CALIBRATE)
+    outputs = torch.cat([own[:, None], walk.outputs], 1)[:, :-1]
+    return _Walk(
+        _next(rehearsal.span, step, terms, walk.terms),
+        terms,
+        torch.where(answers[:, None, None, None], outputs, walk.outputs),
+        walk.answered.pushed(answers, step),
+        walk.refreshed.pushed(mode == StepMode.REFRESH, step),
+    )
 
 
 def _own(rehearsal: Rehearsal, walk: _Walk, mode: Tensor, step: int) -> Tensor:
@@ -172,24 +208,25 @@ def _own(rehearsal: Rehearsal, walk: _Walk, mode: Tensor, step: int) -> Tensor:
     for cheap, scales in rehearsal.scales.items():
         rows = (mode == cheap).nonzero()[:, 0]
         if len(rows):
-            directions = inner + steps + walk.places[rows, 0].long()
+            directions = inner + steps + walk.refreshed.steps[rows, 0].long()
             change[rows, directions] += _added(walk, scales, step)[rows]
     return _wide(span.outputs[step], walk.latent.shape[1]) + change[:, None]
 
 
 def _added(walk: _Walk, scales: Scales, step: int) -> Tensor:
     """C prod_j(k - p_j), (S,)."""
-    lags = torch.where(walk.is_kept, step - walk.places, 1.0)[:, : len(scales)].prod(dim=1)
+    places = walk.refreshed
+    lags = torch.where(places.is_kept, step - places.steps, 1.0)[:, : len(scales)].prod(dim=1)
     by_count = torch.tensor([row[step] for row in scales], dtype=torch.float64)
-    return by_count[walk.counts.clamp(max=len(scales)) - 1] * lags
+    return by_count[places.counts.clamp(max=len(scales)) - 1] * lags
 
 
-def _anchors(walk: _Walk, step: int) -> Tensor:
-    """L, Lagrange's weights of the kept refreshes, 0 where fewer are kept, (S, K)."""
-    apart = walk.places[:, :, None] - walk.places[:, None]  # (S, K, K)
-    others = walk.is_kept[:, None] & ~torch.eye(apart.shape[1], dtype=torch.bool)
-    ratios = (step - walk.places)[:, None] / torch.where(apart == 0, 1.0, apart)
-    return walk.is_kept * torch.where(others, ratios, 1.0).prod(dim=2)
+def _lagrange(places: _Places, step: int) -> Tensor:
+    """L, Lagrange's weights of what is kept, 0 where less is kept, (S, K)."""
+    apart = places.steps[:, :, None] - places.steps[:, None]  # (S, K, K)
+    others = places.is_kept[:, None] & ~torch.eye(apart.shape[1], dtype=torch.bool)
+    ratios = (step - places.steps)[:, None] / torch.where(apart == 0, 1.0, apart)
+    return places.is_kept * torch.where(others, ratios, 1.0).prod(dim=2)
 
 
 def _change(span: Span, walk: _Walk, features: Tensor, plain: Tensor, step: int) -> Tensor:
@@ -200,20 +237,6 @@ def _change(span: Span, walk: _Walk, features: Tensor, plain: Tensor, step: int)
     terms = (walk.latent, *_mixed(plain, features).unbind(1))
     residual = _wide(recorded, walk.latent.shape[1]) - _next(span, step, terms, walk.terms)
     return NormalEquations.of(columns, residual).solution(recorded.square().sum())
-
-
-def _kept(walk: _Walk, own: Tensor, mode: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, places and counts after the step: a REFRESH step pushes its own."""
-    is_fresh = mode == StepMode.REFRESH
-    newest = torch.full_like(walk.places[:, :1], float(step))
-    outputs = torch.cat([own[:, None], walk.outputs], 1)[:, :-1]
-    places = torch.cat([newest, walk.places], 1)[:, :-1]
-    counts = (walk.counts + 1).clamp(max=walk.places.shape[1])
-    return (
-        torch.where(is_fresh[:, None, None, None], outputs, walk.outputs),
-        torch.where(is_fresh[:, None], places, walk.places),
-        torch.where(is_fresh, counts, walk.counts),
-    )
 
 
 def _mixed(weights: Tensor, features: Tensor) -> Tensor:

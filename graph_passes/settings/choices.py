@@ -15,14 +15,19 @@ class StepMode(IntEnum):
 
     REFRESH computes everything and overwrites the caches. CALIBRATE corrects the anchors of
     linear layers, or of whole residual branches, with calibration branches. REUSE returns the
-    anchors of whole residual branches. FORECAST returns the anchor of the model's output:
-    nothing inside runs.
+    anchors of whole residual branches. FORECAST returns a sum of kept outputs: nothing inside
+    runs. REFRESH and CALIBRATE steps keep theirs.
     """
 
     REFRESH = 0
     CALIBRATE = 1
     REUSE = 2
     FORECAST = 3
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether later steps may read the output of such a step."""
+        return self in (StepMode.REFRESH, StepMode.CALIBRATE)
 
     @staticmethod
     def of(mode: StepMode | str) -> StepMode:

@@ -21,6 +21,7 @@ from calicache.graph_passes.settings.schedule import (
     Row,
     Table,
     anchor_table,
+    kept_outputs,
     kept_refreshes,
     lagrange_weights,
     output_table,
@@ -95,33 +96,46 @@ class Recipe:
         return next((mode for mode in beside if mode is not StepMode.REFRESH), StepMode.REFRESH)
 
     def weights_at(
-        self, mode: StepMode, place: float, kept: Sequence[float], start: float = 0
+        self,
+        mode: StepMode,
+        place: float,
+        refreshes: Sequence[float],
+        outputs: Sequence[float],
+        start: float = 0,
     ) -> tuple[Row, Row | None]:
         """Weights of the anchors and of the outputs at a step that lies anywhere.
 
-        What was fitted counts where the run began with the first step, and the step and the kept
-        refreshes are those that it was fitted to: it also mends what the steps before left, which
+        What was fitted counts where the run began with the first step, and the step and what is
+        kept are those that it was fitted to: it also mends what the steps before left, which
         a run that began later has not. Elsewhere Lagrange's formula does, and no weight of the
         latent.
 
         Args:
             mode: of the step.
             place: of the step.
-            kept: places of the kept refreshes, newest first.
+            refreshes: places of the kept refreshes, newest first.
+            outputs: places of the kept outputs, newest first.
             start: place of the step that the run began with.
         """
-        kept, count = tuple(kept[: self.order + 1]), self.order + 1
-        anchors = (1.0,) if mode is StepMode.REFRESH else lagrange_weights(kept, place)
-        anchors += (0.0,) * (count - len(anchors))
-        own = (0.0, *anchors) if mode is StepMode.FORECAST else (1.0, *(0.0,) * count)
+        count = self.order + 1
+        kept = tuple(refreshes[:count]), tuple(outputs[:count])
+        anchors = (1.0,) if mode is StepMode.REFRESH else lagrange_weights(kept[0], place)
+        own = (0.0, *lagrange_weights(kept[1], place)) if mode is StepMode.FORECAST else (1.0,)
+        anchors, own = _padded(anchors, count), _padded(own, count + 1)
         fitted = self.output_weights
         if fitted is None:
             return anchors, own if StepMode.FORECAST in self.schedule else None
         step = int(place)
         recorded = 0 <= place < len(fitted) and place == step and mode is self.schedule[step]
-        if not start and recorded and kept == kept_refreshes(self.schedule, step, count):
+        if not start and recorded and kept == self._kept_at(step):
             return anchors, fitted[step]
         return anchors, (*own, 0.0)
+
+    def _kept_at(self, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Steps of the refreshes and of the outputs that are kept at a step."""
+        count = self.order + 1
+        refreshes = kept_refreshes(self.schedule, step, count)
+        return refreshes, kept_outputs(self.schedule, step, count)
 
     @property
     def interval(self) -> int:
@@ -167,6 +181,11 @@ def branch_words(branch: BranchKind, rank: int, order: int, weighting: Weighting
     if branch is BranchKind.INT8:
         return f"{branch}, order {order}"
     return f"rank {rank}, order {order}, weighting {weighting}"
+
+
+def _padded(row: Row, length: int) -> Row:
+    """A row with zeros behind it."""
+    return row + (0.0,) * (length - len(row))
 
 
 def _check_schedule(schedule: Sequence[StepMode]) -> None:

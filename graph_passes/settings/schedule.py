@@ -98,6 +98,12 @@ def kept_refreshes(schedule: Sequence[StepMode], step: int, count: int) -> tuple
     return tuple(reversed(before))[:count]
 
 
+def kept_outputs(schedule: Sequence[StepMode], step: int, count: int) -> tuple[int, ...]:
+    """The last `count` steps before a step that keep their output, newest first; see `StepMode`."""
+    before = [k for k in range(step) if schedule[k].keeps_output]
+    return tuple(reversed(before))[:count]
+
+
 def lagrange_weights(places: Sequence[float], target: float) -> Row:
     """Weights w with sum_i w_i p(places_i) = p(target) for all polynomials below len(places).
 
@@ -132,13 +138,16 @@ def anchor_table(schedule: Sequence[StepMode], order: int) -> Table:
 
 
 def output_table(schedule: Sequence[StepMode], order: int) -> Table:
-    """Weights of a step's own output, then of the kept REFRESH outputs, (T, order + 2).
+    """Weights of a step's own output, then of the kept ones, newest first, (T, order + 2).
 
-    The plain choice: a FORECAST step is its anchor, every other step its own output.
+    The plain choice: a FORECAST step is Lagrange's sum of the kept outputs, every other step its
+    own output.
     """
-    own = (1.0,) + (0.0,) * (order + 1)
-    anchors = anchor_table(schedule, order)
-    return tuple(
-        (0.0, *anchors[step]) if mode is StepMode.FORECAST else own
-        for step, mode in enumerate(schedule)
-    )
+    rows = []
+    for step, mode in enumerate(schedule):
+        row: Row = (1.0,)
+        if mode is StepMode.FORECAST:
+            kept = kept_outputs(schedule, step, order + 1)
+            row = (0.0, *lagrange_weights(kept, step))
+        rows.append(row + (0.0,) * (order + 2 - len(row)))
+    return tuple(rows)

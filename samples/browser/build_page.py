@@ -135,10 +135,11 @@ def description(exported: dict[str, Exported], out: Path) -> dict[str, Any]:
 
 
 def run(manifest: Manifest) -> dict[str, Any]:
-    """A run: MACs and mode by step, and the kept refreshes, by cache from the newest on."""
+    """A run: MACs, mode and what is written by step, and kept values by cache, the newest first."""
     return {
         "modes": [mode.name for mode in manifest.schedule],
         "macs": [manifest.mode(mode).macs for mode in manifest.schedule],
+        "writes": [manifest.mode(mode).writes for mode in manifest.schedule],
         "output": manifest.outputs[0],
         "caches": [
             {

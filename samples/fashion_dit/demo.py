@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--weighting", default="covariance")
     parser.add_argument("--order", type=int, default=2, help="order of the forecast anchors")
     parser.add_argument("--images", type=int, default=10, help="images to sample")
-    parser.add_argument("--repeats", type=int, default=2, help="timed runs of every method")
+    parser.add_argument("--repeats", type=int, default=1, help="timed runs of every method")
     arguments = parser.parse_args()
     console, clock = Console(), Clock()
     with bars.Progress(console=console, transient=True) as progress:

@@ -148,7 +148,7 @@ def test_bytes_of_a_run_are_known_before_it_starts(fast: OptimizedModel) -> None
     with fast.start_run() as run:
         next(steps_of(fast, 0))
         (state,) = run.calls
-    kept = sum(value.nbytes for values in state.kept for value in values.values())
+    kept = sum(value.nbytes for values in state.kept.values() for value in values)
     rows = fast.plan.binding.signature.tensors[0].shape[0]
     assert fast.run_bytes == kept * rows // 4  # two images with guidance are four rows
 

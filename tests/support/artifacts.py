@@ -119,9 +119,10 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def kept_refreshes(session: Session, call: int = 0) -> list[dict[str, ort.OrtValue]]:
-    """What a session keeps on its device, newest refresh first."""
+    """What a session keeps on its device, the newest values of all caches first."""
     kept, caches = session._run.kept[call], session.manifest.caches
+    held = {name: min(count, kept.depths[name]) for name, count in kept.counts.items()}
     return [
-        {cache.name: kept.read(cache, back) for cache in caches if back < kept.depths[cache.name]}
-        for back in range(min(kept.count, session.manifest.history))
+        {cache.name: kept.read(cache, back) for cache in caches if back < held[cache.name]}
+        for back in range(max(held.values(), default=0))
     ]

@@ -106,7 +106,7 @@ def _run_cached(
     sampler, end, variant_set = recorded.steps, recorded.ends[number], compiled.variant_set
     x: Tensor | None = None
     before: Sequence[Tensor] = ()
-    kept: Kept = ()
+    kept: Kept = {}
     for step, call in enumerate(recorded.runs[number]):
         exact_x = call[sampler.latent]
         x = exact_x if x is None else x.to(exact_x.dtype)
@@ -115,7 +115,7 @@ def _run_cached(
         _run_tapped(joins, exact, compiled.captured.module, list(call.values()))
         mode, tensors = compiled.recipe.schedule[step], list({**call, sampler.latent: x}.values())
         run = partial(_run_tapped, joins, values)
-        output, kept = run_step(variant_set, mode, kept, step, tensors, variant_set.history, run)
+        output, kept = run_step(variant_set, mode, kept, step, tensors, run)
         for node, value in values.items():
             sums.add(joins[node], step, value, exact[node])
         own = latent_channels(output, x)

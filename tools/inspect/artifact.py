@@ -126,7 +126,7 @@ def _mode_facts(manifest: Manifest, record: ModeRecord) -> ModeFacts:
         macs=record.macs,
         share=record.macs / manifest.plain_macs,
         read_bytes=sum(slots[name] for name in record.reads),
-        written_bytes=sum(sizes.values()) if record.mode is StepMode.REFRESH else 0,
+        written_bytes=sum(sizes[name] for name in record.writes),
     )
 
 

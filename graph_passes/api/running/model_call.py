@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calicache.graph_passes.rewriting.compile import Compiled
-from calicache.graph_passes.sampler.kept import keep_refresh
+from calicache.graph_passes.sampler.kept import keep_values
 from calicache.graph_passes.sampler.run_state import (
     Arrival,
     CallState,
@@ -61,15 +61,15 @@ class ModelCall:
     def values(self) -> list[Tensor]:
         """What the variant reads beside the call's tensors."""
         variant_set, recipe, before = self.compiled.variant_set, self.compiled.recipe, self.before
-        refreshes = before.refreshes if before else ()
-        own = recipe.weights_at(self.mode, self.place, refreshes, self.start)
+        places = (before.refreshes, before.outputs) if before else ((), ())
+        own = recipe.weights_at(self.mode, self.place, *places, self.start)
         weights = variant_set.named_weights(*own)
-        kept = before.kept if before else ()
+        kept = before.kept if before else {}
         reads = variant_set.variants[self.mode].reads
         return variant_set.read(reads, kept, weights, self.tensors[0].device)
 
     def finish(self, outputs: Sequence[Tensor]) -> Any:
-        """Keep what a REFRESH gave; the model's own outputs."""
+        """Keep what is for later steps; the model's own outputs."""
         self.run.keep(self.before, self.leave(outputs))
         flat = list(outputs[: self.compiled.variant_set.outputs])
         return pytree.tree_unflatten(flat, self.compiled.captured.output_tree)
@@ -78,20 +78,24 @@ class ModelCall:
         """What the call leaves for the next one.
 
         Args:
-            outputs: of the variant, which count where the step is REFRESH.
+            outputs: of the variant.
         """
         variant_set, before = self.compiled.variant_set, self.before
-        history = variant_set.history
-        kept, places = (before.kept, before.refreshes) if before else ((), ())
+        history, here = variant_set.history, (self.place,)
+        refreshes, kept_outputs = (before.refreshes, before.outputs) if before else ((), ())
         if self.mode is StepMode.REFRESH:
-            kept = keep_refresh(variant_set, outputs, kept, history, self.tensors)
-            places = (self.place, *places)[:history]
+            refreshes = (*here, *refreshes)[:history]
+        if self.mode.keeps_output:
+            kept_outputs = (*here, *kept_outputs)[:history]
+        kept = before.kept if before else {}
+        variant = variant_set.variants[self.mode]
         return CallState(
             self.compiled,
             self.arrival.kept(),
             self.place,
-            kept,
-            places,
+            keep_values(variant_set, variant, outputs, kept, self.tensors),
+            refreshes,
+            kept_outputs,
             self.start,
             self.recipe,
             self.opening,

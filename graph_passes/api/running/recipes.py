@@ -122,8 +122,8 @@ class RecipeForms:
     def again(self, past: Sequence[PastCall]) -> CallState | None:
         """What calls under another recipe would have left under this one.
 
-        Its REFRESH steps among them are computed; no other step leaves anything. None where the
-        steps do not follow one another on this grid.
+        Only steps that leave something are computed. None where they do not follow one another on
+        this grid.
         """
         run, before = RunState(), None
         for one in past:
@@ -135,8 +135,8 @@ class RecipeForms:
                     return None
                 step = self.go_on(run, before, place, one.arrival, one.call)
             with torch.no_grad():
-                refresh = step.mode is StepMode.REFRESH
-                outputs = step.variant(*step.tensors, *step.values()) if refresh else ()
+                leaves = step.compiled.variant_set.variants[step.mode].writes
+                outputs = step.variant(*step.tensors, *step.values()) if leaves else ()
             before = step.leave(outputs)
         return before
 

@@ -44,16 +44,12 @@ export class Run {
     };
     const taken = Object.fromEntries(
       this.session.inputNames.map((name) => [name, inputs[name]]));
-    const refresh = this.about.modes[step] === "REFRESH";
-    const named = refresh ? this.about.caches.map(({ kept }) => `${kept[0]}_next`) : [];
+    const named = this.about.writes[step].map((name) => `${name}_next`);
     const results = await this.session.run(taken, [this.about.output, ...named]);
-    return {
-      output: results[this.about.output].data,
-      kept: refresh ? this.#pushed(caches, results) : caches,
-    };
+    return { output: results[this.about.output].data, kept: this.#pushed(caches, results) };
   }
 
-  // Zeros: a refresh that has not been yet has the weight 0.
+  // Zeros: a value that has not been yet has the weight 0.
   #emptyCaches() {
     const slots = this.about.caches.flatMap(({ shape, kept }) => kept.map((name) => [name, shape]));
     return Object.fromEntries(slots.map(([name, shape]) => {
@@ -62,11 +58,12 @@ export class Run {
     }));
   }
 
-  // After a REFRESH every name moves to the next older place, and the newest value comes in front.
+  // Where a step wrote a cache, every name moves to the next older place, and its value comes in front.
   #pushed(caches, results) {
-    const pairs = this.about.caches.flatMap(({ kept }) => kept.map((name, back) =>
+    const written = this.about.caches.filter(({ kept }) => `${kept[0]}_next` in results);
+    const pairs = written.flatMap(({ kept }) => kept.map((name, back) =>
       [name, back ? caches[kept[back - 1]] : results[`${name}_next`]]));
-    return Object.fromEntries(pairs);
+    return { ...caches, ...Object.fromEntries(pairs) };
   }
 }
 

@@ -141,13 +141,15 @@ def test_every_model_passes_the_full_check_and_has_no_control_flow(name: str, pa
 def test_inputs_are_the_models_own_the_step_and_what_the_mode_reads(name: str, pairs) -> None:
     manifest = Session(pairs[name]).manifest
     own = [spec.name for spec in manifest.inputs]
-    caches = [f"{cache.name}_next" for cache in manifest.caches]
+    caches = [cache.name for cache in manifest.caches]
     for mode, model in models(pairs[name]).items():
         record = manifest.mode(StepMode[mode.upper()])
         names = [value.name for value in model.graph.input]
         assert [n for n in names if n != "step"] == [*own, *record.reads]
         outputs = [value.name for value in model.graph.output]
-        assert outputs == ["output", *(caches if record.mode is R else [])]
+        assert outputs == ["output", *(f"{cache}_next" for cache in record.writes)]
+        kept = [c for c in caches if c.startswith("cache_output")] if record.mode is C else []
+        assert [*record.writes] == (caches if record.mode is R else kept)
     # At order 0 without output weights no mode reads weights of its step, but the anchor's.
     assert "step" not in [value.name for value in models(pairs["paper"])["refresh"].graph.input]
     assert "step" in [value.name for value in models(pairs["forecast"])["refresh"].graph.input]

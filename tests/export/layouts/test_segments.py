@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from calicache.export.layouts.segments import KeptRefresh, handed_on
+from calicache.export.layouts.segments import KeptValue, handed_on
 from calicache.graph_passes.rewriting.variants import CacheSpec, Variant, VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 
@@ -36,11 +36,17 @@ def test_as_many_refreshes_go_on_as_are_read(
     refresh: tuple[str, ...], calibrate: tuple[str, ...], count: int
 ) -> None:
     kept = handed_on(variants(refresh, calibrate), CACHE)
-    assert kept == [KeptRefresh("cache_a", back) for back in range(count)]
+    assert kept == [KeptValue("cache_a", back) for back in range(count)]
+
+
+def test_what_goes_from_step_to_step_is_all_that_is_read() -> None:
+    read = variants((), ("cache_a", "cache_a_back1"))
+    kept = handed_on(read, CACHE, by_step=True)
+    assert kept == [KeptValue("cache_a", back) for back in range(2)]
 
 
 def test_a_kept_refresh_fills_an_older_slot_once_the_segment_has_its_own() -> None:
-    newest, older = KeptRefresh("cache_a", 0), KeptRefresh("cache_a", 1)
+    newest, older = KeptValue("cache_a", 0), KeptValue("cache_a", 1)
     assert (newest.slot_before_refresh, newest.slot_after_refresh) == ("cache_a", "cache_a_back1")
     assert (older.slot_before_refresh, older.slot_after_refresh) == (
         "cache_a_back1",

@@ -287,17 +287,19 @@ def test_caches_are_the_same_values_until_the_next_refresh(session, calls) -> No
 
 def test_kept_refreshes_move_back_without_a_copy(forecast, calls) -> None:
     session = Session(forecast[1])
-    newest = []
+    newest: dict[str, list[ort.OrtValue]] = {}
     for step in range(6):
         session.step(step, **calls[step])
-        if session.manifest.schedule[step] is R:
-            newest.insert(0, kept_refreshes(session)[0])
-        kept = kept_refreshes(session)
-        assert len(kept) == len(newest)
-        pairs = zip(kept, newest, strict=True)
-        assert all(one[name] is other[name] for one, other in pairs for name in one)
-        assert all(kept)
-    assert len(newest) == session.manifest.history == 3
+        values = kept_refreshes(session)[0]
+        for name in session.manifest.mode(session.manifest.schedule[step]).writes:
+            newest[name] = [values[name], *newest.get(name, [])]
+        depths = session._run.kept[0].depths
+        for back, kept in enumerate(kept_refreshes(session)):
+            assert all(value is newest[name][back] for name, value in kept.items())
+            assert kept.keys() == {n for n, v in newest.items() if back < min(len(v), depths[n])}
+    lengths = {name.startswith("cache_output"): len(values) for name, values in newest.items()}
+    # Three REFRESH steps, and a CALIBRATE step that keeps its output alone.
+    assert (lengths[False], lengths[True], session.manifest.history) == (3, 4, 3)
 
 
 def test_forecast_plan_agrees_with_eager_at_every_step(
@@ -354,6 +356,7 @@ def test_refresh_not_yet_there_has_weight_zero(forecast, calls) -> None:
     session = Session(folder)
     session.step(0, **calls[0])
     expected = session.step(first_cheap, **calls[first_cheap])
+    session.step(0, **calls[0])
     # Any values may stand for the older refreshes.
     for kept in session._run.kept[0]._kept.values():
         noise = ort.OrtValue.ortvalue_from_numpy(np.full_like(kept[0].numpy(), 3.0))

@@ -174,6 +174,7 @@ class Oracle(nn.Module):
         self.schedule, self.step, self.mode = schedule, -1, REFRESH
         self.factors, self.order = factors, order
         self.kept: dict[Any, dict[int, Tensor]] = {}
+        self.outputs: dict[int, Tensor] = {}
         names = {site.name for site in subject.sites.linears}
         for name, layer in self.model.named_modules():
             if name in names:
@@ -187,10 +188,13 @@ class Oracle(nn.Module):
         self.step += 1
         self.mode = self.schedule[self.step]
         if self.mode is FORECAST:
-            return self.anchor("output")
+            kept = sorted(self.outputs, reverse=True)[: self.order + 1]
+            return self.through(self.outputs, kept)
         result = self.model(**call)
         output = result if isinstance(result, Tensor) else result.sample
-        return self.keep("output", output)
+        if self.mode in (REFRESH, CALIBRATE):
+            self.outputs[self.step] = output
+        return output
 
     def keep(self, name: Any, value: Tensor) -> Tensor:
         """Keep a value on REFRESH."""
@@ -199,9 +203,13 @@ class Oracle(nn.Module):
         return value
 
     def anchor(self, name: Any) -> Tensor:
-        """Newton's divided differences through the kept values, newest first."""
+        """The anchor of a value of REFRESH steps."""
         places = kept_refreshes(self.schedule, self.step, self.order + 1)
-        rows = [self.kept[name][place].double() for place in places]
+        return self.through(self.kept[name], places)
+
+    def through(self, values: Mapping[int, Tensor], places: Sequence[int]) -> Tensor:
+        """Newton's divided differences through the values of some steps, newest first."""
+        rows = [values[place].double() for place in places]
         total, product = rows[0].clone(), 1.0
         for depth in range(1, len(places)):
             rows = [
@@ -210,7 +218,7 @@ class Oracle(nn.Module):
             ]
             product *= self.step - places[depth - 1]
             total += product * rows[0]
-        return total.to(self.kept[name][places[0]].dtype)
+        return total.to(values[places[0]].dtype)
 
     def _layer_hook(self, name: str) -> Callable[..., Tensor]:
         def hook(_layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -398,7 +406,8 @@ def test_cheap_steps_leave_the_caches_alone(
         before = {name: value.clone() for name, value in caches.items()}
         variant = variant_set.variants[mode]
         weights = variant_set.weights_of(1)
-        values = variant_set.read(variant.reads, [caches], weights, second[0].device)
+        kept = {name: (value,) for name, value in caches.items()}
+        values = variant_set.read(variant.reads, kept, weights, second[0].device)
         outputs = variant.module(*second, *values)
     assert len(variant.reads) > 0
     assert len(outputs) == variant_set.outputs  # nothing that could be written back

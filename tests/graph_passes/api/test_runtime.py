@@ -350,7 +350,8 @@ def fast_forecast(dit: FashionDiT, forecast_plan: Plan) -> OptimizedModel:
 def test_runs_one_after_another_are_equal(fast_forecast: OptimizedModel, calls: Calls) -> None:
     fast_forecast.reset()
     first = whole_run(fast_forecast, calls)
-    assert [len(call.kept) for call in fast_forecast.state.calls] == [3]
+    (call,) = fast_forecast.state.calls
+    assert max(map(len, call.kept.values())) == 3
     for _ in range(2):
         assert_equal(whole_run(fast_forecast, calls), first)
 

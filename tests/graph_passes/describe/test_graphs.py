@@ -80,7 +80,7 @@ def test_reads_are_caches_or_weights_of_the_step(
         assert all((view.op, view.inputs) == ("placeholder", ()) for view in read)
 
 
-def test_refresh_alone_writes_every_cache_by_the_node_that_makes_it(
+def test_refresh_writes_every_cache_by_the_node_that_makes_it(
     optimized: OptimizedModel, graphs: ModelGraphs
 ) -> None:
     writes = graphs.modes[REFRESH].writes
@@ -90,7 +90,9 @@ def test_refresh_alone_writes_every_cache_by_the_node_that_makes_it(
     nodes = named(graphs.modes[REFRESH].nodes)
     for write, cache in zip(writes, optimized.compiled.variant_set.caches, strict=True):
         assert nodes[write.node].shape == cache.shape
-    assert not any(graphs.modes[mode].writes for mode in (CALIBRATE, REUSE, FORECAST))
+    (output,) = (c.name for c in optimized.compiled.variant_set.caches if c.is_output)
+    assert [write.cache for write in graphs.modes[CALIBRATE].writes] == [output]
+    assert not any(graphs.modes[mode].writes for mode in (REUSE, FORECAST))
     assert graphs.plain.outputs == ("_unsafe_view_1",)
 
 

@@ -165,7 +165,7 @@ def test_new_nodes_say_what_they_are(
             assert node.meta["nn_module_stack"], node.name
     inputs = list(dit_recording.calls[0].values())
     weights = variant_set.weights_of(SCHEDULE.index(mode))
-    values = variant_set.read(variant.reads, (), weights, torch.device("cpu"))
+    values = variant_set.read(variant.reads, {}, weights, torch.device("cpu"))
     assert Watch(variant.module).run(*inputs, *values)[0].shape == (4, 1, 28, 28)
 
 

@@ -202,13 +202,14 @@ def test_read_finds_weights_and_slots_by_step(dit_analysis: Analysis) -> None:
     name = variant_set.caches[0].name
     reads = [name, f"{name}_back1", "anchor_weight_1"]
     cpu = torch.device("cpu")
-    old, new = {name: torch.ones(1)}, {name: torch.full((1,), 2.0)}
+    old, new = torch.ones(1), torch.full((1,), 2.0)
     weights = variant_set.weights_of(3)
     assert weights == variant_set.named_weights((1.5, -0.5), None)
-    assert variant_set.read(reads, (new, old), weights, cpu) == [2.0, 1.0, -0.5]
+    assert variant_set.read(reads, {name: (new, old)}, weights, cpu) == [2.0, 1.0, -0.5]
     # What is missing has no weight.
-    assert variant_set.read(reads, (old,), variant_set.weights_of(1), cpu) == [1.0, 1.0, 0.0]
-    empty, *_ = variant_set.read(reads, (), variant_set.weights_of(0), cpu)
+    weights = variant_set.weights_of(1)
+    assert variant_set.read(reads, {name: (old,)}, weights, cpu) == [1.0, 1.0, 0.0]
+    empty, *_ = variant_set.read(reads, {}, variant_set.weights_of(0), cpu)
     assert (empty.shape, int(empty.count_nonzero())) == (variant_set.caches[0].shape, 0)
 
 

@@ -119,7 +119,7 @@ class Sweep:
                 weights[terms] = self.fit(step, features, weights[terms])
             self.apply(step, features, weights[terms])
         self.table.append(weights)
-        if mode is R:
+        if mode in (R, C):
             for old, e in zip(self.kept, outputs, strict=True):
                 old[step] = e
 

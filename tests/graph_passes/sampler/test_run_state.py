@@ -77,11 +77,12 @@ def serve(run: RunState, arrival: Arrival, binding: Binding, calls: int = 1) -> 
     if follows is None:
         run.make_room(arrival, calls)
         place = start_place(arrival, binding.grid)
-        state = CallState(compiled, arrival.kept(), place, (), (place,), place)
+        state = CallState(compiled, arrival.kept(), place, {}, (place,), (place,), place)
         run.keep(None, state)
         return state
     before, place = follows
-    state = CallState(compiled, arrival.kept(), place, (), before.refreshes, before.start)
+    kept = before.refreshes, before.outputs
+    state = CallState(compiled, arrival.kept(), place, {}, *kept, before.start)
     run.keep(before, state)
     return state
 
@@ -237,7 +238,7 @@ def test_what_is_gone_is_told_from_what_is_near(binding: Binding) -> None:
         for shift in (0.0, 3.0):
             assert serve(run, call(step, shift), binding).start == step
     assert len(run.calls) == 1
-    assert all(state.kept == () for state in run.gone)
+    assert all(state.kept == {} for state in run.gone)
 
 
 def test_the_same_image_once_more_goes_on_with_itself(binding: Binding) -> None:

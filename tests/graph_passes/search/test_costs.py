@@ -296,11 +296,11 @@ def calibrate_error(
 ) -> tuple[int, float]:
     """MACs of a CALIBRATE step, and |e^ - e|^2 / |e|^2 over all of them along a run."""
     variant_set = known.variant_set(targets, C)
-    kept: Kept = ()
+    kept: Kept = {}
     off = size = 0.0
     for step, (call, exact) in enumerate(run):
         mode = known.schedule[step]
-        result, kept = run_step(variant_set, mode, kept, step, call, variant_set.history)
+        result, kept = run_step(variant_set, mode, kept, step, call)
         if mode is not R:
             off += float((result - exact).square().sum())
             size += float(exact.square().sum())

@@ -239,16 +239,17 @@ def walk(rehearsal: Rehearsal, schedule: Sequence[StepMode], order: int) -> floa
 
     latents, outputs = wide(span.latents), wide(span.outputs)
     z = np.eye(inner + 2 * steps)[inner:]
-    x, before, kept = latents[0], np.zeros((0, z.shape[1])), dict[int, np.ndarray]()
+    x, before = latents[0], np.zeros((0, z.shape[1]))
+    refreshes, kept = list[int](), dict[int, np.ndarray]()
     for step, mode in enumerate(schedule):
         answer, off = rehearsal.answers[step], x - latents[step]
         own = outputs[step] + answer.gain * off
         own = own + answer.spread * np.linalg.norm(off) * z[step]
         places = sorted(kept, reverse=True)[: order + 1]
         if mode in rehearsal.scales:
-            lags = math.prod(step - place for place in places)
-            scale = rehearsal.scales[mode][len(places) - 1][step]
-            own = own + scale * lags * z[steps + places[0]]
+            lags = [step - place for place in refreshes[-order - 1 :]]
+            scale = rehearsal.scales[mode][len(lags) - 1][step]
+            own = own + scale * math.prod(lags) * z[steps + refreshes[-1]]
         old = [*[kept[place] for place in places], np.broadcast_to(x, own.shape)]
         features = old if mode is F else [own, *old]
         forecast = lagrange_weights(places, step) if mode is F else (1.0, *[0.0] * len(places))
@@ -263,8 +264,8 @@ def walk(rehearsal: Rehearsal, schedule: Sequence[StepMode], order: int) -> floa
         mixed = np.tensordot(weights, np.stack(features), axes=1)
         before = np.concatenate([x[None], mixed])
         x = row @ np.concatenate([before, rest[1 + len(own) :]])
-        if mode is R:
-            kept[step] = own
+        refreshes += [step] if mode is R else []
+        kept |= {step: own} if mode in (R, C) else {}
     return float(np.linalg.norm(x - latents[-1]) / np.linalg.norm(latents[-1]))
 
 

@@ -255,14 +255,15 @@ def test_recorded_steps_have_the_modes_and_weights_of_the_schedule(order: int) -
     fitted = tuple(tuple(0.5 + step + k for k in range(order + 3)) for step in range(len(SOME)))
     for more in ({}, {"output_weights": fitted, "latent": "x"}):
         recipe = recipe_of(SOME, order, **more)
-        anchors, kept = anchor_table(SOME, order), ()
+        anchors, kept, outputs = anchor_table(SOME, order), (), ()
         for step, mode in enumerate(SOME):
             newest = kept[0] if kept else 0.0
             if step:
                 assert recipe.mode_at(step - 1, step, newest) is mode
-            weights = recipe.weights_at(mode, float(step), kept)
+            weights = recipe.weights_at(mode, float(step), kept, outputs)
             assert weights == (anchors[step], recipe.outputs[step])
             kept = (float(step), *kept) if mode is R else kept
+            outputs = (float(step), *outputs) if mode in (R, C) else outputs
 
 
 @pytest.mark.parametrize(
@@ -303,12 +304,13 @@ def test_elsewhere_weights_are_those_of_lagrange() -> None:
     recipe = recipe_of(SOME, output_weights=fitted, latent="x")
     # A line through places 1 and 0.5, at 2.5: 4 and -3.
     line = (4.0, -3.0)
-    assert recipe.weights_at(F, 2.5, (1.0, 0.5, 0.0)) == (line, (0.0, *line, 0.0))
-    assert recipe.weights_at(C, 2.5, (1.0, 0.5)) == (line, (1.0, 0.0, 0.0, 0.0))
-    assert recipe.weights_at(R, 2.5, (1.0, 0.5)) == ((1.0, 0.0), (1.0, 0.0, 0.0, 0.0))
-    # A recorded step, but another refresh before it than it was fitted to.
-    assert recipe.weights_at(F, 3.0, (1.0,)) == ((1.0, 0.0), (0.0, 1.0, 0.0, 0.0))
-    assert recipe.weights_at(F, 3.0, (1.0, 0.0)) == ((3.0, -2.0), fitted[3])
+    assert recipe.weights_at(F, 2.5, (1.5,), (1.0, 0.5, 0.0)) == ((1.0, 0.0), (0.0, *line, 0.0))
+    assert recipe.weights_at(C, 2.5, (1.0, 0.5), (1.5,)) == (line, (1.0, 0.0, 0.0, 0.0))
+    assert recipe.weights_at(R, 2.5, (1.0, 0.5), (1.0,)) == ((1.0, 0.0), (1.0, 0.0, 0.0, 0.0))
+    # A recorded step, but other refreshes or outputs before it than it was fitted to.
+    assert recipe.weights_at(F, 3.0, (1.0,), (2.0, 1.0)) == ((1.0, 0.0), (0.0, 2.0, -1.0, 0.0))
+    assert recipe.weights_at(F, 3.0, (1.0, 0.0), (2.0,)) == ((3.0, -2.0), (0.0, 1.0, 0.0, 0.0))
+    assert recipe.weights_at(F, 3.0, (1.0, 0.0), (2.0, 1.0)) == ((3.0, -2.0), fitted[3])
     # A run that began later has not the errors that the weights mend.
-    assert recipe.weights_at(F, 3.0, (1.0, 0.0), 1.0)[1] == (0.0, 3.0, -2.0, 0.0)
-    assert recipe_of((R, C, C)).weights_at(C, 1.5, (0.0,)) == ((1.0, 0.0), None)
+    assert recipe.weights_at(F, 3.0, (1.0, 0.0), (2.0, 1.0), 1.0)[1] == (0.0, 2.0, -1.0, 0.0)
+    assert recipe_of((R, C, C)).weights_at(C, 1.5, (0.0,), (0.0,)) == ((1.0, 0.0), None)

@@ -19,6 +19,7 @@ from calicache.graph_passes import StepMode, spread_schedule, uniform_schedule
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.schedule import (
     anchor_table,
+    kept_outputs,
     kept_refreshes,
     lagrange_weights,
     named_schedule,
@@ -330,15 +331,19 @@ def test_unknown_order_is_refused(order: Any, message: str) -> None:
 def test_output_table_forecasts_forecast_steps_alone() -> None:
     table = output_table(modes("RFRCUF"), 1)
     own = (1.0, 0.0, 0.0)
-    assert table == (own, (0.0, 1.0, 0.0), own, own, own, (0.0, 2.5, -1.5))
+    # A line through 3, which is CALIBRATE, and 2, at 5; REUSE keeps no output.
+    assert table == (own, (0.0, 1.0, 0.0), own, own, own, (0.0, 3.0, -2.0))
 
 
 @settings(deadline=None)
 @given(schedule=schedules, order=st.integers(0, 2))
-def test_output_rows_are_the_anchor_or_the_own_output(
+def test_output_rows_are_a_sum_of_kept_outputs_or_the_own_output(
     schedule: tuple[StepMode, ...], order: int
 ) -> None:
-    anchors = anchor_table(schedule, order)
     for step, row in enumerate(output_table(schedule, order)):
-        own = (1.0, *(0.0,) * (order + 1))
-        assert row == ((0.0, *anchors[step]) if schedule[step] is FORECAST else own)
+        expected = [1.0]
+        if schedule[step] is FORECAST:
+            kept = [k for k in range(step) if schedule[k] in (REFRESH, CALIBRATE)][-order - 1 :]
+            assert kept_outputs(schedule, step, order + 1) == tuple(reversed(kept))
+            expected = [0.0, *lagrange_weights(kept[::-1], step)]
+        assert row == (*expected, *(0.0,) * (order + 2 - len(expected)))

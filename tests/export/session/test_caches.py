@@ -1,7 +1,8 @@
-"""Kept refreshes: a moving store and a ring of fixed buffers hold the same values."""
+"""Caches of a session: a moving store and a ring of fixed buffers hold the same values."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from support.artifacts import exported
 
 from calicache.export import Session
-from calicache.export.session.kept_refreshes import FixedRefreshes, KeptRefreshes, MovingRefreshes
+from calicache.export.session.caches import Caches, FixedCaches, MovingCaches
 from calicache.graph_passes import StepMode, optimize
 from calicache.graph_passes.common.errors import ExportError
 from calicache.graph_passes.recording.signature import TensorSpec
@@ -26,11 +27,11 @@ def written(value: float, cache: TensorSpec) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(np.full(cache.shape, value, np.float32))
 
 
-def refresh(store: KeptRefreshes, value: float) -> None:
+def refresh(store: Caches, value: float, caches: Sequence[TensorSpec] = CACHES) -> None:
     """What a session does: write into the buffer where there is one, allocate otherwise."""
     fresh = {}
-    for cache in CACHES:
-        buffer = store.buffer(cache)
+    for cache in caches:
+        buffer = store.buffer(cache.name)
         if buffer is None:
             buffer = written(value, cache)
         else:
@@ -39,7 +40,7 @@ def refresh(store: KeptRefreshes, value: float) -> None:
     store.keep(fresh)
 
 
-def number(store: KeptRefreshes, cache: TensorSpec, back: int) -> float:
+def number(store: Caches, cache: TensorSpec, back: int) -> float:
     values = store.read(cache, back).numpy()
     assert values.shape == cache.shape
     (number,) = set(values.flatten().tolist())
@@ -51,10 +52,10 @@ SLOTS = frozenset({"a", "a_back2", "b", "b_back1"})
 REFRESH_READS = frozenset({"a", "b_back1"})
 
 
-def stores() -> tuple[KeptRefreshes, KeptRefreshes]:
+def stores() -> tuple[Caches, Caches]:
     return (
-        MovingRefreshes(CACHES, HISTORY, SLOTS, "cpu"),
-        FixedRefreshes(CACHES, HISTORY, SLOTS, REFRESH_READS, "cpu"),
+        MovingCaches(CACHES, HISTORY, SLOTS, "cpu"),
+        FixedCaches(CACHES, HISTORY, SLOTS, REFRESH_READS, "cpu"),
     )
 
 
@@ -72,7 +73,7 @@ def test_both_stores_hold_the_last_refreshes_of_the_run(runs: list[int]) -> None
             history.insert(0, value)
             for store in both:
                 refresh(store, value)
-                assert store.count == len(history)
+                assert store.counts == {"a": len(history), "b": len(history)}
                 for cache in CACHES:
                     for back in range(store.depths[cache.name]):
                         # Exact: whole numbers. One that is not there yet is the newest.
@@ -80,10 +81,31 @@ def test_both_stores_hold_the_last_refreshes_of_the_run(runs: list[int]) -> None
                         assert number(store, cache, back) == expected
 
 
+@given(steps=st.lists(st.booleans(), min_size=1, max_size=12))
+def test_every_cache_has_values_of_its_own_steps(steps: list[bool]) -> None:
+    both = stores()
+    for store in both:
+        store.start()
+    history: dict[str, list[float]] = {"a": [], "b": []}
+    for value, writes_all in enumerate(steps, start=1):
+        caches = CACHES if writes_all else CACHES[1:]
+        for cache in caches:
+            history[cache.name].insert(0, float(value))
+        for store in both:
+            refresh(store, float(value), caches)
+            assert store.counts == {name: len(values) for name, values in history.items()}
+            for cache in CACHES:
+                own = history[cache.name]
+                for back in range(store.depths[cache.name]):
+                    # Exact: whole numbers; zeros before the first value of a cache.
+                    expected = (own[back] if back < len(own) else own[0]) if own else 0.0
+                    assert number(store, cache, back) == expected
+
+
 def test_depth_is_what_some_mode_reads() -> None:
     for store in stores():
         assert store.depths == {"a": 3, "b": 2}
-    nothing = MovingRefreshes(CACHES, HISTORY, frozenset(), "cpu")
+    nothing = MovingCaches(CACHES, HISTORY, frozenset(), "cpu")
     assert nothing.depths == {"a": 1, "b": 1}
 
 
@@ -94,7 +116,7 @@ def test_ring_repeats_its_addresses_and_never_writes_what_refresh_reads() -> Non
         store.start()
         for count in range(7):
             for cache in CACHES:
-                buffer = store.buffer(cache)
+                buffer = store.buffer(cache.name)
                 read = [
                     store.read(cache, back).data_ptr()
                     for back in range(HISTORY)
