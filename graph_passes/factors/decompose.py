@@ -46,6 +46,12 @@ class CalibrationFactors:
         """r; 0 leaves the increment out."""
         return self.down.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that they hold."""
+        tensors = (self.down, self.up, self.read, self.spectrum)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def to(self, like: Tensor) -> CalibrationFactors:
         """The same on the device and in the dtype of a weight."""
         read = None if self.read is None else self.read.to(like)

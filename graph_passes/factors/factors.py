@@ -27,21 +27,28 @@ from calicache.graph_passes.settings.choices import BranchKind, Granularity
 from calicache.graph_passes.sites.targets import CalibrationTarget
 
 Factors = CalibrationFactors | QuantisedWeight
-MOST_BYTES = 256 << 20  # held at once; what does not fit is decomposed again when it is asked for
+MOST_BYTES = 256 << 20  # of decompositions held at once
+MOST_FACTOR_BYTES = 512 << 20  # of factors, where the decomposition is not held
 
 
 @dataclass(slots=True)
 class Decompositions:
     """The decompositions of one checkpoint, in memory alone, as far as they are small.
 
+    Of one that is not held, the factors that were cut from it last are: they are far smaller, and
+    a plan that is optimised after it was made asks for the same ones. What is held in neither form
+    is decomposed again when it is asked for.
+
     Attributes:
         held: by name of the calibration target, with the statistics that it was made from.
-        nbytes: memory that they hold.
+        cuts: factors, likewise; a target is in one of the two.
+        nbytes: memory of the decompositions.
         count: decompositions that were made.
         lock: for the threads of `make_factors`.
     """
 
     held: dict[str, tuple[Statistics | None, Decomposition]] = field(default_factory=dict)
+    cuts: dict[str, tuple[Statistics | None, CalibrationFactors]] = field(default_factory=dict)
     nbytes: int = 0
     count: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
@@ -69,6 +76,35 @@ class Decompositions:
         with self.lock:
             self._hold(target.name, statistics, fresh)
         return fresh
+
+    def factors(
+        self, captured: CapturedGraph, target: CalibrationTarget, statistics: Statistics | None
+    ) -> CalibrationFactors:
+        """The factors of a calibration target at its rank.
+
+        Args:
+            captured: where the weights are.
+            target: of a rank above 0.
+            statistics: of the target; None for weighting `none`.
+
+        Raises:
+            DecomposeError: weight or statistics are not finite, or the rank is too large; with the
+                target's name.
+        """
+        source, known = self.cuts.get(target.name, (None, None))
+        alike = known is not None and source is statistics and known.rank == target.rank
+        # Where parts of weights are gathered, no process may skip that.
+        if known is not None and alike and not captured.shards:
+            return known
+        decomposition = self.of(captured, target, statistics)
+        with _naming(target):
+            factors = decomposition.at(target.rank)
+        with self.lock:
+            self.cuts.pop(target.name, None)
+            held = sum(cut.nbytes for _, cut in self.cuts.values())
+            if target.name not in self.held and held + factors.nbytes <= MOST_FACTOR_BYTES:
+                self.cuts[target.name] = (statistics, factors)
+        return factors
 
     def _hold(self, name: str, statistics: Statistics | None, fresh: Decomposition) -> None:
         self.count += 1
@@ -146,9 +182,7 @@ def _factors(
             return quantise_weight(captured.attribute(target.weights[0]))
     if any(parameter.is_meta for parameter in captured.module.parameters()):
         return blank_factors(captured, target)
-    decomposition = decompositions.of(captured, target, statistics)
-    with _naming(target):
-        factors = own_factors(decomposition.at(target.rank), target)
+    factors = own_factors(decompositions.factors(captured, target, statistics), target)
     return factors.to(factors.up.to(captured.device))
 
 

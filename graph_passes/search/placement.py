@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from calicache.graph_passes.search.rehearse import Rehearsal
@@ -14,6 +15,7 @@ Schedule = tuple[StepMode, ...]
 Cost = Callable[[Sequence[StepMode]], float]
 
 POWERS = (0.8, 0.9, 1.0, 1.1)
+SPACINGS = (2, 3, 4, 6, 12)  # of every so many computed steps one is REFRESH, the others CALIBRATE
 LEAST_GAIN, MOST_ROUNDS = 5e-3, 60
 NEAR = 4
 BATCH = 512
@@ -65,15 +67,20 @@ def improve(
 
 
 def starts(steps: int, limits: Limits) -> Iterator[Schedule]:
-    """Schedules to start from: spread REFRESH steps, one cheap mode between or two in turn.
+    """Schedules to start from, of every pattern the one that computes the most steps in budget.
 
-    Of every pattern the one with the most REFRESH steps that the budget allows.
+    Spread REFRESH steps with one cheap mode between or two in turn; and spread REFRESH and
+    CALIBRATE steps, which keep their outputs, with FORECAST between.
     """
     cheap = [mode for mode in limits.modes if mode is not StepMode.REFRESH]
-    for first, second, power in product(cheap, cheap, POWERS):
-        for refreshes in range(steps, 0, -1):
-            spread = spread_schedule(steps, refreshes, power, first)
-            schedule = _in_turn(spread, first, second)
+    patterns = [
+        partial(_in_turn, first=first, second=second) for first, second in product(cheap, cheap)
+    ]
+    if {StepMode.CALIBRATE, StepMode.FORECAST} <= set(cheap):
+        patterns += [partial(_calibrated, spacing=spacing) for spacing in SPACINGS]
+    for pattern, power in product(patterns, POWERS):
+        for computed in range(steps, 0, -1):
+            schedule = pattern(spread_schedule(steps, computed, power, StepMode.FORECAST))
             if limits.cost(schedule) <= limits.budget:
                 yield schedule
                 break
@@ -116,6 +123,16 @@ def _in_turn(spread: Schedule, first: StepMode, second: StepMode) -> Schedule:
     for mode in spread:
         since = 0 if mode is StepMode.REFRESH else since + 1
         modes.append(mode if not since else first if since % 2 else second)
+    return tuple(modes)
+
+
+def _calibrated(spread: Schedule, spacing: int) -> Schedule:
+    """REFRESH at every so many of the computed steps, CALIBRATE at the others."""
+    computed, modes = 0, []
+    for mode in spread:
+        keeps = mode is StepMode.REFRESH and computed % spacing
+        modes.append(StepMode.CALIBRATE if keeps else mode)
+        computed += mode is StepMode.REFRESH
     return tuple(modes)
 
 

@@ -237,6 +237,7 @@ def test_memory_is_counted_and_never_passes_the_most(
     sizes = {n: decompose_weight(weight_of(dit_analysis, t)).nbytes() for n, t in targets.items()}
     most = sum(list(sizes.values())[:3]) + 1
     monkeypatch.setattr(factors_module, "MOST_BYTES", most)
+    monkeypatch.setattr(factors_module, "MOST_FACTOR_BYTES", 0)
     kept = Decompositions()
     for _ in range(2):
         make_factors(dit_analysis.captured, [*targets.values()], {}, kept)
@@ -246,13 +247,36 @@ def test_memory_is_counted_and_never_passes_the_most(
     assert kept.count == len(targets) + len(targets) - len(kept.held)
 
 
-def test_what_is_too_large_is_decomposed_at_every_request(
+def test_what_is_too_large_keeps_its_last_factors(
     dit_analysis: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(factors_module, "MOST_BYTES", 0)
     target, kept = named_targets(dit_analysis)[FC1], Decompositions()
+
+    def factors(rank: int, statistics: Statistics | None = None) -> CalibrationFactors:
+        given = {} if statistics is None else {FC1: statistics}
+        ranked = replace(target, rank=rank)
+        return make_factors(dit_analysis.captured, [ranked], given, kept)[FC1]
+
+    first = factors(4)
+    assert factors(4).up is first.up
+    assert (kept.count, kept.nbytes, kept.held, list(kept.cuts)) == (1, 0, {}, [FC1])
+    # Another rank, or other statistics: decomposed again, and held in the place of the first.
+    assert (factors(2).rank, kept.count) == (2, 2)
+    assert_equal(factors(4), first)
+    seen = SecondMoments(input=second_moment(32, 1))
+    assert not torch.equal(factors(4, seen).up, first.up)
+    assert (factors(4, seen).rank, kept.count, len(kept.cuts)) == (4, 4, 1)
+
+
+def test_what_is_far_too_large_is_decomposed_at_every_request(
+    dit_analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors_module, "MOST_BYTES", 0)
+    monkeypatch.setattr(factors_module, "MOST_FACTOR_BYTES", 0)
+    target, kept = named_targets(dit_analysis)[FC1], Decompositions()
     first, second = (make_factors(dit_analysis.captured, [target], {}, kept)[FC1] for _ in range(2))
-    assert (kept.count, kept.nbytes, kept.held) == (2, 0, {})
+    assert (kept.count, kept.nbytes, kept.held, kept.cuts) == (2, 0, {}, {})
     assert_equal(first, second)
 
 

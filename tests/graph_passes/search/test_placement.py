@@ -180,6 +180,17 @@ def test_two_cheap_modes_take_turns_after_every_refresh() -> None:
     assert len(schedules) == 4 * len(POWERS)
 
 
+def test_refresh_and_calibrate_steps_are_spread_together_with_forecasts_between() -> None:
+    def price(schedule: Sequence[StepMode]) -> float:
+        return (schedule.count(R) + 0.4 * schedule.count(C)) / len(schedule)
+
+    schedules = list(starts(13, Limits((R, C, F), price, 0.3)))
+    # As many computed steps as cost 3.9, evenly; of every two, three, four, ... one is REFRESH.
+    for letters in ("RFFCFFRFFCFFR", "RFCFCFFRFCFFC", "RFCFFCFCFFRFC"):
+        assert modes(letters) in schedules
+    assert not any(C in schedule for schedule in starts(13, Limits((R, F), price, 0.3)))
+
+
 @pytest.mark.parametrize("allowed", SETS)
 def test_best_starts_are_all_starts_by_error(allowed: tuple[StepMode, ...]) -> None:
     rehearsal = rehearsal_of(12)
