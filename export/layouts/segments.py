@@ -120,10 +120,10 @@ class Run:
         return [mode for mode in self.models if mode is not StepMode.REFRESH]
 
     @property
-    def carried(self) -> frozenset[str]:
+    def carried(self) -> tuple[str, ...]:
         """Names of the caches that cheap modes write as well."""
-        variants = self.variant_set.variants
-        return frozenset(name for mode in self.cheap_modes for name in variants[mode].writes)
+        writes = (self.variant_set.variants[mode].writes for mode in self.cheap_modes)
+        return next(filter(None, writes), ())
 
     def table(self, name: str, values: int | Sequence[int]) -> ir.Value:
         """Whole numbers as an initializer."""
@@ -247,28 +247,61 @@ def _add_cheap_steps(
     inputs = run.inputs.of_the_model(body, step, state.x)
     by_step = run.inputs.decided_by_step(body, step, run.cheap_modes)
     values = {**slots, **{p.slot_before_refresh: v for p, v in held.items()}, **by_step}
-    branches = {mode: _branch(run, mode, inputs, values, held) for mode in run.cheap_modes}
+    branches = {mode: _branch(run, mode, inputs, values) for mode in run.cheap_modes}
     chosen = choose_by_mode(branches, step, run.schedule, run.pool)
-    output, *others = chosen.outputs
+    own = run.variant_set.outputs
+    output, fresh = chosen.outputs[0], chosen.outputs[own:]
     body.nodes += take_nodes(chosen)
     after = run.arithmetic.advance(body, step, state, output)
-    kept = others[len(others) - len(held) :]
-    graph = _close(body, counter, [*state.values(), *held.values()], [*after.values(), *kept])
+    kept = _kept_after(run, body, step, held, dict(zip(run.carried, fresh, strict=True)))
+    inputs = [*state.values(), *held.values()]
+    graph = _close(body, counter, inputs, [*after.values(), *kept.values()])
     last = _add_loop(run, segment, length, [*start.values(), *carried.values()], graph)
     x, *before = last[: len(last) - len(held)]
     return State(x, tuple(before)), dict(zip(held, last[1 + len(before) :], strict=True))
 
 
-def _branch(
-    run: Run, mode: StepMode, inputs: Sequence[ir.Value], values: Values, held: Kept
-) -> ir.Graph:
-    """A mode as the body of an `If`: the model's outputs, then the kept outputs after the step."""
-    prefix = mode.name.lower()
+def _branch(run: Run, mode: StepMode, inputs: Sequence[ir.Value], values: Values) -> ir.Graph:
+    """A mode as the body of an `If`: the model's outputs, then one for every carried cache.
+
+    A mode that writes none returns others in their place: all branches have one form.
+    """
+    prefix, own = mode.name.lower(), run.variant_set.outputs
     nodes, results = run.variant(mode, inputs, values)
-    own, writes = run.variant_set.outputs, run.variant_set.variants[mode].writes
-    after = _pushed(held, dict(zip(writes, results[own:], strict=True)))
-    outputs = own_outputs([*results[:own], *after.values()], nodes, prefix)
+    fresh = results[own:] or [_like(values[name], results[:own]) for name in run.carried]
+    outputs = own_outputs([*results[:own], *fresh], nodes, prefix)
     return ir.Graph([], outputs, nodes=nodes, name=prefix)
+
+
+def _like(cached: ir.Value, outputs: Sequence[ir.Value]) -> ir.Value:
+    """An output of the form of a cached one, which nobody reads; or that one itself."""
+    return next((o for o in outputs if (o.shape, o.dtype) == (cached.shape, cached.dtype)), cached)
+
+
+def _kept_after(
+    run: Run, body: Body, step: ir.Value, held: Kept, fresh: Values
+) -> dict[KeptValue, ir.Value]:
+    """The carried values after a step: pushed where its mode writes them, else as they were.
+
+    Outside of the `If`: OpenVINO does not see the form of a value that a branch passes on.
+    """
+    if not held:
+        return {}
+    variants = run.variant_set.variants
+    table = np.array([bool(variants[mode].writes) for mode in run.schedule])
+    by_step = run.pool.shared(ir.tensor(table), "writes")
+    writes = body.add("Gather", [by_step, step], "is_written", ir.DataType.BOOL, ())
+    pushed = _pushed(held, fresh)
+    return {
+        place: body.add(
+            "Where",
+            [writes, pushed[place], value],
+            f"{place.name}_after",
+            value.dtype,
+            value.shape.numpy(),  # type: ignore[union-attr]
+        )
+        for place, value in held.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

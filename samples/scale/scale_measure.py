@@ -101,7 +101,7 @@ def took(case: Case, work: str) -> dict[str, float]:
     peak = peak_memory()
     seconds = beside.time(lambda told: _do(case, work, module, recording, space, told))
     added = max(0, peak())  # a process that has worked before gives back what it does not need
-    weights = sum(value.nbytes for value in module.state_dict().values())
+    weights = sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
     return {
         "capture_seconds": capture,
         "call_seconds": beside.call_seconds,

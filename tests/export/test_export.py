@@ -131,7 +131,7 @@ def test_folder_holds_model_weights_graphs_and_manifest_and_no_pickle(artifact) 
 
 def test_manifest_repeats_the_plan(fast, manifest) -> None:
     recipe, binding = fast.plan.recipe, fast.plan.binding
-    assert (manifest.format, manifest.layout) == (11, "step")
+    assert (manifest.format, manifest.layout) == (12, "step")
     assert manifest.schedule == recipe.schedule
     assert all(isinstance(mode, StepMode) for mode in manifest.schedule)
     assert (manifest.rank, manifest.order) == (4, 2)
@@ -185,9 +185,14 @@ def test_cache_bytes_are_those_of_the_values_a_run_keeps(artifact, manifest, dit
     session = Session(artifact)
     for step, call in enumerate(dit_recording.calls):
         session.step(step, **call)
-    kept = [value for caches in kept_refreshes(session) for value in caches.values()]
-    held = manifest.cache_bytes // manifest.history * len(kept_refreshes(session))
-    assert sum(value.numpy().nbytes for value in kept) == held > 0
+    sizes = {name: value.numpy().nbytes for name, value in kept_refreshes(session)[0].items()}
+    assert sum(sizes.values()) * manifest.history == manifest.cache_bytes > 0
+    kept = [name for caches in kept_refreshes(session) for name in caches]
+    depths = session._run.kept[0].depths
+    writers = [manifest.mode(mode).writes for mode in manifest.schedule]
+    for name in sizes:
+        written = sum(name in writes for writes in writers)
+        assert kept.count(name) == min(written, depths[name])
 
 
 def test_target_records_agree_with_targets_factors_and_costs(fast, manifest) -> None:
@@ -345,7 +350,7 @@ def test_other_format_is_refused_with_both_numbers(without: tuple[str, ...], dam
             del content[name]
 
     edit_manifest(damaged, change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 11"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*format 1, this version reads 12"):
         load_artifact(damaged)
 
 

@@ -62,8 +62,21 @@ CASES: dict[str, tuple[Layout, Change, str]] = {
     ),
     "a cache too many": (
         Layout.PAIR,
-        lambda c: c["caches"].append(c["caches"][0] | {"name": "cache_x"}),
+        lambda c: (
+            c["caches"].append(c["caches"][0] | {"name": "cache_x"}),
+            c["modes"][0]["writes"].append("cache_x"),
+        ),
         "refresh.onnx gives other outputs: cache_x_next",
+    ),
+    "a cache that no REFRESH writes": (
+        Layout.PAIR,
+        lambda c: c["caches"].append(c["caches"][0] | {"name": "cache_x"}),
+        "writes that do not belong to the rest",
+    ),
+    "a cache written twice": (
+        Layout.PAIR,
+        lambda c: c["modes"][1]["writes"].extend([c["caches"][0]["name"]] * 2),
+        "writes that do not belong to the rest",
     ),
     "a cache of other rows": (
         Layout.PAIR,

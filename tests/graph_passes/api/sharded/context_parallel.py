@@ -79,7 +79,7 @@ def main() -> None:
     torch.accelerator.device_count = lambda: 1  # the CPU, of which diffusers counts none
     results: dict[str, Tensor] = {}
     refused: list[str] = []
-    for name, ways in (("flux", ("ulysses", "ring")), ("wan", ("ulysses",))):
+    for name, ways in (("flux", ("ulysses", "ring")), ("wan", ("ulysses", "ring"))):
         case = next(case for case in CASES if case.name == name)
         model, workspace = copy.deepcopy(case.build().transformer), Workspace()
         results[f"{name} plain"] = latents(case, model)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from support.artifacts import quick_exports
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -75,6 +76,14 @@ def small_model() -> FashionDiT:
     return model
 
 
+def odd_model() -> FashionDiT:
+    """The same, with an MLP whose hidden channels two processes do not share evenly."""
+    model = small_model()
+    mlp = model.blocks[0].mlp
+    mlp.fc1, mlp.fc2 = nn.Linear(32, 33), nn.Linear(33, 32)
+    return model.eval()
+
+
 def split(model: FashionDiT, mesh: DeviceMesh, **styles: ParallelStyle) -> FashionDiT:
     """A copy with attention and MLP of every block split over the processes."""
     model = copy.deepcopy(model)
@@ -121,6 +130,10 @@ def refusals(
     """Everything that cannot be done."""
     plan = plans(**CASES["all modes"])
     integers = plans(schedule="RRCRRC", branch="int8", correct=False)
+    odd = odd_model()
+    odd_plan = planner(odd, Workspace())(**CASES["all modes"], correct=False)
+    both = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("data", "tensor"))
+    gathered = fully_shard(split(model, both["tensor"]), mesh=both["data"])
     tables = parallelize_module(copy.deepcopy(model), mesh, {"class_embed": RowwiseParallel()})
     dtensors = split(model, mesh, **{"mlp.fc1": ColwiseParallel(use_local_output=False)})
     with record(parts) as recording:
@@ -131,6 +144,8 @@ def refusals(
         "int8": refusal(lambda: optimize(parts, integers)),
         "embedding": refusal(lambda: optimize(tables, plan)),
         "dtensors": refusal(lambda: optimize(dtensors, plan)),
+        "uneven": refusal(lambda: optimize(split(odd, mesh), odd_plan)),
+        "two dimensions": refusal(lambda: optimize(gathered, plan)),
         "export": refusal(lambda: export_onnx(optimize(parts, plan), f"{folder}/artifact")),
         "search": refusal(lambda: Plan.search(parts, recording, budget=0.5)),
         "group": refusal(
@@ -153,6 +168,11 @@ def main() -> None:
         whole, fast = optimize(model, plan), optimize(parts, plan)
         results[name], results[f"{name}, split"] = result(whole), result(fast)
         if name == "all modes":
+            mesh_of_two = init_device_mesh(
+                "cpu", (1, mesh.size()), mesh_dim_names=("data", "tensor")
+            )
+            one_dimension = split(model, mesh_of_two["tensor"])
+            results[f"{name}, one dimension"] = result(optimize(one_dimension, plan))
             assert groups_of(fast.compiled.captured.graph)
             names = [target.name for target in fast.compiled.targets]
             assert names == [target.name for target in whole.compiled.targets]

@@ -32,7 +32,7 @@ def by_rank(folder: Path) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", ["forecast", "all modes"])
-@pytest.mark.parametrize("way", ["flux ulysses", "flux ring", "wan ulysses"])
+@pytest.mark.parametrize("way", ["flux ulysses", "flux ring", "wan ulysses", "wan ring"])
 def test_split_tokens_make_what_all_of_them_make(
     way: str, kind: str, by_rank: list[dict[str, Tensor]]
 ) -> None:

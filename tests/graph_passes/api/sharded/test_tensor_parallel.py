@@ -38,7 +38,7 @@ def test_a_split_model_makes_what_the_whole_one_makes(
     first, second = by_rank
     # The same sums in another order, over six steps in float32.
     assert relative(first["plain, split"], first["plain"]) < 1e-5
-    for name in (f"{case}, split", f"{case}, planned split"):
+    for name in (f"{case}, split", f"{case}, planned split", f"{case}, one dimension"):
         if name in first:
             assert relative(first[name], first[case]) < 1e-5
             assert torch.equal(first[name], second[name])
@@ -51,6 +51,8 @@ def test_a_split_model_makes_what_the_whole_one_makes(
         ("int8", ["DecomposeError", "blocks.0.attn.proj", "whole rows", "columns over 2"]),
         ("embedding", ["CaptureError", "class_embed", "linear layers", "Embedding"]),
         ("dtensors", ["CaptureError", "blocks.0.mlp.fc1", "linear layers", "as DTensors"]),
+        ("uneven", ["CaptureError", "blocks.0.mlp.fc1", "evenly", "(33, 32)"]),
+        ("two dimensions", ["CaptureError", "model", "linear layers", "fully_shard"]),
         ("export", ["ExportError", "model", "by itself", "other processes"]),
         ("search", ["PlanError", "search", "by itself", "several share"]),
         ("group", ["PlanError", "group", "by itself", "several share"]),
