@@ -1,4 +1,4 @@
-"""What a sampler computes between two calls of the model, as ONNX nodes in float32."""
+"""Graphs of a sampler's loops under construction, and what it computes between two calls."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tensor_adapters
 
-from calicache.export.layouts.onnx_graph import InitializerPool, describe
+from calicache.export.layouts.onnx_graph import InitializerPool, describe, own_outputs
 from calicache.graph_passes.recording.signature import TensorSpec
 from calicache.graph_passes.sampler.tables import SamplerTables
 
-FLOAT = ir.DataType.FLOAT
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 TERMS = ("of_x", "of_e", "of_x_before", "of_e_before")
 
 
@@ -49,6 +49,53 @@ class Body:
         return ir.Value(
             name=f"{self.prefix}/{name}", type=ir.TensorType(dtype), shape=ir.Shape(shape)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Inputs that every body of a Loop has beside its own.
+
+    Attributes:
+        place: how many rounds were before.
+        going: the condition, always true.
+    """
+
+    place: ir.Value
+    going: ir.Value
+
+
+def loop_counter(body: Body) -> Counter:
+    """The first two inputs of a body."""
+    return Counter(body.input("place", INT64, ()), body.input("going", ir.DataType.BOOL, ()))
+
+
+def close_loop(
+    body: Body, counter: Counter, inputs: Sequence[ir.Value], results: Sequence[ir.Value]
+) -> ir.Graph:
+    """The finished body of a Loop; results are the inputs of the next round."""
+    going_on = body.add("Identity", [counter.going], "going_on", ir.DataType.BOOL, ())
+    own = own_outputs([going_on, *results], body.nodes, body.prefix)
+    arguments = [counter.place, counter.going, *inputs]
+    return ir.Graph(arguments, own, nodes=body.nodes, name=body.prefix)
+
+
+def add_loop(
+    pool: InitializerPool, body: Body, count: ir.Value, carried: Sequence[ir.Value], graph: ir.Graph
+) -> list[ir.Value]:
+    """Run a graph `count` times; returns the carried values after it."""
+    always = pool.shared(ir.tensor(np.array(True)), "always")
+    node = ir.node(
+        "Loop",
+        [count, always, *carried],
+        {"body": graph},
+        num_outputs=len(carried),
+        name=f"{body.prefix}/loop",
+    )
+    for value, like in zip(node.outputs, graph.outputs[1:], strict=True):
+        value.name = f"{like.name}_last"
+        value.type, value.shape = like.type, like.shape
+    body.nodes.append(node)
+    return list(node.outputs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,13 +28,21 @@ from calicache.export.layouts.onnx_graph import (
     own_outputs,
     take_nodes,
 )
-from calicache.export.layouts.sampler_arithmetic import FLOAT, Body, SamplerArithmetic, State
+from calicache.export.layouts.sampler_arithmetic import (
+    FLOAT,
+    INT64,
+    Body,
+    SamplerArithmetic,
+    State,
+    add_loop,
+    close_loop,
+    loop_counter,
+)
 from calicache.export.layouts.step_inputs import StepInputs
 from calicache.graph_passes.rewriting.insertion import slot_name
 from calicache.graph_passes.rewriting.variants import CacheSpec, VariantSet
 from calicache.graph_passes.settings.choices import StepMode
 
-INT64 = ir.DataType.INT64
 Values = Mapping[str, ir.Value]
 
 
@@ -150,7 +158,7 @@ def loop_over_segments(run: Run, noise: ir.Value) -> tuple[list[ir.Node], ir.Val
     }
     segment = _segment(run, state, kept)
     count = run.table("segments", len(run.refresh_steps))
-    latents, *_ = _add_loop(run, top, count, [*state.values(), *kept.values()], segment)
+    latents, *_ = add_loop(run.pool, top, count, [*state.values(), *kept.values()], segment)
     return top.nodes, latents
 
 
@@ -171,7 +179,7 @@ def _segment(run: Run, start: State, kept_at_start: Kept) -> ir.Graph:
         kept_at_start: the kept refreshes before it, alike.
     """
     body = Body("segment")
-    counter = _counter(body)
+    counter = loop_counter(body)
     state = _inputs_like(body, start)
     kept = _held_like(body, kept_at_start)
     marks = run.refresh_steps
@@ -190,7 +198,7 @@ def _segment(run: Run, start: State, kept_at_start: Kept) -> ir.Graph:
         after, carried = _add_cheap_steps(run, body, (step, length), after, slots, carried)
         moved |= carried
     inputs = [*state.values(), *kept.values()]
-    return _close(body, counter, inputs, [*after.values(), *moved.values()])
+    return close_loop(body, counter, inputs, [*after.values(), *moved.values()])
 
 
 def _pushed(kept: Kept, fresh: Values) -> dict[KeptValue, ir.Value]:
@@ -239,7 +247,7 @@ def _add_cheap_steps(
         carried: kept values that go from step to step.
     """
     body = Body("cheap")
-    counter, (refresh_step, length) = _counter(body), bounds
+    counter, (refresh_step, length) = loop_counter(body), bounds
     state = _inputs_like(body, start)
     past = body.like("Add", counter.place, run.table("one", 1), "past")
     step = body.like("Add", refresh_step, past, "step")
@@ -255,8 +263,8 @@ def _add_cheap_steps(
     after = run.arithmetic.advance(body, step, state, output)
     kept = _kept_after(run, body, step, held, dict(zip(run.carried, fresh, strict=True)))
     inputs = [*state.values(), *held.values()]
-    graph = _close(body, counter, inputs, [*after.values(), *kept.values()])
-    last = _add_loop(run, segment, length, [*start.values(), *carried.values()], graph)
+    graph = close_loop(body, counter, inputs, [*after.values(), *kept.values()])
+    last = add_loop(run.pool, segment, length, [*start.values(), *carried.values()], graph)
     x, *before = last[: len(last) - len(held)]
     return State(x, tuple(before)), dict(zip(held, last[1 + len(before) :], strict=True))
 
@@ -304,33 +312,6 @@ def _kept_after(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Counter:
-    """Inputs that every body of a Loop has beside its own.
-
-    Attributes:
-        place: how many rounds were before.
-        going: the condition, always true.
-    """
-
-    place: ir.Value
-    going: ir.Value
-
-
-def _counter(body: Body) -> _Counter:
-    return _Counter(body.input("place", INT64, ()), body.input("going", ir.DataType.BOOL, ()))
-
-
-def _close(
-    body: Body, counter: _Counter, inputs: Sequence[ir.Value], results: Sequence[ir.Value]
-) -> ir.Graph:
-    """The finished body of a Loop; results are the inputs of the next round."""
-    going_on = body.add("Identity", [counter.going], "going_on", ir.DataType.BOOL, ())
-    own = own_outputs([going_on, *results], body.nodes, body.prefix)
-    arguments = [counter.place, counter.going, *inputs]
-    return ir.Graph(arguments, own, nodes=body.nodes, name=body.prefix)
-
-
 def _inputs_like(body: Body, state: State) -> State:
     x, *before = [
         body.input(name, FLOAT, value.shape.numpy())  # type: ignore[union-attr]
@@ -344,22 +325,3 @@ def _held_like(body: Body, kept: Kept) -> dict[KeptValue, ir.Value]:
         place: body.input(place.name, value.dtype, value.shape.numpy())  # type: ignore[union-attr, arg-type]
         for place, value in kept.items()
     }
-
-
-def _add_loop(
-    run: Run, body: Body, count: ir.Value, carried: Sequence[ir.Value], graph: ir.Graph
-) -> list[ir.Value]:
-    """Run a graph `count` times; returns the carried values after it."""
-    always = run.pool.shared(ir.tensor(np.array(True)), "always")
-    node = ir.node(
-        "Loop",
-        [count, always, *carried],
-        {"body": graph},
-        num_outputs=len(carried),
-        name=f"{body.prefix}/loop",
-    )
-    for value, like in zip(node.outputs, graph.outputs[1:], strict=True):
-        value.name = f"{like.name}_last"
-        value.type, value.shape = like.type, like.shape
-    body.nodes.append(node)
-    return list(node.outputs)
