@@ -31,6 +31,8 @@ def keep_values(
         tensors: what went into the step. Values that share memory with these or with the
             model's outputs are copied: the caller may write to them.
     """
+    if not variant.writes:
+        return kept
     own = variant_set.outputs
     foreign = [value for value in (*tensors, *results[:own]) if isinstance(value, Tensor)]
     shared = {value.untyped_storage().data_ptr() for value in foreign}

@@ -37,6 +37,7 @@ from calicache.graph_passes.settings.choices import StepMode
 ROWS = 1 << 16
 LEAST_ENERGY = 1e-12  # share of it below which a direction does not count
 ALIKE = 1e-4  # how far shares of parts may be apart: recovered weights are good to about 1e-6
+KEEPING = [int(mode) for mode in StepMode if mode.keeps_output]
 Scales = tuple[tuple[float, ...], ...]
 
 
@@ -187,7 +188,7 @@ def _advance(rehearsal: Rehearsal, walk: _Walk, mode: Tensor, step: int) -> _Wal
     features = features * is_mixed[..., None, None]
     weights = (plain + _change(rehearsal.span, walk, features, plain, step)) * is_mixed
     terms = (walk.latent, *_mixed(weights, features).unbind(1))
-    answers = (mode == StepMode.REFRESH) | (mode == StepMode.CALIBRATE)
+    answers = torch.isin(mode, torch.tensor(KEEPING))
     outputs = torch.cat([own[:, None], walk.outputs], 1)[:, :-1]
     return _Walk(
         _next(rehearsal.span, step, terms, walk.terms),

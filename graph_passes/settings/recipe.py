@@ -25,6 +25,7 @@ from calicache.graph_passes.settings.schedule import (
     kept_refreshes,
     lagrange_weights,
     output_table,
+    padded,
 )
 
 FITTED, NOT_FITTED = "fitted to the recorded runs", "not asked for"
@@ -121,7 +122,7 @@ class Recipe:
         kept = tuple(refreshes[:count]), tuple(outputs[:count])
         anchors = (1.0,) if mode is StepMode.REFRESH else lagrange_weights(kept[0], place)
         own = (0.0, *lagrange_weights(kept[1], place)) if mode is StepMode.FORECAST else (1.0,)
-        anchors, own = _padded(anchors, count), _padded(own, count + 1)
+        anchors, own = padded(anchors, count), padded(own, count + 1)
         fitted = self.output_weights
         if fitted is None:
             return anchors, own if StepMode.FORECAST in self.schedule else None
@@ -181,11 +182,6 @@ def branch_words(branch: BranchKind, rank: int, order: int, weighting: Weighting
     if branch is BranchKind.INT8:
         return f"{branch}, order {order}"
     return f"rank {rank}, order {order}, weighting {weighting}"
-
-
-def _padded(row: Row, length: int) -> Row:
-    """A row with zeros behind it."""
-    return row + (0.0,) * (length - len(row))
 
 
 def _check_schedule(schedule: Sequence[StepMode]) -> None:

@@ -119,6 +119,11 @@ def lagrange_weights(places: Sequence[float], target: float) -> Row:
     return tuple(weights)
 
 
+def padded(row: Row, length: int) -> Row:
+    """A row with zeros behind it."""
+    return row + (0.0,) * (length - len(row))
+
+
 def anchor_table(schedule: Sequence[StepMode], order: int) -> Table:
     """Weights of the kept refreshes for the anchors of every step, newest first, (T, order + 1).
 
@@ -133,7 +138,7 @@ def anchor_table(schedule: Sequence[StepMode], order: int) -> Table:
     for step, mode in enumerate(schedule):
         kept = kept_refreshes(schedule, step, order + 1)
         weights = (1.0,) if mode is StepMode.REFRESH else lagrange_weights(kept, step)
-        rows.append(weights + (0.0,) * (order + 1 - len(weights)))
+        rows.append(padded(weights, order + 1))
     return tuple(rows)
 
 
@@ -149,5 +154,5 @@ def output_table(schedule: Sequence[StepMode], order: int) -> Table:
         if mode is StepMode.FORECAST:
             kept = kept_outputs(schedule, step, order + 1)
             row = (0.0, *lagrange_weights(kept, step))
-        rows.append(row + (0.0,) * (order + 2 - len(row)))
+        rows.append(padded(row, order + 2))
     return tuple(rows)
