@@ -32,6 +32,7 @@ WORK: dict[Callable[..., None], str] = {
     commands.evaluate: "calicache.tools.evaluate.command",
     commands.bench: "calicache.tools.bench.command",
 }
+TORCHRUN = "calicache.graph_passes.common.torchrun"
 
 
 class _FlagsHaveNoType:
@@ -58,8 +59,20 @@ class _Commands(_FlagsHaveNoType, TyperGroup):
         try:
             return super().invoke(ctx)
         except CalicacheError as error:
-            Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+            _tell(str(error))
             raise typer.Exit(1) from error
+
+
+def _tell(text: str) -> None:
+    """Show an error; once, where torchrun has started several processes that may all have it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        importlib.import_module(TORCHRUN).tell_once(text, _show)
+    else:
+        _show(text)
+
+
+def _show(text: str) -> None:
+    Console(stderr=True).print(text, style="red", markup=False, highlight=False)
 
 
 def _later(command: Callable[..., None], module: str) -> Callable[..., None]:

@@ -15,7 +15,7 @@ import torch
 
 from calicache.graph_passes.common.errors import PlanError, RankError
 from calicache.graph_passes.common.ranks import Ranks
-from calicache.graph_passes.common.torchrun import torchrun_ranks
+from calicache.graph_passes.common.torchrun import tell_once, torchrun_ranks
 
 ITEMS = range(5)
 
@@ -45,6 +45,14 @@ def difference(ranks: Ranks) -> str:
     return ""
 
 
+def told(rank: int) -> list[str]:
+    """What this process tells of one text that all have and of one that is its own."""
+    texts: list[str] = []
+    tell_once("of all", texts.append)
+    tell_once(f"of rank {rank}", texts.append)
+    return texts
+
+
 def main() -> None:
     """Command line."""
     with torchrun_ranks() as ranks:
@@ -58,6 +66,7 @@ def main() -> None:
             "sum": ranks.add(torch.full((2,), ranks.rank + 0.5, dtype=torch.float64)).tolist(),
             "error": error_of(ranks),
             "difference": difference(ranks),
+            "told": told(ranks.rank),
         }
         Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(results))
 

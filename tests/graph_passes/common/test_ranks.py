@@ -12,7 +12,7 @@ from support.torchrun import torchrun
 
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.ranks import ALONE
-from calicache.graph_passes.common.torchrun import torchrun_ranks
+from calicache.graph_passes.common.torchrun import tell_once, torchrun_ranks
 
 SCRIPT = Path(__file__).parent / "ranks_at_work.py"
 
@@ -47,6 +47,24 @@ def test_processes_that_do_not_have_the_same_are_told(by_rank: list[dict[str, An
     for ranks in by_rank:
         assert "expected the same in all 2 processes" in ranks["difference"]
         assert "got 0 at rank 0, 1 at rank 1" in ranks["difference"]
+
+
+def test_what_all_have_to_tell_is_told_once_and_what_one_has_is_not_lost(
+    by_rank: list[dict[str, Any]],
+) -> None:
+    told = [text for ranks in by_rank for text in ranks["told"]]
+    assert sorted(told) == ["of all", "of rank 0", "of rank 1"]
+    assert all(f"of rank {rank}" in ranks["told"] for rank, ranks in enumerate(by_rank))
+
+
+def test_processes_without_a_store_that_outlives_them_tell_each_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    told: list[str] = []
+    for _ in range(2):
+        tell_once("of all", told.append)
+    assert told == ["of all"] * 2
 
 
 def test_one_process_alone_has_all_items() -> None:

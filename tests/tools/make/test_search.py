@@ -282,6 +282,17 @@ def test_processes_of_torchrun_save_and_show_the_plan_once(
     assert [path.name for path in tmp_path.iterdir()] == ["a plan"]
 
 
+@pytest.mark.slow
+def test_what_processes_of_torchrun_are_refused_alike_is_shown_once(
+    given: tuple[str, Path], tmp_path: Path
+) -> None:
+    command = ("-m", "calicache", "search", *given, "-o", tmp_path / "a plan", "--budget", "2")
+    done = torchrun(*command, check=False)
+    assert done.returncode == 1
+    assert words(done.stderr).count("budget: expected") == 1
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.fixture(scope="module")
 def fewer(given: tuple[str, Path]) -> Path:
     """Three runs of another number of steps."""
