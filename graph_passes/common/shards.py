@@ -24,6 +24,7 @@ from calicache.graph_passes.common.ranks import Ranks
 collectives = torch.ops._c10d_functional
 ROWS, COLUMNS = 0, 1
 STYLES = {"ColwiseParallel": ROWS, "RowwiseParallel": COLUMNS}
+ANY_TOKENS = ("ulysses_anything", "ring_anything")
 WHOLE_MODEL = (
     "Plan with REFRESH and FORECAST steps alone, which run the model whole, or split its linear "
     "layers by ColwiseParallel() and RowwiseParallel() as they are by default."
@@ -141,6 +142,24 @@ def groups_of(graph: fx.Graph) -> set[str]:
     }
 
 
+def check_tokens(model: nn.Module) -> None:
+    """Refuse context parallelism whose processes ask one another how many tokens they have.
+
+    Raises:
+        CaptureError: sizes in a graph cannot depend on the answers.
+    """
+    for config in _token_configs(model):
+        ways = [way for way in ANY_TOKENS if getattr(config, way, False)]
+        if ways:
+            raise CaptureError(
+                type(model).__name__,
+                expected="tokens of which every process has the same number, known beforehand",
+                got=f"context parallelism with {ways[0]}, where they ask one another",
+                fix=f"Leave {ways[0]} out, and have a number of tokens that the processes divide; "
+                "or plan with REFRESH and FORECAST steps alone, which run the model whole.",
+            )
+
+
 def check_split(model: nn.Module, ranks: Ranks, *, searches: bool) -> None:
     """Refuse what processes cannot do together that already share each call of a model.
 
@@ -167,9 +186,14 @@ def check_split(model: nn.Module, ranks: Ranks, *, searches: bool) -> None:
 
 def _is_shared(model: nn.Module) -> bool:
     """Whether its weights are DTensors, or diffusers splits its tokens."""
+    return any(_token_configs(model)) or any(map(is_split, model.parameters()))
+
+
+def _token_configs(model: nn.Module) -> Iterator[Any]:
+    """How diffusers splits tokens, for every module that it has told."""
     configs = (getattr(module, "_parallel_config", None) for module in model.modules())
-    tokens = any(getattr(config, "context_parallel_config", None) for config in configs)
-    return tokens or any(map(is_split, model.parameters()))
+    tokens = (getattr(config, "context_parallel_config", None) for config in configs)
+    return (config for config in tokens if config)
 
 
 def _classes(model: nn.Module) -> Iterator[type]:
@@ -219,9 +243,11 @@ def _split_linear(module: nn.Module, path: str) -> SplitLinear:
     weight: Any = module.weight
     mesh = weight.device_mesh
     placed = [*weight.placements]
-    fits = len(placed) == 1 and placed[0].is_shard(dim)
-    if not fits or weight.shape[dim] % mesh.size():
-        raise _not_split(path, f"{weight.placements} of {tuple(weight.shape)} over {mesh.size()}")
+    if len(placed) != 1 or not placed[0].is_shard(dim):
+        raise _not_split(path, f"a weight that lies as {weight.placements}")
+    if weight.shape[dim] % mesh.size():
+        parts = f"{weight.shape[dim]} {'columns' if dim else 'rows'} of W"
+        raise _not_split(path, f"{parts} over {mesh.size()} processes")
     before, after, is_local = layouts
     wanted = (before.is_replicate(), after.is_shard(-1) or after.is_replicate())
     if dim == COLUMNS:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.errors import CaptureError, reason_of
 from calicache.graph_passes.common.offloading import input_device, is_offloaded
-from calicache.graph_passes.common.shards import WeightShard, split_layers
+from calicache.graph_passes.common.shards import WeightShard, check_tokens, split_layers
 from calicache.graph_passes.graph.forms import write_out_forms
 from calicache.graph_passes.graph.surgery import (
     find_node,
@@ -88,13 +88,14 @@ def capture(model: nn.Module, signature: CallSignature, reads: str = "[]") -> Ca
         reads: what the model read off its tensors in every recorded call, from `find_reads`.
 
     Raises:
-        CaptureError: the model is none, in training mode, or torch.export cannot take it; its
-            reason is passed on.
+        CaptureError: the model is none, in training mode, spread in a way that no graph follows,
+            or torch.export cannot take it; its reason is passed on.
     """
     of_kind("model", model, nn.Module, CaptureError)
     of_kind("signature", signature, CallSignature, CaptureError)
     _check_mode(model)
     _check_places(model)
+    check_tokens(model)
     written_out, shards = split_layers(model)
     exported, module = _export(written_out, signature, reads)
     _check_training(model, module.graph)

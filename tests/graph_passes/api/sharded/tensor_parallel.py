@@ -25,7 +25,7 @@ from support.artifacts import quick_exports
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -124,6 +124,32 @@ def refusal(attempt: Callable[[], object]) -> list[str]:
     return []
 
 
+def uneven(model: FashionDiT, mesh: DeviceMesh) -> FashionDiT:
+    """A copy that splits the odd layer, of which one process has more rows, and gathers y."""
+    fc1 = {"mlp.fc1": ColwiseParallel(output_layouts=Replicate())}
+    model = copy.deepcopy(model)
+    parallelize_module(model.blocks[0], mesh, fc1)
+    return model
+
+
+def gathered(model: FashionDiT, mesh: DeviceMesh) -> FashionDiT:
+    """A copy that is split by one dimension of a mesh, its parts spread by FSDP over the other."""
+    both = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("data", "tensor"))
+    return fully_shard(split(model, both["tensor"]), mesh=both["data"])
+
+
+def forecasts(
+    model: FashionDiT, plans: Callable[..., Plan], parts: FashionDiT, name: str
+) -> dict[str, Tensor]:
+    """Of a plan that looks into no model, with whole weights and with spread ones."""
+    plan, own = (make(**CASES["forecast"]) for make in (plans, planner(parts, Workspace())))
+    return {
+        f"{name} forecast": result(optimize(model, plan)),
+        f"{name} forecast, split": result(optimize(parts, plan)),
+        f"{name} forecast, planned split": result(optimize(parts, own)),
+    }
+
+
 def refusals(
     model: FashionDiT, parts: FashionDiT, plans: Callable[..., Plan], mesh: DeviceMesh, folder: str
 ) -> dict[str, list[str]]:
@@ -132,8 +158,7 @@ def refusals(
     integers = plans(schedule="RRCRRC", branch="int8", correct=False)
     odd = odd_model()
     odd_plan = planner(odd, Workspace())(**CASES["all modes"], correct=False)
-    both = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("data", "tensor"))
-    gathered = fully_shard(split(model, both["tensor"]), mesh=both["data"])
+    tokens = split(model, mesh, **{"attn.proj": RowwiseParallel(output_layouts=Shard(1))})
     tables = parallelize_module(copy.deepcopy(model), mesh, {"class_embed": RowwiseParallel()})
     dtensors = split(model, mesh, **{"mlp.fc1": ColwiseParallel(use_local_output=False)})
     with record(parts) as recording:
@@ -144,8 +169,9 @@ def refusals(
         "int8": refusal(lambda: optimize(parts, integers)),
         "embedding": refusal(lambda: optimize(tables, plan)),
         "dtensors": refusal(lambda: optimize(dtensors, plan)),
-        "uneven": refusal(lambda: optimize(split(odd, mesh), odd_plan)),
-        "two dimensions": refusal(lambda: optimize(gathered, plan)),
+        "uneven": refusal(lambda: optimize(uneven(odd, mesh), odd_plan)),
+        "layouts": refusal(lambda: optimize(tokens, plan)),
+        "two dimensions": refusal(lambda: optimize(gathered(model, mesh), plan)),
         "export": refusal(lambda: export_onnx(optimize(parts, plan), f"{folder}/artifact")),
         "search": refusal(lambda: Plan.search(parts, recording, budget=0.5)),
         "group": refusal(
@@ -179,6 +205,10 @@ def main() -> None:
         if name in OWN:
             own = optimize(parts, plans_of_parts(**settings))
             results[f"{name}, planned split"] = result(own)
+    odd = odd_model()
+    odd_plans = planner(odd, Workspace())
+    results |= forecasts(odd, odd_plans, uneven(odd, mesh), "uneven")
+    results |= forecasts(model, plans, gathered(model, mesh), "gathered")
     rank, folder = distributed.get_rank(), sys.argv[1]
     save_file(results, Path(folder) / f"{rank}.safetensors")
     refused = refusals(model, parts, plans, mesh, folder)
