@@ -97,6 +97,13 @@ def search(
     effort: Annotated[
         int, typer.Option(help="Candidates run for every one at effort 1, which is usual.")
     ] = 1,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="The same runs in many more steps, whose results the plan aims at.",
+            callback=there(RECORDING),
+        ),
+    ] = None,
 ) -> None:
     """Search for the best plan under a budget, or the cheapest one under an error.
 

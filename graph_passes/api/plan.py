@@ -80,6 +80,7 @@ class Plan(PlanRecipes):
         correct: bool = True,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        reference: Recording | None = None,
         workspace: Workspace | None = None,
         on_progress: OnProgress | None = None,
         group: distributed.ProcessGroup | None = None,
@@ -106,6 +107,8 @@ class Plan(PlanRecipes):
                 update cannot be recovered, `recipe.correction` says why.
             include: shell patterns; sites to calibrate.
             exclude: shell patterns; sites to leave alone.
+            reference: the same runs in more steps, three times as many or more: weights then aim
+                at its latents, and errors are against its results. None for those of `recording`.
             workspace: of an earlier plan for this model: what was made there is not made again.
             on_progress: told how many calls of the model were run.
             group: processes that share the recorded runs: all call this with the same arguments,
@@ -135,7 +138,9 @@ class Plan(PlanRecipes):
                 part_of(on_progress, names, number),
             )
             space = workspace or Workspace()
-            content = planned(model, one, recipe, space, told, correct=correct, ranks=ranks)
+            content = planned(
+                model, one, recipe, space, told, correct=correct, ranks=ranks, reference=reference
+            )
             plans.append(Plan.of(content, space))
         return Plan.join(*plans)
 
@@ -151,6 +156,7 @@ class Plan(PlanRecipes):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         modes: Iterable[StepMode | str] = ALL_MODES,
+        reference: Recording | None = None,
         path: Path | str | None = None,
         workspace: Workspace | None = None,
         on_progress: OnProgress | None = None,
@@ -173,6 +179,8 @@ class Plan(PlanRecipes):
             exclude: shell patterns; sites to leave alone.
             modes: that steps may have, FORECAST among them. With ("FORECAST",) the model is run
                 whole and not captured: it may be any module, and a cost is a share of steps.
+            reference: the same runs in more steps, three times as many or more: weights then aim
+                at its latents, and errors are against its results. None for those of `recording`.
             path: a folder for what is done already; an interrupted search goes on from there.
             workspace: of an earlier plan for this model: what was made there is not made again.
             on_progress: told how much is done and how much is still to do.
@@ -192,7 +200,7 @@ class Plan(PlanRecipes):
         for number, one in enumerate(recordings):
             space, told = workspace or Workspace(), part_of(on_progress, names, number)
             place = path if path is None or len(names) == 1 else Path(path) / str(one.steps)
-            content = searched(model, one, request, space, place, told, ranks)
+            content = searched(model, one, request, space, place, told, ranks, reference)
             plans.append(Plan.of(content, space))
         return Plan.join(*plans)
 
@@ -253,6 +261,7 @@ class Plan(PlanRecipes):
         model: nn.Module,
         recording: Recording | Mapping[int, Recording] | None = None,
         *,
+        reference: Recording | None = None,
         on_progress: OnProgress | None = None,
         group: distributed.ProcessGroup | None = None,
     ) -> Plan:
@@ -266,6 +275,7 @@ class Plan(PlanRecipes):
                 search, and the error on the recorded runs is `in_sample`. Without it those of the
                 old checkpoint stay, and the error is not known: `describe` says so. A plan of
                 several recipes takes one of each number of steps.
+            reference: of this model, as in `from_trajectory`.
             on_progress: told how many calls of the model were run.
             group: processes that share the recorded runs, as in `from_trajectory`.
 
@@ -279,7 +289,7 @@ class Plan(PlanRecipes):
         names, plans = [f"{name} steps" for name in self.names], []
         for number, (plan, one) in enumerate(zip(self.plans, recordings, strict=True)):
             space, told = Workspace(), part_of(on_progress, names, number)
-            content = rebound(model, one, plan.recipe, space, told, Ranks.of(group))
+            content = rebound(model, one, plan.recipe, space, told, Ranks.of(group), reference)
             plans.append(Plan.of(content, space))
         return Plan.join(*plans)
 

@@ -25,12 +25,13 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.compile import assign_targets, compile_recipe
 from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler
+from calicache.graph_passes.sampler.reference import aim_at, fitted_to
 from calicache.graph_passes.sampler.replay import plain_weights, replay
 from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.search.search import search_plan
 from calicache.graph_passes.settings.choices import Weighting
 from calicache.graph_passes.settings.front import ErrorSummary
-from calicache.graph_passes.settings.recipe import FITTED, NOT_FITTED, Recipe
+from calicache.graph_passes.settings.recipe import NOT_FITTED, Recipe
 from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.sites.analysis import analyse_whole
 
@@ -52,6 +53,7 @@ def planned(
     correct: bool,
     measured: bool = False,
     ranks: Ranks = ALONE,
+    reference: Recording | None = None,
 ) -> PlanContent:
     """Statistics for a recipe, and its output weights.
 
@@ -67,6 +69,7 @@ def planned(
         correct: fit output weights along the corrected trajectory, which measures the error too.
         measured: measure it without a fit as well.
         ranks: the processes that share the recorded runs.
+        reference: the same runs in more steps, which the weights aim at.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
@@ -74,7 +77,8 @@ def planned(
     check_split(model, ranks, searches=False)
     run = correct or measured
     meter = Meter(planned_calls(recording, correct=run) / ranks.size, on_progress)
-    task = PlanningTask(model, recording, bind(model, recording), workspace, meter, ranks)
+    binding = bind(model, recording)
+    task = PlanningTask(model, recording, binding, workspace, meter, ranks, reference)
     task.check_alike(recipe)
     try:
         statistics = collect_statistics(task, recipe)
@@ -101,7 +105,10 @@ def _first_calls(task: PlanningTask) -> PlanningTask | None:
     if first is task.recording or task.binding.reads != DIFFERENT:
         return None
     binding = bind(task.model, first)
-    return None if binding.reads == DIFFERENT else replace(task, recording=first, binding=binding)
+    if binding.reads == DIFFERENT:
+        return None
+    reference = None if task.reference is None else task.reference.first_calls()
+    return replace(task, recording=first, binding=binding, reference=reference)
 
 
 def rebound(
@@ -111,6 +118,7 @@ def rebound(
     workspace: Workspace,
     on_progress: OnProgress | None,
     ranks: Ranks = ALONE,
+    reference: Recording | None = None,
 ) -> PlanContent:
     """A recipe for other weights: its statistics and output weights anew, and its error.
 
@@ -123,6 +131,7 @@ def rebound(
         workspace: for what is made of the model on the way.
         on_progress: told how many calls of the model were run.
         ranks: the processes that share the recorded runs.
+        reference: the same runs in more steps, which the weights aim at.
 
     Raises:
         CalicacheError: whatever stage refuses names itself.
@@ -130,7 +139,15 @@ def rebound(
     fits = recipe.output_weights is not None
     plain = replace(recipe, output_weights=None, latent=None, correction=NOT_FITTED)
     return planned(
-        model, recording, plain, workspace, on_progress, correct=fits, measured=True, ranks=ranks
+        model,
+        recording,
+        plain,
+        workspace,
+        on_progress,
+        correct=fits,
+        measured=True,
+        ranks=ranks,
+        reference=reference,
     )
 
 
@@ -142,6 +159,7 @@ def searched(
     path: Path | str | None,
     on_progress: OnProgress | None,
     ranks: Ranks = ALONE,
+    reference: Recording | None = None,
 ) -> PlanContent:
     """What a search comes to; see `Plan.search`.
 
@@ -149,7 +167,8 @@ def searched(
         CalicacheError: the request cannot be met, or a stage refuses; it names itself.
     """
     check_split(model, ranks, searches=not request.touches_nothing)
-    result = search_plan(model, recording, request, workspace, path, on_progress, ranks)
+    place = workspace, path, on_progress, ranks
+    result = search_plan(model, recording, request, *place, reference)
     return PlanContent(**{field.name: getattr(result, field.name) for field in fields(result)})
 
 
@@ -214,6 +233,9 @@ def fit_to_sampler(task: PlanningTask, content: PlanContent, *, fits: bool) -> P
             analysis = task.workspace.analysis(task.model, form, recipe.include, recipe.exclude)
         length = len(recipe.schedule)
         recorded = _recorded_sampler(task, analysis.captured, whole, form.dependence, length)
+        aimed = recorded
+        if task.reference is not None:
+            aimed = aim_at(recorded, whole, task.reference.by_step())
     except NoSampler as unknown:
         if fits:
             recipe = replace(recipe, correction=f"not fitted: {unknown.reason}")
@@ -222,10 +244,11 @@ def fit_to_sampler(task: PlanningTask, content: PlanContent, *, fits: bool) -> P
     task.meter.stage("fit output weights" if fits else "measure the error", calls)
     weights = None if fits else plain_weights(recipe.schedule, recipe.order)
     steps = recipe.schedule, recipe.order
-    fit = replay(compiled.variant_set, recorded, *steps, weights, task.meter, task.ranks)
+    fit = replay(compiled.variant_set, aimed, *steps, weights, task.meter, task.ranks)
     if fits:
         latent = recorded.steps.latent
-        recipe = replace(recipe, output_weights=fit.weights, latent=latent, correction=FITTED)
+        fitted = fitted_to(aimed.reference)
+        recipe = replace(recipe, output_weights=fit.weights, latent=latent, correction=fitted)
     sampler, reason = _tables(recorded, form.dependence)
     return replace(
         content,

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from calicache.graph_passes.common.arguments import of_kind
 from calicache.graph_passes.common.disk.hashing import tensor_bytes
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.common.offloading import lacks_weights
@@ -99,6 +100,7 @@ class PlanningTask:
         workspace: for what is made of the model on the way.
         meter: counts calls of the model in this process.
         ranks: the processes that share the recorded runs.
+        reference: the same runs in more steps, which weights aim at; None for the recorded ones.
     """
 
     model: nn.Module
@@ -107,15 +109,22 @@ class PlanningTask:
     workspace: Workspace
     meter: Meter
     ranks: Ranks = ALONE
+    reference: Recording | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference is not None:
+            of_kind("reference", self.reference, Recording, PlanError)
 
     def key(self, settings: object) -> str:
         """What the results depend on, as text: checkpoint, recording and what is asked for."""
         digest = hashlib.sha256()
-        results = {str(count): end for count, end in self.recording.results.items()}
-        for tensors in (*self.recording.calls, results):
-            for name, value in tensors.items():
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-                digest.update(tensor_bytes(value))
+        recordings = [self.recording, *([self.reference] if self.reference else [])]
+        for recording in recordings:
+            results = {str(count): end for count, end in recording.results.items()}
+            for tensors in (*recording.calls, results):
+                for name, value in tensors.items():
+                    digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+                    digest.update(tensor_bytes(value))
         return f"{self.binding.weights_hash} {digest.hexdigest()} {settings}"
 
     def check_alike(self, settings: object) -> None:

@@ -2,8 +2,9 @@
 
 Every step's output becomes m = w_0 e + sum_j w_j E_j + w_x x, with e the step's own output, E_j
 those of the newest REFRESH and CALIBRATE steps, and x the latent. The weights are chosen so that
-the sampler's next latent comes as near as it can to the recorded one: that takes back what earlier
-steps did wrong, where a fit to the step's true output would only keep its own error small.
+the sampler's next latent comes as near as it can to the recorded one, or to that of a reference
+with more steps: that takes back what earlier steps did wrong, where a fit to the step's true output
+would only keep its own error small.
 
 The next latent is linear in m. With b_p the sampler's weights of the parts of an output, a
 feature f moves it by a = sum_p b_p f_p for one unit of its weight. With x^_{k+1} what plain

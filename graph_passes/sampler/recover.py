@@ -28,6 +28,20 @@ ALIKE = 1e-4  # relative: above rounding in another order, below another checkpo
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """Runs of more steps, whose latents and outputs stand in the place of the recorded ones.
+
+    Attributes:
+        steps: how many.
+        off: mean relative L2 error of the recorded results against theirs; None where there are
+            none.
+    """
+
+    steps: int
+    off: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedSampler:
     """Recorded runs of one length and what their sampler does.
 
@@ -36,12 +50,15 @@ class RecordedSampler:
         outputs: e for every call of every run, with x's channels alone.
         ends: results of the runs, as far as they are known.
         steps: how the next latent is made.
+        reference: where latents, outputs and results are from, which the sampler's update then
+            does not lead to; None for the recorded runs.
     """
 
     runs: tuple[Run, ...]
     outputs: tuple[tuple[Tensor, ...], ...]
     ends: tuple[Tensor | None, ...]
     steps: SamplerSteps
+    reference: Reference | None = None
 
 
 def recover_sampler(

@@ -19,6 +19,7 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.timestep import Run
 from calicache.graph_passes.rewriting.workspace import PlanningTask
 from calicache.graph_passes.sampler.recover import RecordedSampler, recover_sampler, run_plain
+from calicache.graph_passes.sampler.reference import aim_at, shared_clock
 from calicache.graph_passes.sampler.update import SamplerSteps, latent_channels
 from calicache.graph_passes.search.journal import Journal
 from calicache.graph_passes.search.rehearse import Span
@@ -40,7 +41,8 @@ class Ground:
         analysis: of the model, in the form with all calls of a step in one.
         decompositions: of its calibration targets.
         recording: the runs to fit and search with, in that form.
-        recorded: the same runs with their outputs, and the sampler's update.
+        sampled: the same runs with their outputs, and the sampler's update.
+        recorded: the same, or what the reference has in their place.
         span: the same runs in coordinates, for rehearsals.
         choice: runs to choose with; `report` runs that have no part in the search.
         journal, meter: what is done.
@@ -51,6 +53,7 @@ class Ground:
     analysis: Analysis
     decompositions: Decompositions
     recording: Recording
+    sampled: RecordedSampler
     recorded: RecordedSampler
     span: Span
     choice: RecordedSampler
@@ -93,21 +96,30 @@ def prepare_ground(task: PlanningTask, request: SearchRequest, journal: Journal)
         else:
             patterns = request.include, request.exclude
             analysis = task.workspace.analysis(task.model, binding.by_step(), *patterns)
-        parts = [whole.take_runs(places) for places in share_out(len(whole.runs))]
+        shares = share_out(len(whole.runs))
+        parts = [whole.take_runs(places) for places in shares]
         meter.stage("run the recorded calls")
-        recorded = recover_sampler(
+        sampled = recover_sampler(
             analysis.captured, parts[0], binding.dependence, whole.steps, meter, task.ranks
         )
     except NoSampler as unknown:
         raise _no_sampler(unknown) from unknown
-    choice, report = (
-        _without_outputs(part, recorded, analysis.captured, task.ranks) for part in parts[1:]
-    )
+    others = [_without_outputs(part, sampled, analysis.captured, task.ranks) for part in parts[1:]]
+    runs = [sampled, *others]
+    if task.reference is not None:
+        finer = task.reference.by_step()
+        shared_clock(whole, finer)
+        runs = [
+            aim_at(own, part, finer.take_runs(places))
+            for own, part, places in zip(runs, parts, shares, strict=True)
+        ]
+    recorded, choice, report = runs
     return Ground(
         binding=binding,
         analysis=analysis,
         decompositions=task.workspace.decompositions,
         recording=parts[0],
+        sampled=sampled,
         recorded=recorded,
         span=Span.of(recorded),
         choice=choice,

@@ -2,8 +2,9 @@
 
 Every latent and output of a recorded run is a weighted sum of the first latent and of the
 recorded outputs, so in an orthonormal basis of their span a latent is a vector of at most 1 + T P
-numbers, whatever its size. A cached run is simulated there. At step k, with x_k and e_k recorded,
-E_j the kept outputs and p_j the steps of the kept refreshes, newest first:
+numbers, whatever its size; T more for runs of a reference, whose latents are no such sums. A
+cached run is simulated there. At step k, with x_k and e_k recorded, E_j the kept outputs and p_j
+the steps of the kept refreshes, newest first:
 
     o   = x^ - x_k                                         how far off the latent is
     e^  = e_k + g_k o + s_k |o| z_k                        the model's answer to it
@@ -32,6 +33,7 @@ from calicache.graph_passes.sampler.guidance import constant_shares, weighted_su
 from calicache.graph_passes.sampler.least_squares import NormalEquations
 from calicache.graph_passes.sampler.recover import RecordedSampler
 from calicache.graph_passes.sampler.replay import Answer
+from calicache.graph_passes.sampler.update import recorded_next
 from calicache.graph_passes.settings.choices import StepMode
 
 ROWS = 1 << 16
@@ -64,19 +66,29 @@ class Span:
         if guidance is not None:
             weights = tuple(_guided(row, parts) for row in weights)
         steps, merged = len(weights), parts if guidance is None else 1
-        gram = torch.zeros(1 + steps * merged, 1 + steps * merged, dtype=torch.float64)
-        for run, outputs in zip(recorded.runs, recorded.outputs, strict=True):
+        given = steps if recorded.reference else 0  # latents that the update does not lead to
+        size = 1 + steps * merged + given
+        gram = torch.zeros(size, size, dtype=torch.float64)
+        runs = zip(recorded.runs, recorded.outputs, recorded.ends, strict=True)
+        for run, outputs, end in runs:
             first = run[0][recorded.steps.latent].chunk(parts)[0].flatten()
+            latents = [
+                recorded_next(run, end, step, recorded.steps.latent, parts).flatten()
+                for step in range(given)
+            ]
             shares = [[part.flatten() for part in value.chunk(parts)] for value in outputs]
             if guidance is not None:
                 shares = [[weighted_sum(guidance, step)] for step in shares]
-            gram += _gram([first, *(part for step in shares for part in step)])
+            gram += _gram([first, *(part for step in shares for part in step), *latents])
         # v in the span has the coordinates root v, with root^T root = gram.
         values, vectors = torch.linalg.eigh(gram)
         strong = values > LEAST_ENERGY * values[-1]
-        root = (vectors * values.clamp(min=0.0).sqrt())[:, strong].T  # (D, 1 + T P)
-        coordinates = root.T[1:].reshape(steps, merged, len(root))
-        return Span(_latents(root[:, 0], coordinates, weights), coordinates, weights)
+        root = (vectors * values.clamp(min=0.0).sqrt())[:, strong].T  # (D, 1 + T P), or T more
+        first, outputs, latents = root.T.split([1, steps * merged, given])
+        coordinates = outputs.reshape(steps, merged, len(root))
+        if not given:
+            return Span(_latents(first[0], coordinates, weights), coordinates, weights)
+        return Span(torch.cat([first, latents]), coordinates, weights)
 
 
 @dataclass(frozen=True, slots=True)

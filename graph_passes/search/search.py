@@ -20,6 +20,7 @@ from calicache.graph_passes.factors.statistics import Statistics
 from calicache.graph_passes.recording.binding import Binding, bind
 from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.rewriting.workspace import PlanningTask, Workspace
+from calicache.graph_passes.sampler.reference import fitted_to
 from calicache.graph_passes.sampler.tables import SamplerTables, recover_tables
 from calicache.graph_passes.search.allocate import MULTIPLE
 from calicache.graph_passes.search.candidates import (
@@ -80,6 +81,7 @@ def search_plan(
     path: Path | str | None = None,
     on_progress: OnProgress | None = None,
     ranks: Ranks = ALONE,
+    reference: Recording | None = None,
 ) -> SearchResult:
     """Search; see `Plan.search`.
 
@@ -93,7 +95,7 @@ def search_plan(
     searched, _, _ = share_out(len(recording.runs) // recording.calls_per_step)
     calls = RUNS * len(searched) * recording.steps / ranks.size
     meter = Meter(calls * request.effort, on_progress)
-    task = PlanningTask(model, recording, binding, workspace, meter, ranks)
+    task = PlanningTask(model, recording, binding, workspace, meter, ranks, reference)
     task.check_alike(request)
     journal = Journal.open(path, task.key(request), ranks)
     ground = prepare_ground(task, request, journal)
@@ -289,6 +291,7 @@ def _result(
         weighting=Weighting.COVARIANCE,
         include=request.include,
         exclude=request.exclude,
+        correction=fitted_to(ground.recorded.reference),
     )
     statistics = {name: value for name, value in moments.items() if name in calibrated}
     sampler, reason = _sampler_tables(ground)
@@ -299,6 +302,6 @@ def _result(
 def _sampler_tables(ground: Ground) -> tuple[SamplerTables | None, str]:
     """The sampler of the runs that were searched with, and why there is none."""
     try:
-        return recover_tables(ground.recorded, ground.binding.dependence), ""
+        return recover_tables(ground.sampled, ground.binding.dependence), ""
     except NoSampler as unknown:
         return None, unknown.reason

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from calicache.graph_passes.common.errors import PlanError
 from calicache.graph_passes.settings.choices import SiteRule, StepMode
-from calicache.graph_passes.settings.recipe import FITTED, Recipe
+from calicache.graph_passes.settings.recipe import Recipe
 from calicache.graph_passes.settings.schedule import Table, count_modes
 from calicache.graph_passes.settings.student import student_quantile
 
@@ -136,7 +136,6 @@ class Front:
             ranks=dict(point.ranks),
             output_weights=point.output_weights,
             latent=self.latent,
-            correction=FITTED,
         )
 
 

@@ -7,11 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 Denoiser = Callable[..., Tensor]
@@ -19,7 +15,9 @@ Denoiser = Callable[..., Tensor]
 SHIFT = 1.5  # of the flow's times, as in the scenes' model card
 NOISE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # of the sample DiT
 SCHEDULERS: dict[str, Callable[[], Any]] = {
-    "DDIM": partial(DDIMScheduler, **NOISE, clip_sample=False, timestep_spacing="trailing"),
+    # Its first order is DDIM; diffusers' own DDIM steps by whole 1000 // steps timesteps, which is
+    # another distance than the one from timestep to timestep where steps do not divide 1000.
+    "DDIM": partial(DPMSolverMultistepScheduler, **NOISE, solver_order=1),
     "DPM-Solver++ 2M": partial(DPMSolverMultistepScheduler, **NOISE),
     "Euler": partial(FlowMatchEulerDiscreteScheduler, shift=SHIFT),
     "DPM-Solver++ 2M, flow": partial(

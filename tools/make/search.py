@@ -34,13 +34,14 @@ def search(
     max_error: float | None,
     latency: Path | None,
     effort: int,
+    reference: Path | None,
 ) -> None:
     """Search, save and show what was found; what was done before Ctrl-C is kept.
 
     Processes of torchrun share the recorded runs; the first one writes and shows.
     """
     with torchrun_ranks() as ranks:
-        _search(model, recordings, output, budget, max_error, latency, effort, ranks)
+        _search(model, recordings, output, budget, max_error, latency, effort, reference, ranks)
 
 
 def _search(
@@ -51,6 +52,7 @@ def _search(
     max_error: float | None,
     latency: Path | None,
     effort: int,
+    reference: Path | None,
     ranks: Ranks,
 ) -> None:
     ranks.first(partial(check_plan_output, output))
@@ -62,6 +64,7 @@ def _search(
     runs = _by_steps(recordings)
     for steps in runs:
         check_budget(request, steps)
+    finer = Recording.load(reference) if reference else None
     begun_before = ranks.first(folder.exists)
     try:
         with progress_shown() if ranks.rank == 0 else nullcontext() as on_progress:
@@ -72,6 +75,7 @@ def _search(
                 max_error=max_error,
                 latency=table,
                 effort=effort,
+                reference=finer,
                 path=folder,
                 on_progress=on_progress,
                 group=distributed.group.WORLD if ranks.size > 1 else None,

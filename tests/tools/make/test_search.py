@@ -293,6 +293,24 @@ def test_what_processes_of_torchrun_are_refused_alike_is_shown_once(
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
+def test_a_reference_is_what_the_plan_aims_at(given: tuple[str, Path], tmp_path: Path) -> None:
+    model, finer = load_model(given[0]), tmp_path / "more steps.safetensors"
+    with record(model) as recording:
+        for seed in range(3):
+            recording.finish(sample_dit(model, seed=seed, steps=31))
+    recording.save(finer)
+    output = tmp_path / "a plan"
+    command = ("search", *given, "-o", output, "--budget", "0.6", "--reference", finer)
+    done = calicache(*command)
+    assert done.exit_code == 0, done.output
+    text = "fitted to a reference of 31 steps, from which the recorded runs are"
+    assert Plan.load(output).recipe.correction.startswith(text)
+    other = calicache(*command[:4], tmp_path / "other", *command[5:7], "--reference", given[1])
+    assert other.exit_code == 1
+    assert "reference: expected more than 6 steps in run 0, got 6" in words(other.stderr)
+
+
 @pytest.fixture(scope="module")
 def fewer(given: tuple[str, Path]) -> Path:
     """Three runs of another number of steps."""
