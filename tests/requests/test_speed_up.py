@@ -15,7 +15,7 @@ from support.search.steady import counting, steady
 from torch import Tensor
 
 from calicache import OptimizedModel, Plan, restore, speed_up
-from calicache.graph_passes.common.errors import PlanError
+from calicache.graph_passes.common.errors import CalicacheError, PlanError
 
 BY_NAME = {case.name: case for case in CASES}
 STEPS = 8
@@ -80,6 +80,53 @@ def test_both_transformers_of_wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     steady(monkeypatch)
     call = {**keywords(BY_NAME["wan"]), "num_inference_steps": 2 * STEPS - 4}
     assert_sped_up(wan22_pipeline(), call, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_pipeline_aims_at_longer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steady(monkeypatch)
+    case = BY_NAME["flux"]
+    pipe, call = case.build(), keywords(case)
+    finer = {**call, "num_inference_steps": 40}
+    plain, exact = latents(pipe, call), latents(pipe, finer)
+    options = {"budget": 0.8, "cache": tmp_path, "reference_steps": 40}
+    (part,) = speed_up(pipe, call, **options).parts
+    assert part.aim.startswith(
+        "fitted to a reference of 40 steps, from which the recorded runs are"
+    )
+    assert part.error is not None
+    fast = latents(pipe, call)
+    # The seed of this run is none that was recorded.
+    assert relative(fast, exact) < relative(plain, exact)
+    restore(pipe)
+    again = speed_up(pipe, call, **options)
+    assert (again.searched, again.parts) == (False, (part,))
+    assert part.aim in str(again)
+    assert "distance of the timed run from the plain one:" in str(again)
+    restore(pipe)
+    assert speed_up(pipe, call, budget=0.8, cache=tmp_path).searched  # aims at something else
+    restore(pipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "steps", "words"),
+    [
+        ("flux", {}, STEPS, "more steps than they have, got 8 for a call of 8 steps"),
+        ("flux", {"num_inference_steps": None}, 40, "got a call without it"),
+        ("flux", {}, 0, "reference_steps: expected"),
+        ("wan22", {}, 40, "a pipeline of one transformer, got transformer and transformer_2"),
+    ],
+)
+def test_references_that_cannot_be_are_refused_before_anything_runs(
+    name: str, call: dict[str, Any], steps: int, words: str
+) -> None:
+    case = BY_NAME[name.removesuffix("22")]
+    pipe = wan22_pipeline() if name == "wan22" else case.build()
+    given = {k: v for k, v in {**keywords(case), **call}.items() if v is not None}
+    plain = {name: model for name, model in parts_of(pipe).items() if model is not None}
+    with counting(plain) as calls, pytest.raises(CalicacheError, match=words):
+        speed_up(pipe, given, cache=None, reference_steps=steps)
+    assert calls == []
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from calicache.graph_passes.settings.latency import BranchChoice, LatencyTable
 from calicache.graph_passes.settings.request import SearchRequest
 from calicache.graph_passes.settings.schedule import count_modes
 
-ASKED = ("budget", "max_error", "effort")  # errors about these are the user's to mend
+ASKED = ("budget", "max_error", "effort", "reference")  # errors about these are the user's to mend
 SHARES = {"record": 3.0, "probe": 1.0, "search": 8.0, "time": 2.0}  # of the work, in plain runs
 
 
@@ -74,18 +74,29 @@ class PartPlan:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Plans that are to be made."""
+    """Plans that are to be made.
+
+    Attributes:
+        subject: what is sped up.
+        requests: to be fast.
+        request: what is asked of a search.
+        work: what is done already.
+        stages: told how far it is.
+        longer: the requests in more steps, which weights aim at; none for the requests themselves.
+    """
 
     subject: Subject
     requests: Sequence[Request]
     request: SearchRequest
     work: Work
     stages: Stages
+    longer: Sequence[Request] = ()
 
     def run(self) -> tuple[Kept, dict[str, OptimizedModel]]:
         """Record, plan every part, time the whole."""
-        recordings = self._recordings()
-        found = {name: self._plan(name, recordings) for name in recordings}
+        recordings = self._recordings("recording", self.requests)
+        references = self._recordings("reference", self.longer)
+        found = {name: self._plan(name, recordings, references.get(name)) for name in recordings}
         plans = {name: part.plan for name, part in found.items() if part.plan is not None}
         models = {name: optimize(self.subject.plain[name], plan) for name, plan in plans.items()}
         last = len(self.requests) - 1
@@ -95,25 +106,32 @@ class Task:
         meter.add()
         for model in models.values():
             model.reset()
-        parts = tuple(_part_summary(n, part, models.get(n)) for n, part in found.items())
+        parts = tuple(
+            _part_summary(n, part, models.get(n), references.get(n)) for n, part in found.items()
+        )
         runtime = runtime_of(next(iter(self.subject.plain.values())))
         promise = Promise(parts, times.plain, times.fast, times.error, runtime, _left(parts, times))
         return Kept(promise, plans), models
 
-    def _recordings(self) -> dict[str, Recording]:
+    def _recordings(self, kind: str, requests: Sequence[Request]) -> dict[str, Recording]:
+        """Runs of some requests, by part; of an earlier start if they are there."""
+        if not requests:
+            return {}
         names = list(self.subject.plain)
-        known = {name: self.work.load(f"{name}.recording", Recording.load) for name in names}
+        known = {name: self.work.load(f"{name}.{kind}", Recording.load) for name in names}
         loaded = {name: recording for name, recording in known.items() if recording is not None}
-        meter = Meter(float(len(self.requests)), self.stages.of("record"))
-        meter.stage("run the calls")
+        meter = Meter(float(len(requests)), self.stages.of("record", 1 + bool(self.longer)))
+        meter.stage("run the calls" if kind == "recording" else "run the calls in more steps")
         if len(loaded) == len(names):
             return loaded
-        recordings = record_parts(self.subject, self.requests, meter)
+        recordings = record_parts(self.subject, requests, meter)
         for name, recording in recordings.items():
-            self.work.save(f"{name}.recording", recording)
+            self.work.save(f"{name}.{kind}", recording)
         return recordings
 
-    def _plan(self, name: str, recordings: Mapping[str, Recording]) -> PartPlan:
+    def _plan(
+        self, name: str, recordings: Mapping[str, Recording], reference: Recording | None
+    ) -> PartPlan:
         model, recording = self.subject.plain[name], recordings[name]
         workspace, parts = Workspace(), len(recordings)
         tell = self.stages.of("probe", parts), self.stages.of("search", parts)
@@ -131,12 +149,13 @@ class Task:
                 max_error=self.request.max_error,
                 latency=latency,
                 effort=self.request.effort,
+                reference=reference,
                 workspace=workspace,
                 on_progress=tell[1],
             )
             return PartPlan(self._searched(f"{name}.search", search), "", latency)
         except CalicacheError as error:
-            return self._instead(model, recording, error, latency)
+            return self._instead(model, recording, reference, error, latency)
 
     def _searched(self, name: str, search: partial[Plan]) -> Plan:
         """The plan of a search, which goes on where it was interrupted."""
@@ -152,6 +171,7 @@ class Task:
         self,
         model: nn.Module,
         recording: Recording,
+        reference: Recording | None,
         error: CalicacheError,
         latency: LatencyTable | None,
     ) -> PartPlan:
@@ -173,6 +193,7 @@ class Task:
                     max_error=self.request.max_error,
                     effort=self.request.effort,
                     modes=(StepMode.FORECAST,),
+                    reference=reference,
                 )
                 return PartPlan(plan, str(error))
         if self.request.budget is None:
@@ -192,8 +213,11 @@ class Task:
         return PartPlan(plan, str(error), latency)
 
 
-def _part_summary(name: str, part: PartPlan, model: OptimizedModel | None) -> PartSummary:
+def _part_summary(
+    name: str, part: PartPlan, model: OptimizedModel | None, reference: Recording | None
+) -> PartSummary:
     plan, front = part.plan, part.plan.front if part.plan else None
+    aims = reference is not None and plan is not None and plan.recipe.output_weights is not None
     steps, macs = "", 1.0
     rejections: tuple[Rejection, ...] = ()
     if plan is not None and model is not None:
@@ -212,6 +236,7 @@ def _part_summary(name: str, part: PartPlan, model: OptimizedModel | None) -> Pa
         fallback=part.fallback,
         slower=_slower(part.latency),
         rejections=rejections,
+        aim=plan.recipe.correction if plan and aims else "",
     )
 
 

@@ -27,6 +27,8 @@ from calicache.graph_passes.recording.recording import Recording
 from calicache.graph_passes.recording.signature import flatten_call
 from calicache.graph_passes.search.ground import LEAST_RUNS
 
+STEPS = "num_inference_steps"
+
 
 @dataclass(frozen=True, slots=True)
 class KeywordCall:
@@ -91,6 +93,35 @@ def requests_of(subject: Subject, calls: Any) -> list[Request]:
         KeywordCall(call, number // len(given)) if isinstance(call, Mapping) else call
         for number, call in enumerate(islice(cycle(given), count))
     ]
+
+
+def longer_requests(subject: Subject, requests: Sequence[Request], steps: int) -> list[Request]:
+    """The same requests in another number of steps, with the same noise.
+
+    Raises:
+        RecordError: one is a function, whose steps are its own, or has as many steps already; or
+            several models share a run, and other steps would end between them.
+    """
+    if len(subject.plain) > 1:
+        raise RecordError(
+            "reference_steps",
+            expected="a pipeline of one transformer",
+            got=" and ".join(subject.plain),
+            fix="Leave it out: where one model hands on to the next depends on the steps.",
+        )
+    longer: list[Request] = []
+    for request in requests:
+        own = request.keywords.get(STEPS) if isinstance(request, KeywordCall) else None
+        if not isinstance(request, KeywordCall) or not isinstance(own, int) or own >= steps:
+            raise RecordError(
+                "reference_steps",
+                expected=f"keyword dictionaries with {STEPS}, and more steps than they have",
+                got=f"{steps} for a call of {own} steps" if own else "a call without it",
+                fix=f"Give calls such as {{'prompt': ..., '{STEPS}': 20}}, or record a reference "
+                "yourself and give it to Plan.search.",
+            )
+        longer.append(replace(request, keywords={**request.keywords, STEPS: steps}))
+    return longer
 
 
 def record_parts(

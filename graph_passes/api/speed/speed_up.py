@@ -16,10 +16,12 @@ from calicache.graph_passes.api.optimize import optimize
 from calicache.graph_passes.api.runtime import OptimizedModel
 from calicache.graph_passes.api.speed.eager import runtime_of
 from calicache.graph_passes.api.speed.planning import Stages, Task
-from calicache.graph_passes.api.speed.runs import fingerprint, requests_of
+from calicache.graph_passes.api.speed.runs import fingerprint, longer_requests, requests_of
 from calicache.graph_passes.api.speed.store import Kept, Store
 from calicache.graph_passes.api.speed.subject import Request, Subject
 from calicache.graph_passes.api.speed.summary import Summary
+from calicache.graph_passes.common.arguments import whole_number
+from calicache.graph_passes.common.disk.bounds import MAX_STEPS
 from calicache.graph_passes.common.disk.hashing import hash_weights
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.common.errors import CalicacheError, PlanError
@@ -37,6 +39,7 @@ def speed_up(
     budget: float | None = None,
     max_error: float | None = None,
     effort: int = 1,
+    reference_steps: int | None = None,
     cache: Path | str | None = PLANS,
     on_progress: OnProgress | None = None,
 ) -> Summary:
@@ -57,6 +60,9 @@ def speed_up(
         budget: share of the plain run's seconds, above 0 and below 1; 0.4 where neither is given.
         max_error: of the final latents, that 99 % of new samples stay below; in its place.
         effort: 1 or more; of the search.
+        reference_steps: of runs of the same calls that the plan aims at, three times as many as
+            they have or more: it is then nearer to the exact result, and errors of held-out runs
+            are against these. The calls have `num_inference_steps`. None aims at the plain runs.
         cache: folder where plans are kept, and an interrupted search goes on; None keeps nothing.
             To find a plan there the first call is run with noise as the answers of the models.
         on_progress: told how far it is.
@@ -69,13 +75,18 @@ def speed_up(
         budget = USUAL_BUDGET
     request = SearchRequest(budget, max_error, None, effort, ("*",), ())
     requests, store = requests_of(subject, calls), Store.of(cache)
-    key = "" if store.folder is None else plan_key(subject, requests, request)
+    longer: list[Request] = []
+    if reference_steps is not None:
+        steps = whole_number("reference_steps", reference_steps, PlanError, 1, MAX_STEPS)
+        longer = longer_requests(subject, requests, steps)
+    key = "" if store.folder is None else plan_key(subject, requests, request, reference_steps)
     kept = store.load(key)
     models = None if kept is None else _optimized(store, key, subject, kept)
     searched = kept is None or models is None
     if kept is None or models is None:
         with store.working(key) as work:
-            kept, models = Task(subject, requests, request, work, Stages(on_progress)).run()
+            stages = Stages(on_progress)
+            kept, models = Task(subject, requests, request, work, stages, longer).run()
             store.save(key, kept)
     promise = kept.promise
     if promise.left:
@@ -91,7 +102,12 @@ def speed_up(
     )
 
 
-def plan_key(subject: Subject, requests: Sequence[Request], request: SearchRequest) -> str:
+def plan_key(
+    subject: Subject,
+    requests: Sequence[Request],
+    request: SearchRequest,
+    reference_steps: int | None = None,
+) -> str:
     """What plans depend on: weights, sampler and its timesteps, what was asked for, the machine."""
     scheduler = subject.scheduler
     parts = {
@@ -101,7 +117,7 @@ def plan_key(subject: Subject, requests: Sequence[Request], request: SearchReque
         "environment": environment(),
         "scheduler": [type(scheduler).__name__, dict(getattr(scheduler, "config", {}))],
         "sampler": fingerprint(subject, requests[0]),
-        "request": [request.text, request.effort, len(requests)],
+        "request": [request.text, request.effort, len(requests), reference_steps],
     }
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

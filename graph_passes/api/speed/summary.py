@@ -30,6 +30,7 @@ class PartSummary:
         slower: treatments of branches whose steps take as long as plain ones here or longer, as
             shares of a plain step; the search leaves them out.
         rejections: layers and branches that every CALIBRATE step computes in full, with reasons.
+        aim: the reference that errors are against, in words; empty for the plain runs.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PartSummary:
     fallback: str
     slower: Mapping[BranchChoice, float]
     rejections: tuple[Rejection, ...]
+    aim: str = ""
 
     @property
     def text(self) -> str:
@@ -51,6 +53,8 @@ class PartSummary:
         if self.error is not None:
             lines.append(f"    error on held-out runs: {self.error.mean:.2g}")
             lines[-1] += f", {self.error.worst:.2g} at worst of {self.error.samples}"
+        if self.aim:
+            lines.append(f"    {self.aim}")
         if self.fallback:
             words = "not searched" if self.error is None else "forecasts alone"
             lines.append(f"    {words}: {_short(self.fallback)}")
@@ -114,7 +118,10 @@ class Summary(Promise):
         if self.left:
             lines = [f"left as it was: {_short(self.left)}"]
         elif self.error is not None:
-            lines.append(f"  error of the timed run: {self.error:.2g} of its final latents")
+            what = "error of the timed run"
+            if any(part.aim for part in self.parts):
+                what = "distance of the timed run from the plain one"
+            lines.append(f"  {what}: {self.error:.2g} of its final latents")
         lines += [part.text for part in self.parts]
         lines.append(f"  measured with {self.runtime}")
         where = f"kept in {self.folder}" if self.folder else "not kept"
