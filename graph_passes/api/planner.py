@@ -10,7 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from calicache.graph_passes.api.plan_file import PlanContent
-from calicache.graph_passes.common.errors import CalicacheWarning, CaptureError, NoSampler
+from calicache.graph_passes.common.errors import (
+    CalicacheWarning,
+    CaptureError,
+    NoSampler,
+    PlanError,
+)
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.common.ranks import ALONE, Ranks
 from calicache.graph_passes.common.shards import check_split
@@ -75,6 +80,13 @@ def planned(
         CalicacheError: whatever stage refuses names itself.
     """
     check_split(model, ranks, searches=False)
+    if reference is not None and not (correct or measured):
+        raise PlanError(
+            "reference",
+            expected="none where no weights are fitted",
+            got="one, with correct=False",
+            fix="Leave one of the two out.",
+        )
     run = correct or measured
     meter = Meter(planned_calls(recording, correct=run) / ranks.size, on_progress)
     binding = bind(model, recording)

@@ -295,6 +295,12 @@ def test_other_weights_are_fitted_to_a_reference_of_theirs() -> None:
     assert without.recipe.output_weights != plan.recipe.output_weights
 
 
+def test_a_reference_without_a_fit_is_refused() -> None:
+    own = runs(FEW, (1,))
+    with pytest.raises(PlanError, match="reference: expected none where no weights are fitted"):
+        Plan.from_trajectory(dit(), own, schedule=2, correct=False, reference=own)
+
+
 def test_something_else_is_no_reference() -> None:
     with pytest.raises(PlanError, match="reference: expected a value of the class Recording"):
         Plan.from_trajectory(dit(), runs(FEW, (1,)), schedule=2, reference="fine.safetensors")
