@@ -57,7 +57,7 @@ def measure_compile(
 
 
 def _compile(settings: BenchSettings) -> dict[str, Any]:
-    """Every stage once, in this process; memory is what the last three add that is no page of a file."""
+    """Every stage once, in this process; memory is what the last three add, without files."""
     model = find_model(settings.model)
     module = model.build()
     recording = Recording.load(settings.folder / RECORDING)

@@ -1,4 +1,4 @@
-"""Memory that some work needs of its own: no pages of files, which the system takes back at will."""
+"""Memory that some work needs of its own, without pages of files: the system takes those back."""
 
 from __future__ import annotations
 
