@@ -30,6 +30,7 @@ from calicache.export.artifact.weights import WeightFile, place_outside, plan_we
 from calicache.export.layouts.onnx_graph import output_names
 from calicache.export.layouts.sampler import noise_spec, run_specs
 from calicache.export.models import OpenSizes, Wishes, cache_specs, compiled_for, make_models
+from calicache.export.session.opening import checking_options
 from calicache.export.session.session import Session
 from calicache.export.sizes import tables_at
 from calicache.export.translation.precision import check_precision
@@ -134,7 +135,7 @@ def _check_opens(folder: Path) -> None:
         ExportError: it is none, or one of its models is not valid.
     """
     try:
-        Session(folder)
+        Session(folder, options=checking_options())
     except ExportError as error:
         # Of ONNX Runtime's own: another provider may have the kernel.
         if type(error.__cause__).__name__ != "NotImplemented":

@@ -80,6 +80,16 @@ def open_model(
         ) from error
 
 
+def checking_options() -> Any:
+    """SessionOptions for models that are opened and not run: their weights stay in the file.
+
+    A session that is to run packs them anew for its kernels, which takes as much memory again.
+    """
+    options = onnx_runtime().SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
 def _default_options() -> Any:
     options = onnx_runtime().SessionOptions()
     # Threads that go on spinning after a run would slow down the session of the next mode.

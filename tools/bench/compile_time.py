@@ -16,7 +16,8 @@ from calicache.graph_passes import Plan, Recording, optimize, uniform_schedule
 from calicache.graph_passes.common.progress import Meter, OnProgress
 from calicache.graph_passes.recording.binding import bind
 from calicache.tools.bench.models import find_model
-from calicache.tools.bench.prepare import RECORDING, own_process, peak_memory, record_run
+from calicache.tools.bench.needed_memory import needed_memory
+from calicache.tools.bench.prepare import RECORDING, own_process, record_run
 from calicache.tools.bench.rows import BenchSettings
 
 STAGES = ("torch.export", "from_trajectory", "optimize", "step", "pair")
@@ -56,7 +57,7 @@ def measure_compile(
 
 
 def _compile(settings: BenchSettings) -> dict[str, Any]:
-    """Every stage once, in this process; peak memory is that of the last three alone."""
+    """Every stage once, in this process; memory is what the last three add, without files."""
     model = find_model(settings.model)
     module = model.build()
     recording = Recording.load(settings.folder / RECORDING)
@@ -81,15 +82,15 @@ def _compile(settings: BenchSettings) -> dict[str, Any]:
             order=settings.order,
         ),
     )
-    peak = peak_memory()
-    fast = timed("optimize", lambda: optimize(module, plan))
-    for layout in (Layout.STEP, Layout.PAIR):
-        folder = settings.folder / f"{layout.value}.onnx.d"
-        timed(layout.value, partial(export_onnx, fast, folder, layout=layout))
+    with needed_memory() as memory:
+        fast = timed("optimize", lambda: optimize(module, plan))
+        for layout in (Layout.STEP, Layout.PAIR):
+            folder = settings.folder / f"{layout.value}.onnx.d"
+            timed(layout.value, partial(export_onnx, fast, folder, layout=layout))
     return {
         "model": model.name,
         "weight_bytes": sum(value.nbytes for value in module.parameters()),
-        "peak_bytes": peak(),
+        "peak_bytes": memory.added,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
     }

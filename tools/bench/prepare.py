@@ -85,10 +85,10 @@ def own_process() -> ProcessPoolExecutor:
 
 def peak_memory() -> Callable[[], int]:
     """Gives the bytes of resident memory that this process has added at its highest from now."""
-    reset, before = Path("/proc/self/clear_refs"), _status("VmRSS")
+    reset, before = Path("/proc/self/clear_refs"), status_bytes("VmRSS")
     if reset.exists():
         reset.write_text("5")  # the high-water mark starts again
-    return lambda: _status("VmHWM") - before
+    return lambda: status_bytes("VmHWM") - before
 
 
 def available_memory() -> int:
@@ -96,7 +96,7 @@ def available_memory() -> int:
     return _field(Path("/proc/meminfo"), "MemAvailable") or 1 << 40
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A memory field of this process in bytes; its high-water mark where there is no /proc."""
     own = _field(Path("/proc/self/status"), field)
     return own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,8 +19,9 @@ def sha256_of(path: Path) -> str:
 
 def tensor_bytes(value: Tensor) -> memoryview:
     """The values of a tensor as they lie in memory, on the CPU and in order."""
-    # A view of one element may have a stride of 0 and still count as contiguous.
-    flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+    flat = value.detach().cpu().reshape(-1)
+    if flat.stride() != (1,):  # one element may have a stride of 0 and still count as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
     flat = flat.view(torch.uint8)
     return memoryview(flat.numpy().data)
 

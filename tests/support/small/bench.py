@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
@@ -11,11 +14,11 @@ from calicache.tools.bench.models import BenchModel
 BLOCKS = 2
 
 
-def build() -> nn.Module:
+def build(head_width: int = 16) -> nn.Module:
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=16,
+        attention_head_dim=head_width,
         in_channels=4,
         out_channels=8,
         num_layers=BLOCKS,
@@ -28,6 +31,11 @@ def build() -> nn.Module:
 
 def tiny() -> BenchModel:
     return BenchModel("tiny", 32, build, (1, 4, 8, 8), {"class_labels": torch.tensor([1, 10])})
+
+
+def heavy() -> BenchModel:
+    """Few layers, whose weights of some 150 MB outweigh what libraries take."""
+    return replace(tiny(), name="heavy", width=1024, build=partial(build, 512))
 
 
 def no_model() -> int:
