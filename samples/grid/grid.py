@@ -23,7 +23,7 @@ import torch
 from cells import BUDGETS, CELLS
 from frechet import FrechetDistance
 from grid_report import best_row, family_rows, peer_rows, write_report
-from rows import Fewer, Row, Schedule, grid_rows
+from rows import Row, Schedule, grid_rows
 from runs import BATCH, Bench, Material, prepare, prepare_material
 from safetensors.torch import load_file
 from subjects import Subject, load_subject
@@ -94,7 +94,7 @@ def measure_cell(bench: Bench, settings: Settings) -> None:
     rank = bench.subject.model.config.width // PAPER_SHARE
     material = prepare_material(bench, rank)
     outputs = torch.stack([material.recording.outputs[k] for k in range(bench.cell.steps)])
-    full = Row("full", f"{bench.cell.steps} steps", Fewer(bench.cell.sampler, bench.cell.steps))
+    full = bench.full_row
     rows = [full, *grid_rows(bench.cell, material.table, outputs, rank)]
     schedules = _prepared(bench, rows, material)
     seconds = _seconds(bench, rows, schedules, settings.repeats)
@@ -147,7 +147,8 @@ def _seconds(
 def _errors(
     bench: Bench, rows: Sequence[Row], schedules: Mapping[str, Schedule], images: int
 ) -> dict[str, dict[str, float]]:
-    """Mean relative error of the latents by row, against the first one, and its standard error."""
+    """Mean relative error of the latents by row, its standard error, and that to a reference."""
+    exact = _exact(bench, images)
     full: list[torch.Tensor] = []
     errors: dict[str, dict[str, float]] = {}
     for row in tqdm(rows, desc=f"{bench.cell.key}: errors"):
@@ -160,12 +161,30 @@ def _errors(
             bench.sample_in(session, row, schedule, REPORT_SEED + k) for k in range(images // BATCH)
         ]
         full = full or latents
-        off = (torch.cat(latents) - torch.cat(full)).flatten(1).norm(dim=1)
-        off = off / torch.cat(full).flatten(1).norm(dim=1)
-        spread = float(off.std()) / len(off) ** 0.5
-        errors[row.key] = {"error": float(off.mean()), "standard_error": spread}
+        off, to_exact = (_off(torch.cat(latents), other) for other in (torch.cat(full), exact))
+        errors[row.key] = {
+            "error": float(off.mean()),
+            "standard_error": float(off.std()) / len(off) ** 0.5,
+            "to_reference": float(to_exact.mean()),
+        }
         path.write_text(json.dumps(errors[row.key]))
     return errors
+
+
+def _exact(bench: Bench, images: int) -> torch.Tensor:
+    """Latents of a run in many more steps, (images, ...); kept on disk."""
+    path, row = bench.folder / "reference.safetensors", bench.reference_row
+    if not path.exists():
+        session = bench.session(row)
+        parts = tqdm(range(images // BATCH), desc=f"{bench.cell.key}: reference")
+        latents = [bench.sample_in(session, row, (), REPORT_SEED + part) for part in parts]
+        save_atomic({"latents": torch.cat(latents)}, path)
+    return load_file(path)["latents"]
+
+
+def _off(latents: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Relative L2 error of every sample, (N,)."""
+    return (latents - others).flatten(1).norm(dim=1) / others.flatten(1).norm(dim=1)
 
 
 def _distances(

@@ -53,7 +53,9 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """A plan from `Plan.search` under the row's budget."""
+    """A plan from `Plan.search` under the row's budget; `aims` at a reference of more steps."""
+
+    aims: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ def grid_rows(cell: Cell, table: LatencyTable, outputs: Tensor, rank: int) -> li
         rows += _at_output(cell, budget, table, outputs)
         rows += _inside(cell, budget, table, rank)
         rows.append(Row("searched", f"budget {budget:g}", Searched(), budget=budget))
+        aimed = Searched(aims=True)
+        rows.append(Row("searched with a reference", f"budget {budget:g}", aimed, budget=budget))
     rows += _integers(cell)
     return list({row.key: row for row in rows}.values())
 

@@ -32,6 +32,7 @@ BATCH = 16
 RECORD_SEED, CHOICE_SEED = 1, 2
 SEARCH_SEEDS = (11, 12, 13)
 PLAIN = "plain"
+FINER = 8  # times as many steps has a reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,25 @@ class Bench:
         """Noise and conditions of one batch."""
         return self.subject.draw(seed, BATCH)
 
-    def record(self, seeds: Sequence[int]) -> Recording:
-        """The full sampler, one run for every seed."""
-        with record(self.subject.model) as recording:
+    def record(self, seeds: Sequence[int], row: Row) -> Recording:
+        """The plain model under a row's sampler, one run for every seed."""
+        model = self.subject.model
+        with record(model) as recording:
             for seed in seeds:
-                recording.finish(self.full(self.subject.model, self.request(seed)))
+                recording.finish(self.sample(row, (), model, self.request(seed)))
         return recording
+
+    @property
+    def full_row(self) -> Row:
+        """The plain model in all steps of the cell."""
+        cell = self.cell
+        return Row("full", f"{cell.steps} steps", Fewer(cell.sampler, cell.steps))
+
+    @property
+    def reference_row(self) -> Row:
+        """The plain model in many more steps."""
+        cell, steps = self.cell, FINER * self.cell.steps
+        return Row("reference", f"{steps} steps", Fewer(cell.sampler, steps))
 
     def full(self, model: Denoiser, request: Request) -> Tensor:
         """Final latents of all the cell's steps, by the model or a plan for it."""
@@ -99,7 +113,7 @@ class Bench:
 def _called_steps(row: Row, schedule: Schedule, steps: int) -> Sequence[int]:
     """The steps at which a row calls its session: all but those that a peer makes up."""
     if isinstance(row.way, Fewer):
-        return range(row.way.steps)
+        return [step % steps for step in range(row.way.steps)]
     return computed_steps(schedule) if isinstance(row.way, AtOutput) else range(steps)
 
 
@@ -110,12 +124,14 @@ class Material:
     Attributes:
         recording: of one batch, for plans from a trajectory.
         searched: of several batches, for searches.
+        reference: the same runs in many more steps.
         plain: a plan of REFRESH steps alone, with what was made of the model on the way.
         table: seconds of the cell's steps.
     """
 
     recording: Recording
     searched: Recording
+    reference: Recording
     plain: Plan
     table: LatencyTable
 
@@ -128,7 +144,7 @@ def prepare_material(bench: Bench, rank: int) -> Material:
         rank: of the paper's calibration branches.
     """
     model, table_path = bench.subject.model, bench.folder / "latency.json"
-    recording = bench.record([RECORD_SEED])
+    recording = bench.record([RECORD_SEED], bench.full_row)
     every_step = uniform_schedule(bench.cell.steps, 1)
     plain = Plan.from_trajectory(model, recording, schedule=every_step, rank=1, correct=False)
     if not bench.artifact(PLAIN).exists():
@@ -136,7 +152,8 @@ def prepare_material(bench: Bench, rank: int) -> Material:
     if not table_path.exists():
         measure_latency(model, recording, ranks=[rank]).save(table_path)
     table = LatencyTable.load(table_path)
-    return Material(recording, bench.record(SEARCH_SEEDS), plain, table)
+    runs = (bench.record(SEARCH_SEEDS, row) for row in (bench.full_row, bench.reference_row))
+    return Material(recording, *runs, plain, table)
 
 
 def prepare(bench: Bench, row: Row, material: Material) -> Schedule:
@@ -162,8 +179,15 @@ def _schedule_and_plan(bench: Bench, row: Row, material: Material) -> tuple[Sche
             return (), None
         case AtOutput():
             return row.schedules[_best(bench, row, [model] * len(row.schedules))], None
-        case Searched():
-            plan = Plan.search(model, material.searched, budget=row.budget, latency=material.table)
+        case Searched(aims):
+            reference = material.reference if aims else None
+            plan = Plan.search(
+                model,
+                material.searched,
+                budget=row.budget,
+                latency=material.table,
+                reference=reference,
+            )
             return plan.recipe.schedule, plan
         case Planned(options):
             plans = [

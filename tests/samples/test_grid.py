@@ -196,8 +196,13 @@ def test_rows_run_as_they_say(bench: Bench, material: Material) -> None:
         # float32, two runtimes over six steps.
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     full = bench.full(bench.subject.model, bench.request(7))
-    for kind in (Planned, Searched):
-        row = next(row for row in half if isinstance(row.way, kind) and row.is_ours)
+    ours = [row for row in half if row.is_ours and isinstance(row.way, Planned | Searched)]
+    assert [row.family for row in ours] == [
+        "ours, even FORECAST",
+        "searched",
+        "searched with a reference",
+    ]
+    for row in ours:
         schedule = prepare(bench, row, material)
         assert prepare(bench, row, material) == schedule  # read back
         assert bench.artifact(row.key).exists()
@@ -214,6 +219,8 @@ def _figures(rows: Sequence[tuple[str, float, float]]) -> dict:
             for f, t, e in rows
         ),
     ]
+    for row in table:
+        row["to_reference"] = row["error"] + 0.03
     interval = {"value": 1.0, "low": 0.9, "high": 1.1}
     worse = {"value": 0.2, "low": 0.1, "high": 0.3}
     distances = [{"budget": None, "full": interval}]
@@ -235,6 +242,7 @@ def test_report_says_which_bars_are_missed(tmp_path: Path) -> None:
     rows += [("searched", budget, 0.08 - 0.01 * k) for k, budget in enumerate(BUDGETS)]
     rows += [("ours, even FORECAST", budget, 0.09) for budget in BUDGETS]
     rows += [("ours, int8", 0.6, 0.01)]
+    rows += [("searched with a reference", budget, -0.01) for budget in BUDGETS]
     result = {
         "machine": {"processor": "one", "threads": 1},
         "versions": {"onnxruntime": "1"},
@@ -247,4 +255,7 @@ def test_report_says_which_bars_are_missed(tmp_path: Path) -> None:
     assert "0.78 in the median, 0.89 at most | **no** |" in page
     assert "0.11 at 0.60 of the time | yes |" in page
     assert "| **searched** | 0.0800 (0.20) | 0.0700 (0.35) |" in page
+    assert "From 280 steps the full run is 0.0300 off." in page
+    assert "| best peer | 0.1300 (0.20) |" in page
+    assert "| **searched with a reference** | 0.0200 (0.20) |" in page
     assert (tmp_path / "grid-fashion.png").stat().st_size > 10_000
