@@ -112,7 +112,7 @@ class Front:
 
         Args:
             place: of the point, from 0: points stand by rising cost, and so by falling error.
-            base: of any point of the search.
+            base: of any point of the search, from which `correction` is taken.
 
         Raises:
             PlanError: there is no such point.

@@ -164,13 +164,14 @@ def assert_runs_agree(
 ) -> None:
     """One call of `sample` against the eager optimised model step by step."""
     fast, folder = exported
-    fast.reset()
-    expected = denoise(fast, noise)
+    with fast.start_run():  # told, as in the sampler: random weights can make latents jump
+        expected = denoise(fast, noise)
     got = Session(folder).sample(noise, class_labels=torch.tensor(labels), **options)
     assert (got.shape, got.dtype) == (tuple(noise.shape), np.float32)
     assert relative(torch.from_numpy(got), expected) < SAME
-    # Far enough from the plain model for the bound to tell, where a step is cheap.
-    if set(fast.plan.schedule) != {R}:
+    # Far enough from the plain model for the bound to tell, where a step is cheap; in DDIM's last
+    # step the output hardly counts.
+    if set(fast.plan.schedule[:-1]) != {R}:
         assert relative(denoise(fast.original, noise), expected) > 10 * SAME
 
 

@@ -151,10 +151,8 @@ def test_every_point_can_be_taken_before_and_after_saving(searched: Plan, place:
     plan, point = searched.take(place), searched.front.points[place]
     for name in OF_A_POINT:
         assert getattr(plan.recipe, name) == getattr(point, name), name
-    others = {f.name for f in fields(plan.recipe)} - {*OF_A_POINT, "correction"}
-    for name in others:
+    for name in {f.name for f in fields(plan.recipe)} - {*OF_A_POINT}:
         assert getattr(plan.recipe, name) == getattr(searched.recipe, name), name
-    assert plan.recipe.correction == "fitted to the recorded runs"
     assert plan.recipe.latent == searched.front.latent == "hidden_states"
     assert plan.binding is searched.binding
     assert plan.statistics is searched.statistics
