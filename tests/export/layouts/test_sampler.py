@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusion import GuidedDDIM
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from methods import sample_dpm
 from onnx import numpy_helper
@@ -162,17 +162,24 @@ def export_small(
 def assert_runs_agree(
     exported: Exported, denoise: Denoise, noise: Tensor, labels: Sequence[int], **options: Any
 ) -> None:
-    """One call of `sample` against the eager optimised model step by step."""
+    """As `assert_same_run`, and far enough from the plain model for its bound to tell."""
+    fast, _ = exported
+    expected = assert_same_run(exported, denoise, noise, labels, **options)
+    if set(fast.plan.schedule) != {R}:
+        assert relative(denoise(fast.original, noise), expected) > 10 * SAME
+
+
+def assert_same_run(
+    exported: Exported, denoise: Denoise, noise: Tensor, labels: Sequence[int], **options: Any
+) -> Tensor:
+    """One call of `sample` against the eager optimised model step by step, which is returned."""
     fast, folder = exported
-    with fast.start_run():  # told, as in the sampler: random weights can make latents jump
-        expected = denoise(fast, noise)
+    fast.reset()
+    expected = denoise(fast, noise)
     got = Session(folder).sample(noise, class_labels=torch.tensor(labels), **options)
     assert (got.shape, got.dtype) == (tuple(noise.shape), np.float32)
     assert relative(torch.from_numpy(got), expected) < SAME
-    # Far enough from the plain model for the bound to tell, where a step is cheap; in DDIM's last
-    # step the output hardly counts.
-    if set(fast.plan.schedule[:-1]) != {R}:
-        assert relative(denoise(fast.original, noise), expected) > 10 * SAME
+    return expected
 
 
 def loops(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -321,7 +328,12 @@ def test_any_schedule_and_order_agrees_with_eager(
 ) -> None:
     folder, denoise = tmp_path_factory.mktemp("any") / "d", ddim(len(schedule))
     exported = export_small(folder, denoise, schedule, order=order, correct=correct)
-    assert_runs_agree(exported, denoise, draw(seed, 2, 5, 8), [1, 2, NULL, NULL])
+    noise = draw(seed, 2, 5, 8)
+    with exported[0].start_run() as run:
+        denoise(exported[0], noise)
+    # Weights fitted to random layers can make latents jump as far as another run's would be.
+    assume(all(call.start == 0 for call in run.calls))
+    assert_same_run(exported, denoise, noise, [1, 2, NULL, NULL])
 
 
 # --- the model ---------------------------------------------------------------------------------
