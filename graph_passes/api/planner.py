@@ -179,8 +179,7 @@ def searched(
         CalicacheError: the request cannot be met, or a stage refuses; it names itself.
     """
     check_split(model, ranks, searches=not request.touches_nothing)
-    place = workspace, path, on_progress, ranks
-    result = search_plan(model, recording, request, *place, reference)
+    result = search_plan(model, recording, request, workspace, path, on_progress, ranks, reference)
     return PlanContent(**{field.name: getattr(result, field.name) for field in fields(result)})
 
 

@@ -12,6 +12,12 @@ SCALES = (1.0, 1.5, 4.0)
 BUDGETS = (0.2, 0.35, 0.5, 0.7)  # of the full run's measured time
 
 
+def file_name(text: str) -> str:
+    """Words in small letters, joined by hyphens."""
+    letters = (c if c.isalnum() or c == "." else " " for c in text.lower())
+    return "-".join("".join(letters).split())
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One case.
@@ -31,8 +37,7 @@ class Cell:
     @property
     def key(self) -> str:
         """A file name."""
-        text = f"{self.subject} {self.sampler} {self.steps} {self.scale:g}".lower()
-        return "-".join("".join(c if c.isalnum() or c == "." else " " for c in text).split())
+        return file_name(f"{self.subject} {self.sampler} {self.steps} {self.scale:g}")
 
     @property
     def title(self) -> str:

@@ -23,17 +23,17 @@ import torch
 from cells import BUDGETS, CELLS
 from frechet import FrechetDistance
 from grid_report import best_row, family_rows, peer_rows, write_report
+from grid_shared import sample_errors, save_atomic
 from rows import Row, Schedule, grid_rows
 from runs import BATCH, Bench, Material, prepare, prepare_material
 from safetensors.torch import load_file
 from subjects import Subject, load_subject
 from tqdm import tqdm
-from weights import save_atomic
 
 from calicache.graph_passes.common.environment import environment
 from calicache.graph_passes.settings.choices import STEP_LETTERS
 
-REPORT_SEED, TIME_SEED = 1000, 5
+TIME_SEED = 5
 PAPER_SHARE = 9  # the paper's rank is the width over this
 
 
@@ -149,19 +149,16 @@ def _errors(
 ) -> dict[str, dict[str, float]]:
     """Mean relative error of the latents by row, its standard error, and that to a reference."""
     exact = _exact(bench, images)
-    full: list[torch.Tensor] = []
+    full: torch.Tensor | None = None
     errors: dict[str, dict[str, float]] = {}
     for row in tqdm(rows, desc=f"{bench.cell.key}: errors"):
         path = bench.folder / f"{row.key}.error.json"
-        if path.exists() and full:
+        if path.exists() and full is not None:
             errors[row.key] = json.loads(path.read_text())
             continue
-        session, schedule = bench.session(row), schedules[row.key]
-        latents = [
-            bench.sample_in(session, row, schedule, REPORT_SEED + k) for k in range(images // BATCH)
-        ]
-        full = full or latents
-        off, to_exact = (_off(torch.cat(latents), other) for other in (torch.cat(full), exact))
+        latents = torch.cat([*bench.batches(row, schedules[row.key], images)])
+        full = latents if full is None else full
+        off, to_exact = (sample_errors(latents, other) for other in (full, exact))
         errors[row.key] = {
             "error": float(off.mean()),
             "standard_error": float(off.std()) / len(off) ** 0.5,
@@ -175,16 +172,8 @@ def _exact(bench: Bench, images: int) -> torch.Tensor:
     """Latents of a run in many more steps, (images, ...); kept on disk."""
     path, row = bench.folder / "reference.safetensors", bench.reference_row
     if not path.exists():
-        session = bench.session(row)
-        parts = tqdm(range(images // BATCH), desc=f"{bench.cell.key}: reference")
-        latents = [bench.sample_in(session, row, (), REPORT_SEED + part) for part in parts]
-        save_atomic({"latents": torch.cat(latents)}, path)
+        save_atomic({"latents": torch.cat([*bench.batches(row, (), images)])}, path)
     return load_file(path)["latents"]
-
-
-def _off(latents: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Relative L2 error of every sample, (N,)."""
-    return (latents - others).flatten(1).norm(dim=1) / others.flatten(1).norm(dim=1)
 
 
 def _distances(
@@ -225,11 +214,8 @@ def _features(
     """Features (images, F) of a row's samples; kept on disk."""
     path = bench.folder / f"{row.key}.features.safetensors"
     if not path.exists():
-        session, parts = bench.session(row), []
-        for part in tqdm(range(images // BATCH), desc=f"{bench.cell.key}: {row.key}"):
-            latents = bench.sample_in(session, row, schedules[row.key], REPORT_SEED + part)
-            parts.append(bench.subject.features(latents))
-        save_atomic({"features": torch.cat(parts)}, path)
+        batches = bench.batches(row, schedules[row.key], images)
+        save_atomic({"features": torch.cat([*map(bench.subject.features, batches)])}, path)
     return load_file(path)["features"]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cells import BUDGETS, Cell
-from peers import (
+from cells import BUDGETS, Cell, file_name
+from grid_shared import (
     DynamicModes,
     ForecastCalibrate,
     LinearPredictor,
@@ -79,8 +79,7 @@ class Row:
     @property
     def key(self) -> str:
         """A file name."""
-        text = f"{self.family} {self.label}".lower()
-        return "-".join("".join(c if c.isalnum() or c == "." else " " for c in text).split())
+        return file_name(f"{self.family} {self.label}")
 
     @property
     def is_ours(self) -> bool:

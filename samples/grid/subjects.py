@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from grid_shared import (
+    DIT_WEIGHTS,
+    NUM_CLASSES,
+    Autoencoder,
+    FashionClassifier,
+    FashionDiT,
+    Split,
+    captions,
+    draw_scenes,
+    empty_captions,
+    latent_noise,
+    load_autoencoder,
+    load_classifier,
+    load_scene_dit,
+    load_split,
+    load_weights,
+    render,
+)
 from torch import Tensor, nn
-
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("fashion_dit", "scenes_dit")]
-
-from autoencoder import Autoencoder, latent_noise, load_autoencoder
-from classifier import NUM_CLASSES, FashionClassifier, load_classifier
-from data import Split, load_split
-from model import FashionDiT
-from scene_weights import load_scene_dit
-from scenes import captions, draw_scenes, empty_captions, render
-from weights import DIT_WEIGHTS, load_weights
 
 REAL_IMAGES, PART = 10_000, 250
 
